@@ -1,0 +1,196 @@
+/* quickstart_page.h - the second half of quickstart.c: what it found, as one HTML file that needs nothing beside it.
+
+   Pictures are PNGs in base64 inside the page, curves are inline SVG; no script, no font, no address outside. */
+
+static const char STYLE[] =
+    ":root{color-scheme:light dark;--ink:#1b2230;--dim:#626c7c;--line:#dde2ea;--paper:#fff;--card:#f5f6f9;--mark:#d4551c}\n"
+    "@media(prefers-color-scheme:dark){:root{--ink:#e7eaf0;--dim:#97a1b2;--line:#333a47;--paper:#14181f;--card:#1d222c;"
+    "--mark:#ff8a4c}}\n"
+    "*{box-sizing:border-box}\n"
+    "body{margin:0 auto;max-width:68rem;padding:2.5rem 1.25rem 4rem;background:var(--paper);color:var(--ink);"
+    "font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans',sans-serif}\n"
+    "h1{font-size:clamp(1.6rem,5vw,2.3rem);line-height:1.2;margin:0 0 .6rem;letter-spacing:-.02em}\n"
+    "h2{font-size:1.25rem;margin:3rem 0 .4rem;letter-spacing:-.01em}\n"
+    "p{max-width:44rem;margin:.4rem 0 1rem}.dim,figcaption,td:first-child{color:var(--dim)}\n"
+    ".facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:1rem;margin:1.8rem 0}\n"
+    ".fact{background:var(--card);border-radius:12px;padding:1rem 1.2rem}\n"
+    ".fact b{display:block;font-size:2.2rem;line-height:1.2;font-variant-numeric:tabular-nums}\n"
+    ".fact .dim{font-size:.9rem}\n"
+    ".bar{position:relative;height:8px;border-radius:4px;background:var(--line);margin:.6rem 0 .3rem}\n"
+    ".bar i{position:absolute;top:0;height:8px;border-radius:4px;background:var(--mark);opacity:.45}\n"
+    ".bar u{position:absolute;top:-3px;width:4px;height:14px;margin-left:-2px;border-radius:2px;background:var(--mark)}\n"
+    ".bar s{position:absolute;top:-3px;left:50%;width:1px;height:14px;background:var(--dim)}\n"
+    ".curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}\n"
+    ".curves figure{background:var(--card);border-radius:12px;padding:1rem 1rem .6rem;margin:0}\n"
+    "svg{display:block;width:100%;height:auto;font-size:12px;font-variant-numeric:tabular-nums}svg text{fill:var(--dim)}\n"
+    ".axis{stroke:var(--line)}.even{stroke:var(--dim);stroke-dasharray:3 4}\n"
+    "polyline{fill:none;stroke:var(--mark);stroke-linejoin:round}.raw{opacity:.35}.mean{stroke-width:2.5}\n"
+    ".cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:1rem;margin:1rem 0}\n"
+    ".cards figure{margin:0;background:var(--card);border-radius:12px;padding:.6rem}\n"
+    ".four{display:grid;grid-template-columns:1fr 1fr;gap:.4rem;font-size:.72rem;text-align:center;color:var(--dim)}\n"
+    ".four img{width:100%;aspect-ratio:1;image-rendering:pixelated;border-radius:6px;background:#fff;display:block}\n"
+    ".four .won{outline:2px solid var(--mark);outline-offset:1px}\n"
+    ".cards figcaption{font-size:.85rem;line-height:1.35;margin-top:.5rem;text-align:center;overflow-wrap:anywhere}\n"
+    "summary{cursor:pointer;color:var(--mark);padding:.4rem 0}\n"
+    "table{border-collapse:collapse;width:100%;max-width:44rem}td{padding:.4rem 1rem .4rem 0;vertical-align:top;"
+    "border-top:1px solid var(--line);overflow-wrap:anywhere}td:first-child{width:38%}\n";
+
+static void put_html(FILE *f, const char *text)
+{
+    for (; *text; text++)
+        if      (*text == '&') fputs("&amp;", f);
+        else if (*text == '<') fputs("&lt;", f);
+        else if (*text == '"') fputs("&quot;", f);
+        else fputc(*text, f);
+}
+
+/* Three bytes are four digits of six bits; '=' fills up what the last three lack. */
+static void put_base64(FILE *f, const uint8_t *p, size_t n)
+{
+    static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (size_t i = 0; i < n; i += 3) {
+        uint32_t v = (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) | (i + 2 < n ? p[i + 2] : 0);
+        for (size_t k = 0; k < 4; k++) fputc(i + k > n ? '=' : digit[v >> (18 - 6*k) & 63], f);
+    }
+}
+
+static void put_picture(const run *r, FILE *f, uint8_t *rgb, int i, const char *when, int won)
+{
+    dpo_image x = picture(r, rgb, i);
+    size_t    bytes = 0;
+    uint8_t  *png = dpo_png_encode(r->c, &x, &bytes);
+    fprintf(f, "<img%s width=\"%d\" height=\"%d\" alt=\"", won ? " class=\"won\"" : "", r->size, r->size);
+    put_html(f, r->prompt[i / EACH]);
+    fprintf(f, ", %s\" src=\"data:image/png;base64,", when);
+    put_base64(f, png, bytes);
+    fputs("\">", f);
+    dpo_png_free(r->c, png, bytes);
+}
+
+static void put_cards(const run *r, FILE *f, int first, int last)
+{
+    fputs("<div class=\"cards\">\n", f);
+    for (int k = first; k < last; k++) {
+        fputs("<figure><div class=\"four\"><span>before</span><span>after</span>", f);
+        for (int i = EACH*k; i < EACH*(k + 1); i++) {
+            put_picture(r, f, r->before, i, "before", r->score_before[i] > r->score_after[i]);
+            put_picture(r, f, r->after, i, "after", r->score_after[i] > r->score_before[i]);
+        }
+        fputs("</div><figcaption>", f);
+        put_html(f, r->prompt[k]);
+        fputs("</figcaption></figure>\n", f);
+    }
+    fputs("</div>\n", f);
+}
+
+/* Where a curve's values lie in its drawing of 480 x 230: steps 40..470 across, values 0..top from 195 up to 15. */
+static double across(int i, int n) { return 40 + (n > 1 ? 430.0 * i / (n - 1) : 0); }
+static double above(double y, double top) { return 195 - 180 * (y > 0 ? fmin(y, top) : 0) / top; }
+
+/* The line through y, each point the mean of those at most `reach` steps away. */
+static void put_line(FILE *f, const char *kind, const float *y, int n, double top, int reach)
+{
+    fprintf(f, "<polyline class=\"%s\" points=\"", kind);
+    for (int i = 0; i < n; i++) {
+        double sum = 0;
+        int    from = i > reach ? i - reach : 0, to = i + reach < n ? i + reach : n - 1;
+        for (int k = from; k <= to; k++) sum += y[k];
+        fprintf(f, "%.1f,%.1f ", across(i, n), above(sum / (to - from + 1), top));
+    }
+    fputs("\"/>", f);
+}
+
+/* `even` is where the curve of a model that learned nothing would stay. */
+static void put_curve(FILE *f, const char *title, const float *y, int n, double top, double even)
+{
+    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" role=\"img\" aria-label=\"%s by step\">", title, title);
+    for (int i = 0; i <= 4; i++)
+        fprintf(f, "<line class=\"axis\" x1=\"40\" x2=\"470\" y1=\"%.1f\" y2=\"%.1f\"/><text x=\"34\" y=\"%.1f\" text-anchor=\"end\">%.2f</text>",
+                above(top*i/4, top), above(top*i/4, top), above(top*i/4, top) + 4, top*i/4);
+    fprintf(f, "<line class=\"even\" x1=\"40\" x2=\"470\" y1=\"%.1f\" y2=\"%.1f\"/>", above(even, top), above(even, top));
+    put_line(f, "raw", y, n, top, 0);
+    put_line(f, "mean", y, n, top, 3);
+    fprintf(f, "<text x=\"40\" y=\"218\">1</text><text x=\"470\" y=\"218\" text-anchor=\"end\">step %d</text></svg></figure>\n", n);
+}
+
+static void put_curves(const run *r, FILE *f)
+{
+    double top = 1;
+    for (int i = 0; i < r->s.steps; i++) while (r->loss[i] > top && top < 8) top += 1;
+    fputs("<h2>Training</h2>\n<p>The loss should fall below ln 2 = 0.69, and the share of pairs that the model ranks as the "
+          "judge did should rise above one half: the dashed lines are a model that learned nothing.</p>\n<div class=\"curves\">", f);
+    put_curve(f, "loss", r->loss, r->s.steps, top, log(2.0));
+    put_curve(f, "implicit accuracy", r->accuracy, r->s.steps, 1, 0.5);
+    fputs("</div>\n", f);
+}
+
+static void put_facts(const run *r, FILE *f, const verdict *v)
+{
+    fprintf(f, "<div class=\"facts\"><div class=\"fact\"><span class=\"dim\">win rate against the model before</span><b>%.2f</b>"
+               "<div class=\"bar\"><i style=\"left:%.1f%%;width:%.1f%%\"></i><s></s><u style=\"left:%.1f%%\"></u></div>"
+               "<span class=\"dim\">95%% CI %.2f-%.2f over %d held-out prompts</span></div>\n", v->rate, 100 * v->low,
+            100 * (v->high - v->low), 100 * v->rate, v->low, v->high, (int)EVAL);
+    fprintf(f, "<div class=\"fact\"><span class=\"dim\">size of the effect</span><b>%+.2f SD</b><span class=\"dim\">the judge's mean "
+               "moved from %.2f to %.2f, in standard deviations over the pictures before</span></div>\n", v->effect, v->before, v->after);
+    fprintf(f, "<div class=\"fact\"><span class=\"dim\">time on this CPU</span><b>%.0f s</b><span class=\"dim\">%.0f s for the "
+               "pairs, %.0f s to train, %.0f s to compare</span></div></div>\n", r->seconds[0] + r->seconds[1] + r->seconds[2],
+            r->seconds[0], r->seconds[1], r->seconds[2]);
+}
+
+/* One row of the table of settings. */
+static void put_row(FILE *f, const char *name, const char *format, ...)
+{
+    char    text[1400];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    fprintf(f, "<tr><td>%s</td><td>", name);
+    put_html(f, text);
+    fputs("</td></tr>\n", f);
+}
+
+static double weights(dpo_tensor **params, int count)
+{
+    double n = 0;
+    for (int i = 0; i < count; i++) n += (double)dpo_count(params[i]);
+    return n;
+}
+
+static void put_settings(const run *r, FILE *f)
+{
+    const settings *s = &r->s;
+    int             count = 0, adapters = 0;
+    dpo_tensor    **all = dpo_net_params(dpo_model_unet(r->m), &count), **low = dpo_adapter_params(dpo_model_unet(r->m), &adapters);
+    fputs("<h2>Settings</h2>\n<table>\n", f);
+    put_row(f, "model", "%s: a UNet of %.0f weights, pictures of %dx%d pixels", s->model, weights(all, count), r->size, r->size);
+    put_row(f, "judge", "%s: %s", r->j->name, r->j->wants);
+    put_row(f, "pairs", "%d, from %d prompts with two pictures each", r->pairs, s->pair_prompts);
+    put_row(f, "pictures", "%d sampling steps, guidance %g", s->sample_steps, s->guidance);
+    put_row(f, "adapters", "rank %d: %.0f weights", s->rank, weights(low, adapters));
+    put_row(f, "training", "%d steps of %d pairs, beta %g, learning rate %g", s->steps, s->pairs_a_step, s->beta, s->lr);
+    put_row(f, "seed", "%llu", (unsigned long long)s->seed);
+    put_row(f, "memory", "%.0f MB at most for tensors", (double)dpo_memory_peak(r->c, 0) / 1e6);
+    fputs("</table>\n", f);
+}
+
+static void put_page(const run *r, FILE *f, const verdict *v)
+{
+    fprintf(f, "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
+               "content=\"width=device-width,initial-scale=1\">\n<title>Diffusion-DPO: judge %s, win rate %.2f</title>\n<style>\n%s"
+               "</style></head>\n<body>\n<h1>A text-to-image model, before and after Diffusion-DPO</h1>\n", r->j->name, v->rate, STYLE);
+    fprintf(f, "<p>The model drew two pictures for each of %d prompts, and a judge named <b>%s</b>, who wants %s, picked one of "
+               "the two. From %d such pairs, %d steps of training taught it the judge's taste. What it learned is measured on %d "
+               "prompts that no pair used.</p>\n", r->s.pair_prompts, r->j->name, r->j->wants, r->pairs, r->s.steps, (int)EVAL);
+    put_facts(r, f, v);
+    fputs("<h2>Before and after</h2>\n<p>Both pictures of a row start from the same noise; a frame marks the one that the judge "
+          "prefers. The prompts are in random order, not chosen.</p>\n", f);
+    put_cards(r, f, 0, SHOWN);
+    fprintf(f, "<details><summary>The other %d prompts</summary>\n", EVAL - SHOWN);
+    put_cards(r, f, SHOWN, EVAL);
+    fputs("</details>\n", f);
+    put_curves(r, f);
+    put_settings(r, f);
+    fputs("<p class=\"dim\">Made by examples/quickstart.c of diffdpo.h. The pictures, pairs and adapters are in quickstart-out/."
+          "</p>\n</body></html>\n", f);
+}

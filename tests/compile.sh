@@ -1,0 +1,224 @@
+#!/bin/sh
+# compile.sh - does diffdpo.h compile, without a warning, wherever it should?
+#
+#   sh tests/compile.sh [--all]     --all: also after every header of the C library, one by one
+#
+# The header alone and with its implementation: C99, C11, C++11, C++17, CUDA, Windows, WebAssembly; implementation in
+# one file and use in another; each configuration macro; after system headers, with and without their feature macros;
+# the program in its first comment.  A compiler that is not there is skipped, and counted.  JOBS (2) run at a time.
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD
+work=$root/build/compile
+rm -rf "$work"
+mkdir -p "$work"
+n=0 skipped=0
+W="-Wall -Wextra -pedantic -Werror"
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# check NAME COMMAND: to be run later, in its own folder; fails if the command does.
+check() {
+    n=$((n + 1))
+    id=$(printf '%04d' $n)
+    mkdir "$work/$id"
+    echo "$1" >"$work/$id/name"
+    printf 'cd "%s" || exit 1\n%s\n' "$work/$id" "$2" >"$work/$id/run"
+}
+
+skip() {
+    echo "SKIPPED $1: $2"
+    skipped=$((skipped + 1))
+}
+
+alone="$work/alone.c"
+impl="$work/impl.c"
+printf '#include "%s/diffdpo.h"\nint main(void) { return 0; }\n' "$root" >"$alone"
+printf '#define DIFFDPO_IMPLEMENTATION\n#include "%s/diffdpo.h"\nint main(void) { return 0; }\n' "$root" >"$impl"
+cp "$alone" "$work/alone.cpp"; cp "$impl" "$work/impl.cpp"
+cp "$alone" "$work/alone.cu"; cp "$impl" "$work/impl.cu"
+MACROS="DIFFDPO_NO_STB DIFFDPO_NO_SIMD DIFFDPO_NO_THREADS DIFFDPO_NO_MMAP DIFFDPO_STATIC DIFFDPO_CUDA"
+
+# ------------------------------------------------------------------------------------------------ languages
+
+c_compilers=
+for cc in gcc clang; do if have $cc; then c_compilers="$c_compilers $cc"; else skip "$cc" "not installed"; fi; done
+[ -n "$c_compilers" ] || c_compilers=${CC:-cc}
+for cc in $c_compilers; do
+    for std in c99 c11 gnu11 c2x; do
+        check "$cc $std, header alone" "$cc -std=$std $W -fsyntax-only $alone"
+        check "$cc $std, implementation" "$cc -std=$std $W -O0 -c $impl -o o"
+    done
+    check "$cc c99 -O2, implementation" "$cc -std=c99 $W -O2 -c $impl -o o"
+done
+if have g++; then
+    for std in c++11 c++17 c++20; do
+        check "g++ $std, header alone" "g++ -std=$std $W -fsyntax-only $work/alone.cpp"
+        check "g++ $std, implementation" "g++ -std=$std $W -O0 -c $work/impl.cpp -o o"
+    done
+else skip "g++" "not installed"; fi
+if have clang++; then
+    check "clang++ c++11, implementation" "clang++ -std=c++11 $W -O0 -c $work/impl.cpp -o o"
+else skip "clang++" "not installed"; fi
+
+nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
+if [ -x "$nvcc" ]; then
+    for std in c++11 c++17; do
+        check "nvcc $std, header alone" "$nvcc -std=$std -Werror all-warnings -Xcompiler -Wall,-Wextra -x cu -c $work/alone.cu -o o"
+        check "nvcc $std, implementation" "$nvcc -std=$std -Werror all-warnings -Xcompiler -Wall,-Wextra -x cu -c $work/impl.cu -o o"
+    done
+else skip nvcc "not installed"; fi
+
+# -ffast-math removes the guards against NaN: the header must refuse it, by name.
+for cc in $c_compilers; do
+    check "$cc -ffast-math is refused" "$cc -ffast-math -fsyntax-only $impl 2>log && exit 1; grep -q IEEE log"
+done
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+all=
+for m in $MACROS; do
+    all="$all -D$m"
+    for cc in $c_compilers; do
+        check "$cc -D$m" "$cc -std=c99 $W -D$m -O0 -c $impl -o o && $cc -std=c99 $W -D$m -fsyntax-only $alone"
+    done
+    if have g++; then check "g++ -D$m" "g++ -std=c++11 $W -D$m -O0 -c $work/impl.cpp -o o"; fi
+done
+for cc in $c_compilers; do check "$cc, all macros" "$cc -std=c99 $W $all -O0 -c $impl -o o"; done
+
+first=${c_compilers# }
+first=${first%% *}
+use=$root/tests/compile/use.c
+one=$root/tests/compile/impl.c
+check "two files, C and C" "$first -std=c99 $W -c $one -o a.o && $first -std=c99 $W -c $use -o b.o &&
+    $first a.o b.o -o program -lm -lpthread && ./program"
+if have g++; then
+    check "two files, implementation in C, use in C++" "$first -std=c99 $W -c $one -o a.o &&
+        g++ -std=c++11 $W -x c++ -c $use -o b.o && g++ a.o b.o -o program -lm -lpthread && ./program"
+    check "two files, implementation in C++, use in C" "g++ -std=c++11 $W -x c++ -c $one -o a.o &&
+        $first -std=c99 $W -c $use -o b.o && g++ a.o b.o -o program -lm -lpthread && ./program"
+fi
+for m in $MACROS; do
+    case $m in *STATIC|*CUDA) continue ;; esac
+    check "two files, -D$m, linked and run" "$first -std=c99 $W -D$m $one $use -o program -lm -lpthread && ./program"
+done
+
+# No name but dpo_... may leave the object: what else a program defines cannot collide.
+check "only dpo_ names are exported" "$first -c $one -o a.o && nm -g --defined-only a.o | awk '{ print \$3 }' |
+    grep -v '^dpo_' && exit 1; exit 0"
+
+# The program in the header's first comment must be one.
+check "the program in the header's first comment" "awk '/^   A WHOLE PROGRAM/ { on = 1; next } on && /^   [A-Z]/ { exit }
+    on { sub(/^       /, \"\"); sub(\"\\\"diffdpo.h\\\"\", \"\\\"$root/diffdpo.h\\\"\"); print }' $root/diffdpo.h > program.c &&
+    grep -q main program.c && $first -std=c99 -Wall -Wextra -Werror program.c -o program -lm -lpthread"
+
+# ------------------------------------------------------------------------------------------------ Windows, WebAssembly
+
+win=x86_64-w64-mingw32-gcc
+if have $win; then
+    for std in c99 gnu11; do
+        check "$win $std, header alone" "$win -std=$std $W -fsyntax-only $alone"
+        check "$win $std, implementation" "$win -std=$std $W -O0 -c $impl -o o"
+    done
+    check "$win, program of two files" "$win -std=c99 $W $one $use -o program.exe"
+    for t in "$root"/tests/test_*.c "$root"/tests/parity.c; do
+        [ -f "$t" ] && check "$win, $(basename "$t" .c).exe" "$win -O1 -static $t -o $(basename "$t" .c).exe"
+    done
+    for h in windows.h winsock2.h; do
+        printf '#include <%s>\n#include "%s"\n' $h "$impl" >"$work/before_$h.c"
+        printf '#include "%s"\n#include <%s>\nDWORD last(void);\nDWORD last(void) { return GetLastError(); }\n' "$impl" $h >"$work/after_$h.c"
+        check "$win, after <$h>" "$win -std=gnu11 $W -O0 -c $work/before_$h.c -o o"
+        check "$win, before <$h>" "$win -std=gnu11 $W -O0 -c $work/after_$h.c -o o"
+    done
+    for m in -DUNICODE -D_UNICODE -DWIN32_LEAN_AND_MEAN -DNOMINMAX -D_WIN32_WINNT=0x0601; do
+        check "$win $m" "$win -std=gnu11 $W $m -O0 -c $impl -o o"
+    done
+else skip "$win" "not installed (gcc-mingw-w64-x86-64)"; fi
+
+wasm="clang --target=wasm32-wasi $W -DDIFFDPO_NO_THREADS -DDIFFDPO_NO_MMAP -DDIFFDPO_NO_STB"
+if have clang && [ -d /usr/include/wasm32-wasi ]; then
+    check "wasm32, header alone" "$wasm -std=c99 -fsyntax-only $alone"
+    check "wasm32, implementation" "$wasm -std=c99 -O1 -c $impl -o o"
+    check "wasm32, implementation, no macro set" "clang --target=wasm32-wasi $W -std=c99 -O1 -c $impl -o o"
+    check "wasm32, two files, linked" "$wasm -std=c99 $one $use -o program.wasm 2>log ||
+        { grep -q 'builtins-wasm32' log && echo 'no compiler-rt for wasm32: not linked'; }"
+elif have clang; then
+    # Without a C library for it the bodies cannot be compiled, but the declarations can.
+    check "wasm32, header alone" "clang --target=wasm32 $W -std=c99 -ffreestanding -fsyntax-only -DDIFFDPO_NO_THREADS -DDIFFDPO_NO_MMAP $alone"
+    skip "wasm32, implementation" "no C library for it (wasi-libc)"
+else skip wasm32 "clang is not installed"; fi
+
+# ------------------------------------------------------------------------------------------------ system headers
+
+# Fastest of those there: clang parses the implementation in a second, and names what is unused, too.
+if have clang; then parse="clang -fsyntax-only"; else parse="$first -O0 -c -o o"; fi
+std_headers="assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef
+    stdint stdio stdlib string tgmath time wchar wctype"
+posix_headers="dirent dlfcn fcntl fnmatch glob grp iconv langinfo libgen netdb poll pthread pwd regex sched search semaphore
+    spawn strings syslog termios unistd utime wordexp aio sys/mman sys/param sys/resource sys/select sys/socket sys/stat
+    sys/time sys/times sys/types sys/uio sys/utsname sys/wait netinet/in arpa/inet"
+other_headers="alloca endian err error getopt malloc sys/cdefs sys/ioctl sys/syscall sys/sysinfo sys/ucontext ucontext
+    execinfo link features byteswap"
+
+# header_check LABEL FLAGS HEADER...: the implementation after these headers, and before them.
+header_check() {
+    label=$1 flags=$2
+    shift 2
+    n2=$((${n2:-0} + 1))
+    before=$work/headers_$n2.c
+    after=$work/headers_after_$n2.c
+    : >"$before"
+    for h in "$@"; do
+        if echo "#include <$h.h>" | $parse -D_GNU_SOURCE -x c - >/dev/null 2>&1; then echo "#include <$h.h>" >>"$before"; fi
+    done
+    { echo "#include \"$impl\""; cat "$before"; } >"$after"
+    echo "#include \"$impl\"" >>"$before"
+    check "after $label $flags" "$parse $flags $W -Wno-error=cpp $before"
+    check "before $label $flags" "$parse $flags $W -Wno-error=cpp $after"
+}
+
+for h in $std_headers unistd pthread sys/types sys/mman sys/param termios sys/ucontext; do
+    n2=$((${n2:-0} + 1))
+    printf '#include <%s.h>\n#include "%s"\n' "$h" "$impl" >"$work/header_$n2.c"
+    check "after <$h.h>" "$parse -std=c99 $W $work/header_$n2.c"
+done
+for flags in -std=c99 "-std=gnu11 -D_GNU_SOURCE" "-std=c99 -D_POSIX_C_SOURCE=200809L" "-std=c99 -D_POSIX_C_SOURCE=200112L" \
+             "-std=c99 -D_XOPEN_SOURCE=700" "-std=c99 -D_GNU_SOURCE" "-std=c99 -D_DEFAULT_SOURCE" "-std=c99 -D_FILE_OFFSET_BITS=64"; do
+    # shellcheck disable=SC2086
+    header_check "all of C" "$flags" $std_headers
+done
+# shellcheck disable=SC2086
+header_check "all of C and POSIX" "-std=gnu11" $std_headers $posix_headers
+# shellcheck disable=SC2086
+header_check "all of C, POSIX and the rest" "-std=gnu11 -D_GNU_SOURCE" $std_headers $posix_headers $other_headers
+if have g++; then
+    printf '#include <algorithm>\n#include <cmath>\n#include <complex>\n#include <string>\n#include <thread>\n#include <vector>\n#include <complex.h>\n#include "%s"\n' \
+        "$work/impl.cpp" >"$work/cpp_headers.cpp"
+    check "g++, after C++ headers" "g++ -std=c++11 $W -O0 -c $work/cpp_headers.cpp -o o"
+fi
+if [ "${1:-}" = --all ]; then
+    for h in $(cd /usr/include && find . -maxdepth 2 -name '*.h' | sed 's|^\./||; s|\.h$||' | grep -E '^(sys/|net|arpa/|[a-z_]*$)' | sort); do
+        printf '#include <%s.h>\n' "$h" >"$work/try.c"
+        $parse -std=gnu11 -D_GNU_SOURCE "$work/try.c" >/dev/null 2>&1 || continue
+        n2=$((n2 + 1))
+        printf '#include <%s.h>\n#include "%s"\n' "$h" "$impl" >"$work/header_$n2.c"
+        check "after <$h.h>, gnu11" "$parse -std=gnu11 -D_GNU_SOURCE $W $work/header_$n2.c"
+    done
+fi
+
+# ------------------------------------------------------------------------------------------------ run and report
+
+find "$work" -name run | sort | xargs -n 1 -P "${JOBS:-2}" sh -c 'd=${1%/run}; sh "$1" >"$d/out" 2>&1; echo $? >"$d/status"' sh
+passed=0 failed=0
+for d in "$work"/[0-9]*/; do
+    if [ "$(cat "$d/status")" = 0 ]; then
+        passed=$((passed + 1))
+        echo "ok    $(cat "$d/name")"
+    else
+        failed=$((failed + 1))
+        echo "FAIL  $(cat "$d/name")"
+        grep -E 'error|undefined' "$d/out" | head -n 5
+    fi
+    rm -f "$d"/o "$d"/*.o "$d"/*.exe "$d"/program
+done
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]
