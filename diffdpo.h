@@ -365,17 +365,18 @@ DPO_DEF void      dpo_json_free(dpo_json *root);           /* the value that par
 
 DPO_DEF int             dpo_json_type (const dpo_json *v); /* DPO_JSON_NONE for NULL */
 DPO_DEF int64_t         dpo_json_count(const dpo_json *v); /* elements of an array, members of an object, else 0 */
-DPO_DEF const dpo_json *dpo_json_at   (const dpo_json *v, int64_t i);         /* element or member i, in text order, or NULL */
+DPO_DEF const dpo_json *dpo_json_at   (const dpo_json *v, int64_t i);  /* element or member i, in text order, or NULL */
 DPO_DEF const dpo_json *dpo_json_get  (const dpo_json *v, const char *key);   /* the member, or NULL: no error */
-DPO_DEF const char     *dpo_json_key  (const dpo_json *v);                    /* the name of a member that _at returned */
-DPO_DEF const char     *dpo_json_text (const dpo_json *v, size_t *n);         /* of a string, zero at its end; else NULL; n or NULL */
-DPO_DEF int             dpo_json_double(const dpo_json *v, double *out);      /* 1 if a number, else 0 and out untouched */
+DPO_DEF const char     *dpo_json_key  (const dpo_json *v);  /* the name of a member that _at returned */
+DPO_DEF const char     *dpo_json_text (const dpo_json *v, size_t *n);  /* of a string, else NULL; *n (or NULL): its bytes */
+DPO_DEF int             dpo_json_double(const dpo_json *v, double *out);  /* 1 if a number, else 0 and out untouched */
 DPO_DEF int             dpo_json_int   (const dpo_json *v, int64_t *out);     /* 1 if a whole number that fits */
 DPO_DEF int             dpo_json_bool  (const dpo_json *v);                   /* 1 for true; 0 for false and all else */
 
 /* Fields of a configuration: `otherwise` if the key is missing or null; a value of another type or outside low..high
    is an error that names file, key and value.  dpo_json_want_text returns NULL then. */
-DPO_DEF int64_t     dpo_json_want_int   (const dpo_json *v, const char *key, int64_t otherwise, int64_t low, int64_t high);
+DPO_DEF int64_t     dpo_json_want_int   (const dpo_json *v, const char *key, int64_t otherwise, int64_t low,
+                                         int64_t high);
 DPO_DEF double      dpo_json_want_double(const dpo_json *v, const char *key, double otherwise, double low, double high);
 DPO_DEF int         dpo_json_want_bool  (const dpo_json *v, const char *key, int otherwise);
 DPO_DEF const char *dpo_json_want_text  (const dpo_json *v, const char *key, const char *otherwise);
@@ -417,7 +418,7 @@ DPO_DEF int64_t     dpo_file_count(const dpo_file *f);
 DPO_DEF dpo_entry  *dpo_file_entry(dpo_file *f, int64_t i);                   /* shard after shard, in order of place */
 DPO_DEF dpo_entry  *dpo_file_find (dpo_file *f, const char *name);            /* NULL if it is not there: no error */
 DPO_DEF const char *dpo_file_path (const dpo_file *f);
-DPO_DEF const char *dpo_file_metadata(const dpo_file *f, const char *key);    /* of the first shard; NULL if not there */
+DPO_DEF const char *dpo_file_metadata(const dpo_file *f, const char *key);  /* of the first shard; NULL if not there */
 DPO_DEF const char *dpo_file_metadata_at(const dpo_file *f, int64_t i, const char **value);   /* key i, or NULL */
 
 /* Elements first .. first+count-1 as float, from F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U8 BOOL, or as whole
@@ -433,8 +434,9 @@ typedef struct dpo_writer dpo_writer;
 typedef int (*dpo_fill_fn)(void *user, dpo_writer *w, void *tag);             /* hand over one tensor; 0 on failure */
 
 DPO_DEF dpo_writer *dpo_writer_new(dpo_ctx *c, const char *path);             /* metadata starts with "format": "pt" */
-DPO_DEF int dpo_writer_metadata(dpo_writer *w, const char *key, const char *value);           /* sorted by key; the last value holds */
-DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, int rank, const int64_t *shape, void *tag);
+DPO_DEF int dpo_writer_metadata(dpo_writer *w, const char *key, const char *value);  /* the last value of a key holds */
+DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, int rank, const int64_t *shape,
+                           void *tag);
 DPO_DEF int dpo_writer_save(dpo_writer *w, dpo_fill_fn fill, void *user);     /* frees w, done or failed */
 DPO_DEF void dpo_writer_free(dpo_writer *w);                                  /* instead of _save: nothing is written */
 
@@ -456,7 +458,8 @@ typedef struct dpo_token_info {
 } dpo_token_info;
 
 DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder);
-DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t vocab_bytes, const char *merges, size_t merges_bytes);
+DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t vocab_bytes, const char *merges,
+                                         size_t merges_bytes);
 DPO_DEF void dpo_tokenizer_free(dpo_tokenizer *t);
 DPO_DEF dpo_token_info dpo_tokenizer_info(const dpo_tokenizer *t);            /* zeros for NULL */
 
@@ -1689,7 +1692,8 @@ static int dpoi_sys_kind(const char *path)
     WCHAR w[DPOI_WIDE];
     DWORD a = dpoi_wide(path, w) ? GetFileAttributesW(w) : INVALID_FILE_ATTRIBUTES;
     if (a == INVALID_FILE_ATTRIBUTES) return DPOI_PATH_NONE;
-    return a & FILE_ATTRIBUTE_DIRECTORY ? DPOI_PATH_FOLDER : a & FILE_ATTRIBUTE_DEVICE ? DPOI_PATH_OTHER : DPOI_PATH_FILE;
+    if (a & FILE_ATTRIBUTE_DIRECTORY) return DPOI_PATH_FOLDER;
+    return a & FILE_ATTRIBUTE_DEVICE ? DPOI_PATH_OTHER : DPOI_PATH_FILE;
 }
 
 static int dpoi_sys_open(dpoi_fd *f, const char *path, int how)
@@ -1698,7 +1702,8 @@ static int dpoi_sys_open(dpoi_fd *f, const char *path, int how)
     DWORD access = how == DPOI_OPEN_READ ? GENERIC_READ : how == DPOI_OPEN_NEW ? GENERIC_WRITE : FILE_APPEND_DATA;
     DWORD make = how == DPOI_OPEN_READ ? OPEN_EXISTING : how == DPOI_OPEN_NEW ? CREATE_NEW : OPEN_ALWAYS;
     if (!dpoi_wide(path, w)) return ERROR_INVALID_NAME;
-    *f = CreateFileW(w, access, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, NULL, make, FILE_ATTRIBUTE_NORMAL, NULL);
+    *f = CreateFileW(w, access, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, NULL, make,
+                     FILE_ATTRIBUTE_NORMAL, NULL);
     return *f == INVALID_HANDLE_VALUE ? (int)GetLastError() : 0;
 }
 
@@ -1763,7 +1768,7 @@ static int dpoi_sys_map(dpoi_fd f, size_t size, void **data)
 }
 
 static void dpoi_sys_unmap(void *data, size_t size) { (void)size; UnmapViewOfFile(data); }
-static void dpoi_sys_discard(const unsigned char *data, size_t n) { (void)data; (void)n; }   /* the system trims by itself */
+static void dpoi_sys_discard(const unsigned char *data, size_t n) { (void)data; (void)n; }   /* the system trims */
 #endif
 
 static const char *dpoi_sys_reason(int e)
@@ -1773,7 +1778,8 @@ static const char *dpoi_sys_reason(int e)
     case ERROR_ACCESS_DENIED:                              return "permission denied";
     case ERROR_DISK_FULL: case ERROR_HANDLE_DISK_FULL:     return "the disk is full";
     case ERROR_WRITE_PROTECT:                              return "the disk is read-only";
-    case ERROR_SHARING_VIOLATION: case ERROR_LOCK_VIOLATION: case ERROR_USER_MAPPED_FILE: return "another program, or this one, has it open";
+    case ERROR_SHARING_VIOLATION: case ERROR_LOCK_VIOLATION: case ERROR_USER_MAPPED_FILE:
+        return "another program, or this one, has it open";
     case ERROR_INVALID_NAME:                               return "not a file name";
     case ERROR_NOT_ENOUGH_MEMORY:                          return "no room in memory";
     default:                                               return NULL;
@@ -1846,7 +1852,7 @@ static int dpoi_sys_write(dpoi_fd f, const char *p, size_t n, size_t *put)
     return 0;
 }
 
-static int dpoi_sys_sync(dpoi_fd f) { return fsync(f) && errno != EINVAL ? errno : 0; }   /* EINVAL: it cannot be synced */
+static int dpoi_sys_sync(dpoi_fd f) { return fsync(f) && errno != EINVAL ? errno : 0; }      /* EINVAL: has no sync */
 static int dpoi_sys_close(dpoi_fd f) { return close(f) ? errno : 0; }
 static int dpoi_sys_rename(const char *from, const char *to) { return rename(from, to) ? errno : 0; }
 static void dpoi_sys_remove(const char *path) { unlink(path); }
@@ -1929,7 +1935,7 @@ static int dpoi_sys_size(dpoi_fd f, uint64_t *size)
 }
 
 static int dpoi_sys_read(dpoi_fd f, char *p, size_t n, size_t *got) { *got = fread(p, 1, n, f); return ferror(f) != 0; }
-static int dpoi_sys_write(dpoi_fd f, const char *p, size_t n, size_t *put) { *put = fwrite(p, 1, n, f); return *put < n; }
+static int dpoi_sys_write(dpoi_fd f, const char *p, size_t n, size_t *put) { return (*put = fwrite(p, 1, n, f)) < n; }
 static int dpoi_sys_sync(dpoi_fd f) { return fflush(f) != 0; }
 static int dpoi_sys_close(dpoi_fd f) { return fclose(f) != 0; }
 static int dpoi_sys_rename(const char *from, const char *to) { return rename(from, to) != 0; }
@@ -2010,7 +2016,8 @@ DPOI_UNUSED static int dpoi_mkdirs(dpo_ctx *c, const char *path)
         char was = p[i];
         if (was && was != '/' && was != '\\') continue;
         p[i] = 0;
-        if (dpoi_sys_kind(p) != DPOI_PATH_FOLDER && (e = dpoi_sys_mkdir(p)) && dpoi_sys_kind(p) == DPOI_PATH_FOLDER) e = 0;
+        if (dpoi_sys_kind(p) != DPOI_PATH_FOLDER && (e = dpoi_sys_mkdir(p)) &&
+            dpoi_sys_kind(p) == DPOI_PATH_FOLDER) e = 0;
         p[i] = was;
     }
     dpoi_strfree(c, p);
@@ -2033,8 +2040,8 @@ static int dpoi_read_all(dpo_ctx *c, dpoi_fd f, const char *path, char *p, size_
     for (size_t at = 0, got = 0; at < n; at += got) {
         int e = dpoi_sys_read(f, p + at, n - at, &got);
         if (e) return dpoi_fail_io(c, "read", path, e);
-        if (!got) return dpoi_fail(c, DPO_IO, "cannot read %.400s: it ended at byte %llu of %llu", path, (unsigned long long)at,
-                                   (unsigned long long)n);
+        if (!got) return dpoi_fail(c, DPO_IO, "cannot read %.400s: it ended at byte %llu of %llu", path,
+                                   (unsigned long long)at, (unsigned long long)n);
     }
     return 1;
 }
@@ -2048,7 +2055,8 @@ static int dpoi_open_sized(dpo_ctx *c, const char *path, dpoi_fd *f, size_t *siz
     e = dpoi_sys_size(*f, &n);
     if (!e && n < (size_t)-1 / 2) { *size = (size_t)n; return 1; }
     dpoi_sys_close(*f);
-    return e ? dpoi_fail_io(c, "read", path, e) : dpoi_fail(c, DPO_IO, "cannot read %.400s: too large for this machine", path);
+    if (e) return dpoi_fail_io(c, "read", path, e);
+    return dpoi_fail(c, DPO_IO, "cannot read %.400s: too large for this machine", path);
 }
 
 /* The whole of a file of at most `limit` bytes, a zero after it.  Give back with dpoi_release(c, *text, *n + 1). */
@@ -2060,8 +2068,8 @@ DPOI_UNUSED static int dpoi_read_file(dpo_ctx *c, const char *path, size_t limit
     if (!dpoi_ok(c) || !dpoi_open_sized(c, path, &f, n)) return 0;
     if (*n > limit) {
         dpoi_sys_close(f);
-        return dpoi_fail(c, DPO_BAD_FILE, "%.400s: %llu bytes, at most %llu are allowed for such a file", path, (unsigned long long)*n,
-                         (unsigned long long)limit);
+        return dpoi_fail(c, DPO_BAD_FILE, "%.400s: %llu bytes, at most %llu are allowed for such a file", path,
+                         (unsigned long long)*n, (unsigned long long)limit);
     }
     p = (char *)dpoi_calloc(c, *n + 1, 1);
     ok = p && dpoi_read_all(c, f, path, p, *n);
@@ -2158,8 +2166,9 @@ static dpoi_out *dpoi_out_open(dpo_ctx *c, const char *path)
     int       kind = dpoi_ok(c) ? dpoi_sys_kind(path) : DPOI_PATH_NONE, e;
     dpoi_out *o;
     if (!dpoi_ok(c)) return NULL;
-    if (kind == DPOI_PATH_FOLDER || kind == DPOI_PATH_OTHER) {       /* renaming over /dev/null would be a bad surprise */
-        dpoi_fail(c, DPO_IO, "cannot write %.400s: it is %s", path, kind == DPOI_PATH_FOLDER ? "a folder" : "not a plain file");
+    if (kind == DPOI_PATH_FOLDER || kind == DPOI_PATH_OTHER) {  /* renaming over /dev/null would be a bad surprise */
+        dpoi_fail(c, DPO_IO, "cannot write %.400s: it is %s", path,
+                  kind == DPOI_PATH_FOLDER ? "a folder" : "not a plain file");
         return NULL;
     }
     if (!(o = (dpoi_out *)dpoi_calloc(c, 1, sizeof *o))) return NULL;
@@ -2265,7 +2274,10 @@ static void dpoi_sort(uint32_t *v, uint32_t *spare, size_t n, dpoi_less less, co
         for (size_t from = 0; from < n; from += 2 * w) {
             size_t mid = from + w < n ? from + w : n, to = from + 2 * w < n ? from + 2 * w : n;
             size_t a = from, b = mid;
-            for (size_t k = from; k < to; k++) spare[k] = b >= to || (a < mid && !less(arg, v[b], v[a])) ? v[a++] : v[b++];
+            for (size_t k = from; k < to; k++) {
+                int first = b >= to || (a < mid && !less(arg, v[b], v[a]));
+                spare[k] = first ? v[a++] : v[b++];
+            }
         }
         memcpy(v, spare, n * sizeof *v);
     }
@@ -2380,7 +2392,7 @@ typedef struct dpoi_json_doc {
 
 struct dpo_json {
     dpoi_json_doc *doc;
-    union { double number; int64_t whole; size_t at; } v;  /* at: a string's place in the pool, a container's first child */
+    union { double number; int64_t whole; size_t at; } v;  /* at: a string's place in the pool, or the first child */
     uint32_t type, count;                 /* bytes, elements or members; a boolean's value */
     uint32_t key, hash;                   /* of the name of a member: its place in the pool + 1, and its hash */
 };
@@ -2397,7 +2409,8 @@ typedef struct dpoi_json_in {             /* the parser's state */
 
 static int dpoi_json_bad(dpoi_json_in *in, const char *what)
 {
-    return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: broken JSON at byte %llu: %s", in->doc->name, (unsigned long long)in->at, what);
+    return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: broken JSON at byte %llu: %s", in->doc->name,
+                     (unsigned long long)in->at, what);
 }
 
 static uint32_t dpoi_json_hash(const char *s)              /* FNV-1a */
@@ -2422,7 +2435,11 @@ static void dpoi_json_space(dpoi_json_in *in)
 }
 
 static int dpoi_json_next_is(dpoi_json_in *in, char ch) { return in->at < in->n && in->text[in->at] == ch; }
-static int dpoi_json_digit(dpoi_json_in *in) { return in->at < in->n && in->text[in->at] >= '0' && in->text[in->at] <= '9'; }
+
+static int dpoi_json_digit(dpoi_json_in *in)
+{
+    return in->at < in->n && in->text[in->at] >= '0' && in->text[in->at] <= '9';
+}
 
 /* Digits into m, as many as fit; those beyond only count.  Returns how many digits there were. */
 static int64_t dpoi_json_digits(dpoi_json_in *in, uint64_t *m, int64_t *dropped)
@@ -2465,7 +2482,8 @@ static int dpoi_json_number(dpoi_json_in *in, dpo_json *v)
         int64_t before = dropped;
         whole = 0;
         in->at++;
-        if (!(digits = dpoi_json_digits(in, &m, &dropped))) return dpoi_json_bad(in, "a digit is missing after the point");
+        digits = dpoi_json_digits(in, &m, &dropped);
+        if (!digits) return dpoi_json_bad(in, "a digit is missing after the point");
         e -= digits - (dropped - before);
     }
     if (dpoi_json_next_is(in, 'e') || dpoi_json_next_is(in, 'E')) {
@@ -2487,7 +2505,9 @@ static int dpoi_json_hex4(dpoi_json_in *in, uint32_t *v)
     *v = 0;
     if (in->n - in->at < 4) return dpoi_json_bad(in, "a \\u escape is cut off");
     for (int k = 0; k < 4; k++, in->at++) {
-        int ch = in->text[in->at], d = ch >= '0' && ch <= '9' ? ch - '0' : (ch | 32) >= 'a' && (ch | 32) <= 'f' ? (ch | 32) - 'a' + 10 : -1;
+        int ch = in->text[in->at], low = ch | 32, d = -1;
+        if (ch >= '0' && ch <= '9') d = ch - '0';
+        else if (low >= 'a' && low <= 'f') d = low - 'a' + 10;
         if (d < 0) return dpoi_json_bad(in, "not a hexadecimal digit");
         *v = *v << 4 | (uint32_t)d;
     }
@@ -2580,8 +2600,9 @@ static int dpoi_json_index(dpoi_json_in *in, const dpo_json *v)
     for (size_t i = 1; i < n; i++) {
         const uint32_t *o = d->order + v->v.at + i;
         if (dpoi_json_less(d->nodes, o[-1], o[0])) continue;
-        return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: the name \"%s\" stands twice in one object (it ends at byte %llu)", d->name,
-                         dpoi_shown(shown, dpoi_json_name(d->nodes + o[0])), (unsigned long long)in->at);
+        dpoi_shown(shown, dpoi_json_name(d->nodes + o[0]));
+        return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: \"%s\" stands twice in the object that ends at byte %llu", d->name, shown,
+                         (unsigned long long)in->at);
     }
     return 1;
 }
@@ -2627,7 +2648,8 @@ static int dpoi_json_container(dpoi_json_in *in, int depth, dpo_json *v, char cl
         dpoi_json_space(in);
         if ((more = dpoi_json_next_is(in, ',')) != 0) { in->at++; dpoi_json_space(in); }
     }
-    if (!dpoi_json_next_is(in, close)) return dpoi_json_bad(in, close == ']' ? "',' or ']' was expected" : "',' or '}' was expected");
+    if (!dpoi_json_next_is(in, close))
+        return dpoi_json_bad(in, close == ']' ? "',' or ']' was expected" : "',' or '}' was expected");
     in->at++;
     return dpoi_json_settle(in, from, v) && (close == ']' || dpoi_json_index(in, v));
 }
@@ -2676,7 +2698,7 @@ static int dpoi_json_parse_all(dpoi_json_in *in)
 {
     dpo_json root;
     memset(&root, 0, sizeof root);
-    if (in->n >= 3 && !memcmp(in->text, "\xEF\xBB\xBF", 3)) in->at = 3;       /* the byte order mark that some editors write */
+    if (in->n >= 3 && !memcmp(in->text, "\xEF\xBB\xBF", 3)) in->at = 3;    /* a byte order mark: some editors write one */
     dpoi_json_space(in);
     if (!dpoi_json_value(in, 0, &root)) return 0;
     dpoi_json_space(in);
@@ -2808,11 +2830,11 @@ static void dpoi_json_wrong(const dpo_json *m, const char *what)
     static const char *const kinds[] = { "", "null", "a boolean", "a number", "a string", "a list", "an object" };
     char   shown[128];
     double x;
-    if (dpo_json_double(m, &x))
-        dpoi_fail(m->doc->c, DPO_BAD_FILE, "%.400s: \"%s\" is %.9g, %s", m->doc->name, dpoi_shown(shown, dpoi_json_name(m)), x, what);
-    else
-        dpoi_fail(m->doc->c, DPO_BAD_FILE, "%.400s: \"%s\" is %s, %s", m->doc->name, dpoi_shown(shown, dpoi_json_name(m)),
-                  kinds[dpo_json_type(m)], what);
+    char   is[40];
+    dpoi_shown(shown, dpoi_json_name(m));
+    if (dpo_json_double(m, &x)) snprintf(is, sizeof is, "%.9g", x);
+    else snprintf(is, sizeof is, "%s", kinds[dpo_json_type(m)]);
+    dpoi_fail(m->doc->c, DPO_BAD_FILE, "%.400s: \"%s\" is %s, %s", m->doc->name, shown, is, what);
 }
 
 DPO_DEF int64_t dpo_json_want_int(const dpo_json *v, const char *key, int64_t otherwise, int64_t low, int64_t high)
@@ -2871,7 +2893,8 @@ static void dpoi_text_free(dpoi_text *t) { dpoi_release(t->c, t->at, (size_t)t->
 static int dpoi_text_bytes(dpoi_text *t, const char *p, size_t n)
 {
     void *at = t->at;
-    if (t->failed || n > (size_t)INT64_MAX / 4 || !dpoi_grow(t->c, &at, &t->room, t->n + (int64_t)n + 1, 1)) t->failed = 1;
+    if (t->failed || n > (size_t)INT64_MAX / 4 ||
+        !dpoi_grow(t->c, &at, &t->room, t->n + (int64_t)n + 1, 1)) t->failed = 1;
     t->at = (char *)at;
     if (t->failed) return 0;
     memcpy(t->at + t->n, p, n);
@@ -2892,8 +2915,9 @@ DPOI_UNUSED static int dpoi_text_format(dpoi_text *t, const char *fmt, ...)
     va_start(args, fmt);
     n = vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
-    if (n < 0 || n >= (int)sizeof line) return t->failed = 1, dpoi_fail(t->c, DPO_BAD_ARGUMENT, "a text of %d bytes is too long for one line", n);
-    return dpoi_text_bytes(t, line, (size_t)n);
+    if (n >= 0 && n < (int)sizeof line) return dpoi_text_bytes(t, line, (size_t)n);
+    t->failed = 1;
+    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "a text of %d bytes is too long for one line", n);
 }
 
 /* s as a JSON string.  Bytes that are not UTF-8 become U+FFFD, so that the text stays readable for everyone. */
@@ -3039,20 +3063,26 @@ static void dpoi_file_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, f, sizeof *f);
 }
 
-#define DPOI_CONVERT "convert it in Python: import torch, safetensors.torch as s; d = torch.load(\"IN\", \"cpu\", weights_only=True); " \
-    "d = d.get(\"state_dict\", d); s.save_file({k: v.clone().contiguous() for k, v in d.items() if hasattr(v, \"shape\")}, \"OUT.safetensors\")"
+#define DPOI_CONVERT \
+    "convert it in Python: import torch, safetensors.torch as s; d = torch.load(\"IN\", \"cpu\", weights_only=True); " \
+    "d = d.get(\"state_dict\", d); s.save_file({k: v.clone().contiguous() for k, v in d.items() " \
+    "if hasattr(v, \"shape\")}, \"OUT.safetensors\")"
 
 /* What people name .safetensors or hand over instead of one, by its first bytes.  Returns 0 and an error, or 1. */
 static int dpoi_st_recognise(dpo_ctx *c, const char *path, const unsigned char *p, size_t n)
 {
     if (!n) return dpoi_fail(c, DPO_BAD_FILE, "%.200s: the file is empty", path);
-    if ((n >= 4 && !memcmp(p, "PK\3\4", 4)) || (n >= 2 && p[0] == 0x80 && p[1] >= 1 && p[1] <= 5 && (n < 9 || p[8] != '{')))
-        return dpoi_fail(c, DPO_UNSUPPORTED, "%.200s: a pickle (.ckpt, .bin, .pt), which can run code when it is read; " DPOI_CONVERT, path);
+    if ((n >= 4 && !memcmp(p, "PK\3\4", 4)) ||
+        (n >= 2 && p[0] == 0x80 && p[1] >= 1 && p[1] <= 5 && (n < 9 || p[8] != '{')))
+        return dpoi_fail(c, DPO_UNSUPPORTED, "%.200s: a pickle (.ckpt, .bin, .pt), which can run code when it is read; "
+                         DPOI_CONVERT, path);
     if (n >= 4 && !memcmp(p, "GGUF", 4))
         return dpoi_fail(c, DPO_UNSUPPORTED, "%.200s: a GGUF file; the safetensors form of the model is needed", path);
     if (n >= 7 && !memcmp(p, "version", 7))
-        return dpoi_fail(c, DPO_BAD_FILE, "%.200s: a Git LFS pointer, not the file itself; fetch it with: git lfs pull", path);
-    if (n < 8) return dpoi_fail(c, DPO_BAD_FILE, "%.200s: %llu bytes, too short for a safetensors file", path, (unsigned long long)n);
+        return dpoi_fail(c, DPO_BAD_FILE,
+                         "%.200s: a Git LFS pointer, not the file itself; fetch it with: git lfs pull", path);
+    if (n < 8)
+        return dpoi_fail(c, DPO_BAD_FILE, "%.200s: %d bytes, too short for a safetensors file", path, (int)n);
     if ((n >= 9 && p[8] != '{') && (p[0] == '{' || p[0] == '<' || p[0] == '#'))
         return dpoi_fail(c, DPO_BAD_FILE, "%.200s: a text file, not safetensors", path);
     return 1;
@@ -3082,14 +3112,16 @@ static int dpoi_st_entry(dpo_file *f, const dpoi_shard *s, const dpo_json *m, dp
         return dpoi_st_wrong(f, s, e->name, line);
     }
     e->dtype = dpoi_st_info(e->type)->name;
-    if (dpo_json_count(shape) > DPO_FILE_RANK) return dpoi_st_wrong(f, s, e->name, "more than 8 axes are not supported");
+    if (dpo_json_count(shape) > DPO_FILE_RANK)
+        return dpoi_st_wrong(f, s, e->name, "more than 8 axes are not supported");
     e->rank = (int)dpo_json_count(shape);
     for (int k = 0; k < DPO_FILE_RANK; k++) e->shape[k] = 1;
     for (int k = 0; k < e->rank; k++)
         if (!dpo_json_int(dpo_json_at(shape, k), &e->shape[k]) || e->shape[k] < 0)
             return dpoi_st_wrong(f, s, e->name, "an axis is not a whole number from 0 on");
     for (int k = 0; k < 2; k++) {
-        if (!dpo_json_int(dpo_json_at(offsets, k), &v) || v < 0) return dpoi_st_wrong(f, s, e->name, "an offset is not a whole number from 0 on");
+        if (!dpo_json_int(dpo_json_at(offsets, k), &v) || v < 0)
+            return dpoi_st_wrong(f, s, e->name, "an offset is not a whole number from 0 on");
         range[k] = (uint64_t)v;
     }
     return 1;
@@ -3105,8 +3137,8 @@ static int dpoi_st_before(const void *arg, uint32_t a, uint32_t b)
 
 /* In order of place, tensors must tile the data: the first begins at 0, each where the one before ends, each as long as
    its shape says, the last ends with the file. */
-static int dpoi_st_tile(dpo_file *f, dpoi_shard *s, const dpo_entry *read, const dpoi_st_place *place, const uint32_t *order,
-                        int64_t n, size_t start)
+static int dpoi_st_tile(dpo_file *f, dpoi_shard *s, const dpo_entry *read, const dpoi_st_place *place,
+                        const uint32_t *order, int64_t n, size_t start)
 {
     uint64_t at = 0, left = s->map.size - start, bytes;
     char     line[160];
@@ -3115,20 +3147,21 @@ static int dpoi_st_tile(dpo_file *f, dpoi_shard *s, const dpo_entry *read, const
         const dpoi_st_place *p = &place[order[i]];
         *e = read[order[i]];
         if (p->begin != at || p->end < p->begin) {
-            snprintf(line, sizeof line, "its data is at %llu to %llu, but must begin at %llu, where the tensor before it ends",
+            snprintf(line, sizeof line, "its data is at %llu to %llu, but the tensor before it ends at %llu",
                      (unsigned long long)p->begin, (unsigned long long)p->end, (unsigned long long)at);
             return dpoi_st_wrong(f, s, e->name, line);
         }
         if (!dpoi_st_size(e->type, e->rank, e->shape, &e->count, &bytes))
             return dpoi_st_wrong(f, s, e->name, "its shape is too large, or not a whole number of bytes");
         if (bytes != p->end - p->begin) {
-            snprintf(line, sizeof line, "shape and dtype make %llu bytes, the file has %llu (at offset %llu)", (unsigned long long)bytes,
-                     (unsigned long long)(p->end - p->begin), (unsigned long long)(start + p->begin));
+            snprintf(line, sizeof line, "shape and dtype make %llu bytes, the file has %llu (at offset %llu)",
+                     (unsigned long long)bytes, (unsigned long long)(p->end - p->begin),
+                     (unsigned long long)(start + p->begin));
             return dpoi_st_wrong(f, s, e->name, line);
         }
         if (p->end > left) {
-            snprintf(line, sizeof line, "its data ends at byte %llu, but the file has %llu: it was cut off", (unsigned long long)p->end + start,
-                     (unsigned long long)s->map.size);
+            snprintf(line, sizeof line, "its data ends at byte %llu, but the file has %llu: it was cut off",
+                     (unsigned long long)p->end + start, (unsigned long long)s->map.size);
             return dpoi_st_wrong(f, s, e->name, line);
         }
         e->data = s->map.data + start + p->begin;
@@ -3136,7 +3169,8 @@ static int dpoi_st_tile(dpo_file *f, dpoi_shard *s, const dpo_entry *read, const
         at = p->end;
     }
     if (at == left) return 1;
-    return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: %llu bytes follow the last tensor", s->path, (unsigned long long)(left - at));
+    return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: %llu bytes follow the last tensor", s->path,
+                     (unsigned long long)(left - at));
 }
 
 /* Tensors of a parsed header into f->entries. */
@@ -3175,10 +3209,12 @@ static int dpoi_st_metadata(dpo_file *f, dpoi_shard *s)
 {
     const dpo_json *m = dpo_json_get(s->header, "__metadata__");
     char            shown[128];
-    if (m && dpo_json_type(m) != DPO_JSON_OBJECT) return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: __metadata__ is not an object", s->path);
+    if (m && dpo_json_type(m) != DPO_JSON_OBJECT)
+        return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: __metadata__ is not an object", s->path);
     for (int64_t i = 0; i < dpo_json_count(m); i++)
         if (!dpo_json_text(dpo_json_at(m, i), NULL))
-            return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: metadata \"%s\" is not a string", s->path, dpoi_shown(shown, dpo_json_key(dpo_json_at(m, i))));
+            return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: metadata \"%s\" is not a string", s->path,
+                             dpoi_shown(shown, dpo_json_key(dpo_json_at(m, i))));
     return 1;
 }
 
@@ -3205,10 +3241,12 @@ static int dpoi_st_read(dpo_file *f, dpoi_shard *s)
     if (!dpoi_st_recognise(f->c, s->path, p, s->map.size)) return 0;
     memcpy(&n, p, 8);
     if (n > DPOI_ST_HEADER)
-        return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: not safetensors, or damaged: a header of %llu bytes, at most %u are allowed",
+        return dpoi_fail(f->c, DPO_BAD_FILE,
+                         "%.300s: not safetensors, or damaged: a header of %llu bytes, at most %u are allowed",
                          s->path, (unsigned long long)n, DPOI_ST_HEADER);
     if (n > size - 8)
-        return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: not safetensors, or cut off: the header has %llu bytes, the file %llu",
+        return dpoi_fail(f->c, DPO_BAD_FILE,
+                         "%.300s: not safetensors, or cut off: the header has %llu bytes, the file %llu",
                          s->path, (unsigned long long)n, (unsigned long long)size);
     if (!n || p[8] != '{')
         return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: not safetensors: the header does not start with '{'", s->path);
@@ -3232,7 +3270,8 @@ static int dpoi_st_name_less(const void *arg, uint32_t a, uint32_t b)
 static int dpoi_st_index(dpo_file *f)
 {
     size_t    n = (size_t)f->count;
-    uint32_t *v = (uint32_t *)dpoi_calloc(f->c, n, sizeof *v), *spare = v ? (uint32_t *)dpoi_calloc(f->c, n, sizeof *v) : NULL;
+    uint32_t *v = (uint32_t *)dpoi_calloc(f->c, n, sizeof *v);
+    uint32_t *spare = v ? (uint32_t *)dpoi_calloc(f->c, n, sizeof *v) : NULL;
     char      shown[128];
     f->by_name = v;
     f->named = v ? f->count : 0;
@@ -3242,8 +3281,8 @@ static int dpoi_st_index(dpo_file *f)
     dpoi_release(f->c, spare, n * sizeof *v);
     for (size_t i = 1; i < n; i++)
         if (!strcmp(f->entries[v[i - 1]].name, f->entries[v[i]].name))
-            return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: tensor \"%s\" is in another shard as well", f->entries[v[i]].path,
-                             dpoi_shown(shown, f->entries[v[i]].name));
+            return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: tensor \"%s\" is in another shard as well",
+                             f->entries[v[i]].path, dpoi_shown(shown, f->entries[v[i]].name));
     return 1;
 }
 
@@ -3268,10 +3307,12 @@ static int dpoi_st_shards(dpo_file *f, const dpo_json *map)
         char       *path;
         int         ok;
         if (!name || !dpoi_st_plain_name(name))
-            return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: the shard of \"%s\" is not a plain file name", f->path, dpoi_shown(shown, dpo_json_key(dpo_json_at(map, i))));
+            return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: the shard of \"%s\" is not a plain file name", f->path,
+                             dpoi_shown(shown, dpo_json_key(dpo_json_at(map, i))));
         while (k < f->shard_count && strcmp(f->shards[k].path + prefix, name)) k++;
         if (k < f->shard_count) continue;
-        if (k == DPOI_ST_SHARDS) return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: more than %d shards", f->path, DPOI_ST_SHARDS);
+        if (k == DPOI_ST_SHARDS) return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: more than %d shards", f->path,
+                                                  DPOI_ST_SHARDS);
         if (!(path = (char *)dpoi_calloc(f->c, prefix + strlen(name) + 1, 1))) return 0;
         memcpy(path, f->path, prefix);
         strcpy(path + prefix, name);
@@ -3291,7 +3332,8 @@ static int dpoi_st_promised(dpo_file *f, const dpo_json *map)
         const dpo_json  *m = dpo_json_at(map, i);
         const dpo_entry *e = dpo_file_find(f, dpo_json_key(m));
         if (!e || strcmp(e->path + prefix, dpo_json_text(m, NULL)))
-            return dpoi_fail(f->c, DPO_BAD_FILE, "%.200s: tensor \"%s\" is not in %.200s", f->path, dpoi_shown(shown, dpo_json_key(m)), dpo_json_text(m, NULL));
+            return dpoi_fail(f->c, DPO_BAD_FILE, "%.200s: tensor \"%s\" is not in %.200s", f->path,
+                             dpoi_shown(shown, dpo_json_key(m)), dpo_json_text(m, NULL));
     }
     return 1;
 }
@@ -3329,7 +3371,8 @@ DPO_DEF dpo_file *dpo_safetensors_open(dpo_ctx *c, const char *path)
 {
     dpo_file *f = dpoi_file_new(c, path);
     if (!f) return NULL;
-    return dpoi_file_opened(f, dpoi_ends_with(path, ".json") ? dpoi_st_open_index(f) : dpoi_st_shard(f, path) && dpoi_st_index(f));
+    if (dpoi_ends_with(path, ".json")) return dpoi_file_opened(f, dpoi_st_open_index(f));
+    return dpoi_file_opened(f, dpoi_st_shard(f, path) && dpoi_st_index(f));
 }
 
 DPO_DEF dpo_file *dpo_safetensors_memory(dpo_ctx *c, const void *bytes, size_t n, const char *name)
@@ -3347,8 +3390,9 @@ DPO_DEF dpo_file *dpo_safetensors_memory(dpo_ctx *c, const void *bytes, size_t n
 
 DPO_DEF dpo_file *dpo_safetensors_open_folder(dpo_ctx *c, const char *folder, const char *stem)
 {
-    static const char *const ends[] = { ".safetensors", ".fp16.safetensors", ".safetensors.index.json", ".safetensors.index.fp16.json",
-                                        ".fp16.safetensors.index.json", ".bin", ".fp16.bin" };
+    static const char *const ends[] = { ".safetensors", ".fp16.safetensors", ".safetensors.index.json",
+                                        ".safetensors.index.fp16.json", ".fp16.safetensors.index.json",
+                                        ".bin", ".fp16.bin" };
     char      name[256];
     dpo_file *f = NULL;
     if (!folder || !stem || !dpoi_ok(c)) return NULL;
@@ -3362,7 +3406,8 @@ DPO_DEF dpo_file *dpo_safetensors_open_folder(dpo_ctx *c, const char *folder, co
         dpoi_strfree(c, path);
         if (there) return f;
     }
-    dpoi_fail(c, DPO_IO, "%.300s: there is neither %.100s.safetensors nor %.100s.safetensors.index.json", folder, stem, stem);
+    dpoi_fail(c, DPO_IO, "%.300s: there is neither %.100s.safetensors nor %.100s.safetensors.index.json", folder,
+              stem, stem);
     return NULL;
 }
 
@@ -3372,7 +3417,10 @@ DPO_DEF void        dpo_file_close(dpo_file *f) { if (f) dpoi_disown(f->c, f); }
 DPO_DEF int64_t     dpo_file_count(const dpo_file *f) { return f ? f->count : 0; }
 DPO_DEF const char *dpo_file_path(const dpo_file *f) { return f ? f->path : NULL; }
 
-DPO_DEF dpo_entry *dpo_file_entry(dpo_file *f, int64_t i) { return f && i >= 0 && i < f->count ? &f->entries[i] : NULL; }
+DPO_DEF dpo_entry *dpo_file_entry(dpo_file *f, int64_t i)
+{
+    return f && i >= 0 && i < f->count ? &f->entries[i] : NULL;
+}
 
 DPO_DEF dpo_entry *dpo_file_find(dpo_file *f, const char *name)
 {
@@ -3387,14 +3435,19 @@ DPO_DEF dpo_entry *dpo_file_find(dpo_file *f, const char *name)
     return NULL;
 }
 
+static const dpo_json *dpoi_file_tags(const dpo_file *f)
+{
+    return f && f->shard_count ? dpo_json_get(f->shards[0].header, "__metadata__") : NULL;
+}
+
 DPO_DEF const char *dpo_file_metadata(const dpo_file *f, const char *key)
 {
-    return f && f->shard_count ? dpo_json_text(dpo_json_get(dpo_json_get(f->shards[0].header, "__metadata__"), key), NULL) : NULL;
+    return dpo_json_text(dpo_json_get(dpoi_file_tags(f), key), NULL);
 }
 
 DPO_DEF const char *dpo_file_metadata_at(const dpo_file *f, int64_t i, const char **value)
 {
-    const dpo_json *m = f && f->shard_count ? dpo_json_at(dpo_json_get(f->shards[0].header, "__metadata__"), i) : NULL;
+    const dpo_json *m = dpo_json_at(dpoi_file_tags(f), i);
     if (m && value) *value = dpo_json_text(m, NULL);
     return dpo_json_key(m);
 }
@@ -3421,7 +3474,7 @@ static int dpoi_st_floats(int type, const unsigned char *p, int64_t count, float
     case DPOI_ST_F32:     if (count) memcpy(out, p, (size_t)count * 4); return 1;
     case DPOI_ST_F16:     DPOI_ST_EACH(uint16_t, float, dpoi_f16_to_f32(x));
     case DPOI_ST_BF16:    DPOI_ST_EACH(uint16_t, float, dpoi_bf16_to_f32(x));
-    case DPOI_ST_F8_E5M2: DPOI_ST_EACH(uint8_t, float, dpoi_f16_to_f32((uint16_t)(x << 8)));   /* the upper half of an F16 */
+    case DPOI_ST_F8_E5M2: DPOI_ST_EACH(uint8_t, float, dpoi_f16_to_f32((uint16_t)(x << 8)));  /* upper half of an F16 */
     case DPOI_ST_F8_E4M3: DPOI_ST_EACH(uint8_t, float, dpoi_e4m3_to_f32(x));
     case DPOI_ST_F64:     DPOI_ST_EACH(double, float, x);
     case DPOI_ST_I64:     DPOI_ST_EACH(int64_t, float, x);
@@ -3454,15 +3507,16 @@ static const unsigned char *dpoi_st_range(const dpo_entry *e, int64_t first, int
     if (!e || !dpoi_ok(e->file->c)) return NULL;
     if (first >= 0 && count >= 0 && first <= e->count && count <= e->count - first)
         return e->data + (size_t)((uint64_t)first * (uint64_t)dpoi_st_info(e->type)->bits / 8);
-    dpoi_fail(e->file->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\" has %lld elements, %lld from %lld on were asked for", e->path,
-              dpoi_shown(shown, e->name), (long long)e->count, (long long)count, (long long)first);
+    dpoi_fail(e->file->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\" has %lld elements, %lld from %lld on were asked for",
+              e->path, dpoi_shown(shown, e->name), (long long)e->count, (long long)count, (long long)first);
     return NULL;
 }
 
 static int dpoi_st_cannot(const dpo_entry *e, const char *as)
 {
     char shown[128];
-    return dpoi_fail(e->file->c, DPO_UNSUPPORTED, "%.300s: tensor \"%s\" is %s, which cannot be read as %s", e->path, dpoi_shown(shown, e->name), e->dtype, as);
+    return dpoi_fail(e->file->c, DPO_UNSUPPORTED, "%.300s: tensor \"%s\" is %s, which cannot be read as %s", e->path,
+                     dpoi_shown(shown, e->name), e->dtype, as);
 }
 
 DPO_DEF int dpo_entry_floats(const dpo_entry *e, int64_t first, int64_t count, float *out)
@@ -3558,7 +3612,8 @@ DPO_DEF int dpo_writer_metadata(dpo_writer *w, const char *key, const char *valu
     return 1;
 }
 
-DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, int rank, const int64_t *shape, void *tag)
+DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, int rank, const int64_t *shape,
+                           void *tag)
 {
     dpoi_planned e;
     void        *p;
@@ -3569,8 +3624,10 @@ DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, i
     e.type = dpoi_st_find(dtype);
     e.rank = rank;
     e.tag = tag;
-    if (e.type < 0 || rank < 0 || rank > DPO_FILE_RANK || !dpoi_st_size(e.type, rank, shape, &e.count, &e.bytes) || !strcmp(name, "__metadata__"))
-        return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\" of dtype %.20s and rank %d cannot be written", w->path, dpoi_shown(shown, name), dtype, rank);
+    if (e.type < 0 || rank < 0 || rank > DPO_FILE_RANK || !dpoi_st_size(e.type, rank, shape, &e.count, &e.bytes) ||
+        !strcmp(name, "__metadata__"))
+        return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\" of dtype %.20s and rank %d cannot be written",
+                         w->path, dpoi_shown(shown, name), dtype, rank);
     for (int k = 0; k < rank; k++) e.shape[k] = shape[k];
     p = w->plan;
     e.name = dpoi_strdup(w->c, name);
@@ -3607,12 +3664,14 @@ static int dpoi_writer_header(dpo_writer *w, const uint32_t *order, dpoi_text *t
     dpoi_text_add(t, "}");
     for (int64_t i = 0; i < w->count; i++) {
         const dpoi_planned *e = &w->plan[order[i]];
-        if (e->bytes > (uint64_t)INT64_MAX - at) return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.400s: more bytes than a file can have", w->path);
+        if (e->bytes > (uint64_t)INT64_MAX - at)
+            return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.400s: more bytes than a file can have", w->path);
         dpoi_text_add(t, ",");
         dpoi_text_quote(t, e->name);
         dpoi_text_format(t, ":{\"dtype\":\"%s\",\"shape\":[", dpoi_st_info(e->type)->name);
         for (int k = 0; k < e->rank; k++) dpoi_text_format(t, k ? ",%lld" : "%lld", (long long)e->shape[k]);
-        dpoi_text_format(t, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at, (unsigned long long)(at + e->bytes));
+        dpoi_text_format(t, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at,
+                         (unsigned long long)(at + e->bytes));
         at += e->bytes;
     }
     dpoi_text_add(t, "}");
@@ -3629,7 +3688,8 @@ static int dpoi_writer_order(dpo_writer *w, uint32_t *order, uint32_t *spare)
     dpoi_sort(order, spare, n, dpoi_writer_by_name, w->plan);
     for (size_t i = 1; i < n; i++)
         if (!strcmp(w->plan[order[i - 1]].name, w->plan[order[i]].name))
-            return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.400s: tensor \"%s\" was added twice", w->path, dpoi_shown(shown, w->plan[order[i]].name));
+            return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.400s: tensor \"%s\" was added twice", w->path,
+                             dpoi_shown(shown, w->plan[order[i]].name));
     dpoi_sort(order, spare, n, dpoi_writer_by_type, w->plan);          /* stable: names stay sorted within a type */
     return 1;
 }
@@ -3651,7 +3711,8 @@ static int dpoi_writer_body(dpo_writer *w, const uint32_t *order, dpo_fill_fn fi
         w->left = w->now->bytes;
         ok = fill(user, w, w->now->tag) && dpoi_ok(w->c);
         if (ok && w->left)
-            ok = dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\": %llu bytes were not handed over", w->path, dpoi_shown(shown, w->now->name), (unsigned long long)w->left);
+            ok = dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\": %llu bytes were not handed over", w->path,
+                           dpoi_shown(shown, w->now->name), (unsigned long long)w->left);
     }
     if (!ok) dpoi_fail(w->c, DPO_CANCELLED, "%.400s: saving was stopped by its caller", w->path);
     return ok;
@@ -3677,7 +3738,8 @@ DPO_DEF int dpo_writer_bytes(dpo_writer *w, const void *bytes, size_t n)
     char shown[128];
     if (!w || !w->out || !w->now || !dpoi_ok(w->c)) return 0;
     if (n > w->left)
-        return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\": %llu bytes too many were handed over", w->path, dpoi_shown(shown, w->now->name), (unsigned long long)(n - w->left));
+        return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%.300s: tensor \"%s\": %llu bytes too many were handed over",
+                         w->path, dpoi_shown(shown, w->now->name), (unsigned long long)(n - w->left));
     w->left -= n;
     return dpoi_out_write(w->out, bytes, n);
 }
@@ -3704,10 +3766,12 @@ DPO_DEF int dpo_writer_floats(dpo_writer *w, const float *values, int64_t count)
     unsigned char buffer[4096];
     size_t        n = 0;
     if (!w || !w->now || !values || !dpoi_ok(w->c)) return 0;
-    if (w->now->type == DPOI_ST_F32 && (uint64_t)count <= w->left / 4) return dpo_writer_bytes(w, values, (size_t)count * 4);
+    if (w->now->type == DPOI_ST_F32 && (uint64_t)count <= w->left / 4)
+        return dpo_writer_bytes(w, values, (size_t)count * 4);
     for (int64_t i = 0; i < count; i++) {
         size_t put = dpoi_st_put(w->now->type, values[i], buffer + n);
-        if (!put) return dpoi_fail(w->c, DPO_UNSUPPORTED, "%.300s: floats cannot be written as %s", w->path, dpoi_st_info(w->now->type)->name);
+        if (!put) return dpoi_fail(w->c, DPO_UNSUPPORTED, "%.300s: floats cannot be written as %s", w->path,
+                                   dpoi_st_info(w->now->type)->name);
         n += put;
         if (n < sizeof buffer - 8) continue;
         if (!dpo_writer_bytes(w, buffer, n)) return 0;
@@ -3902,7 +3966,7 @@ static int32_t dpoi_uni_signed(int64_t v) { return (int32_t)(v & 1 ? -(v + 1) / 
 
 typedef struct dpoi_span { uint32_t from, to, stride; int32_t value; } dpoi_span;     /* from, from + stride, ... to */
 typedef struct dpoi_spans { dpoi_span *at; int64_t count, room; } dpoi_spans;         /* in order */
-typedef struct dpoi_composite { uint32_t whole, first, second; int apart; } dpoi_composite;   /* second 0: a mere twin of first */
+typedef struct dpoi_composite { uint32_t whole, first, second; int apart; } dpoi_composite;  /* second 0: none */
 
 typedef struct dpoi_unicode {             /* the tables, unpacked */
     dpoi_spans      letters, numbers, lower, classes, exclusions;
@@ -3911,7 +3975,7 @@ typedef struct dpoi_unicode {             /* the tables, unpacked */
     int64_t         composite_count, composite_room;
 } dpoi_unicode;
 
-enum { DPOI_UNI_RANGES, DPOI_UNI_CLASSES, DPOI_UNI_LOWER };                   /* how an entry of a span table is packed */
+enum { DPOI_UNI_RANGES, DPOI_UNI_CLASSES, DPOI_UNI_LOWER };  /* how an entry of a span table is packed */
 
 static int dpoi_uni_spans(dpo_ctx *c, const char *const *rows, int kind, dpoi_spans *s)
 {
@@ -3927,7 +3991,9 @@ static int dpoi_uni_spans(dpo_ctx *c, const char *const *rows, int kind, dpoi_sp
         e.from = next + (uint32_t)gap;
         e.stride = kind == DPOI_UNI_LOWER ? (uint32_t)(n & 1) + 1 : 1;
         e.to = e.from + (uint32_t)(kind == DPOI_UNI_LOWER ? n / 2 : n) * e.stride;
-        e.value = kind == DPOI_UNI_RANGES ? 1 : kind == DPOI_UNI_CLASSES ? (int32_t)dpoi_uni_next(&in) : dpoi_uni_signed(dpoi_uni_next(&in));
+        e.value = 1;
+        if (kind == DPOI_UNI_CLASSES) e.value = (int32_t)dpoi_uni_next(&in);
+        if (kind == DPOI_UNI_LOWER)   e.value = dpoi_uni_signed(dpoi_uni_next(&in));
         s->at[s->count++] = e;
         next = e.to + 1;
     }
@@ -3984,8 +4050,10 @@ static int dpoi_uni_composites(dpo_ctx *c, dpoi_unicode *u)
 
 static int dpoi_uni_open(dpo_ctx *c, dpoi_unicode *u)
 {
-    return dpoi_uni_spans(c, dpoi_uni_letters, DPOI_UNI_RANGES, &u->letters) && dpoi_uni_spans(c, dpoi_uni_numbers, DPOI_UNI_RANGES, &u->numbers) &&
-           dpoi_uni_spans(c, dpoi_uni_lower, DPOI_UNI_LOWER, &u->lower) && dpoi_uni_spans(c, dpoi_uni_classes, DPOI_UNI_CLASSES, &u->classes) &&
+    return dpoi_uni_spans(c, dpoi_uni_letters, DPOI_UNI_RANGES, &u->letters) &&
+           dpoi_uni_spans(c, dpoi_uni_numbers, DPOI_UNI_RANGES, &u->numbers) &&
+           dpoi_uni_spans(c, dpoi_uni_lower, DPOI_UNI_LOWER, &u->lower) &&
+           dpoi_uni_spans(c, dpoi_uni_classes, DPOI_UNI_CLASSES, &u->classes) &&
            dpoi_uni_spans(c, dpoi_uni_exclusions, DPOI_UNI_RANGES, &u->exclusions) && dpoi_uni_composites(c, u);
 }
 
@@ -4009,14 +4077,15 @@ static int dpoi_uni_number(const dpoi_unicode *u, uint32_t cp)
 
 static int dpoi_uni_white(uint32_t cp)                     /* property White_Space */
 {
-    return (cp >= 9 && cp <= 13) || cp == 32 || cp == 0x85 || cp == 0xA0 || cp == 0x1680 || (cp >= 0x2000 && cp <= 0x200A) ||
-           cp == 0x2028 || cp == 0x2029 || cp == 0x202F || cp == 0x205F || cp == 0x3000;
+    return (cp >= 9 && cp <= 13) || cp == 32 || cp == 0x85 || cp == 0xA0 || cp == 0x1680 ||
+           (cp >= 0x2000 && cp <= 0x200A) || cp == 0x2028 || cp == 0x2029 || cp == 0x202F ||
+           cp == 0x205F || cp == 0x3000;
 }
 
 /* ------------------------------------------------------------------------------------------ NFC
 
    Unicode Standard Annex 15: take every character apart, sort marks behind their base by class, put together again. */
-typedef struct dpoi_points { dpo_ctx *c; uint32_t *at; int64_t count, room; } dpoi_points;    /* a text as code points */
+typedef struct dpoi_points { dpo_ctx *c; uint32_t *at; int64_t count, room; } dpoi_points;  /* a text as code points */
 
 static int dpoi_points_add(dpoi_points *p, uint32_t cp)
 {
@@ -4027,7 +4096,12 @@ static int dpoi_points_add(dpoi_points *p, uint32_t cp)
     return ok;
 }
 
-static void dpoi_points_free(dpoi_points *p) { dpoi_release(p->c, p->at, (size_t)p->room * sizeof *p->at); p->at = NULL; p->count = p->room = 0; }
+static void dpoi_points_free(dpoi_points *p)
+{
+    dpoi_release(p->c, p->at, (size_t)p->room * sizeof *p->at);
+    p->at = NULL;
+    p->count = p->room = 0;
+}
 
 enum { DPOI_HANGUL = 0xAC00, DPOI_HANGUL_L = 0x1100, DPOI_HANGUL_V = 0x1161, DPOI_HANGUL_T = 0x11A7,
        DPOI_HANGULS = 11172, DPOI_HANGUL_VS = 21, DPOI_HANGUL_TS = 28 };
@@ -4039,13 +4113,15 @@ static int dpoi_uni_apart(const dpoi_unicode *u, uint32_t cp, dpoi_points *out)
     int64_t  low = 0, high = u->composite_count;
     if (cp >= 0xC0 && s < DPOI_HANGULS)
         return dpoi_points_add(out, DPOI_HANGUL_L + s / (DPOI_HANGUL_VS * DPOI_HANGUL_TS)) &&
-               dpoi_points_add(out, DPOI_HANGUL_V + s / DPOI_HANGUL_TS % DPOI_HANGUL_VS) && (!t || dpoi_points_add(out, DPOI_HANGUL_T + t));
+               dpoi_points_add(out, DPOI_HANGUL_V + s / DPOI_HANGUL_TS % DPOI_HANGUL_VS) &&
+               (!t || dpoi_points_add(out, DPOI_HANGUL_T + t));
     while (cp >= 0xC0 && low < high) {
         int64_t mid = low + (high - low) / 2;
         if (u->composites[mid].whole < cp) low = mid + 1; else high = mid;
     }
     if (cp >= 0xC0 && low < u->composite_count && u->composites[low].whole == cp)
-        return dpoi_uni_apart(u, u->composites[low].first, out) && (!u->composites[low].second || dpoi_uni_apart(u, u->composites[low].second, out));
+        return dpoi_uni_apart(u, u->composites[low].first, out) &&
+               (!u->composites[low].second || dpoi_uni_apart(u, u->composites[low].second, out));
     return dpoi_points_add(out, cp | (uint32_t)dpoi_uni_value(&u->classes, cp) << 24);
 }
 
@@ -4091,7 +4167,8 @@ static void dpoi_uni_compose(const dpoi_unicode *u, dpoi_points *p)
     int64_t n = 0, starter = -1;
     for (int64_t i = 0; i < p->count; i++) {
         uint32_t cp = p->at[i] & 0xFFFFFF, class_of = p->at[i] >> 24, whole = 0;
-        if (starter >= 0 && (n - 1 == starter || p->at[n - 1] >> 24 < class_of)) whole = dpoi_uni_together(u, p->at[starter], cp);
+        if (starter >= 0 && (n - 1 == starter || p->at[n - 1] >> 24 < class_of))
+            whole = dpoi_uni_together(u, p->at[starter], cp);
         if (whole) { p->at[starter] = whole; continue; }
         if (!class_of) starter = n;
         p->at[n++] = p->at[i];
@@ -4142,7 +4219,7 @@ static int dpoi_uni_normalise(const dpoi_unicode *u, const char *text, size_t n,
    ========================================================================================================== */
 
 /* text -> special tokens cut out -> NFC, lower case -> words by the pattern
-     <|startoftext|> | <|endoftext|> | 's 't 're 've 'm 'll 'd | letters+ | number | other+       (white space separates)
+     <|startoftext|> | <|endoftext|> | 's 't 're 've 'm 'll 'd | letters+ | number | other+     (white space separates)
    -> UTF-8 bytes, each a symbol, the last one with "</w>" -> the merge that merges.txt lists first is done first, the
    leftmost of equals, until none applies -> ids.  Sennrich et al., arXiv 1508.07909; transformers CLIPTokenizer 5. */
 
@@ -4155,8 +4232,8 @@ typedef struct dpoi_special {             /* a token that is found in the text a
     dpoi_points points;                   /* text normalised */
 } dpoi_special;
 
-typedef struct dpoi_symbol { uint32_t id; int32_t before, after; } dpoi_symbol;       /* of a word; after -1: the last; -2: gone */
-typedef struct dpoi_chance { uint32_t rank, id; int32_t at; } dpoi_chance;    /* symbols at and its follower could become id */
+typedef struct dpoi_symbol { uint32_t id; int32_t before, after; } dpoi_symbol;  /* after -1: the last; -2: merged away */
+typedef struct dpoi_chance { uint32_t rank, id; int32_t at; } dpoi_chance;  /* symbol at and the next may become id */
 
 enum { DPOI_SPECIALS = 4, DPOI_IDS = 1 << 24 };
 
@@ -4214,12 +4291,13 @@ static int dpoi_tok_vocab(dpo_tokenizer *t, const dpo_json *vocab, const char *n
 {
     char    symbol[16], shown[128];
     int32_t id;
-    if (dpo_json_type(vocab) != DPO_JSON_OBJECT) return dpoi_fail(t->c, DPO_BAD_FILE, "%.300s: a vocabulary is an object of token and id", name);
+    if (dpo_json_type(vocab) != DPO_JSON_OBJECT)
+        return dpoi_fail(t->c, DPO_BAD_FILE, "%.300s: a vocabulary is an object of token and id", name);
     for (int64_t i = 0; i < dpo_json_count(vocab); i++) {
         int64_t v;
         if (!dpo_json_int(dpo_json_at(vocab, i), &v) || v < 0 || v >= DPOI_IDS)
-            return dpoi_fail(t->c, DPO_BAD_FILE, "%.300s: the id of token \"%s\" is not a whole number from 0 to %d", name,
-                             dpoi_shown(shown, dpo_json_key(dpo_json_at(vocab, i))), DPOI_IDS - 1);
+            return dpoi_fail(t->c, DPO_BAD_FILE, "%.300s: the id of token \"%s\" is not a whole number from 0 to %d",
+                             name, dpoi_shown(shown, dpo_json_key(dpo_json_at(vocab, i))), DPOI_IDS - 1);
         if (v >= t->info.vocab) t->info.vocab = (int32_t)v + 1;
     }
     for (int end = 0; end < 2; end++) {
@@ -4301,7 +4379,8 @@ static int dpoi_tok_merges(dpo_tokenizer *t, const dpo_json *vocab, const char *
         if (len && p[len - 1] == '\r') len--;
         if (!len || (len >= 8 && !memcmp(p, "#version", 8))) continue;
         ok = dpoi_tok_merge_line(t, vocab, p, len, &token);
-        if (ok < 0) dpoi_fail(t->c, DPO_BAD_FILE, "%.300s, line %d: not two tokens of the vocabulary that make a third", name, line);
+        if (ok < 0) dpoi_fail(t->c, DPO_BAD_FILE,
+                              "%.300s, line %d: not two tokens of the vocabulary that make a third", name, line);
     }
     dpoi_text_free(&token);
     return ok > 0 && dpoi_tok_sort(t);
@@ -4325,7 +4404,8 @@ static int dpoi_tok_special(dpo_tokenizer *t, const dpo_json *vocab, const char 
     char shown[128];
     *id = dpoi_tok_id(vocab, text);
     if (*id < 0 || !*text || strlen(text) >= sizeof t->specials[0].text)
-        return dpoi_fail(t->c, DPO_BAD_FILE, "%.300s: the special token \"%s\" is not in it", vocab->doc->name, dpoi_shown(shown, text));
+        return dpoi_fail(t->c, DPO_BAD_FILE, "%.300s: the special token \"%s\" is not in it", vocab->doc->name,
+                         dpoi_shown(shown, text));
     while (k < t->special_count && strcmp(t->specials[k].text, text)) k++;
     t->specials[k].late = late;
     if (k < t->special_count) return 1;
@@ -4373,13 +4453,15 @@ static dpo_tokenizer *dpoi_tok_open(dpo_ctx *c, const dpoi_tok_files *files)
     if (!t) return NULL;
     t->c = t->points.c = t->spare.c = c;
     ok = vocab && dpoi_uni_open(c, &t->uni) && dpoi_tok_specials(t, vocab, files->config, files->map) &&
-         dpoi_tok_vocab(t, vocab, files->vocab_name) && dpoi_tok_merges(t, vocab, files->merges, files->merges_bytes, files->merges_name);
+         dpoi_tok_vocab(t, vocab, files->vocab_name) &&
+         dpoi_tok_merges(t, vocab, files->merges, files->merges_bytes, files->merges_name);
     if (vocab) dpoi_json_destroy(c, vocab->doc);
     if (!ok) { dpoi_tok_destroy(c, t); return NULL; }
     return dpoi_own(c, t, dpoi_tok_destroy) ? t : NULL;
 }
 
-DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t vocab_bytes, const char *merges, size_t merges_bytes)
+DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t vocab_bytes, const char *merges,
+                                         size_t merges_bytes)
 {
     dpoi_tok_files f;
     memset(&f, 0, sizeof f);
@@ -4456,22 +4538,27 @@ static const dpoi_tok_pair *dpoi_tok_merge(const dpo_tokenizer *t, uint32_t a, u
     return low < t->merge_count && t->merges[low].a == a && t->merges[low].b == b ? &t->merges[low] : NULL;
 }
 
-static int dpoi_tok_sooner(const dpoi_chance *x, const dpoi_chance *y) { return x->rank != y->rank ? x->rank < y->rank : x->at < y->at; }
+static int dpoi_tok_sooner(const dpoi_chance *x, const dpoi_chance *y)
+{
+    return x->rank != y->rank ? x->rank < y->rank : x->at < y->at;
+}
 
 /* Symbol `at` and the one after it: into the heap if they merge. */
 static int dpoi_tok_push(dpo_tokenizer *t, int32_t at)
 {
-    const dpoi_tok_pair *m = at < 0 || t->symbols[at].after < 0 ? NULL : dpoi_tok_merge(t, t->symbols[at].id, t->symbols[t->symbols[at].after].id);
-    void             *p = t->heap;
-    dpoi_chance       e;
-    int64_t           i;
-    int               ok;
+    int32_t              next = at < 0 ? -1 : t->symbols[at].after;
+    const dpoi_tok_pair *m = next < 0 ? NULL : dpoi_tok_merge(t, t->symbols[at].id, t->symbols[next].id);
+    void                *p = t->heap;
+    dpoi_chance          e;
+    int64_t              i;
+    int                  ok;
     if (!m) return 1;
     ok = dpoi_grow(t->c, &p, &t->heap_room, t->heap_count + 1, sizeof e);
     t->heap = (dpoi_chance *)p;
     if (!ok) return 0;
     e.rank = m->rank; e.id = m->id; e.at = at;
-    for (i = t->heap_count++; i && dpoi_tok_sooner(&e, &t->heap[(i - 1) / 2]); i = (i - 1) / 2) t->heap[i] = t->heap[(i - 1) / 2];
+    for (i = t->heap_count++; i && dpoi_tok_sooner(&e, &t->heap[(i - 1) / 2]); i = (i - 1) / 2)
+        t->heap[i] = t->heap[(i - 1) / 2];
     t->heap[i] = e;
     return 1;
 }
@@ -4515,9 +4602,10 @@ static int dpoi_tok_merge_word(dpo_tokenizer *t)
 static int dpoi_tok_word(dpo_tokenizer *t, int64_t from, int64_t to)
 {
     void   *p = t->symbols;
-    int     ok = to - from < INT32_MAX / 4 ? dpoi_grow(t->c, &p, &t->symbol_room, (to - from) * 4, sizeof *t->symbols)
-                                           : dpoi_fail(t->c, DPO_BAD_ARGUMENT, "a word of more than 500 million characters");
     int32_t n = 0;
+    int     ok;
+    if (to - from >= INT32_MAX / 4) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "a word of more than 500 million characters");
+    ok = dpoi_grow(t->c, &p, &t->symbol_room, (to - from) * 4, sizeof *t->symbols);
     t->symbols = (dpoi_symbol *)p;
     if (!ok) return 0;
     for (int64_t i = from; i < to; i++) {
@@ -4557,7 +4645,9 @@ enum { DPOI_WHITE, DPOI_LETTER, DPOI_NUMBER, DPOI_OTHER };
 
 static int dpoi_tok_kind(const dpo_tokenizer *t, uint32_t cp)
 {
-    return dpoi_uni_white(cp) ? DPOI_WHITE : dpoi_uni_letter(&t->uni, cp) ? DPOI_LETTER : dpoi_uni_number(&t->uni, cp) ? DPOI_NUMBER : DPOI_OTHER;
+    if (dpoi_uni_white(cp)) return DPOI_WHITE;
+    if (dpoi_uni_letter(&t->uni, cp)) return DPOI_LETTER;
+    return dpoi_uni_number(&t->uni, cp) ? DPOI_NUMBER : DPOI_OTHER;
 }
 
 /* Where the word that starts at i ends; *kind: DPOI_WHITE for what is skipped. */
@@ -4579,13 +4669,14 @@ static int dpoi_tok_words(dpo_tokenizer *t, int64_t from, int64_t to)
     for (int64_t i = from, end; i < to && t->id_count < t->id_max; i = end) {
         int kind, n = dpoi_tok_is(t, i, to, "<|startoftext|>") + dpoi_tok_is(t, i, to, "<|endoftext|>");
         end = n ? i + n : dpoi_tok_word_end(t, i, to, &kind);
-        if (n && !(dpoi_tok_word(t, i, i + 2) && dpoi_tok_word(t, i + 2, end - 2) && dpoi_tok_word(t, end - 2, end))) return 0;
+        if (n && !(dpoi_tok_word(t, i, i + 2) && dpoi_tok_word(t, i + 2, end - 2) &&
+                   dpoi_tok_word(t, end - 2, end))) return 0;
         if (!n && kind != DPOI_WHITE && !dpoi_tok_word(t, i, end)) return 0;
     }
     return 1;
 }
 
-/* ------------------------------------------------------------------------------------------ special tokens in the text */
+/* ------------------------------------------------------------------------------------------ a whole text */
 
 /* text[n] between special tokens: normalised, then the late ones are looked for, the longest at each place. */
 static int dpoi_tok_plain(dpo_tokenizer *t, const char *text, size_t n)
@@ -4596,7 +4687,8 @@ static int dpoi_tok_plain(dpo_tokenizer *t, const char *text, size_t n)
         const dpoi_special *hit = NULL;
         for (int k = 0; k < t->special_count; k++) {
             const dpoi_special *s = &t->specials[k];
-            if (s->late && s->points.count && s->points.count <= t->points.count - i && (!hit || s->points.count > hit->points.count) &&
+            if (s->late && s->points.count && s->points.count <= t->points.count - i &&
+                (!hit || s->points.count > hit->points.count) &&
                 !memcmp(t->points.at + i, s->points.at, (size_t)s->points.count * sizeof(uint32_t))) hit = s;
         }
         if (!hit) { i++; continue; }
@@ -4614,7 +4706,8 @@ static int dpoi_tok_text(dpo_tokenizer *t, const char *text)
         const dpoi_special *hit = NULL;
         for (int k = 0; k < t->special_count; k++) {
             const dpoi_special *s = &t->specials[k];
-            if (!s->late && (!hit || strlen(s->text) > strlen(hit->text)) && !strncmp(text + i, s->text, strlen(s->text))) hit = s;
+            if (!s->late && (!hit || strlen(s->text) > strlen(hit->text)) &&
+                !strncmp(text + i, s->text, strlen(s->text))) hit = s;
         }
         if (!hit) { i++; continue; }
         if (!dpoi_tok_plain(t, text + from, i - from)) return 0;
@@ -4628,7 +4721,8 @@ DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int m
 {
     int n;
     if (!t || !text || !ids || !dpoi_ok(t->c)) return 0;
-    if (max < 2) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "dpo_tokenize: room for %d ids, but the first and the last token alone need 2", max);
+    if (max < 2)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "dpo_tokenize: room for %d ids, but first and last token need 2", max);
     ids[0] = t->info.bos;
     t->ids = ids;
     t->id_count = 1;
@@ -8779,6 +8873,40 @@ static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int panels)
 #endif
 }
 
+/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[i*a_row + k*a_step] b[k*b_step + o].
+   b is dense (panel_step 16) or panels; from is NULL or laid out as to. */
+typedef struct dpoi_block_product {
+    const float *a, *b, *from;
+    float  *to;
+    int64_t rows, width, len, a_row, a_step, b_step, panel_step, to_row;
+} dpoi_block_product;
+
+static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product *p)
+{
+    int rows = dpoi_tile_rows(cpu);
+    int64_t panels = dpoi_pieces(p->width, DPOI_PANEL), groups = dpoi_pieces(panels, dpoi_tile_panels(cpu));
+    dpoi_segment s;
+    dpoi_tile t;
+    memset(&t, 0, sizeof t);
+    t.seg = &s;  t.segs = 1;  t.to_step = DPOI_PANEL;
+    s.b = p->b;  s.len = p->len;  s.a_step = p->a_step;  s.b_step = p->b_step;  s.panel_step = p->panel_step;
+    for (int64_t m = 0; m < p->rows; m += rows) {
+        t.rows = (int)dpoi_least(rows, p->rows - m);
+        for (int i = 0; i < rows; i++) s.row[i] = p->a + (m + (i < t.rows ? i : 0))*p->a_row;
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t end = panels*(g + 1)/groups;
+            t.panel = panels*g/groups;
+            t.b_lanes = t.to_lanes = (int)dpoi_least(DPOI_PANEL, p->width - (end - 1)*DPOI_PANEL);
+            for (int i = 0; i < t.rows; i++) {
+                int64_t place = (m + i)*p->to_row + t.panel*DPOI_PANEL;
+                t.to[i] = p->to + place;
+                t.from[i] = p->from ? p->from + place : NULL;
+            }
+            dpoi_tile_run(cpu, &t, (int)(end - t.panel));
+        }
+    }
+}
+
 /* ------------------------------------------------------------------------------------- products over pixels */
 
 /* One x of a product with its weights: y[m] += sum_{ky,kx,i} x[n, y*stride+ky-top, x*stride+kx-left, i] w[ky,kx,i]. */
@@ -9347,13 +9475,18 @@ typedef struct dpoi_attention {
     float   scale;
     const float *q, *k, *v, *o, *dout;
     float  *y, *lse, *work, *dq, *dk, *dv;
+    float  *kt, *vt, *delta;              /* in work: panels of k and of v, delta [N,heads,T] */
     unsigned add;
+    dpoi_cpu *cpu;
+    int64_t length, share;                /* of the axis that units are cut from; units a job */
+    void  (*unit)(const struct dpoi_attention *g, int64_t head, int64_t first);
 } dpoi_attention;
 
-static dpoi_attention dpoi_attention_of(const dpo_args *a)
+static dpoi_attention dpoi_attention_of(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g;
     memset(&g, 0, sizeof g);
+    g.cpu = cpu;
     g.N = a->in[0].shape[0];  g.T = a->in[0].shape[1];  g.D = a->in[0].shape[2];  g.S = a->in[1].shape[1];
     g.heads = a->p.attention.heads;  g.d = g.D/g.heads;
     g.causal = a->p.attention.causal;  g.scale = a->p.attention.scale;
@@ -9462,28 +9595,359 @@ static void dpoi_plain_dkv_task(void *arg, int64_t task)
     }
 }
 
+/* ------------------------------------------------------------------------------------------ rows of scores */
+
+/* One row of scores s[0..n-1] of one query, made into weights; lanes n..width-1 become 0. */
+typedef struct dpoi_score_row {
+    int64_t n, width;
+    float   scale;
+    float   most, sum, shrink;            /* forward: largest score yet, sum of exp(s - most); what older sums shrink by */
+    float   lse, delta;                   /* backward */
+} dpoi_score_row;
+
+#ifdef DPOI_SIMD_X86
+
+/* exp(x) = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2, e^r by its Taylor series to r^6/720 in Horner's form: the
+   relative error stays below 3e-7.  Below -87 the result is next to nothing. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_row_avx512(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-100), _mm512_min_ps(_mm512_set1_ps(88.7f), x));     /* this order lets NaN through */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), e = _mm512_set1_ps(1/720.0f);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);      /* ln 2 in two parts, the first exact in n*ln 2 */
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/120.0f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/24.0f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/6.0f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.5f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(e, n);
+}
+
+DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_row_lanes_avx512(int64_t left)
+{
+    return left >= 16 ? (__mmask16)0xffff : left <= 0 ? (__mmask16)0 : (__mmask16)((1u << left) - 1);
+}
+
+DPOI_AVX512 static void dpoi_score_forward_avx512(dpoi_score_row *t, float *s)
+{
+    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(t->scale);
+    float old = t->most;
+    for (int64_t j = 0; j < t->n; j += 16) {
+        __mmask16 k = dpoi_row_lanes_avx512(t->n - j);
+        most = _mm512_mask_max_ps(most, k, most, _mm512_maskz_loadu_ps(k, s + j));
+    }
+    t->most = fmaxf(old, t->scale*_mm512_reduce_max_ps(most));
+    most = _mm512_set1_ps(t->most);
+    for (int64_t j = 0; j < t->width; j += 16) {
+        __mmask16 k = dpoi_row_lanes_avx512(t->n - j);
+        __m512 p = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(k, s + j), scale, most);
+        p = _mm512_maskz_mov_ps(k, dpoi_exp_row_avx512(p));
+        sum = _mm512_add_ps(sum, p);
+        _mm512_mask_storeu_ps(s + j, dpoi_row_lanes_avx512(t->width - j), p);
+    }
+    t->shrink = old == -INFINITY ? 0 : old == t->most ? 1 : expf(old - t->most);
+    t->sum = t->sum*t->shrink + _mm512_reduce_add_ps(sum);
+}
+
+/* s becomes p, dp becomes ds*scale. */
+DPOI_AVX512 static void dpoi_score_backward_avx512(const dpoi_score_row *t, float *s, float *dp)
+{
+    __m512 scale = _mm512_set1_ps(t->scale), lse = _mm512_set1_ps(t->lse), delta = _mm512_set1_ps(t->delta);
+    for (int64_t j = 0; j < t->width; j += 16) {
+        __mmask16 k = dpoi_row_lanes_avx512(t->n - j), all = dpoi_row_lanes_avx512(t->width - j);
+        __m512 p = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(k, s + j), scale, lse);
+        p = _mm512_maskz_mov_ps(k, dpoi_exp_row_avx512(p));
+        __m512 ds = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_maskz_loadu_ps(k, dp + j), delta));
+        _mm512_mask_storeu_ps(s + j, all, p);
+        _mm512_mask_storeu_ps(dp + j, all, _mm512_mul_ps(ds, scale));
+    }
+}
+
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_row_avx2(__m256 x)
+{
+    x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), x));
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), 8);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x), e = _mm256_set1_ps(1/720.0f);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1/120.0f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1/24.0f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1/6.0f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.5f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1));
+    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(e, _mm256_castsi256_ps(power));
+}
+
+DPOI_AVX2 DPOI_INLINE float dpoi_reduce_avx2(__m256 x, int max)
+{
+    float v[8];
+    _mm256_storeu_ps(v, x);
+    for (int i = 1; i < 8; i++) v[0] = max ? fmaxf(v[0], v[i]) : v[0] + v[i];
+    return v[0];
+}
+
+DPOI_AVX2 DPOI_INLINE __m256i dpoi_row_lanes_avx2(int64_t left)
+{
+    return dpoi_lanes_avx2((int)dpoi_least(8, left < 0 ? 0 : left));
+}
+
+DPOI_AVX2 static void dpoi_score_forward_avx2(dpoi_score_row *t, float *s)
+{
+    __m256 low = _mm256_set1_ps(-INFINITY), most = low, sum = _mm256_setzero_ps(), scale = _mm256_set1_ps(t->scale);
+    float old = t->most;
+    for (int64_t j = 0; j < t->n; j += 8) {
+        __m256i k = dpoi_row_lanes_avx2(t->n - j);
+        most = _mm256_max_ps(most, _mm256_blendv_ps(low, _mm256_maskload_ps(s + j, k), _mm256_castsi256_ps(k)));
+    }
+    t->most = fmaxf(old, t->scale*dpoi_reduce_avx2(most, 1));
+    most = _mm256_set1_ps(t->most);
+    for (int64_t j = 0; j < t->width; j += 8) {
+        __m256i k = dpoi_row_lanes_avx2(t->n - j);
+        __m256 p = _mm256_fmsub_ps(_mm256_maskload_ps(s + j, k), scale, most);
+        p = _mm256_and_ps(_mm256_castsi256_ps(k), dpoi_exp_row_avx2(p));
+        sum = _mm256_add_ps(sum, p);
+        _mm256_maskstore_ps(s + j, dpoi_row_lanes_avx2(t->width - j), p);
+    }
+    t->shrink = old == -INFINITY ? 0 : old == t->most ? 1 : expf(old - t->most);
+    t->sum = t->sum*t->shrink + dpoi_reduce_avx2(sum, 0);
+}
+
+DPOI_AVX2 static void dpoi_score_backward_avx2(const dpoi_score_row *t, float *s, float *dp)
+{
+    __m256 scale = _mm256_set1_ps(t->scale), lse = _mm256_set1_ps(t->lse), delta = _mm256_set1_ps(t->delta);
+    for (int64_t j = 0; j < t->width; j += 8) {
+        __m256i k = dpoi_row_lanes_avx2(t->n - j), all = dpoi_row_lanes_avx2(t->width - j);
+        __m256 p = _mm256_fmsub_ps(_mm256_maskload_ps(s + j, k), scale, lse);
+        p = _mm256_and_ps(_mm256_castsi256_ps(k), dpoi_exp_row_avx2(p));
+        __m256 ds = _mm256_mul_ps(p, _mm256_sub_ps(_mm256_maskload_ps(dp + j, k), delta));
+        _mm256_maskstore_ps(s + j, all, p);
+        _mm256_maskstore_ps(dp + j, all, _mm256_mul_ps(ds, scale));
+    }
+}
+#endif /* DPOI_SIMD_X86 */
+
+static void dpoi_score_forward(const dpoi_cpu *cpu, dpoi_score_row *t, float *s)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa == DPO_ISA_AVX512) dpoi_score_forward_avx512(t, s);
+    else                            dpoi_score_forward_avx2(t, s);
+#else
+    (void)cpu;  (void)t;  (void)s;
+#endif
+}
+
+static void dpoi_score_backward(const dpoi_cpu *cpu, const dpoi_score_row *t, float *s, float *dp)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa == DPO_ISA_AVX512) dpoi_score_backward_avx512(t, s, dp);
+    else                            dpoi_score_backward_avx2(t, s, dp);
+#else
+    (void)cpu;  (void)t;  (void)s;  (void)dp;
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------ blocks of scores
+
+   k, and for backward v, are packed once a call as panels of 16 keys, [N,heads][ceil(S/16)][d][16], so that scores are
+   tiles of the products above.  A unit of work is a block of queries (forward, dq) or of keys (dk, dv) of one head; it
+   walks along the other axis in a fixed order with the scores of one block on its stack. */
+
+enum { DPOI_NEAR = 48, DPOI_FAR = 96 };   /* rows of a unit's own axis, and of the other; multiples of every tile */
+
+/* Scores of queries q0.. against keys k0..: a is q with panels of k, or do with panels of v.  to [nq][row]. */
+static void dpoi_attention_scores(const dpoi_attention *g, int64_t head, const float *a, const float *panels, int64_t q0,
+                                  int64_t nq, int64_t k0, int64_t nk, float *to, int64_t row)
+{
+    dpoi_block_product p;
+    int64_t S = dpoi_pieces(g->S, DPOI_PANEL)*DPOI_PANEL;
+    p.a = a + (head/g->heads*g->T + q0)*g->D + head % g->heads*g->d;
+    p.b = panels + (head*S + k0)*g->d;
+    p.from = NULL;  p.to = to;  p.rows = nq;  p.width = nk;  p.len = g->d;
+    p.a_row = g->D;  p.a_step = 1;  p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = row;
+    dpoi_block_product_run(g->cpu, &p);
+}
+
+/* y rows i += sum_j p[i*p_row + j*p_step] x rows j; x and y are slices of rows of D. */
+static void dpoi_attention_mix(const dpoi_attention *g, const float *p, int64_t p_row, int64_t p_step, int64_t rows,
+                               int64_t len, const float *x, float *y, int add)
+{
+    dpoi_block_product b;
+    b.a = p;  b.b = x;  b.from = add ? y : NULL;  b.to = y;  b.rows = rows;  b.width = g->d;  b.len = len;
+    b.a_row = p_row;  b.a_step = p_step;  b.b_step = g->D;  b.panel_step = DPOI_PANEL;  b.to_row = g->D;
+    dpoi_block_product_run(g->cpu, &b);
+}
+
+/* The keys of k0..k0+nk-1 that query i sees. */
+static int64_t dpoi_attention_seen(const dpoi_attention *g, int64_t i, int64_t k0, int64_t nk)
+{
+    return g->causal ? dpoi_least(nk, i - k0 + 1) : nk;
+}
+
+/* One pass over the keys: whenever a block raises a row's largest score, what the row has summed shrinks to match. */
+static void dpoi_attention_unit(const dpoi_attention *g, int64_t head, int64_t q0)
+{
+    float s[DPOI_NEAR*DPOI_FAR];
+    dpoi_score_row row[DPOI_NEAR];
+    int64_t nq = dpoi_least(DPOI_NEAR, g->T - q0), keys = g->causal ? q0 + nq : g->S;
+    int64_t slice = head % g->heads*g->d;
+    const float *v = g->v + head/g->heads*g->S*g->D + slice;
+    float *y = g->y + (head/g->heads*g->T + q0)*g->D + slice;
+    for (int64_t i = 0; i < nq; i++) {
+        row[i].most = -INFINITY;  row[i].sum = 0;  row[i].scale = g->scale;
+    }
+    for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
+        int64_t nk = dpoi_least(DPOI_FAR, keys - k0);
+        dpoi_attention_scores(g, head, g->q, g->kt, q0, nq, k0, nk, s, DPOI_FAR);
+        for (int64_t i = 0; i < nq; i++) {
+            row[i].n = dpoi_attention_seen(g, q0 + i, k0, nk);  row[i].width = nk;
+            dpoi_score_forward(g->cpu, &row[i], s + i*DPOI_FAR);
+            for (int64_t c = 0; k0 && row[i].shrink != 1 && c < g->d; c++) y[i*g->D + c] *= row[i].shrink;
+        }
+        dpoi_attention_mix(g, s, DPOI_FAR, 1, nq, nk, v + k0*g->D, y, k0 > 0);
+    }
+    for (int64_t i = 0; i < nq; i++) {
+        for (int64_t c = 0; c < g->d; c++) y[i*g->D + c] /= row[i].sum;
+        if (g->lse) g->lse[head*g->T + q0 + i] = row[i].most + logf(row[i].sum);
+    }
+}
+
+/* s = p and dp = scale ds of queries q0.. against keys k0.., [nq][row] both. */
+static void dpoi_attention_back_block(const dpoi_attention *g, int64_t head, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
+                                      float *s, float *dp, int64_t row)
+{
+    dpoi_attention_scores(g, head, g->q, g->kt, q0, nq, k0, nk, s, row);
+    dpoi_attention_scores(g, head, g->dout, g->vt, q0, nq, k0, nk, dp, row);
+    for (int64_t i = 0; i < nq; i++) {
+        dpoi_score_row t;
+        t.n = dpoi_attention_seen(g, q0 + i, k0, nk);  t.width = nk;  t.scale = g->scale;
+        t.lse = g->lse[head*g->T + q0 + i];  t.delta = g->delta[head*g->T + q0 + i];
+        t.most = t.sum = t.shrink = 0;
+        dpoi_score_backward(g->cpu, &t, s + i*row, dp + i*row);
+    }
+}
+
+static void dpoi_attention_dq_unit(const dpoi_attention *g, int64_t head, int64_t q0)
+{
+    float s[DPOI_NEAR*DPOI_FAR], ds[DPOI_NEAR*DPOI_FAR];
+    int64_t nq = dpoi_least(DPOI_NEAR, g->T - q0), keys = g->causal ? q0 + nq : g->S, n = head/g->heads;
+    int64_t slice = head % g->heads*g->d;
+    for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
+        int64_t nk = dpoi_least(DPOI_FAR, keys - k0);
+        dpoi_attention_back_block(g, head, q0, nq, k0, nk, s, ds, DPOI_FAR);
+        dpoi_attention_mix(g, ds, DPOI_FAR, 1, nq, nk, g->k + (n*g->S + k0)*g->D + slice,
+                           g->dq + (n*g->T + q0)*g->D + slice, k0 > 0 || (g->add & 1));
+    }
+}
+
+/* p and ds are read by columns: row j of the product is key j. */
+static void dpoi_attention_dkv_unit(const dpoi_attention *g, int64_t head, int64_t k0)
+{
+    float s[DPOI_NEAR*DPOI_FAR], ds[DPOI_NEAR*DPOI_FAR];
+    int64_t nk = dpoi_least(DPOI_NEAR, g->S - k0), first = g->causal ? k0/DPOI_FAR*DPOI_FAR : 0, n = head/g->heads;
+    int64_t slice = head % g->heads*g->d, to = (n*g->S + k0)*g->D + slice;
+    for (int64_t q0 = first; q0 < g->T; q0 += DPOI_FAR) {
+        int64_t nq = dpoi_least(DPOI_FAR, g->T - q0), from = (n*g->T + q0)*g->D + slice;
+        dpoi_attention_back_block(g, head, q0, nq, k0, nk, s, ds, DPOI_NEAR);
+        if (g->dk) dpoi_attention_mix(g, ds, 1, DPOI_NEAR, nk, nq, g->q + from, g->dk + to, q0 > first || (g->add & 2));
+        if (g->dv) dpoi_attention_mix(g, s, 1, DPOI_NEAR, nk, nq, g->dout + from, g->dv + to, q0 > first || (g->add & 4));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ jobs */
+
+/* A job is so many units as are worth it; what the units do is in `unit`. */
+static void dpoi_attention_task(void *arg, int64_t i)
+{
+    const dpoi_attention *g = (const dpoi_attention *)arg;
+    int64_t blocks = dpoi_pieces(g->length, DPOI_NEAR), units = g->N*g->heads*blocks;
+    for (int64_t u = i*g->share; u < units && u < (i + 1)*g->share; u++)
+        g->unit(g, u/blocks, u % blocks*DPOI_NEAR);
+}
+
+static void dpoi_attention_run(dpoi_attention *g, int64_t length, void (*unit)(const dpoi_attention *, int64_t, int64_t))
+{
+    int64_t other = g->T + g->S - length;
+    g->length = length;
+    g->unit   = unit;
+    g->share  = DPOI_JOB/(4*DPOI_NEAR*other*g->d) + 1;
+    dpoi_parallel(g->cpu, dpoi_pieces(g->N*g->heads*dpoi_pieces(length, DPOI_NEAR), g->share), dpoi_attention_task, g);
+}
+
+/* Panels of all keys of one head: to[panel][c][j] = x[j][c], zeros beyond the last key. */
+static void dpoi_attention_pack_task(void *arg, int64_t head)
+{
+    const dpoi_attention *g = (const dpoi_attention *)arg;
+    int64_t S = dpoi_pieces(g->S, DPOI_PANEL)*DPOI_PANEL, slice = head/g->heads*g->S*g->D + head % g->heads*g->d;
+    for (int which = 0; which < 2; which++) {
+        const float *x = (which ? g->v : g->k) + slice;
+        float *to = (which ? g->vt : g->kt);
+        if (!to) continue;
+        to += head*S*g->d;
+        for (int64_t j0 = 0; j0 < S; j0 += DPOI_PANEL)
+            for (int64_t c = 0; c < g->d; c++, to += DPOI_PANEL)
+                for (int64_t j = 0; j < DPOI_PANEL; j++) to[j] = j0 + j < g->S ? x[(j0 + j)*g->D + c] : 0;
+    }
+}
+
+/* delta[i] = do[i].o[i] for all queries of one head. */
+static void dpoi_attention_delta_task(void *arg, int64_t head)
+{
+    const dpoi_attention *g = (const dpoi_attention *)arg;
+    int64_t at = head/g->heads*g->T*g->D + head % g->heads*g->d;
+    for (int64_t i = 0; i < g->T; i++, at += g->D) {
+        float sum = 0;
+        for (int64_t c = 0; c < g->d; c++) sum += g->dout[at + c]*g->o[at + c];
+        g->delta[head*g->T + i] = sum;
+    }
+}
+
+/* Floats of scratch: panels of k, and for backward panels of v and delta. */
+static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
+{
+    int64_t panels = g->N*g->heads*dpoi_pieces(g->S, DPOI_PANEL)*DPOI_PANEL*g->d;
+    if (g->work) g->kt = g->work;
+    if (g->work && backward) { g->vt = g->work + panels;  g->delta = g->vt + panels; }
+    return backward ? 2*panels + g->N*g->heads*g->T : panels;
+}
+
 /* ----------------------------------------------------------------------------------------------- the ops */
 
 static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
-    dpoi_attention g = dpoi_attention_of(a);
-    (void)cpu;
+    dpoi_attention g = dpoi_attention_of(NULL, a);
+    if (cpu->isa != DPO_ISA_PLAIN) return (size_t)dpoi_attention_layout(&g, a->backward)*sizeof(float);
     return (size_t)(g.N*g.heads*DPOI_PLAIN_PARTS*2*(g.T > g.S ? g.T : g.S))*sizeof(double);
 }
 
 static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
 {
-    dpoi_attention g = dpoi_attention_of(a);
-    dpoi_parallel(cpu, g.N*g.heads*DPOI_PLAIN_PARTS, dpoi_plain_attention_task, &g);
+    dpoi_attention g = dpoi_attention_of(cpu, a);
+    if (cpu->isa == DPO_ISA_PLAIN) {
+        dpoi_parallel(cpu, g.N*g.heads*DPOI_PLAIN_PARTS, dpoi_plain_attention_task, &g);
+        return DPO_OK;
+    }
+    dpoi_attention_layout(&g, 0);
+    dpoi_parallel(cpu, g.N*g.heads, dpoi_attention_pack_task, &g);
+    dpoi_attention_run(&g, g.T, dpoi_attention_unit);
     return DPO_OK;
 }
 
 static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
-    dpoi_attention g = dpoi_attention_of(a);
-    int64_t tasks = g.N*g.heads*DPOI_PLAIN_PARTS;
-    if (g.dq) dpoi_parallel(cpu, tasks, dpoi_plain_dq_task, &g);
-    if (g.dk || g.dv) dpoi_parallel(cpu, tasks, dpoi_plain_dkv_task, &g);
+    dpoi_attention g = dpoi_attention_of(cpu, a);
+    int64_t heads = g.N*g.heads;
+    if (cpu->isa == DPO_ISA_PLAIN) {
+        if (g.dq) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dq_task, &g);
+        if (g.dk || g.dv) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dkv_task, &g);
+        return DPO_OK;
+    }
+    dpoi_attention_layout(&g, 1);
+    dpoi_parallel(cpu, heads, dpoi_attention_pack_task, &g);
+    dpoi_parallel(cpu, heads, dpoi_attention_delta_task, &g);
+    if (g.dq) dpoi_attention_run(&g, g.T, dpoi_attention_dq_unit);
+    if (g.dk || g.dv) dpoi_attention_run(&g, g.S, dpoi_attention_dkv_unit);
     return DPO_OK;
 }
 /* ==========================================================================================================
@@ -11734,11 +12198,11 @@ DPO_DEF dpo_schedule dpo_schedule_sd(void)
     return s;
 }
 
-/* torch.linspace(from, to, n)[i] in float32, which counts the second half from its end. */
+/* torch.linspace(from, to, n)[i] in float32, which counts the second half from its end, with one rounding a value. */
 static float dpoi_linspace(float from, float to, int n, int i)
 {
     float step = n > 1 ? (to - from) / (float)(n - 1) : 0;
-    return i < n / 2 ? from + step * (float)i : to - step * (float)(n - 1 - i);
+    return (float)(i < n / 2 ? from + (double)step * i : to - (double)step * (n - 1 - i));
 }
 
 /* abar of the cosine schedule at u = t/T before it becomes betas; arXiv 2102.09672, equation 17. */

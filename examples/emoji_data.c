@@ -111,7 +111,8 @@ static uint64_t largest_strike(font *f)
     return found;
 }
 
-/* cmap format 12: groups {first, last, glyph of the first}, 32 bits each. */
+/* cmap format 12: groups {first, last, glyph of the first}, 32 bits each.  A few hundred in order:
+   walking them takes less time than decoding one picture, so there is no binary search. */
 static uint32_t glyph_by_groups(font *f, uint64_t table, uint32_t code)
 {
     uint32_t groups = u32(f, table + 12);
@@ -356,6 +357,7 @@ static uint64_t hash(const char *text)
     return h;
 }
 
+/* One in ten, by chance but always the same ones. */
 static int is_held_out(const char *caption) { return hash(caption) % 10 == 0; }
 
 /* A JSON string: quotes and backslashes escaped, control characters dropped, UTF-8 as it is. */
@@ -369,6 +371,7 @@ static void write_quoted(FILE *out, const char *text)
     putc('"', out);
 }
 
+/* The line of captions.jsonl; its keys are what examples/pretrain.c reads. */
 static void write_caption(FILE *out, const char *file, const emoji *e)
 {
     fprintf(out, "{\"image\":\"%s\",\"caption\":", file);
@@ -386,7 +389,8 @@ typedef struct {
     int train, held, missing;       /* what became of the names so far */
 } job;
 
-/* The picture of a code point as size x size RGB: 1 done, 0 the font has none, or trouble. */
+/* The steps in one place: code point, glyph, PNG, RGBA, white square.
+   The picture of a code point as size x size RGB: 1 done, 0 the font has none, or trouble. */
 static int draw(font *f, uint32_t code, int size, unsigned char *rgb, trouble *t)
 {
     uint32_t glyph = find_glyph(f, code);
@@ -403,7 +407,8 @@ static int draw(font *f, uint32_t code, int size, unsigned char *rgb, trouble *t
     return 1;
 }
 
-/* One emoji, from its code point to its two outputs. */
+/* One emoji, from its code point to its two outputs.  Pictures are numbered as they are written,
+   so a name that the font lacks leaves no gap. */
 static void take(job *j, font *f, const emoji *e, unsigned char *rgb, FILE *captions, trouble *t)
 {
     char file[32];

@@ -329,7 +329,7 @@ int main(int argc, char **argv)
     q.guidance = 2;
     q.seed = 1;
     ok = read_options(&q, argc, argv) && measure(&q);
-    if (dpo_error(q.c)) ok = fail("%s", dpo_error(q.c));
+    if (q.c && dpo_error(q.c)) ok = fail("%s", dpo_error(q.c));
     dpo_close(q.c);
     return !ok;
 }

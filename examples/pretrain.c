@@ -2,7 +2,7 @@
 
    build   cc -O2 examples/pretrain.c -o pretrain -lm -lpthread
    run     ./emoji_data emoji-data --size 32
-           ./pretrain emoji-data emoji [--steps 16000] [--batch 32] [--lr 2e-3] [--seed 1] [--minutes M]
+           ./pretrain emoji-data emoji [--steps 18000] [--batch 16] [--lr 2e-3] [--seed 1] [--minutes M]
    result  emoji/            a pipeline folder in the layout of diffusers, F16: tokenizer, text encoder, UNet, schedule
            emoji-state/      the state of the run; called again with the same settings, it goes on from there
 
@@ -175,7 +175,7 @@ static int write_folder(dpo_ctx *c, const vocabulary *v, const char *folder)
 
 /* ---- Data and the run ------------------------------------------------------------------------------------------- */
 
-typedef struct { const char *data, *out; int64_t steps; int batch; float lr; uint64_t seed; double minutes, start; } settings;
+typedef struct { const char *data, *out; int64_t steps; int batch, threads; float lr; uint64_t seed; double minutes, start; } settings;
 
 /* Training rows of captions.jsonl: into the vocabulary (v) or, if v is NULL, with their pictures into the pairs. */
 static int64_t read_captions(dpo_ctx *c, const settings *s, vocabulary *v, dpo_pairs *pairs)
@@ -224,7 +224,8 @@ static dpo_train_desc recipe(const settings *s, const char *state)
     t.batch = s->batch;
     t.lr = s->lr;
     t.lr_schedule = DPO_LR_COSINE;
-    t.warmup = 500;
+    t.warmup = 200;
+    t.adamw.beta2 = 0.99f;                /* small batches, many steps: a short memory of squares */
     t.adamw.weight_decay = 0.01f;
     t.adamw.max_norm = 1;
     t.train_text = 1;
@@ -266,20 +267,22 @@ static int run(dpo_ctx *c, settings *s)
 
 int main(int argc, char **argv)
 {
-    settings s = { NULL, NULL, 16000, 32, 2e-3f, 1, 0, 0 };
+    settings s = { NULL, NULL, 18000, 16, 0, 2e-3f, 1, 0, 0 };
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(argv[i], "--steps"))        { s.steps = atoi(value); i++; }
         else if (!strcmp(argv[i], "--batch"))   { s.batch = atoi(value); i++; }
+        else if (!strcmp(argv[i], "--threads")) { s.threads = atoi(value); i++; }
         else if (!strcmp(argv[i], "--lr"))      { s.lr = (float)atof(value); i++; }
         else if (!strcmp(argv[i], "--seed"))    { s.seed = (uint64_t)atoll(value); i++; }
         else if (!strcmp(argv[i], "--minutes")) { s.minutes = atof(value); i++; }
         else if (!s.data) s.data = argv[i];
         else s.out = argv[i];
     }
-    if (!s.out) { fprintf(stderr, "usage: pretrain DATA OUT [--steps N] [--batch N] [--lr X] [--seed N] [--minutes M]\n"); return 2; }
+    if (!s.out) { fprintf(stderr, "usage: pretrain DATA OUT [--steps N] [--batch N] [--lr X] [--seed N] [--minutes M] [--threads N]\n"); return 2; }
     dpo_desc desc = { 0 };
     desc.log = dpo_log_stderr;
+    desc.threads = s.threads;
     dpo_ctx *c = dpo_open(&desc);
     int      ok = run(c, &s);
     if (!ok && !dpo_error(c)) fprintf(stderr, "pretrain: stopped\n");

@@ -602,7 +602,7 @@ int main(int argc, char **argv)
     int        ok;
     r.start = dpo_seconds();
     ok = read_options(&r, argc, argv) && quickstart(&r);
-    if (dpo_error(r.c)) ok = fail("%s", dpo_error(r.c));
+    if (r.c && dpo_error(r.c)) ok = fail("%s", dpo_error(r.c));
     dpo_close(r.c);
     return !ok;
 }

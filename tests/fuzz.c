@@ -42,7 +42,8 @@ static int64_t fuzz_walk(const dpo_json *v, int depth)
     dpo_json_int(v, &whole);
     for (int64_t i = 0; i < dpo_json_count(v); i++) {
         const dpo_json *m = dpo_json_at(v, i);
-        if (dpo_json_type(v) == DPO_JSON_OBJECT) fuzz_need(dpo_json_get(v, dpo_json_key(m)) == m, "a member that is not found");
+        if (dpo_json_type(v) == DPO_JSON_OBJECT) fuzz_need(dpo_json_get(v, dpo_json_key(m)) == m,
+                                                           "a member that is not found");
         n += fuzz_walk(m, depth + 1);
     }
     return n;
@@ -97,7 +98,8 @@ static const char fuzz_merges[] = "#version: 0.2\nt h\nth e</w>\na n\nan d</w>\n
 /* Byte symbols, their word-end forms, what the merges make, two special tokens. */
 static char *fuzz_vocab(void)
 {
-    static const char *const more[] = { "th", "the</w>", "an", "and</w>", "on</w>", "in", "ing</w>", "er</w>", "'s</w>", "!!", "!!!</w>",
+    static const char *const more[] = { "th", "the</w>", "an", "and</w>", "on</w>", "in", "ing</w>", "er</w>",
+                                       "'s</w>", "!!", "!!!</w>",
                                         "<|startoftext|>", "<|endoftext|>" };
     dpoi_text t;
     char      symbol[16];
@@ -180,14 +182,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 #else
 
 static const char *const fuzz_json_seeds[] = {
-    "{\"a\":[1,-2.5e3,true,false,null],\"b\":{\"c\":\"x\\u00e9\\ud83d\\ude00\\n\"},\"d\":\"\"}", "[[[[]]],{},[0.1,1e308,123456789012345678901]]",
+    "{\"a\":[1,-2.5e3,true,false,null],\"b\":{\"c\":\"x\\u00e9\\ud83d\\ude00\\n\"},\"d\":\"\"}",
+        "[[[[]]],{},[0.1,1e308,123456789012345678901]]",
     "\"caf\xC3\xA9\"", " -0 " };
 static const char *const fuzz_st_seeds[] = {                /* the 8 bytes in front are added, with the true length */
     "{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
         "\"b\":{\"dtype\":\"F16\",\"shape\":[],\"data_offsets\":[24,26]}}",
     "{\"x\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]},\"y\":{\"dtype\":\"BOOL\",\"shape\":[0,4],\"data_offsets\":[8,8]},"
         "\"z\":{\"dtype\":\"F8_E4M3\",\"shape\":[18],\"data_offsets\":[8,26]}}" };
-static const char *const fuzz_text_seeds[] = { "\2the cat's and  thing!!! on", "\2caf\xC3\xA9 e\xCC\x81 \xE1\x84\x80\xE1\x85\xA1 <|endoftext|> <|ENDOFTEXT|>!",
+static const char *const fuzz_text_seeds[] = { "\2the cat's and  thing!!! on",
+        "\2caf\xC3\xA9 e\xCC\x81 \xE1\x84\x80\xE1\x85\xA1 <|endoftext|> <|ENDOFTEXT|>!",
     "\3{\"<|startoftext|>\":0,\"<|endoftext|>\":1,\"a\":2,\"n</w>\":3,\"an</w>\":4}|a n</w>\n" };
 
 typedef void (*fuzz_fn)(const uint8_t *data, size_t n);
@@ -195,7 +199,8 @@ typedef void (*fuzz_fn)(const uint8_t *data, size_t n);
 /* One to four changes of p[*n], which has room for 512 bytes. */
 static void fuzz_change(uint8_t *p, size_t *n, uint64_t *rng)
 {
-    static const char *const words[] = { "0", "18446744073709551615", "-1", "[", "{", "\"", ",", ":", "}", "]", "\\u", "F32", "data_offsets",
+    static const char *const words[] = { "0", "18446744073709551615", "-1", "[", "{", "\"", ",", ":", "}", "]",
+                                        "\\u", "F32", "data_offsets",
                                          "\xF0\x9F", "\xCC\x81", "1e999", "<|endoftext|>", "\n", "\0" };
     for (int k = (int)(test_random(rng) % 4); k >= 0; k--) {
         size_t at = *n ? (size_t)(test_random(rng) % *n) : 0, w;
@@ -215,7 +220,8 @@ static void fuzz_change(uint8_t *p, size_t *n, uint64_t *rng)
     }
 }
 
-static void fuzz_run(const char *name, fuzz_fn fn, const char *const *seeds, int count, int framed, long runs, uint64_t seed)
+static void fuzz_run(const char *name, fuzz_fn fn, const char *const *seeds, int count, int framed, long runs,
+                     uint64_t seed)
 {
     uint64_t rng = seed;
     for (long i = 0; i < runs; i++) {

@@ -47,8 +47,8 @@ static const char *const op_names[] = {
     DPO_OPS(OP_NAME)
 };
 static const int op_grads[] = {
-#define OP_GRADS(name, inputs, grads, keeps) grads,
-    DPO_OPS(OP_GRADS)
+#define OP_GRADS(name, inputs, grads, keeps) (grads) & ~(DPO_OP_##name == DPO_OP_CONV ? 1 << 4 : 0),
+    DPO_OPS(OP_GRADS)                     /* the residual's gradient is dout itself, which the tape hands on */
 };
 static const int op_keeps[] = {
 #define OP_KEEPS(name, inputs, grads, keeps) keeps,

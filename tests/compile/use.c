@@ -4,8 +4,7 @@
 
 int main(void)
 {
-    dpo_desc desc = {0};
-    dpo_ctx *c = dpo_open(&desc);
+    dpo_ctx *c = dpo_open(NULL);
     int64_t shape[2] = { 2, 3 };
     float x[6] = { 1, 2, 3, 4, 5, 6 }, sum = 0;
     dpo_read(dpo_sum(c, dpo_tensor_from(c, DPO_F32, 2, shape, x), -1), &sum);
