@@ -46,7 +46,7 @@
        >>manual      the model of the world, errors, memory, threads, macros, numbers, how to add an op
        >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, train, backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
-                     tensor, tape, ops, backends, cpu, rows, kernels, products, attention,
+                     tensor, tape, ops, backends, cpu, rows, kernels, products, attention, open,
                      nn, clip, unet, model, noise, images, optim, pairs, train
        >>end         license
 
@@ -128,7 +128,9 @@
 #define DIFFDPO_VERSION 0x000100          /* major.minor.patch, a byte each; header, implementation and backends must agree */
 
 #ifndef DPO_DEF
-#ifdef DIFFDPO_STATIC
+#if defined(DIFFDPO_STATIC) && defined(__GNUC__)
+#define DPO_DEF static __attribute__((__unused__))      /* no program calls all of them */
+#elif defined(DIFFDPO_STATIC)
 #define DPO_DEF static
 #else
 #define DPO_DEF extern
@@ -368,7 +370,7 @@ DPO_DEF int64_t         dpo_json_count(const dpo_json *v); /* elements of an arr
 DPO_DEF const dpo_json *dpo_json_at   (const dpo_json *v, int64_t i);  /* element or member i, in text order, or NULL */
 DPO_DEF const dpo_json *dpo_json_get  (const dpo_json *v, const char *key);   /* the member, or NULL: no error */
 DPO_DEF const char     *dpo_json_key  (const dpo_json *v);  /* the name of a member that _at returned */
-DPO_DEF const char     *dpo_json_text (const dpo_json *v, size_t *n);  /* of a string, else NULL; *n (or NULL): its bytes */
+DPO_DEF const char     *dpo_json_text (const dpo_json *v, size_t *n);  /* of a string, else NULL; *n, or NULL: bytes */
 DPO_DEF int             dpo_json_double(const dpo_json *v, double *out);  /* 1 if a number, else 0 and out untouched */
 DPO_DEF int             dpo_json_int   (const dpo_json *v, int64_t *out);     /* 1 if a whole number that fits */
 DPO_DEF int             dpo_json_bool  (const dpo_json *v);                   /* 1 for true; 0 for false and all else */
@@ -805,6 +807,7 @@ typedef struct dpo_train_desc {
     int                train_text;        /* 1: the first text encoder's weights too; needs rank 0 */
     float              average;           /* decay of an average of the weights, see dpo_train_average; 0: none */
     float              empty_prompts;     /* share of captions that are replaced by "" */
+    float              timestep_bias;     /* b: timesteps are drawn in proportion to t^b; 0: all alike, as in DPO */
     int                flip;              /* 1: mirror half of the pairs, both pictures of one alike */
     int                width, height;     /* pixels; 0: the model's */
     int                checkpoint;        /* 1: gradient checkpointing */
@@ -957,7 +960,7 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model);
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc);
 
 #ifdef DIFFDPO_CUDA
-DPO_DEF dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in diffdpo_cuda.cu */
+extern dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in diffdpo_cuda.cu */
 #endif
 #ifdef __cplusplus
 }
@@ -1034,6 +1037,7 @@ static int      dpoi_word_swap(intptr_t *p, intptr_t was, intptr_t now)
 }
 #endif
 
+#ifdef DPOI_THREADS
 /* Tells the core that this is a loop that waits. */
 static void dpoi_pause(void)
 {
@@ -1046,7 +1050,6 @@ static void dpoi_pause(void)
 #endif
 }
 
-#ifdef DPOI_THREADS
 typedef void (*dpoi_thread_fn)(void *arg);
 typedef struct dpoi_thread_start {        /* must live until the thread was joined */
     dpoi_thread_fn fn;
@@ -1132,7 +1135,7 @@ DPO_DEF double dpo_seconds(void)
     QueryPerformanceFrequency(&per_second);
     QueryPerformanceCounter(&now);
     return (double)now.QuadPart / (double)per_second.QuadPart;
-#elif defined(CLOCK_MONOTONIC)
+#elif defined(CLOCK_MONOTONIC) && (!defined(__STRICT_ANSI__) || defined(_POSIX_C_SOURCE))
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9*(double)t.tv_nsec;
@@ -1141,7 +1144,7 @@ DPO_DEF double dpo_seconds(void)
     gettimeofday(&t, NULL);
     return (double)t.tv_sec + 1e-6*(double)t.tv_usec;
 #else
-    return (double)clock() / CLOCKS_PER_SEC;
+    return (double)time(NULL);
 #endif
 }
 
@@ -1149,8 +1152,13 @@ DPO_DEF double dpo_seconds(void)
    >>impl memory                                                              allocator, checked sizes, context
    ========================================================================================================== */
 
+/* Three layers, bottom up.  (1) Host memory: dpoi_mem wraps the host's allocator.  (2) Errors: a context keeps
+   the first failure, and dpoi_ok is what every public function asks first.  (3) Device memory: tensors,
+   statistics and workspaces are blocks, cut from regions that the backend gives.  Bytes are size_t, elements
+   int64_t; every product of sizes that come from outside goes through dpoi_mul. */
 typedef struct dpoi_mem { dpo_alloc_fn fn; void *user; } dpoi_mem;
 
+/* realloc(NULL, n) is malloc; n == 0 must not reach realloc, where its result is not defined. */
 static void *dpoi_default_alloc(void *user, void *old, size_t old_size, size_t new_size)
 {
     (void)user; (void)old_size;
@@ -1175,11 +1183,13 @@ static void *dpoi_alloc(const dpoi_mem *m, size_t n)
     return p;
 }
 
+/* p[old] grows or shrinks to `now` bytes; NULL leaves p as it was.  What is new is not zeroed. */
 static void *dpoi_resize(const dpoi_mem *m, void *p, size_t old, size_t now)
 {
     return m->fn(m->user, p, old ? old : 1, now ? now : 1);
 }
 
+/* n must be what was asked for: the host's allocator is told sizes and may count on them. */
 static void dpoi_free(const dpoi_mem *m, void *p, size_t n)
 {
     if (p) m->fn(m->user, p, n ? n : 1, 0);
@@ -1193,7 +1203,11 @@ static int dpoi_mul(size_t a, size_t b, size_t *out)
     return 1;
 }
 
-/* A piece of device memory.  Blocks tile a region in address order; free ones also hang in a bin by size. */
+/* A piece of device memory.  Blocks tile a region in address order; free ones also hang in a bin by size.
+   Invariants: the blocks of a region are linked by before/after and cover it without gaps; two free neighbours
+   never stand side by side (dpoi_block_drop merges them); a block is in a bin exactly while refs == 0; size is a
+   multiple of DPOI_ALIGN. Two tensors share a block where one is a reshape or detached twin of the other, or a
+   gradient that was handed on. */
 typedef struct dpoi_block {
     char  *data;
     size_t size;
@@ -1205,6 +1219,7 @@ typedef struct dpoi_block {
 
 typedef struct dpoi_row dpoi_row;
 
+/* One object that dpo_close destroys: a model, a file, a trainer. */
 typedef struct dpoi_owned {
     void *object;
     void (*destroy)(dpo_ctx *c, void *object);
@@ -1219,13 +1234,13 @@ typedef struct dpoi_node {
     size_t host_bytes;
 } dpoi_node;
 
-#define DPOI_BINS 48
+#define DPOI_BINS 48                      /* the last bin takes all of 2^47 bytes and more */
 
 struct dpo_ctx {
     dpoi_mem     mem;
     dpo_backend *backend;
     dpo_log_fn   log;
-    int          status;
+    int          status;                  /* a DPO_ status; DPO_OK while error is empty */
     intptr_t     cancel;                  /* set by another thread */
     char         error[768];
 
@@ -1257,9 +1272,11 @@ struct dpo_ctx {
 #define DPOI_UNUSED
 #endif
 
+/* The declarations carry the format check; the library's own format strings are all literals. */
 DPOI_UNUSED static void dpoi_log(const dpo_ctx *c, int level, const char *fmt, ...) DPOI_PRINTF(3, 4);
 static int dpoi_fail(dpo_ctx *c, int status, const char *fmt, ...) DPOI_PRINTF(3, 4);
 
+/* Cut at 767 bytes; silent without a log function. */
 DPOI_UNUSED static void dpoi_log(const dpo_ctx *c, int level, const char *fmt, ...)
 {
     char text[768];
@@ -1284,6 +1301,7 @@ static int dpoi_fail(dpo_ctx *c, int status, const char *fmt, ...)
     return 0;
 }
 
+/* bytes: what was asked for, (size_t)-1 where the product did not even fit. */
 static int dpoi_no_memory(dpo_ctx *c, size_t bytes)
 {
     return dpoi_fail(c, DPO_OUT_OF_MEMORY, "out of memory: %llu bytes more were needed", (unsigned long long)bytes);
@@ -1302,6 +1320,7 @@ DPO_DEF int         dpo_status(const dpo_ctx *c) { return c ? c->status : DPO_BA
 DPO_DEF void        dpo_cancel(dpo_ctx *c) { if (c) dpoi_word_store(&c->cancel, 1); }
 DPO_DEF uint32_t    dpo_version(void) { return DIFFDPO_VERSION; }
 
+/* Tensors made before the error are as good as they were: an op that failed recorded nothing. */
 DPO_DEF void dpo_clear_error(dpo_ctx *c)
 {
     if (!c || !c->backend) return;        /* a context without a backend stays failed */
@@ -1310,6 +1329,7 @@ DPO_DEF void dpo_clear_error(dpo_ctx *c)
     dpoi_word_store(&c->cancel, 0);
 }
 
+/* The library hands every line over; a host that wants silence below a level filters here. */
 DPO_DEF void dpo_log_stderr(void *user, int level, const char *text)
 {
     static const char *const names[] = { "error", "warning", "info", "debug" };
@@ -1319,6 +1339,7 @@ DPO_DEF void dpo_log_stderr(void *user, int level, const char *text)
 
 /* ------------------------------------------------------------------------------------------ host memory */
 
+/* count elements of `size` bytes, zeroed, at least one byte; given back with dpoi_release(c, p, count*size). */
 DPOI_UNUSED static void *dpoi_calloc(dpo_ctx *c, size_t count, size_t size)
 {
     size_t bytes;
@@ -1326,11 +1347,12 @@ DPOI_UNUSED static void *dpoi_calloc(dpo_ctx *c, size_t count, size_t size)
     if (!dpoi_mul(count, size, &bytes)) { dpoi_no_memory(c, (size_t)-1); return NULL; }
     p = dpoi_alloc(&c->mem, bytes);
     if (!p) dpoi_no_memory(c, bytes);
-    return p;
+    return p;                             /* fails the context here, so that no caller words it */
 }
 
 DPOI_UNUSED static void dpoi_release(dpo_ctx *c, void *p, size_t bytes) { dpoi_free(&c->mem, p, bytes); }
 
+/* A copy for dpoi_strfree.  Its length must not change meanwhile: that is the size handed to the allocator. */
 DPOI_UNUSED static char *dpoi_strdup(dpo_ctx *c, const char *s)
 {
     size_t n = strlen(s) + 1;
@@ -1341,10 +1363,11 @@ DPOI_UNUSED static char *dpoi_strdup(dpo_ctx *c, const char *s)
 
 DPOI_UNUSED static void dpoi_strfree(dpo_ctx *c, char *s) { if (s) dpoi_release(c, s, strlen(s) + 1); }
 
-/* Make room for `want` elements in a growing array.  *room is updated; 0 and an error if there is no memory. */
+/* Make room for `want` elements in a growing array.  *room is updated; 0 and an error if there is no memory.
+   Doubles, so that n appends cost O(n).  On failure *array is unchanged and still owned. */
 DPOI_UNUSED static int dpoi_grow(dpo_ctx *c, void **array, int64_t *room, int64_t want, size_t size)
 {
-    int64_t now = *room ? *room : 64;
+    int64_t now = *room ? *room : 64;     /* 64 elements at first */
     size_t  bytes;
     void   *p;
     if (want <= *room) return 1;
@@ -1357,7 +1380,8 @@ DPOI_UNUSED static int dpoi_grow(dpo_ctx *c, void **array, int64_t *room, int64_
     return 1;
 }
 
-/* Objects that die with the context: destroyed newest first. */
+/* Objects that die with the context: destroyed newest first.
+   On failure the object is destroyed at once: the caller forgets it in both cases, and nothing leaks. */
 DPOI_UNUSED static int dpoi_own(dpo_ctx *c, void *object, void (*destroy)(dpo_ctx *c, void *object))
 {
     dpoi_owned *o = (dpoi_owned *)dpoi_calloc(c, 1, sizeof *o);
@@ -1369,6 +1393,7 @@ DPOI_UNUSED static int dpoi_own(dpo_ctx *c, void *object, void (*destroy)(dpo_ct
     return 1;
 }
 
+/* The link is out before destroy runs, so that an object which disowns others while it dies finds a sound list. */
 DPOI_UNUSED static void dpoi_disown(dpo_ctx *c, void *object)
 {
     dpoi_owned **at = &c->owned, *o;
@@ -1386,6 +1411,7 @@ DPOI_UNUSED static void dpoi_disown(dpo_ctx *c, void *object)
 
 enum { DPOI_ALIGN = 64 };                 /* a cache line, an AVX-512 register */
 
+/* floor(log2(size)), at most DPOI_BINS - 1. */
 static int dpoi_bin_of(size_t size)
 {
     int k = 0;
@@ -1393,6 +1419,7 @@ static int dpoi_bin_of(size_t size)
     return k < DPOI_BINS ? k : DPOI_BINS - 1;
 }
 
+/* At the front: among equals, what was freed last is used first, while it is still in a cache. */
 static void dpoi_bin_add(dpo_ctx *c, dpoi_block *b)
 {
     dpoi_block **head = &c->bin[dpoi_bin_of(b->size)];
@@ -1402,6 +1429,7 @@ static void dpoi_bin_add(dpo_ctx *c, dpoi_block *b)
     *head = b;
 }
 
+/* The head has no prev, and its bin follows from its size: b's size may change only outside a bin. */
 static void dpoi_bin_remove(dpo_ctx *c, dpoi_block *b)
 {
     if (b->prev) b->prev->next = b->next; else c->bin[dpoi_bin_of(b->size)] = b->next;
@@ -1409,6 +1437,7 @@ static void dpoi_bin_remove(dpo_ctx *c, dpoi_block *b)
     b->prev = b->next = NULL;
 }
 
+/* Structs are recycled and never given back before dpo_close, so that a step after the first allocates none. */
 static dpoi_block *dpoi_block_struct(dpo_ctx *c)
 {
     dpoi_block *b = c->spare_blocks;
@@ -1418,13 +1447,16 @@ static dpoi_block *dpoi_block_struct(dpo_ctx *c)
     return b;
 }
 
+/* The list hangs by `next` alone; the fields are cleared when the struct is used again. */
 static void dpoi_block_spare(dpo_ctx *c, dpoi_block *b)
 {
     b->next = c->spare_blocks;
     c->spare_blocks = b;
 }
 
-/* The smallest free block that holds `size`. */
+/* The smallest free block that holds `size`.
+   Bin k holds 2^k .. 2^(k+1)-1, so that only the first bin looked at can hold blocks that are too small, and the
+   smallest hit of the first bin with a hit is the smallest of all. */
 static dpoi_block *dpoi_best_fit(dpo_ctx *c, size_t size)
 {
     for (int k = dpoi_bin_of(size); k < DPOI_BINS; k++) {
@@ -1436,7 +1468,8 @@ static dpoi_block *dpoi_best_fit(dpo_ctx *c, size_t size)
     return NULL;
 }
 
-/* Give whole free regions back to the backend. */
+/* Give whole free regions back to the backend.
+   A region is whole and free where its first block is free and has no neighbour behind it. */
 static void dpoi_trim(dpo_ctx *c)
 {
     for (int k = 0; k < DPOI_BINS; k++) {
@@ -1451,7 +1484,10 @@ static void dpoi_trim(dpo_ctx *c)
     }
 }
 
-/* A new region of at least `size`: small requests share one that grows with what is held, large ones stand alone. */
+/* A new region of at least `size`: small requests share one that grows with what is held, large ones stand alone.
+   share = held/16 + 256 KB, at most 32 MB: what lies idle stays a small part of what is held, and a model of a
+   thousand small tensors asks the backend a few dozen times.  Three attempts: the share, the bare size, the bare
+   size after giving back what is idle. */
 static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
 {
     size_t      share = c->held / 16 + ((size_t)1 << 18), most = (size_t)32 << 20, bytes;
@@ -1462,7 +1498,7 @@ static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
     for (int attempt = 0; attempt < 3 && !b->data; attempt++) {
         if (attempt == 1) bytes = size;
         if (attempt == 2) dpoi_trim(c);
-        if (c->limit && (c->held > c->limit || bytes > c->limit - c->held)) continue;
+        if (c->limit && (c->held > c->limit || bytes > c->limit - c->held)) continue;   /* cannot wrap */
         b->data = (char *)c->backend->alloc(c->backend->self, bytes);
     }
     if (!b->data) {
@@ -1479,7 +1515,9 @@ static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
     return b;
 }
 
-/* Cut what b has beyond `size` off as a free block; without a struct for it b just stays larger. */
+/* Cut what b has beyond `size` off as a free block; without a struct for it b just stays larger.
+   A rest below 256 bytes is not worth a struct.  dpoi_alloc, not dpoi_calloc: no memory for the struct is no
+   error. */
 static void dpoi_split(dpo_ctx *c, dpoi_block *b, size_t size)
 {
     dpoi_block *rest;
@@ -1495,7 +1533,8 @@ static void dpoi_split(dpo_ctx *c, dpoi_block *b, size_t size)
     dpoi_bin_add(c, rest);
 }
 
-/* A block of at least `bytes`, held once; NULL and an error if there is no memory. */
+/* A block of at least `bytes`, held once; NULL and an error if there is no memory.
+   Rounded up to 64 bytes; size < bytes catches the wrap of the rounding. */
 static dpoi_block *dpoi_block_new(dpo_ctx *c, size_t bytes)
 {
     size_t      size = (bytes + DPOI_ALIGN - 1) & ~(size_t)(DPOI_ALIGN - 1);
@@ -1509,7 +1548,8 @@ static dpoi_block *dpoi_block_new(dpo_ctx *c, size_t bytes)
     return b;
 }
 
-/* Join b with the free block that follows it. */
+/* Join b with the free block that follows it.
+   a is free and out of its bin; its struct goes to the spares, b keeps its place. */
 static void dpoi_merge(dpo_ctx *c, dpoi_block *b)
 {
     dpoi_block *a = b->after;
@@ -1519,6 +1559,8 @@ static void dpoi_merge(dpo_ctx *c, dpoi_block *b)
     dpoi_block_spare(c, a);
 }
 
+/* One holder less; the last makes the block free and joins it with free neighbours on both sides.  NULL is
+   allowed. */
 static void dpoi_block_drop(dpo_ctx *c, dpoi_block *b)
 {
     if (!b || --b->refs > 0) return;
@@ -1531,6 +1573,7 @@ static void dpoi_block_drop(dpo_ctx *c, dpoi_block *b)
     dpoi_bin_add(c, b);
 }
 
+/* held counts whole regions, their free parts too: what the context costs its host, and what `dry` predicts. */
 DPO_DEF size_t dpo_memory(const dpo_ctx *c) { return c ? c->held : 0; }
 
 DPO_DEF size_t dpo_memory_peak(dpo_ctx *c, int reset)
@@ -1614,7 +1657,8 @@ static void dpoi_philox(const uint32_t key[2], const uint32_t counter[4], uint32
 }
 
 /* The four numbers that (seed, purpose, step, key, quad) stand for; element e is number e%4 of quad e/4. */
-static void dpoi_random_quad(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t key, uint32_t quad, uint32_t out[4])
+static void dpoi_random_quad(uint64_t seed, uint32_t purpose, uint32_t step, uint32_t key, uint32_t quad,
+                             uint32_t out[4])
 {
     uint32_t k[2], counter[4];
     k[0] = (uint32_t)seed;  k[1] = (uint32_t)(seed >> 32);
@@ -1643,6 +1687,10 @@ static void dpoi_random_normals(const uint32_t x[4], float z[4])
    >>impl files                                                                 paths, mapping, safe writing
    ========================================================================================================== */
 
+/* Three parts.  The dpoi_sys_ functions, once for each system: open, size, read, write, sync, rename,
+   map, and a sentence for each common error.  Reading: a whole file into memory, or mapped.  Writing:
+   through a dpoi_out, which makes a file appear whole or not at all.  Nothing above this part calls
+   the system for a file. */
 /* Three systems: Windows, POSIX, and plain C (WebAssembly without a system, or DIFFDPO_NO_POSIX), which reads where the
    others map.  The dpoi_sys_ functions are all that differs; they return 0 or the system's error number.  Every path
    comes in as UTF-8. */
@@ -1672,21 +1720,26 @@ typedef int dpoi_fd;
 typedef FILE *dpoi_fd;
 #endif
 
+/* APPEND makes the file where it is missing; each write goes to its end, whoever else writes. */
 enum { DPOI_OPEN_READ, DPOI_OPEN_NEW, DPOI_OPEN_APPEND };                     /* NEW: fails if the file is there */
 enum { DPOI_PATH_NONE, DPOI_PATH_FILE, DPOI_PATH_FOLDER, DPOI_PATH_OTHER };   /* what lies under a path */
 
 /* ------------------------------------------------------------------------------------------ Windows */
 
 #if defined(DPOI_FILES_WINDOWS)
+/* Windows' own calls, in their wide form: the narrow ones would read the path in the code page of the day.  Paths of
+   more than 2047 characters are refused. */
 enum { DPOI_WIDE = 2048 };
 #define DPOI_ERROR_EXISTS ERROR_FILE_EXISTS
 #define DPOI_ERROR_KIND   ERROR_INVALID_NAME
 
+/* path as UTF-16; 0 if it is not UTF-8 or too long. */
 static int dpoi_wide(const char *path, WCHAR *out)
 {
     return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, out, DPOI_WIDE) > 0;
 }
 
+/* DPOI_PATH_: a link counts as what it leads to. */
 static int dpoi_sys_kind(const char *path)
 {
     WCHAR w[DPOI_WIDE];
@@ -1696,6 +1749,7 @@ static int dpoi_sys_kind(const char *path)
     return a & FILE_ATTRIBUTE_DEVICE ? DPOI_PATH_OTHER : DPOI_PATH_FILE;
 }
 
+/* All kinds of sharing are allowed, as POSIX does: a file that is open here can be renamed and deleted by others. */
 static int dpoi_sys_open(dpoi_fd *f, const char *path, int how)
 {
     WCHAR w[DPOI_WIDE];
@@ -1707,6 +1761,7 @@ static int dpoi_sys_open(dpoi_fd *f, const char *path, int how)
     return *f == INVALID_HANDLE_VALUE ? (int)GetLastError() : 0;
 }
 
+/* Only for what dpoi_sys_open opened; a folder cannot be opened here, so that the answer is a file's. */
 static int dpoi_sys_size(dpoi_fd f, uint64_t *size)
 {
     LARGE_INTEGER n;
@@ -1715,6 +1770,8 @@ static int dpoi_sys_size(dpoi_fd f, uint64_t *size)
     return 0;
 }
 
+/* Reads and writes may move less than n bytes: the loops above them go on.  A call takes at most 1 GB, since its count
+   is a DWORD. */
 static int dpoi_sys_read(dpoi_fd f, char *p, size_t n, size_t *got)
 {
     DWORD done = 0;
@@ -1723,6 +1780,7 @@ static int dpoi_sys_read(dpoi_fd f, char *p, size_t n, size_t *got)
     return 0;
 }
 
+/* A count of 0 without an error is treated as a failure by the loop above. */
 static int dpoi_sys_write(dpoi_fd f, const char *p, size_t n, size_t *put)
 {
     DWORD done = 0;
@@ -1735,6 +1793,9 @@ static int dpoi_sys_sync(dpoi_fd f) { return FlushFileBuffers(f) ? 0 : (int)GetL
 static int dpoi_sys_close(dpoi_fd f) { return CloseHandle(f) ? 0 : (int)GetLastError(); }
 static void dpoi_sys_sync_folder(const char *folder) { (void)folder; }        /* MOVEFILE_WRITE_THROUGH did it */
 
+/* WRITE_THROUGH: returns when the move is on the disk.
+   A file that is open elsewhere without FILE_SHARE_DELETE cannot be replaced: a sharing violation,
+   told as such. */
 static int dpoi_sys_rename(const char *from, const char *to)
 {
     WCHAR a[DPOI_WIDE], b[DPOI_WIDE];
@@ -1742,12 +1803,14 @@ static int dpoi_sys_rename(const char *from, const char *to)
     return MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : (int)GetLastError();
 }
 
+/* Best effort: what cannot be removed stays as a .tmp file. */
 static void dpoi_sys_remove(const char *path)
 {
     WCHAR w[DPOI_WIDE];
     if (dpoi_wide(path, w)) DeleteFileW(w);
 }
 
+/* One level; dpoi_mkdirs walks the path. */
 static int dpoi_sys_mkdir(const char *path)
 {
     WCHAR w[DPOI_WIDE];
@@ -1756,6 +1819,7 @@ static int dpoi_sys_mkdir(const char *path)
 }
 
 #ifndef DIFFDPO_NO_MMAP
+/* Read-only and whole.  The file itself may be closed afterwards. */
 static int dpoi_sys_map(dpoi_fd f, size_t size, void **data)
 {
     HANDLE m = CreateFileMappingW(f, NULL, PAGE_READONLY, 0, 0, NULL);
@@ -1771,6 +1835,7 @@ static void dpoi_sys_unmap(void *data, size_t size) { (void)size; UnmapViewOfFil
 static void dpoi_sys_discard(const unsigned char *data, size_t n) { (void)data; (void)n; }   /* the system trims */
 #endif
 
+/* The cases that users meet; NULL for others, which are told by number. */
 static const char *dpoi_sys_reason(int e)
 {
     switch (e) {
@@ -1792,6 +1857,7 @@ static const char *dpoi_sys_reason(int e)
 #define DPOI_ERROR_EXISTS EEXIST
 #define DPOI_ERROR_KIND   EINVAL
 
+/* Nothing here asks for feature macros: a host may have included system headers before this one, too late for them. */
 #if defined(__STRICT_ANSI__) && !defined(__cplusplus)      /* -std=c99 hides these; declaring them twice is allowed */
 int fsync(int);
 #if defined(__linux__)
@@ -1808,6 +1874,7 @@ int madvise(void *, size_t, int);
 #define MADV_DONTNEED 4                   /* <sys/mman.h>, hidden by -std=c99 */
 #endif
 
+/* DPOI_PATH_: a link counts as what it leads to. */
 static int dpoi_sys_kind(const char *path)
 {
     struct stat s;
@@ -1824,6 +1891,7 @@ static int dpoi_sys_open(dpoi_fd *f, const char *path, int how)
     return *f < 0 ? errno : 0;
 }
 
+/* Plain files only: a folder, a pipe or a device has no size that could be trusted. */
 static int dpoi_sys_size(dpoi_fd f, uint64_t *size)
 {
     struct stat s;
@@ -1834,6 +1902,8 @@ static int dpoi_sys_size(dpoi_fd f, uint64_t *size)
     return 0;
 }
 
+/* Reads and writes may move less than n bytes: the loops above them go on.  A signal is no failure.  At most 1 GB a
+   call, for some systems refuse counts beyond 2^31. */
 static int dpoi_sys_read(dpoi_fd f, char *p, size_t n, size_t *got)
 {
     ssize_t done;
@@ -1868,6 +1938,7 @@ static void dpoi_sys_sync_folder(const char *folder)
 }
 
 #ifndef DIFFDPO_NO_MMAP
+/* MAP_PRIVATE and read-only: nothing is ever written back, and pages count as the file's, not as ours. */
 static int dpoi_sys_map(dpoi_fd f, size_t size, void **data)
 {
     *data = mmap(NULL, size, PROT_READ, MAP_PRIVATE, f, 0);
@@ -1886,6 +1957,7 @@ static void dpoi_sys_discard(const unsigned char *data, size_t n)
 }
 #endif
 
+/* In the user's words rather than strerror's, which speaks the host's locale and need not be thread-safe. */
 static const char *dpoi_sys_reason(int e)
 {
     switch (e) {
@@ -1908,6 +1980,8 @@ static const char *dpoi_sys_reason(int e)
 
 /* ------------------------------------------------------------------------------------------ plain C */
 
+/* ISO C has neither folders nor sizes nor sync: what can be had is had, the rest fails with a plain line.  The error
+   numbers are this part's own. */
 #else
 #define DPOI_ERROR_EXISTS 2
 #define DPOI_ERROR_KIND   3
@@ -1947,7 +2021,8 @@ static const char *dpoi_sys_reason(int e) { return e == 1 ? "the system refused"
 
 /* ------------------------------------------------------------------------------------------ errors and names */
 
-/* "cannot read x: the disk is full".  Returns 0. */
+/* "cannot read x: the disk is full".  Returns 0.
+   400 characters of the path: the error line has 767 in all. */
 static int dpoi_fail_io(dpo_ctx *c, const char *what, const char *path, int e)
 {
     const char *why = dpoi_sys_reason(e);
@@ -1955,7 +2030,9 @@ static int dpoi_fail_io(dpo_ctx *c, const char *what, const char *path, int e)
     return dpoi_fail(c, DPO_IO, "cannot %s %.400s: system error %d", what, path, e);
 }
 
-/* A name out of a file, fit for an error line: cut, and without control characters. */
+/* A name out of a file, fit for an error line: cut, and without control characters.
+   A hostile name could otherwise carry terminal escapes into a log.  Bytes above 0x7F pass: names are
+   UTF-8. */
 static const char *dpoi_shown(char out[128], const char *s)
 {
     size_t n = 0;
@@ -1965,13 +2042,15 @@ static const char *dpoi_shown(char out[128], const char *s)
     return out;
 }
 
+/* Compared by bytes: an extension in capitals is another extension. */
 static int dpoi_ends_with(const char *s, const char *end)
 {
     size_t n = strlen(s), m = strlen(end);
     return n >= m && !strcmp(s + n - m, end);
 }
 
-/* folder/name, to be given back with dpoi_strfree. */
+/* folder/name, to be given back with dpoi_strfree.
+   A folder that ends in a slash gets no second one; "" gives the bare name. */
 static char *dpoi_join(dpo_ctx *c, const char *folder, const char *name)
 {
     size_t n = strlen(folder), m = strlen(name);
@@ -1984,7 +2063,8 @@ static char *dpoi_join(dpo_ctx *c, const char *folder, const char *name)
     return out;
 }
 
-/* Bytes of path up to its last slash, that slash counted; 0 without one. */
+/* Bytes of path up to its last slash, that slash counted; 0 without one.
+   Both slashes everywhere, so that paths out of files made on Windows split as well. */
 static size_t dpoi_folder_length(const char *path)
 {
     size_t n = strlen(path);
@@ -2002,17 +2082,19 @@ static char *dpoi_folder_of(dpo_ctx *c, const char *path)
     return out;
 }
 
-/* Is it a plain file? */
+/* Is it a plain file?
+   Links are followed. */
 DPOI_UNUSED static int dpoi_exists(const char *path) { return dpoi_sys_kind(path) == DPOI_PATH_FILE; }
 DPOI_UNUSED static int dpoi_is_folder(const char *path) { return dpoi_sys_kind(path) == DPOI_PATH_FOLDER; }
 
-/* Make the folder and those above it; one that is there already is fine. */
+/* Make the folder and those above it; one that is there already is fine.
+   The second look at the folder makes a race with another process that creates it harmless. */
 DPOI_UNUSED static int dpoi_mkdirs(dpo_ctx *c, const char *path)
 {
     char *p = dpoi_ok(c) ? dpoi_strdup(c, path) : NULL;
     int   e = 0;
     if (!p) return 0;
-    for (size_t i = 1, n = strlen(p); i <= n && !e; i++) {
+    for (size_t i = 1, n = strlen(p); i <= n && !e; i++) {  /* from 1: a leading slash names the root, which is there */
         char was = p[i];
         if (was && was != '/' && was != '\\') continue;
         p[i] = 0;
@@ -2028,13 +2110,16 @@ DPO_DEF int dpo_make_folder(dpo_ctx *c, const char *path) { return c && path && 
 
 /* ------------------------------------------------------------------------------------------ reading */
 
+/* data is NULL for an empty file.  A mapped file that another process cuts while it is read raises a
+   signal: the price of mapping, which the manual tells. */
 typedef struct dpoi_map {                 /* a file's bytes: mapped, read, or the caller's own */
     unsigned char *data;
     size_t         size;
     int            borrowed;
 } dpoi_map;
 
-/* Fill p[n] from f; a file that ends early is an error. */
+/* Fill p[n] from f; a file that ends early is an error.
+   A file that shrinks while it is read is told by its offset, and never leaves stale bytes at its end. */
 static int dpoi_read_all(dpo_ctx *c, dpoi_fd f, const char *path, char *p, size_t n)
 {
     for (size_t at = 0, got = 0; at < n; at += got) {
@@ -2046,7 +2131,8 @@ static int dpoi_read_all(dpo_ctx *c, dpoi_fd f, const char *path, char *p, size_
     return 1;
 }
 
-/* Open for reading and learn the size, which must fit size_t. */
+/* Open for reading and learn the size, which must fit size_t.
+   The bound of half of size_t leaves room for a zero behind and for sums of offsets. */
 static int dpoi_open_sized(dpo_ctx *c, const char *path, dpoi_fd *f, size_t *size)
 {
     uint64_t n = 0;
@@ -2059,7 +2145,9 @@ static int dpoi_open_sized(dpo_ctx *c, const char *path, dpoi_fd *f, size_t *siz
     return dpoi_fail(c, DPO_IO, "cannot read %.400s: too large for this machine", path);
 }
 
-/* The whole of a file of at most `limit` bytes, a zero after it.  Give back with dpoi_release(c, *text, *n + 1). */
+/* The whole of a file of at most `limit` bytes, a zero after it.  Give back with dpoi_release(c, *text, *n + 1).
+   `limit` is checked before any memory is asked for: a file of many gigabytes under the name of a
+   configuration is refused, not loaded.  *text is set on success alone. */
 DPOI_UNUSED static int dpoi_read_file(dpo_ctx *c, const char *path, size_t limit, char **text, size_t *n)
 {
     dpoi_fd f;
@@ -2091,6 +2179,8 @@ DPOI_UNUSED static int64_t dpoi_file_size(const char *path)
     return e ? -1 : (int64_t)n;
 }
 
+/* All of the file at m->data, by whichever way the system has.  0 and an error if it cannot be opened.
+   The file is closed again at once; a mapping outlives its descriptor. */
 static int dpoi_map_open(dpo_ctx *c, const char *path, dpoi_map *m)
 {
     dpoi_fd f;
@@ -2114,6 +2204,7 @@ static int dpoi_map_open(dpo_ctx *c, const char *path, dpoi_map *m)
     return ok;
 }
 
+/* Nothing to do for borrowed bytes; safe to call twice. */
 static void dpoi_map_close(dpo_ctx *c, dpoi_map *m)
 {
     if (!m->data || m->borrowed) return;
@@ -2132,6 +2223,9 @@ static void dpoi_map_close(dpo_ctx *c, dpoi_map *m)
    the rename the older file stays as it is; on a failure the new one is removed. */
 enum { DPOI_OUT_BUFFER = 1 << 16 };
 
+/* `temp` is the file that is written, `path` the name that it gets; buffer[0..used) is not written
+   yet.  Errors are kept in `failed` as well as in the context, since a context that failed before
+   could not tell a new error. */
 typedef struct dpoi_out {
     dpo_ctx *c;
     char    *path, *temp;
@@ -2141,6 +2235,7 @@ typedef struct dpoi_out {
     char     buffer[DPOI_OUT_BUFFER];
 } dpoi_out;
 
+/* The struct and its names; the file is closed before this. */
 static void dpoi_out_free(dpoi_out *o)
 {
     dpo_ctx *c = o->c;
@@ -2149,7 +2244,9 @@ static void dpoi_out_free(dpoi_out *o)
     dpoi_release(c, o, sizeof *o);
 }
 
-/* path.tmp, or path.tmp1 ... if a writer that never finished left one. */
+/* path.tmp, or path.tmp1 ... if a writer that never finished left one.
+   CREATE_NEW / O_EXCL: two writers never share a temporary file, and a link placed under its name is
+   not followed. */
 static int dpoi_out_create(dpoi_out *o)
 {
     int e = DPOI_ERROR_EXISTS;
@@ -2161,6 +2258,8 @@ static int dpoi_out_create(dpoi_out *o)
     return e;
 }
 
+/* Start a file.  NULL and an error if its folder is missing or closed to us, or if no plain file has the name.
+   temp_bytes = the path, ".tmp", two digits, and the zero, 8 in all. */
 static dpoi_out *dpoi_out_open(dpo_ctx *c, const char *path)
 {
     int       kind = dpoi_ok(c) ? dpoi_sys_kind(path) : DPOI_PATH_NONE, e;
@@ -2185,6 +2284,7 @@ static dpoi_out *dpoi_out_open(dpo_ctx *c, const char *path)
     return o;
 }
 
+/* Straight to the system.  The first failure is kept: everything after it is skipped. */
 static int dpoi_out_send(dpoi_out *o, const char *p, size_t n)
 {
     for (size_t at = 0, put = 0; at < n && !o->failed; at += put) {
@@ -2196,6 +2296,8 @@ static int dpoi_out_send(dpoi_out *o, const char *p, size_t n)
     return !o->failed;
 }
 
+/* Through the buffer: a header of many small pieces costs one call.  Pieces larger than it go past it.
+   `used` is never above the buffer, so that the first difference cannot wrap. */
 static int dpoi_out_write(dpoi_out *o, const void *bytes, size_t n)
 {
     if (!o || o->failed) return 0;
@@ -2218,7 +2320,9 @@ static void dpoi_out_abandon(dpoi_out *o)
     dpoi_out_free(o);
 }
 
-/* Everything to the disk and the name to the file.  Frees o; 0 and an error if any write since dpoi_out_open failed. */
+/* Everything to the disk and the name to the file.  Frees o; 0 and an error if any write since dpoi_out_open failed.
+   The order sync, close, rename is what makes the promise: after a crash the name holds the old bytes
+   or all of the new. */
 static int dpoi_out_commit(dpoi_out *o)
 {
     char *folder;
@@ -2240,6 +2344,8 @@ static int dpoi_out_commit(dpoi_out *o)
     return !e;
 }
 
+/* A small file in one call, whole or not at all.
+   A failed write is found by commit. */
 DPOI_UNUSED static int dpoi_write_file(dpo_ctx *c, const char *path, const void *bytes, size_t n)
 {
     dpoi_out *o = dpoi_out_open(c, path);
@@ -2248,7 +2354,8 @@ DPOI_UNUSED static int dpoi_write_file(dpo_ctx *c, const char *path, const void 
     return dpoi_out_commit(o);
 }
 
-/* Add a line to a log.  Not atomic: a crash can leave part of it. */
+/* Add a line to a log.  Not atomic: a crash can leave part of it.
+   For the metrics log: one line, one call, so that lines of several processes do not mix. */
 DPOI_UNUSED static int dpoi_append_file(dpo_ctx *c, const char *path, const void *bytes, size_t n)
 {
     dpoi_fd f;
@@ -2263,11 +2370,18 @@ DPOI_UNUSED static int dpoi_append_file(dpo_ctx *c, const char *path, const void
    >>impl json                                                                 reading and writing JSON, UTF-8
    ========================================================================================================== */
 
+/* A strict reader and a small writer.  The reader is one recursive descent over the text; it fills one
+   array of nodes and one pool of decoded strings, so that a document is four allocations whatever its
+   size, and a vocabulary of 49,408 entries loads in some milliseconds.  Everything here may meet
+   hostile text: depth is bounded by 64, sorting and finding never degrade, numbers never pass through
+   the host's locale, and an error names the byte where reading stopped. */
 /* ------------------------------------------------------------------------------------------ sorting, UTF-8 */
 
+/* 1 if element a must stand before element b; `arg` holds what the indices mean. */
 typedef int (*dpoi_less)(const void *arg, uint32_t a, uint32_t b);
 
-/* Sort v[n] by less; stable, n log n whatever the input, for the input may be chosen to be slow.  spare[n]. */
+/* Sort v[n] by less; stable, n log n whatever the input, for the input may be chosen to be slow.  spare[n].
+   Merge sort, bottom up: runs of w elements become runs of 2w. */
 static void dpoi_sort(uint32_t *v, uint32_t *spare, size_t n, dpoi_less less, const void *arg)
 {
     for (size_t w = 1; w < n; w *= 2) {
@@ -2275,7 +2389,7 @@ static void dpoi_sort(uint32_t *v, uint32_t *spare, size_t n, dpoi_less less, co
             size_t mid = from + w < n ? from + w : n, to = from + 2 * w < n ? from + 2 * w : n;
             size_t a = from, b = mid;
             for (size_t k = from; k < to; k++) {
-                int first = b >= to || (a < mid && !less(arg, v[b], v[a]));
+                int first = b >= to || (a < mid && !less(arg, v[b], v[a]));  /* <= : equals keep their order */
                 spare[k] = first ? v[a++] : v[b++];
             }
         }
@@ -2284,7 +2398,11 @@ static void dpoi_sort(uint32_t *v, uint32_t *spare, size_t n, dpoi_less less, co
 }
 
 /* The code point that starts at p[n], n > 0.  Returns its bytes, 1 to 4, or 0: not UTF-8 (overlong forms, surrogates
-   and what lies beyond U+10FFFF are not). */
+   and what lies beyond U+10FFFF are not).
+   least[len] is the smallest code point that needs len bytes: what lies below is an overlong form, by
+   which a filter for '/' or '"' could be passed. */
+/*     len =
+   0xC0 and 0xC1 could only begin overlong forms, 0xF5 and up only what lies beyond U+10FFFF. */
 static int dpoi_utf8_read(const char *p, size_t n, uint32_t *cp)
 {
     const unsigned char *s = (const unsigned char *)p;
@@ -2302,7 +2420,8 @@ static int dpoi_utf8_read(const char *p, size_t n, uint32_t *cp)
     return len;
 }
 
-/* Returns the bytes written to out, 1 to 4. */
+/* Returns the bytes written to out, 1 to 4.
+   v is a code point, below 0x110000; the lead byte is 0xC0, 0xE0 or 0xF0 with the topmost bits. */
 static int dpoi_utf8_write(char *out, uint32_t v)
 {
     int len = v < 0x80 ? 1 : v < 0x800 ? 2 : v < 0x10000 ? 3 : 4;
@@ -2315,10 +2434,13 @@ static int dpoi_utf8_write(char *out, uint32_t v)
 /* ------------------------------------------------------------------------------------------ decimal numbers
 
    strtod obeys the host's locale, so this does not use it.  A number is carried as the unevaluated sum hi + lo of two
-   doubles, about 100 bits, until the last rounding (T. J. Dekker, Numer. Math. 18, 1971). */
+   doubles, about 100 bits, until the last rounding (T. J. Dekker, Numer. Math. 18, 1971).
+   Invariant: |lo| is at most half a unit in hi's last place. */
 typedef struct dpoi_pair { double hi, lo; } dpoi_pair;
 
-/* a*b = hi + lo exactly. */
+/* a*b = hi + lo exactly.
+   Veltkamp's cut and Dekker's product, without fma, which C99 on an old processor would emulate.
+   Valid while nothing overflows: |a|, |b| below 2^996. */
 static dpoi_pair dpoi_two_product(double a, double b)
 {
     dpoi_pair r;
@@ -2329,6 +2451,7 @@ static dpoi_pair dpoi_two_product(double a, double b)
     return r;
 }
 
+/* hi + lo again as a pair, exact for |hi| >= |lo|. */
 static dpoi_pair dpoi_pair_sum(double hi, double lo)
 {
     dpoi_pair r;
@@ -2337,12 +2460,14 @@ static dpoi_pair dpoi_pair_sum(double hi, double lo)
     return r;
 }
 
+/* (a.hi + a.lo)(b.hi + b.lo) without the product of the two small parts, which is below the last bit. */
 static dpoi_pair dpoi_pair_mul(dpoi_pair a, dpoi_pair b)
 {
     dpoi_pair p = dpoi_two_product(a.hi, b.hi);
     return dpoi_pair_sum(p.hi, p.lo + a.hi * b.lo + a.lo * b.hi);
 }
 
+/* q = a.hi/b.hi, corrected once by what a - q*b leaves over. */
 static dpoi_pair dpoi_pair_div(dpoi_pair a, dpoi_pair b)
 {
     double    q = a.hi / b.hi;
@@ -2350,7 +2475,8 @@ static dpoi_pair dpoi_pair_div(dpoi_pair a, dpoi_pair b)
     return dpoi_pair_sum(q, ((a.hi - p.hi) - p.lo + a.lo - q * b.lo) / b.hi);
 }
 
-/* 10^e, 0 <= e <= 150 */
+/* 10^e, 0 <= e <= 150
+   By squaring.  10^0 .. 10^22 are exact; the others carry an error of some units of 2^-104. */
 static dpoi_pair dpoi_power10(int e)
 {
     dpoi_pair r = { 1, 0 }, b = { 10, 0 };
@@ -2362,7 +2488,9 @@ static dpoi_pair dpoi_power10(int e)
 }
 
 /* m * 10^e, infinite where that is too large.  Steps of 10^150, and a power of two lent until the end, keep the exact
-   products away from overflow and from the subnormal numbers. */
+   products away from overflow and from the subnormal numbers.
+   m below 2^64 enters as two exact halves of 32 bits.  Zero below 10^-400: m has 20 digits at most,
+   and the smallest subnormal number is 4.9e-324. */
 static double dpoi_decimal(uint64_t m, int64_t e)
 {
     int       lent = e > 0 ? -100 : 400;
@@ -2372,7 +2500,7 @@ static double dpoi_decimal(uint64_t m, int64_t e)
     x = dpoi_pair_sum(ldexp((double)(m >> 32), 32 + lent), ldexp((double)(m & 0xFFFFFFFFu), lent));
     for (int k; e > 0 && x.hi < 1e300; e -= k) x = dpoi_pair_mul(x, dpoi_power10(k = e > 150 ? 150 : (int)e));
     for (int k; e < 0; e += k) x = dpoi_pair_div(x, dpoi_power10(k = e < -150 ? 150 : (int)-e));
-    return e > 0 ? HUGE_VAL : ldexp(x.hi, -lent);
+    return e > 0 ? HUGE_VAL : ldexp(x.hi, -lent);  /* e > 0: the loop stopped early, above 1e300 */
 }
 
 /* ------------------------------------------------------------------------------------------ the tree
@@ -2381,6 +2509,8 @@ static double dpoi_decimal(uint64_t m, int64_t e)
    addition away; `order` beside them lists an object's members by (hash of the name, name), for finding by halves. */
 enum { DPOI_JSON_WHOLE = DPO_JSON_OBJECT + 1, DPOI_JSON_DEPTH = 64 };         /* WHOLE: a number kept as int64 */
 
+/* Indices, not pointers, are stored in nodes, since the arrays move while they grow; only `doc` is a
+   pointer. */
 typedef struct dpoi_json_doc {
     dpo_ctx  *c;
     char     *name, *pool;                /* pool: all strings, decoded, a zero after each */
@@ -2390,6 +2520,7 @@ typedef struct dpoi_json_doc {
     int64_t   count, node_room, order_room;
 } dpoi_json_doc;
 
+/* An element of an array has key 0; a member's key is its place in the pool plus one. */
 struct dpo_json {
     dpoi_json_doc *doc;
     union { double number; int64_t whole; size_t at; } v;  /* at: a string's place in the pool, or the first child */
@@ -2397,6 +2528,8 @@ struct dpo_json {
     uint32_t key, hash;                   /* of the name of a member: its place in the pool + 1, and its hash */
 };
 
+/* stack holds finished values of containers that are still open: their number is known only at the
+   closing bracket, when they move into the document side by side. */
 typedef struct dpoi_json_in {             /* the parser's state */
     dpoi_json_doc *doc;
     dpo_ctx    *c;
@@ -2407,12 +2540,14 @@ typedef struct dpoi_json_in {             /* the parser's state */
     int64_t     stacked, stack_room, spare_room;
 } dpoi_json_in;
 
+/* Where reading stopped, and why.  Returns 0. */
 static int dpoi_json_bad(dpoi_json_in *in, const char *what)
 {
     return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: broken JSON at byte %llu: %s", in->doc->name,
                      (unsigned long long)in->at, what);
 }
 
+/* Only sorts: members of equal hash are told apart by name, so that a text made of collisions is no slower. */
 static uint32_t dpoi_json_hash(const char *s)              /* FNV-1a */
 {
     uint32_t h = 2166136261u;
@@ -2420,20 +2555,24 @@ static uint32_t dpoi_json_hash(const char *s)              /* FNV-1a */
     return h;
 }
 
+/* Only for members: key is above 0. */
 static const char *dpoi_json_name(const dpo_json *v) { return v->doc->pool + v->key - 1; }
 
+/* by (hash, name) */
 static int dpoi_json_less(const void *arg, uint32_t a, uint32_t b)
 {
     const dpo_json *x = (const dpo_json *)arg + a, *y = (const dpo_json *)arg + b;
     return x->hash != y->hash ? x->hash < y->hash : strcmp(dpoi_json_name(x), dpoi_json_name(y)) < 0;
 }
 
+/* The four characters that RFC 8259 calls white space, no others. */
 static void dpoi_json_space(dpoi_json_in *in)
 {
     while (in->at < in->n && (in->text[in->at] == ' ' || in->text[in->at] == '\t' || in->text[in->at] == '\n' ||
                               in->text[in->at] == '\r')) in->at++;
 }
 
+/* Every look at the text is guarded by at < n: the text need not end in a zero. */
 static int dpoi_json_next_is(dpoi_json_in *in, char ch) { return in->at < in->n && in->text[in->at] == ch; }
 
 static int dpoi_json_digit(dpoi_json_in *in)
@@ -2441,7 +2580,9 @@ static int dpoi_json_digit(dpoi_json_in *in)
     return in->at < in->n && in->text[in->at] >= '0' && in->text[in->at] <= '9';
 }
 
-/* Digits into m, as many as fit; those beyond only count.  Returns how many digits there were. */
+/* Digits into m, as many as fit; those beyond only count.  Returns how many digits there were.
+   m stays below 2^64: the test leaves room for one more factor of ten.  Once a digit was dropped all
+   later ones are, or their weights would be wrong. */
 static int64_t dpoi_json_digits(dpoi_json_in *in, uint64_t *m, int64_t *dropped)
 {
     int64_t n = 0;
@@ -2452,7 +2593,9 @@ static int64_t dpoi_json_digits(dpoi_json_in *in, uint64_t *m, int64_t *dropped)
     return n;
 }
 
-/* e or E, a sign, digits.  Clamped far outside what a double holds. */
+/* e or E, a sign, digits.  Clamped far outside what a double holds.
+   The clamp at 2^40 keeps sums with the count of digits far from overflow; 1e9999999999 is simply
+   infinite. */
 static int dpoi_json_exponent(dpoi_json_in *in, int64_t *e)
 {
     int     minus;
@@ -2466,6 +2609,9 @@ static int dpoi_json_exponent(dpoi_json_in *in, int64_t *e)
     return 1;
 }
 
+/* -? digits (. digits)? (e sign? digits)?  ->  (-1)^minus * m * 10^e.  The first 19 digits or so are kept in m; those
+   before the point that are dropped raise e, those after it that are kept lower it.
+   A whole number that fits int64 is kept as such, for ids and offsets beyond 2^53 must not be rounded. */
 static int dpoi_json_number(dpoi_json_in *in, dpo_json *v)
 {
     int      minus = dpoi_json_next_is(in, '-'), whole = 1;
@@ -2500,6 +2646,8 @@ static int dpoi_json_number(dpoi_json_in *in, dpo_json *v)
     return fabs(v->v.number) <= DBL_MAX ? 1 : dpoi_json_bad(in, "a number is too large");
 }
 
+/* Four hexadecimal digits, either case.
+   Characters below '0' or above 'f' have no place here; ch | 32 folds capitals onto small letters. */
 static int dpoi_json_hex4(dpoi_json_in *in, uint32_t *v)
 {
     *v = 0;
@@ -2514,9 +2662,11 @@ static int dpoi_json_hex4(dpoi_json_in *in, uint32_t *v)
     return 1;
 }
 
-/* After a backslash: one code point, which for \u can be two escapes (a surrogate pair). */
+/* After a backslash: one code point, which for \u can be two escapes (a surrogate pair).
+   Half of a surrogate pair is refused: it has no UTF-8. */
 static int dpoi_json_escape(dpoi_json_in *in, uint32_t *cp)
 {
+    /*       ch =>  0 at the end of the text is no escape */
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     char        ch = in->at < in->n ? in->text[in->at] : 0;
     const char *hit = ch ? strchr(from, ch) : NULL;
@@ -2536,7 +2686,9 @@ static int dpoi_json_escape(dpoi_json_in *in, uint32_t *cp)
 }
 
 /* A string into the pool, which is as long as the text: no string grows by decoding, and its two quotes leave room for
-   the zero. */
+   the zero.
+   Longest case: \u0041, six bytes of text for one of the pool.  A string may hold zero bytes, hence
+   *bytes. */
 static int dpoi_json_string(dpoi_json_in *in, size_t *place, size_t *bytes)
 {
     dpoi_json_doc *d = in->doc;
@@ -2565,7 +2717,8 @@ static int dpoi_json_string(dpoi_json_in *in, size_t *place, size_t *bytes)
     return 1;
 }
 
-/* The children stacked since `from` move side by side into the document. */
+/* The children stacked since `from` move side by side into the document.
+   After this v->v.at is the first child; indices stay valid when the array moves. */
 static int dpoi_json_settle(dpoi_json_in *in, int64_t from, dpo_json *v)
 {
     dpoi_json_doc *d = in->doc;
@@ -2582,7 +2735,9 @@ static int dpoi_json_settle(dpoi_json_in *in, int64_t from, dpo_json *v)
     return 1;
 }
 
-/* Fill `order` for the members of v; two of one name are an error. */
+/* Fill `order` for the members of v; two of one name are an error.
+   `order` runs parallel to the nodes: the slots of other nodes stay unused.  Two members of one name
+   are refused since readers disagree on which of them counts, and a check may look at the other one. */
 static int dpoi_json_index(dpoi_json_in *in, const dpo_json *v)
 {
     dpoi_json_doc *d = in->doc;
@@ -2601,15 +2756,16 @@ static int dpoi_json_index(dpoi_json_in *in, const dpo_json *v)
         const uint32_t *o = d->order + v->v.at + i;
         if (dpoi_json_less(d->nodes, o[-1], o[0])) continue;
         dpoi_shown(shown, dpoi_json_name(d->nodes + o[0]));
-        return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: \"%s\" stands twice in the object that ends at byte %llu", d->name, shown,
-                         (unsigned long long)in->at);
+        return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: \"%s\" stands twice in the object that ends at byte %llu",
+                         d->name, shown, (unsigned long long)in->at);
     }
     return 1;
 }
 
 static int dpoi_json_value(dpoi_json_in *in, int depth, dpo_json *v);
 
-/* "name" : in front of a member's value */
+/* "name" : in front of a member's value
+   A name with a zero byte would compare equal to its beginning. */
 static int dpoi_json_member(dpoi_json_in *in, dpo_json *v)
 {
     size_t place, bytes;
@@ -2625,7 +2781,9 @@ static int dpoi_json_member(dpoi_json_in *in, dpo_json *v)
     return 1;
 }
 
-/* From '[' or '{' to its end, close. */
+/* From '[' or '{' to its end, close.
+   `from` marks where this container's children start on the shared stack; depth counts containers, the
+   root's is 0. */
 static int dpoi_json_container(dpoi_json_in *in, int depth, dpo_json *v, char close)
 {
     int64_t  from = in->stacked;
@@ -2654,6 +2812,7 @@ static int dpoi_json_container(dpoi_json_in *in, int depth, dpo_json *v, char cl
     return dpoi_json_settle(in, from, v) && (close == ']' || dpoi_json_index(in, v));
 }
 
+/* null, true or false; whatever follows it is the caller's to judge. */
 static int dpoi_json_word(dpoi_json_in *in, const char *word)
 {
     size_t n = strlen(word);
@@ -2662,6 +2821,8 @@ static int dpoi_json_word(dpoi_json_in *in, const char *word)
     return 1;
 }
 
+/* Any value, by its first character.  Recursion ends at DPOI_JSON_DEPTH.
+   v->key and v->hash are the caller's; all else is set here. */
 static int dpoi_json_value(dpoi_json_in *in, int depth, dpo_json *v)
 {
     size_t bytes;
@@ -2682,6 +2843,8 @@ static int dpoi_json_value(dpoi_json_in *in, int depth, dpo_json *v)
     }
 }
 
+/* For dpoi_own, and by hand where a document belongs to another object.
+   Safe on a document that was only half made. */
 static void dpoi_json_destroy(dpo_ctx *c, void *object)
 {
     dpoi_json_doc *d = (dpoi_json_doc *)object;
@@ -2693,12 +2856,13 @@ static void dpoi_json_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, d, sizeof *d);
 }
 
-/* The whole text, its root as the last node. */
+/* The whole text, its root as the last node.
+   A byte order mark is skipped: Windows editors write one. */
 static int dpoi_json_parse_all(dpoi_json_in *in)
 {
     dpo_json root;
     memset(&root, 0, sizeof root);
-    if (in->n >= 3 && !memcmp(in->text, "\xEF\xBB\xBF", 3)) in->at = 3;    /* a byte order mark: some editors write one */
+    if (in->n >= 3 && !memcmp(in->text, "\xEF\xBB\xBF", 3)) in->at = 3;    /* a byte order mark */
     dpoi_json_space(in);
     if (!dpoi_json_value(in, 0, &root)) return 0;
     dpoi_json_space(in);
@@ -2713,7 +2877,9 @@ static int dpoi_json_parse_all(dpoi_json_in *in)
     return dpoi_json_settle(in, 0, &root);
 }
 
-/* A document that the caller frees with dpoi_json_destroy(c, root->doc). */
+/* A document that the caller frees with dpoi_json_destroy(c, root->doc).
+   The bound keeps places in the pool and counts within 32 bits.  Only `name` and the pool are copies;
+   `text` may go after this. */
 static dpo_json *dpoi_json_new(dpo_ctx *c, const char *text, size_t n, const char *name)
 {
     dpoi_json_in   in;
@@ -2746,6 +2912,7 @@ DPO_DEF dpo_json *dpo_json_parse(dpo_ctx *c, const char *text, size_t n, const c
     return root && dpoi_own(c, root->doc, dpoi_json_destroy) ? root : NULL;
 }
 
+/* Up to 1 GB: no configuration, index or vocabulary comes near. */
 DPO_DEF dpo_json *dpo_json_load(dpo_ctx *c, const char *path)
 {
     char     *text;
@@ -2769,11 +2936,13 @@ DPO_DEF int64_t dpo_json_count(const dpo_json *v)
     return v && (v->type == DPO_JSON_ARRAY || v->type == DPO_JSON_OBJECT) ? (int64_t)v->count : 0;
 }
 
+/* Children stand side by side: one addition. */
 DPO_DEF const dpo_json *dpo_json_at(const dpo_json *v, int64_t i)
 {
     return i >= 0 && i < dpo_json_count(v) ? v->doc->nodes + v->v.at + i : NULL;
 }
 
+/* By halves through `order`, 16 steps in a vocabulary of 49,408. */
 DPO_DEF const dpo_json *dpo_json_get(const dpo_json *v, const char *key)
 {
     uint32_t hash;
@@ -2792,6 +2961,7 @@ DPO_DEF const dpo_json *dpo_json_get(const dpo_json *v, const char *key)
 
 DPO_DEF const char *dpo_json_key(const dpo_json *v) { return v && v->key ? dpoi_json_name(v) : NULL; }
 
+/* The text has a zero behind it; *n counts the zeros inside. */
 DPO_DEF const char *dpo_json_text(const dpo_json *v, size_t *n)
 {
     if (!v || v->type != DPO_JSON_STRING) return NULL;
@@ -2825,6 +2995,8 @@ static const dpo_json *dpoi_json_given(const dpo_json *v, const char *key)
     return m && m->type != DPO_JSON_NULL ? m : NULL;
 }
 
+/* file: "key" is <what is there>, but must be <what>
+   m is a member, so that it has a name. */
 static void dpoi_json_wrong(const dpo_json *m, const char *what)
 {
     static const char *const kinds[] = { "", "null", "a boolean", "a number", "a string", "a list", "an object" };
@@ -2837,6 +3009,7 @@ static void dpoi_json_wrong(const dpo_json *m, const char *what)
     dpoi_fail(m->doc->c, DPO_BAD_FILE, "%.400s: \"%s\" is %s, %s", m->doc->name, shown, is, what);
 }
 
+/* The default is returned after an error too: the caller need not look, the context has failed. */
 DPO_DEF int64_t dpo_json_want_int(const dpo_json *v, const char *key, int64_t otherwise, int64_t low, int64_t high)
 {
     const dpo_json *m = dpoi_json_given(v, key);
@@ -2849,6 +3022,7 @@ DPO_DEF int64_t dpo_json_want_int(const dpo_json *v, const char *key, int64_t ot
     return otherwise;
 }
 
+/* A NaN cannot come up: JSON has none, and the reader refuses what overflows. */
 DPO_DEF double dpo_json_want_double(const dpo_json *v, const char *key, double otherwise, double low, double high)
 {
     const dpo_json *m = dpoi_json_given(v, key);
@@ -2890,6 +3064,7 @@ typedef struct dpoi_text {                /* a growing text; zero it and set c t
 static void dpoi_text_start(dpoi_text *t, dpo_ctx *c) { memset(t, 0, sizeof *t); t->c = c; }
 static void dpoi_text_free(dpoi_text *t) { dpoi_release(t->c, t->at, (size_t)t->room); dpoi_text_start(t, t->c); }
 
+/* The one function that grows a text.  After a failure all others do nothing: one check at the end is enough. */
 static int dpoi_text_bytes(dpoi_text *t, const char *p, size_t n)
 {
     void *at = t->at;
@@ -2920,7 +3095,8 @@ DPOI_UNUSED static int dpoi_text_format(dpoi_text *t, const char *fmt, ...)
     return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "a text of %d bytes is too long for one line", n);
 }
 
-/* s as a JSON string.  Bytes that are not UTF-8 become U+FFFD, so that the text stays readable for everyone. */
+/* s as a JSON string.  Bytes that are not UTF-8 become U+FFFD, so that the text stays readable for everyone.
+   '/' stays as it is; control characters without a short form become \u00xx. */
 static int dpoi_text_quote(dpoi_text *t, const char *s)
 {
     static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
@@ -2928,7 +3104,7 @@ static int dpoi_text_quote(dpoi_text *t, const char *s)
     uint32_t cp;
     dpoi_text_bytes(t, "\"", 1);
     for (size_t i = 0; i < n; ) {
-        const char *hit = strchr(from, s[i]);
+        const char *hit = strchr(from, s[i]);  /* s[i] is never 0, which strchr would find */
         char        escape[8];
         int         len = dpoi_utf8_read(s + i, n - i, &cp);
         if (hit) { escape[0] = '\\'; escape[1] = to[hit - from]; dpoi_text_bytes(t, escape, 2); }
@@ -2940,7 +3116,8 @@ static int dpoi_text_quote(dpoi_text *t, const char *s)
     return dpoi_text_bytes(t, "\"", 1);
 }
 
-/* The locale's decimal point, which can be several bytes, becomes '.'. */
+/* The locale's decimal point, which can be several bytes, becomes '.'.
+   to[-1] exists: printf writes a digit or a sign before the point. */
 static void dpoi_text_point(char *s)
 {
     char *to = s;
@@ -2951,7 +3128,8 @@ static void dpoi_text_point(char *s)
     *to = 0;
 }
 
-/* The shortest of three precisions that reads back as x; null where JSON has no word for it. */
+/* The shortest of three precisions that reads back as x; null where JSON has no word for it.
+   9 digits bring every float back, 15 are the most that any decimal keeps, 17 bring every double back. */
 DPOI_UNUSED static int dpoi_text_number(dpoi_text *t, double x)
 {
     static const int digits[] = { 9, 15, 17 };
@@ -2989,6 +3167,7 @@ DPOI_UNUSED static int dpoi_text_number(dpoi_text *t, double x)
     X(F8_E4M3FNUZ, 8) X(F8_E5M2FNUZ, 8) X(I16, 16) X(U16, 16) X(F16, 16) X(BF16, 16) X(I32, 32) X(U32, 32) X(F32, 32) \
     X(C64, 64) X(F64, 64) X(I64, 64) X(U64, 64)
 
+/* One list makes the enum and the table, so that they cannot drift apart. */
 #define DPOI_ST_ENUM(name, bits) DPOI_ST_##name,
 enum { DPOI_ST_TYPES(DPOI_ST_ENUM) DPOI_ST_COUNT };
 
@@ -3047,6 +3226,7 @@ struct dpo_file {
     int64_t     shard_count, shard_room, count, room, named;
 };
 
+/* For dpoi_own, and for a file that failed to open half-way: whatever is there is given back. */
 static void dpoi_file_destroy(dpo_ctx *c, void *object)
 {
     dpo_file *f = (dpo_file *)object;
@@ -3088,6 +3268,7 @@ static int dpoi_st_recognise(dpo_ctx *c, const char *path, const unsigned char *
     return 1;
 }
 
+/* "file: tensor name: what".  Returns 0. */
 static int dpoi_st_wrong(dpo_file *f, const dpoi_shard *s, const char *name, const char *what)
 {
     char shown[128];
@@ -3129,6 +3310,7 @@ static int dpoi_st_entry(dpo_file *f, const dpoi_shard *s, const dpo_json *m, dp
 
 typedef struct dpoi_st_place { uint64_t begin, end; } dpoi_st_place;
 
+/* by (begin, end): an empty tensor comes before the one that begins at the same byte */
 static int dpoi_st_before(const void *arg, uint32_t a, uint32_t b)
 {
     const dpoi_st_place *p = (const dpoi_st_place *)arg;
@@ -3205,6 +3387,7 @@ static int dpoi_st_entries(dpo_file *f, dpoi_shard *s, size_t start)
     return ok;
 }
 
+/* __metadata__, if it is there: strings only. */
 static int dpoi_st_metadata(dpo_file *f, dpoi_shard *s)
 {
     const dpo_json *m = dpo_json_get(s->header, "__metadata__");
@@ -3254,6 +3437,7 @@ static int dpoi_st_read(dpo_file *f, dpoi_shard *s)
     return dpoi_st_metadata(f, s) && dpoi_st_entries(f, s, 8 + (size_t)n);
 }
 
+/* One file on the disk, mapped and read. */
 static int dpoi_st_shard(dpo_file *f, const char *path)
 {
     dpoi_shard *s = dpoi_st_new_shard(f, path);
@@ -3338,6 +3522,7 @@ static int dpoi_st_promised(dpo_file *f, const dpo_json *map)
     return 1;
 }
 
+/* {"weight_map": {tensor: shard, ..}}; the rest of an index is of no use here. */
 static int dpoi_st_open_index(dpo_file *f)
 {
     dpo_json       *index = dpo_json_load(f->c, f->path);
@@ -3350,6 +3535,7 @@ static int dpoi_st_open_index(dpo_file *f)
     return ok;
 }
 
+/* An empty file object that belongs to nobody yet. */
 static dpo_file *dpoi_file_new(dpo_ctx *c, const char *path)
 {
     dpo_file *f = path && dpoi_ok(c) ? (dpo_file *)dpoi_calloc(c, 1, sizeof *f) : NULL;
@@ -3388,6 +3574,7 @@ DPO_DEF dpo_file *dpo_safetensors_memory(dpo_ctx *c, const void *bytes, size_t n
     return dpoi_file_opened(f, s && dpoi_st_read(f, s) && dpoi_st_index(f));
 }
 
+/* Full precision is preferred to half, one file to shards; both spellings of a half-precision index exist. */
 DPO_DEF dpo_file *dpo_safetensors_open_folder(dpo_ctx *c, const char *folder, const char *stem)
 {
     static const char *const ends[] = { ".safetensors", ".fp16.safetensors", ".safetensors.index.json",
@@ -3422,6 +3609,7 @@ DPO_DEF dpo_entry *dpo_file_entry(dpo_file *f, int64_t i)
     return f && i >= 0 && i < f->count ? &f->entries[i] : NULL;
 }
 
+/* By halves through by_name: 11 steps in SDXL's UNet. */
 DPO_DEF dpo_entry *dpo_file_find(dpo_file *f, const char *name)
 {
     int64_t low = 0, high = f && name ? f->count : 0;
@@ -3435,6 +3623,7 @@ DPO_DEF dpo_entry *dpo_file_find(dpo_file *f, const char *name)
     return NULL;
 }
 
+/* All shards carry the same metadata; the first one's is read. */
 static const dpo_json *dpoi_file_tags(const dpo_file *f)
 {
     return f && f->shard_count ? dpo_json_get(f->shards[0].header, "__metadata__") : NULL;
@@ -3468,6 +3657,8 @@ static float dpoi_e4m3_to_f32(uint8_t b)
     for (int64_t i = 0; i < count; i++) { T x; memcpy(&x, p + (size_t)i * sizeof x, sizeof x); out[i] = (TO)(value); } \
     return 1
 
+/* Every conversion to float is exact but those of F64, I64 and I32, which round to nearest.  memcpy, for data may begin
+   at any byte. */
 static int dpoi_st_floats(int type, const unsigned char *p, int64_t count, float *out)
 {
     switch (type) {
@@ -3512,6 +3703,7 @@ static const unsigned char *dpoi_st_range(const dpo_entry *e, int64_t first, int
     return NULL;
 }
 
+/* Returns 0. */
 static int dpoi_st_cannot(const dpo_entry *e, const char *as)
 {
     char shown[128];
@@ -3563,6 +3755,7 @@ struct dpo_writer {
     uint64_t      left;                   /* and how many bytes of it */
 };
 
+/* For dpoi_own. */
 static void dpoi_writer_destroy(dpo_ctx *c, void *object)
 {
     dpo_writer *w = (dpo_writer *)object;
@@ -3588,6 +3781,8 @@ DPO_DEF dpo_writer *dpo_writer_new(dpo_ctx *c, const char *path)
     return NULL;
 }
 
+/* Kept sorted, for the reference's own order of several keys is that of a hash table and changes from run to run.  With
+   one key the bytes are the reference's. */
 DPO_DEF int dpo_writer_metadata(dpo_writer *w, const char *key, const char *value)
 {
     int64_t i = 0;
@@ -3612,6 +3807,7 @@ DPO_DEF int dpo_writer_metadata(dpo_writer *w, const char *key, const char *valu
     return 1;
 }
 
+/* Checked here, so that a bad tensor is named before a byte is written. */
 DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, int rank, const int64_t *shape,
                            void *tag)
 {
@@ -3718,6 +3914,7 @@ static int dpoi_writer_body(dpo_writer *w, const uint32_t *order, dpo_fill_fn fi
     return ok;
 }
 
+/* order[n] and as much again to sort in. */
 DPO_DEF int dpo_writer_save(dpo_writer *w, dpo_fill_fn fill, void *user)
 {
     size_t    n = w ? (size_t)w->count : 0;
@@ -3733,6 +3930,7 @@ DPO_DEF int dpo_writer_save(dpo_writer *w, dpo_fill_fn fill, void *user)
     return ok;
 }
 
+/* `left` counts down what the header promised: no more, and in the end no less. */
 DPO_DEF int dpo_writer_bytes(dpo_writer *w, const void *bytes, size_t n)
 {
     char shown[128];
@@ -3761,6 +3959,7 @@ static size_t dpoi_st_put(int type, float x, unsigned char *p)
     }
 }
 
+/* F32 goes through as it is; the others are converted a few KB at a time. */
 DPO_DEF int dpo_writer_floats(dpo_writer *w, const float *values, int64_t count)
 {
     unsigned char buffer[4096];
@@ -3962,6 +4161,7 @@ static int64_t dpoi_uni_next(dpoi_uni_in *in)
     return v;
 }
 
+/* 0 1 2 3 4 -> 0 -1 1 -2 2 */
 static int32_t dpoi_uni_signed(int64_t v) { return (int32_t)(v & 1 ? -(v + 1) / 2 : v / 2); }
 
 typedef struct dpoi_span { uint32_t from, to, stride; int32_t value; } dpoi_span;     /* from, from + stride, ... to */
@@ -3977,6 +4177,7 @@ typedef struct dpoi_unicode {             /* the tables, unpacked */
 
 enum { DPOI_UNI_RANGES, DPOI_UNI_CLASSES, DPOI_UNI_LOWER };  /* how an entry of a span table is packed */
 
+/* Unpack a table of spans. */
 static int dpoi_uni_spans(dpo_ctx *c, const char *const *rows, int kind, dpoi_spans *s)
 {
     dpoi_uni_in in = { rows, NULL };
@@ -4018,6 +4219,8 @@ static int dpoi_uni_parts_less(const void *arg, uint32_t a, uint32_t b)
     return x->first != y->first ? x->first < y->first : x->second < y->second;
 }
 
+/* Unpack the decompositions, and sort them by their parts for the way back.  Apart stay: twins, what the standard
+   excludes, and composites that are marks themselves or begin with one. */
 static int dpoi_uni_composites(dpo_ctx *c, dpoi_unicode *u)
 {
     dpoi_uni_in in = { dpoi_uni_decompositions, NULL };
@@ -4048,6 +4251,7 @@ static int dpoi_uni_composites(dpo_ctx *c, dpoi_unicode *u)
     return 1;
 }
 
+/* All tables, about 60 KB, in a third of a millisecond.  0 and an error if there is no memory. */
 static int dpoi_uni_open(dpo_ctx *c, dpoi_unicode *u)
 {
     return dpoi_uni_spans(c, dpoi_uni_letters, DPOI_UNI_RANGES, &u->letters) &&
@@ -4065,6 +4269,7 @@ static void dpoi_uni_close(dpo_ctx *c, dpoi_unicode *u)
     dpoi_release(c, u->by_parts, (size_t)u->composite_count * sizeof *u->by_parts);
 }
 
+/* General category L; ASCII, which is nearly everything, without a search. */
 static int dpoi_uni_letter(const dpoi_unicode *u, uint32_t cp)
 {
     return cp < 128 ? (cp | 32) >= 'a' && (cp | 32) <= 'z' : dpoi_uni_value(&u->letters, cp) != 0;
@@ -4103,6 +4308,7 @@ static void dpoi_points_free(dpoi_points *p)
     p->count = p->room = 0;
 }
 
+/* 11,172 Korean syllables by arithmetic, s = (l*21 + v)*28 + t, as chapter 3.12 of the standard has it. */
 enum { DPOI_HANGUL = 0xAC00, DPOI_HANGUL_L = 0x1100, DPOI_HANGUL_V = 0x1161, DPOI_HANGUL_T = 0x11A7,
        DPOI_HANGULS = 11172, DPOI_HANGUL_VS = 21, DPOI_HANGUL_TS = 28 };
 
@@ -4232,9 +4438,10 @@ typedef struct dpoi_special {             /* a token that is found in the text a
     dpoi_points points;                   /* text normalised */
 } dpoi_special;
 
-typedef struct dpoi_symbol { uint32_t id; int32_t before, after; } dpoi_symbol;  /* after -1: the last; -2: merged away */
+typedef struct dpoi_symbol { uint32_t id; int32_t before, after; } dpoi_symbol;  /* after -1: the last; -2: gone */
 typedef struct dpoi_chance { uint32_t rank, id; int32_t at; } dpoi_chance;  /* symbol at and the next may become id */
 
+/* bos, eos, unk, pad; ids below 2^24, for an embedding table has one row for each */
 enum { DPOI_SPECIALS = 4, DPOI_IDS = 1 << 24 };
 
 struct dpo_tokenizer {
@@ -4255,6 +4462,7 @@ struct dpo_tokenizer {
     int            id_count, id_max;
 };
 
+/* For dpoi_own, and for a tokenizer that failed to open. */
 static void dpoi_tok_destroy(dpo_ctx *c, void *object)
 {
     dpo_tokenizer *t = (dpo_tokenizer *)object;
@@ -4287,6 +4495,8 @@ static uint32_t dpoi_tok_symbol(int byte)
     return 256 + n;
 }
 
+/* Check every id, and look the 512 symbols up that words begin as.  A small vocabulary may lack some: they become the
+   unknown token. */
 static int dpoi_tok_vocab(dpo_tokenizer *t, const dpo_json *vocab, const char *name)
 {
     char    symbol[16], shown[128];
@@ -4311,6 +4521,7 @@ static int dpoi_tok_vocab(dpo_tokenizer *t, const dpo_json *vocab, const char *n
     return 1;
 }
 
+/* by (a, b), then the order of the lines */
 static int dpoi_tok_merge_less(const void *arg, uint32_t a, uint32_t b)
 {
     const dpoi_tok_pair *x = (const dpoi_tok_pair *)arg + a, *y = (const dpoi_tok_pair *)arg + b;
@@ -4367,6 +4578,7 @@ static int dpoi_tok_merge_line(dpo_tokenizer *t, const dpo_json *vocab, const ch
     return ok;
 }
 
+/* merges.txt: a line "#version: ..", then a merge a line.  A merge can begin with '#' too. */
 static int dpoi_tok_merges(dpo_tokenizer *t, const dpo_json *vocab, const char *text, size_t n, const char *name)
 {
     dpoi_text token;
@@ -4445,6 +4657,7 @@ typedef struct dpoi_tok_files {
     const dpo_json *config, *map;
 } dpoi_tok_files;
 
+/* The vocabulary is needed while opening only: afterwards ids are all that is left of its names. */
 static dpo_tokenizer *dpoi_tok_open(dpo_ctx *c, const dpoi_tok_files *files)
 {
     dpo_tokenizer *t = (dpo_tokenizer *)dpoi_calloc(c, 1, sizeof *t);
@@ -4522,11 +4735,13 @@ DPO_DEF dpo_token_info dpo_tokenizer_info(const dpo_tokenizer *t)
    The symbols of a word hang in a list, the merges that can be done wait in a heap.  A merge that its neighbours made
    impossible stays in the heap and is dropped when its turn comes: n log n for a word of n bytes. */
 
+/* One token out; what does not fit is dropped, which is how a prompt is cut. */
 static void dpoi_tok_emit(dpo_tokenizer *t, uint32_t id)
 {
     if (t->id_count < t->id_max) t->ids[t->id_count++] = (int32_t)id;
 }
 
+/* What a and b become, or NULL. */
 static const dpoi_tok_pair *dpoi_tok_merge(const dpo_tokenizer *t, uint32_t a, uint32_t b)
 {
     int64_t low = 0, high = t->merge_count;
@@ -4538,6 +4753,7 @@ static const dpoi_tok_pair *dpoi_tok_merge(const dpo_tokenizer *t, uint32_t a, u
     return low < t->merge_count && t->merges[low].a == a && t->merges[low].b == b ? &t->merges[low] : NULL;
 }
 
+/* The order of the heap: the earlier line of merges.txt, then the place further left. */
 static int dpoi_tok_sooner(const dpoi_chance *x, const dpoi_chance *y)
 {
     return x->rank != y->rank ? x->rank < y->rank : x->at < y->at;
@@ -4563,6 +4779,7 @@ static int dpoi_tok_push(dpo_tokenizer *t, int32_t at)
     return 1;
 }
 
+/* The best out, the last one sifted down from the top. */
 static dpoi_chance dpoi_tok_pop(dpo_tokenizer *t)
 {
     dpoi_chance best = t->heap[0], e = t->heap[--t->heap_count];
@@ -4604,7 +4821,8 @@ static int dpoi_tok_word(dpo_tokenizer *t, int64_t from, int64_t to)
     void   *p = t->symbols;
     int32_t n = 0;
     int     ok;
-    if (to - from >= INT32_MAX / 4) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "a word of more than 500 million characters");
+    if (to - from >= INT32_MAX / 4)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "a word of more than 500 million characters");
     ok = dpoi_grow(t->c, &p, &t->symbol_room, (to - from) * 4, sizeof *t->symbols);
     t->symbols = (dpoi_symbol *)p;
     if (!ok) return 0;
@@ -4643,6 +4861,7 @@ static int dpoi_tok_contraction(const dpo_tokenizer *t, int64_t i, int64_t to)
 
 enum { DPOI_WHITE, DPOI_LETTER, DPOI_NUMBER, DPOI_OTHER };
 
+/* The three classes of the pattern, and white space. */
 static int dpoi_tok_kind(const dpo_tokenizer *t, uint32_t cp)
 {
     if (dpoi_uni_white(cp)) return DPOI_WHITE;
@@ -4699,6 +4918,7 @@ static int dpoi_tok_plain(dpo_tokenizer *t, const char *text, size_t n)
     return dpoi_tok_words(t, from, t->points.count);
 }
 
+/* The tokens that are looked for in the text as it stands cut it; what is between them is normalised on its own. */
 static int dpoi_tok_text(dpo_tokenizer *t, const char *text)
 {
     size_t from = 0, n = strlen(text);
@@ -4738,16 +4958,23 @@ DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int m
    >>impl tensor                                                            context, tensors, scopes, reading
    ========================================================================================================== */
 
+/* A tensor is a dpoi_node: the public fields in front, list links behind.  Temporaries stand in c->temps in the
+   order of their making, so that a scope is nothing but an index into that array and ending it cuts the array
+   there; persistent ones (parameters, their gradients) hang in a list and no scope touches them.  A node
+   outlives its memory: dpo_last and dpo_scope_end drop the block, the node stays readable until its scope ends,
+   so that the tape may point to it. */
+
 /* One op on the tape.  `held` are the blocks that backward reads; their tensors may have been released. */
 struct dpoi_row {
-    dpo_args       a;
-    dpo_tensor    *in[DPO_MAX_INPUTS], *out;
+    dpo_args       a;                     /* the forward call; data is NULL in views that backward does not read */
+    dpo_tensor    *in[DPO_MAX_INPUTS], *out;  /* nodes: valid as long as their scope, even when released */
     dpoi_block    *held[DPO_MAX_INPUTS + 2];
     int64_t        scope;                 /* how many temporaries there were: a scope that ends before drops the row */
     dpo_segment_fn fn;                    /* DPOI_SEGMENT */
     void          *user;
 };
 
+/* Frees what rows later than `scope` hold: a scope must drop its part of the tape before its tensors. */
 static void dpoi_tape_cut(dpo_ctx *c, int64_t scope);
 
 static size_t dpoi_dtype_size(int dtype) { return dtype == DPO_BF16 || dtype == DPO_F16 ? 2 : 4; }
@@ -4758,12 +4985,14 @@ DPOI_UNUSED static const char *dpoi_dtype_name(int dtype)
     return dtype >= 0 && dtype < DPO_DTYPES ? names[dtype] : "?";
 }
 
+/* Axes beyond rank are 1, so that the product of all four is the count; 0 for NULL and for a spared node. */
 DPO_DEF int64_t dpo_count(const dpo_tensor *x)
 {
     return x ? x->shape[0] * x->shape[1] * x->shape[2] * x->shape[3] : 0;
 }
 
-/* Bytes of a view's memory: whole panels, see dpo_view. */
+/* Bytes of a view's memory: whole panels, see dpo_view.  Rounding up to them cannot overflow: dpoi_set_shape allows
+   2^47 elements, and a panel is 16 channels on the CPU, no more than 64 elsewhere. */
 static size_t dpoi_view_bytes(const dpo_view *v)
 {
     int64_t n = v->shape[0];
@@ -4787,6 +5016,8 @@ static dpo_view dpoi_view(const dpo_tensor *x)
 
 /* ------------------------------------------------------------------------------------------ making tensors */
 
+/* Zeroed, from the spares first: after one training step every step finds its nodes there.
+   Zeroed, from the spares first: in a steady loop every step finds its nodes there. */
 static dpoi_node *dpoi_node_new(dpo_ctx *c)
 {
     dpoi_node *n = c->spare_nodes;
@@ -4803,7 +5034,9 @@ static void dpoi_node_spare(dpo_ctx *c, dpoi_node *n)
     c->spare_nodes = n;
 }
 
-/* Check a shape and put it into t.  Sizes are at least 1 and their product fits in 2^47 elements. */
+/* Check a shape and put it into t.  Sizes are at least 1 and their product fits in 2^47 elements.
+   The bound of 2^47 is checked by division before each product, so that no shape from a file or a host overflows
+   int64_t, and bytes (4 an element, whole panels) stay far below 2^63. */
 static int dpoi_set_shape(dpo_ctx *c, dpo_tensor *t, int dtype, int rank, const int64_t *shape, int panel)
 {
     int64_t count = 1;
@@ -4823,13 +5056,15 @@ static int dpoi_set_shape(dpo_ctx *c, dpo_tensor *t, int dtype, int rank, const 
     return 1;
 }
 
+/* Gives the block up; x stays a tensor without data, which every op refuses by name. */
 static void dpoi_drop_data(dpo_tensor *t)
 {
-    if (t->block) dpoi_block_drop(t->ctx, t->block);
+    if (t->block) dpoi_block_drop(t->ctx, t->block);  /* refs fall by one; a twin or the tape may still hold it */
     t->block = NULL;
     t->data = NULL;
 }
 
+/* `block` is held once more, not taken over. */
 /* A tensor of the current scope, with memory that nobody wrote yet.  block != NULL: share that one. */
 static dpo_tensor *dpoi_temp(dpo_ctx *c, int dtype, int rank, const int64_t *shape, int panel, dpoi_block *block)
 {
@@ -4848,6 +5083,7 @@ static dpo_tensor *dpoi_temp(dpo_ctx *c, int dtype, int rank, const int64_t *sha
     return &n->t;
 }
 
+/* The backend's zero runs in the order of its kernels, as if on one stream. */
 static int dpoi_zero(dpo_tensor *x)
 {
     dpo_view v = dpoi_view(x);
@@ -4862,12 +5098,15 @@ DPO_DEF dpo_tensor *dpo_tensor_new(dpo_ctx *c, int dtype, int rank, const int64_
     return dpoi_zero(x) ? x : NULL;
 }
 
+/* `values` are copied before this returns; a failed write leaves a temporary behind that its scope frees. */
 DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values)
 {
     dpo_tensor *x = shape && values ? dpoi_temp(c, dtype, rank, shape, 0, NULL) : NULL;
     return x && dpo_write(x, values) ? x : NULL;
 }
 
+/* Made as a temporary, then taken out of the scope's array: one path checks shape and memory.  Where the name or
+   the zeroing fails it simply stays a temporary, and the end of the scope frees it. */
 static dpo_tensor *dpoi_persistent(dpo_ctx *c, int dtype, int rank, const int64_t *shape, int panel, const char *name)
 {
     dpo_tensor *x = shape ? dpoi_temp(c, dtype, rank, shape, panel, NULL) : NULL;
@@ -4888,6 +5127,8 @@ DPO_DEF dpo_tensor *dpo_param_new(dpo_ctx *c, int dtype, int rank, const int64_t
     return dpoi_persistent(c, dtype, rank, shape, 0, name);
 }
 
+/* The backend's panel width decides the layout once, when the weight is made: dpo_write and dpo_read reorder, so
+   that hosts and files always see [O,I] or [O,kh,kw,I]. */
 DPO_DEF dpo_tensor *dpo_weight_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name)
 {
     if (!dpoi_ok(c)) return NULL;
@@ -4903,6 +5144,8 @@ DPO_DEF dpo_tensor *dpo_weight_new(dpo_ctx *c, int dtype, int rank, const int64_
     return dpoi_persistent(c, dtype, rank, shape, c->backend->panel, name);
 }
 
+/* Early end for a parameter and its gradient.  Blocks that the tape still holds live on until its rows are
+   dropped. */
 DPO_DEF void dpo_param_free(dpo_tensor *x)
 {
     dpoi_node *n = (dpoi_node *)x;
@@ -4918,12 +5161,14 @@ DPO_DEF void dpo_param_free(dpo_tensor *x)
 
 /* ------------------------------------------------------------------------------------------ scopes */
 
+/* A flag, read by the op that x is passed to.  Parameters are shared by many ops and ignore it. */
 DPO_DEF dpo_tensor *dpo_last(dpo_tensor *x)
 {
     if (x && !x->persistent) x->last = 1;
     return x;
 }
 
+/* A scope's name is the number of temporaries at its start. */
 DPO_DEF int64_t dpo_scope(dpo_ctx *c) { return c ? c->temp_count : 0; }
 
 /* A node without device memory stands in the scope's list for the host memory. */
@@ -4939,6 +5184,9 @@ DPO_DEF void *dpo_scope_alloc(dpo_ctx *c, size_t bytes)
     return n->host;
 }
 
+/* `keep` is the one tensor that moves down to the surrounding scope: the array is cut below it and it is put
+   back on top. Its gradient, if any, was a temporary of the scope and is gone.  A `keep` that is neither of this
+   scope nor persistent gives NULL. */
 DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
 {
     dpoi_node *kept = NULL;
@@ -4948,7 +5196,7 @@ DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
         dpoi_node *n = c->temps[--c->temp_count];
         if (&n->t == keep) { kept = n; continue; }
         dpoi_drop_data(&n->t);
-        if (n->host) dpoi_release(c, n->host, n->host_bytes);
+        if (n->host) dpoi_release(c, n->host, n->host_bytes);  /* dpo_scope_alloc's */
         dpoi_node_spare(c, n);
     }
     if (!kept) return keep && keep->persistent ? keep : NULL;
@@ -4959,6 +5207,7 @@ DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
 
 /* ------------------------------------------------------------------------------------------ host and device */
 
+/* Row o of [O,K] lies in panel o/P, in column o % P of each of the panel's K lines; P == 0 is plain order. */
 /* Move the k-th value between plain order [O,K] and panels [ceil(O/P)][K][P]. */
 static int64_t dpoi_panel_index(int64_t k, int64_t K, int64_t P)
 {
@@ -4966,6 +5215,7 @@ static int64_t dpoi_panel_index(int64_t k, int64_t K, int64_t P)
     return P ? (o / P * K + i) * P + o % P : k;
 }
 
+/* The i-th number of memory on the host, for types that floats are read from and written to. */
 static float dpoi_load(const void *data, int dtype, int64_t i)
 {
     if (dtype == DPO_BF16) return dpoi_bf16_to_f32(((const uint16_t *)data)[i]);
@@ -4973,6 +5223,7 @@ static float dpoi_load(const void *data, int dtype, int64_t i)
     return ((const float *)data)[i];
 }
 
+/* Rounds to nearest even; F32 is stored as it is. */
 static void dpoi_store(void *data, int dtype, int64_t i, float value)
 {
     if (dtype == DPO_BF16)     ((uint16_t *)data)[i] = dpoi_f32_to_bf16(value);
@@ -4980,7 +5231,9 @@ static void dpoi_store(void *data, int dtype, int64_t i, float value)
     else                       ((float *)data)[i] = value;
 }
 
-/* Values between host order and the bytes of a view, either way. */
+/* Values between host order and the bytes of a view, either way.
+   I32 and dense F32 are the same bytes in both; all else goes number by number, and columns behind O in the last
+   panel keep the zeros of the staging buffer. */
 static void dpoi_reorder(const dpo_view *v, void *bytes, void *values, int to_view)
 {
     int64_t n = v->shape[0] * v->shape[1] * v->shape[2] * v->shape[3], K = n / v->shape[0];
@@ -4995,6 +5248,8 @@ static void dpoi_reorder(const dpo_view *v, void *bytes, void *values, int to_vi
     }
 }
 
+/* Through one zeroed staging buffer: a device copy is one call, and the reordering happens on the host.  A read
+   waits for the kernels before it, because DPO_COPY_DOWN does. */
 static int dpoi_transfer(dpo_tensor *x, void *values, int up)
 {
     dpo_ctx *c = x ? x->ctx : NULL;
@@ -5020,11 +5275,13 @@ DPO_DEF int dpo_read(dpo_tensor *x, void *values) { return values ? dpoi_transfe
 
 DPO_DEF int dpo_write(dpo_tensor *x, const void *values)
 {
-    return values ? dpoi_transfer(x, (void *)(uintptr_t)values, 1) : 0;
+    return values ? dpoi_transfer(x, (void *)(uintptr_t)values, 1) : 0;  /* read only */
 }
 
 /* ------------------------------------------------------------------------------------------ open, close */
 
+/* A mismatch of size or version means a backend compiled against another diffdpo.h: its function pointers cannot
+   be trusted, not even close, and the context stays without one. */
 static int dpoi_open_backend(dpo_ctx *c, const dpo_desc *d)
 {
     dpo_backend *b = d->backend ? d->backend : dpo_cpu_open(d);
@@ -5035,6 +5292,7 @@ static int dpoi_open_backend(dpo_ctx *c, const dpo_desc *d)
     return 1;
 }
 
+/* Everything but the context itself may fail and be told by dpo_error. */
 DPO_DEF dpo_ctx *dpo_open(const dpo_desc *desc)
 {
     dpo_desc d;
@@ -5047,10 +5305,11 @@ DPO_DEF dpo_ctx *dpo_open(const dpo_desc *desc)
     c->mem = mem;
     c->log = d.log;
     c->limit = d.memory_limit;
-    dpoi_open_backend(c, &d);
+    dpoi_open_backend(c, &d);             /* a failure stays in c */
     return c;
 }
 
+/* The spares go last: dpoi_trim returns whole regions to the backend and spares their structs. */
 static void dpoi_free_blocks(dpo_ctx *c)
 {
     dpoi_block *next;
@@ -5061,10 +5320,12 @@ static void dpoi_free_blocks(dpo_ctx *c)
     }
 }
 
+/* Order matters: objects first, for they own tensors and files; then temporaries with the tape, then parameters,
+   then the structs; the backend last, when no block of it is held. */
 DPO_DEF void dpo_close(dpo_ctx *c)
 {
     dpoi_mem mem;
-    if (!c) return;
+    if (!c) return;                       /* NULL in, nothing done */
     while (c->owned) dpoi_disown(c, c->owned->object);
     dpo_scope_end(c, 0, NULL);
     while (c->persistent) dpo_param_free(&c->persistent->t);
@@ -5076,7 +5337,7 @@ DPO_DEF void dpo_close(dpo_ctx *c)
     if (c->backend) { dpoi_free_blocks(c); c->backend->close(c->backend->self); }
     if (c->rows) dpoi_release(c, c->rows, (size_t)c->row_room * sizeof *c->rows);
     if (c->temps) dpoi_release(c, c->temps, (size_t)c->temp_room * sizeof *c->temps);
-    mem = c->mem;
+    mem = c->mem;                         /* c->mem lies in what is freed */
     dpoi_free(&mem, c, sizeof *c);
 }
 
@@ -5084,6 +5345,13 @@ DPO_DEF void dpo_close(dpo_ctx *c)
    >>impl tape                                                          running ops, recording, going backward
    ========================================================================================================== */
 
+/* An op function (>>impl ops) fills a dpoi_call, dpoi_apply runs it: room for the result, statistics if backward
+   wants them, the kernel, a row on the tape, and the end of the inputs that were passed with dpo_last.  A row
+   holds blocks, not tensors: what backward does not read is free as soon as its tensor ends.  dpo_backward walks
+   the rows from the newest down; each hands the gradient of its result to its inputs.  Gradients are F32
+   whatever the tensor's type.  A gradient is written by the first row that reaches it and added to by the
+   others, so that nothing needs to be cleared first. */
+/* `grads`: bits of the inputs that can get a gradient; `keeps`: bits of what backward reads.  See DPO_OPS. */
 typedef struct dpoi_op { const char *name; int inputs, grads, keeps; } dpoi_op;
 
 #define DPOI_OP_ROW(name, inputs, grads, keeps) { #name, inputs, grads, keeps },
@@ -5092,6 +5360,7 @@ static const dpoi_op dpoi_ops[DPO_OP_COUNT] = { DPO_OPS(DPOI_OP_ROW) };
 /* Rows that no kernel runs. */
 enum { DPOI_RESHAPE = DPO_OP_COUNT, DPOI_SEGMENT };
 
+/* A reference for the tape: slots 0..7 are the inputs, 8 the result, 9 the statistics. */
 static void dpoi_hold(dpoi_row *r, int slot, dpoi_block *b)
 {
     if (!b) return;
@@ -5099,6 +5368,7 @@ static void dpoi_hold(dpoi_row *r, int slot, dpoi_block *b)
     r->held[slot] = b;
 }
 
+/* Gives back what a row holds; blocks whose tensors ended before are free now. */
 static void dpoi_row_drop(dpo_ctx *c, dpoi_row *r)
 {
     for (int i = 0; i < DPO_MAX_INPUTS + 2; i++) {
@@ -5107,7 +5377,8 @@ static void dpoi_row_drop(dpo_ctx *c, dpoi_row *r)
     }
 }
 
-/* Drop the rows recorded since `scope`. */
+/* Drop the rows recorded since `scope`.
+   A row belongs to the scope of its result: it goes when its result goes, even if its inputs live on. */
 static void dpoi_tape_cut(dpo_ctx *c, int64_t scope)
 {
     while (c->row_count && c->rows[c->row_count - 1].scope >= scope) dpoi_row_drop(c, &c->rows[--c->row_count]);
@@ -5120,7 +5391,9 @@ static const char *dpoi_row_name(int op)
 
 /* ------------------------------------------------------------------------------------------ running a kernel */
 
-/* Run one call, with the scratch that it asks for.  1, or 0 and an error that names the op. */
+/* Run one call, with the scratch that it asks for.  1, or 0 and an error that names the op.
+   The workspace is a block like any other, free again right after the call: kernels run in order, so that
+   whoever gets the memory next runs after this one has read it. */
 static int dpoi_run(dpo_ctx *c, dpo_args *a)
 {
     dpo_backend *b = c->backend;
@@ -5150,7 +5423,8 @@ typedef struct dpoi_call {
     dpo_view    stat;                     /* shape of what forward leaves for backward; rank 0: nothing */
 } dpoi_call;
 
-/* Start a call: NULL inputs are left out, released ones are an error. */
+/* Start a call: NULL inputs are left out, released ones are an error.
+   The result's dtype is that of the first input, unless the op sets another. */
 static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *in, int n)
 {
     memset(k, 0, sizeof *k);
@@ -5168,7 +5442,8 @@ static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *
     return 1;
 }
 
-/* Inputs through which a gradient flows, as bits. */
+/* Inputs through which a gradient flows, as bits.
+   While dpo_no_grad counts above zero: none.  Rows that no kernel runs pass the gradient of every input. */
 static unsigned dpoi_wanted(const dpo_ctx *c, const dpoi_call *k)
 {
     unsigned bits = 0, can = k->a.op < DPO_OP_COUNT ? (unsigned)dpoi_ops[k->a.op].grads : ~0u;
@@ -5178,7 +5453,9 @@ static unsigned dpoi_wanted(const dpo_ctx *c, const dpoi_call *k)
     return bits;
 }
 
-/* What backward will read, as bits.  A product whose weights are frozen needs its input for nothing. */
+/* What backward will read, as bits.  A product whose weights are frozen needs its input for nothing.
+   A bias and an added vector need dy alone, a residual takes dy as it is.  This is what makes frozen networks
+   with adapters cheap: attention and norms keep their inputs, most products keep nothing. */
 static unsigned dpoi_kept(const dpoi_call *k, unsigned wanted)
 {
     unsigned keeps = k->a.op < DPO_OP_COUNT ? (unsigned)dpoi_ops[k->a.op].keeps : 0;
@@ -5187,6 +5464,7 @@ static unsigned dpoi_kept(const dpoi_call *k, unsigned wanted)
     return keeps;
 }
 
+/* The call as it ran becomes a row, with data NULL in every view that backward does not read. */
 static dpoi_row *dpoi_record(dpo_ctx *c, const dpoi_call *k, dpo_tensor *out, dpoi_block *stat, unsigned keeps)
 {
     dpoi_row *r;
@@ -5207,13 +5485,15 @@ static dpoi_row *dpoi_record(dpo_ctx *c, const dpoi_call *k, dpo_tensor *out, dp
     return r;
 }
 
+/* After the kernel has run: the block goes back to the cache, or stays with the tape if a row holds it. */
 static void dpoi_release_last(const dpoi_call *k)
 {
     for (int i = 0; i < DPO_MAX_INPUTS; i++)
         if (k->in[i] && k->in[i]->last) dpoi_drop_data(k->in[i]);
 }
 
-/* Run a filled-in call: result, statistics, kernel, row, and the inputs that end here. */
+/* Run a filled-in call: result, statistics, kernel, row, and the inputs that end here.
+   The row alone holds stat: where nothing is recorded it ends with the call. */
 static dpo_tensor *dpoi_apply(dpo_ctx *c, dpoi_call *k)
 {
     unsigned    wanted = dpoi_wanted(c, k), keeps = dpoi_kept(k, wanted);
@@ -5221,7 +5501,7 @@ static dpo_tensor *dpoi_apply(dpo_ctx *c, dpoi_call *k)
     dpoi_block *stat = NULL;
     int         ok;
     if (!y) return NULL;
-    if (!k->a.out.rank) k->a.out = dpoi_view(y);
+    if (!k->a.out.rank) k->a.out = dpoi_view(y);  /* the op set no shape of its own */
     k->a.out.data = y->data;
     k->a.out.dtype = k->dtype;
     if (k->stat.rank && wanted && (keeps & DPOI_STAT)) {
@@ -5235,11 +5515,13 @@ static dpo_tensor *dpoi_apply(dpo_ctx *c, dpoi_call *k)
     return ok ? y : NULL;
 }
 
+/* Calls nest: a count, not a flag. */
 DPO_DEF void dpo_no_grad(dpo_ctx *c, int change) { if (c) c->no_grad += change; }
 
 /* ------------------------------------------------------------------------------------------ gradients */
 
-/* Memory for x's gradient that nobody wrote yet: a parameter's lives as long as it, others' in the current scope. */
+/* Memory for x's gradient that nobody wrote yet: a parameter's lives as long as it, others' in the current scope.
+   share != NULL: the gradient lies in that block, which others may read too (see dpoi_grad_own). */
 static dpo_tensor *dpoi_grad_new(dpo_tensor *x, dpoi_block *share)
 {
     dpo_ctx    *c = x->ctx;
@@ -5257,7 +5539,8 @@ static dpo_tensor *dpoi_grad_new(dpo_tensor *x, dpoi_block *share)
     return x->grad = dpoi_temp(c, DPO_F32, x->rank, x->shape, x->panel, share);
 }
 
-/* y += x, both F32 and alike: the backward of an affine op. */
+/* y += x, both F32 and alike: the backward of an affine op.
+   The backward of y = 1*x is dx += dout, a kernel that every backend has. */
 static int dpoi_add_into(dpo_ctx *c, dpo_tensor *y, const dpo_view *x)
 {
     dpo_args a;
@@ -5271,7 +5554,9 @@ static int dpoi_add_into(dpo_ctx *c, dpo_tensor *y, const dpo_view *x)
     return dpoi_run(c, &a);
 }
 
-/* x->grad as a place to add to: not shared with another tensor. */
+/* x->grad as a place to add to: not shared with another tensor.
+   A gradient that was handed on (through a reshape, a residual, a segment) is one block in two tensors;
+   whichever is added to first takes a copy. */
 static int dpoi_grad_own(dpo_tensor *x)
 {
     dpo_ctx    *c = x->ctx;
@@ -5290,7 +5575,8 @@ static int dpoi_grad_own(dpo_tensor *x)
     return 1;
 }
 
-/* x's gradient gets dy as it is: shared where x has none yet, else added. */
+/* x's gradient gets dy as it is: shared where x has none yet, else added.
+   A parameter's gradient gets memory of its own: it outlives the walk, and lies where it lay in the last step. */
 static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
 {
     dpo_view v;
@@ -5300,7 +5586,8 @@ static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
     return dpoi_grad_own(x) && dpoi_add_into(x->ctx, x->grad, &v);
 }
 
-/* Point din[i] at x's gradient, new (written) or old (added to). */
+/* Point din[i] at x's gradient, new (written) or old (added to).
+   The row's view of the input has the shape and the panels; its gradient is F32 in the same layout. */
 static int dpoi_grad_aim(dpoi_row *r, int i)
 {
     dpo_tensor *x = r->in[i];
@@ -5317,7 +5604,8 @@ static int dpoi_grad_aim(dpoi_row *r, int i)
 }
 
 /* One kernel row.  The residual of a product takes dy itself; a tensor that stands twice among the inputs is added to
-   by one kernel call each, since a call may not write one memory through two views. */
+   by one kernel call each, since a call may not write one memory through two views.
+   left: bits of the inputs that still wait; now: those of this call. */
 static int dpoi_kernel_backward(dpo_ctx *c, dpoi_row *r)
 {
     unsigned left = 0;
@@ -5327,7 +5615,7 @@ static int dpoi_kernel_backward(dpo_ctx *c, dpoi_row *r)
     r->a.dout.dtype = DPO_F32;
     for (int i = 0; i < DPO_MAX_INPUTS; i++)
         if (r->in[i] && r->in[i]->needs_grad && (dpoi_ops[r->a.op].grads >> i & 1)) left |= 1u << i;
-    if (r->a.op == DPO_OP_CONV) left &= ~(1u << 4);
+    if (r->a.op == DPO_OP_CONV) left &= ~(1u << 4);  /* the residual, see the last line */
     while (left) {
         unsigned now = 0;
         memset(r->a.din, 0, sizeof r->a.din);
@@ -5348,7 +5636,9 @@ static int dpoi_kernel_backward(dpo_ctx *c, dpoi_row *r)
 
 static int dpoi_walk(dpo_ctx *c, int64_t stop);
 
-/* Tensors of the current scope that share the memory of a segment's inputs: what fn does with them leaves those be. */
+/* Tensors of the current scope that share the memory of a segment's inputs: what fn does with them leaves those be.
+   A segment's inputs have no holes.  needs_grad goes over, the tape does not: rows recorded on stand-ins end at
+   them, and there the gradients gather. */
 static int dpoi_stand_ins(dpo_ctx *c, dpo_tensor *const *in, dpoi_block *const *block, dpo_tensor **x)
 {
     int n = 0;
@@ -5360,7 +5650,8 @@ static int dpoi_stand_ins(dpo_ctx *c, dpo_tensor *const *in, dpoi_block *const *
     return n;
 }
 
-/* Hand the gradient that lies in block g (NULL: none) to x. */
+/* Hand the gradient that lies in block g (NULL: none) to x.
+   The tensor made around g drops its reference at once; g itself stays the caller's. */
 static int dpoi_grad_hand(dpo_ctx *c, dpo_tensor *x, dpoi_block *g)
 {
     dpo_tensor *moved = g ? dpoi_temp(c, DPO_F32, x->rank, x->shape, x->panel, g) : NULL;
@@ -5369,7 +5660,9 @@ static int dpoi_grad_hand(dpo_ctx *c, dpo_tensor *x, dpoi_block *g)
     return ok;
 }
 
-/* Run the segment again, this time recorded, on stand-ins for its inputs; then hand their gradients over. */
+/* Run the segment again, this time recorded, on stand-ins for its inputs; then hand their gradients over.
+   All that the second run makes lies in a scope of its own.  The stand-ins' gradients are held across its end by
+   their blocks and handed over outside it, since the gradient of an input must outlive it. */
 static int dpoi_segment_backward(dpo_ctx *c, dpoi_row *r)
 {
     dpo_tensor *x[DPO_MAX_INPUTS], *y;
@@ -5378,7 +5671,7 @@ static int dpoi_segment_backward(dpo_ctx *c, dpoi_row *r)
     int         n = dpoi_stand_ins(c, r->in, r->held, x), ok;
     if (n < 0) return 0;
     y = r->fn(c, r->user, x);
-    if (y && dpo_count(y) != dpo_count(r->out))
+    if (y && dpo_count(y) != dpo_count(r->out))  /* fn was not a pure function */
         return dpoi_fail(c, DPO_BAD_SHAPE, "a recomputed segment gave another shape than the first time");
     ok = y && dpoi_grad_give(y, r->out->grad) && dpoi_walk(c, rows);
     for (int i = 0; i < n; i++) {
@@ -5393,6 +5686,7 @@ static int dpoi_segment_backward(dpo_ctx *c, dpoi_row *r)
     return ok;
 }
 
+/* A reshape's gradient is the result's, read with another shape: no kernel, no copy. */
 static int dpoi_row_backward(dpo_ctx *c, dpoi_row *r)
 {
     if (r->a.op == DPOI_SEGMENT) return dpoi_segment_backward(c, r);
@@ -5400,7 +5694,9 @@ static int dpoi_row_backward(dpo_ctx *c, dpoi_row *r)
     return dpoi_kernel_backward(c, r);
 }
 
-/* Rows from the newest down to `stop`.  A row whose result has no gradient is passed over. */
+/* Rows from the newest down to `stop`.  A row whose result has no gradient is passed over.
+   The row is copied out first: a segment records new rows over its place, and the array may move.  After a
+   failure the rest is only given back.  A result's gradient ends here, for nobody below reads it. */
 static int dpoi_walk(dpo_ctx *c, int64_t stop)
 {
     int ok = 1;
@@ -5415,6 +5711,7 @@ static int dpoi_walk(dpo_ctx *c, int64_t stop)
     return ok;
 }
 
+/* Where y is a temporary without a gradient, dy's memory is shared, not copied. */
 DPO_DEF int dpo_backward_from(dpo_tensor *y, dpo_tensor *dy)
 {
     dpo_ctx *c = y ? y->ctx : NULL;
@@ -5425,6 +5722,7 @@ DPO_DEF int dpo_backward_from(dpo_tensor *y, dpo_tensor *dy)
     return dpoi_grad_give(y, dy) && dpoi_walk(c, 0);
 }
 
+/* d loss / d loss = 1. */
 DPO_DEF int dpo_backward(dpo_tensor *loss)
 {
     static const float   one = 1;
@@ -5435,8 +5733,11 @@ DPO_DEF int dpo_backward(dpo_tensor *loss)
     return dpo_backward_from(loss, dpo_tensor_from(loss->ctx, DPO_F32, 1, shape, &one));
 }
 
+/* The memory stays: the next step adds to the same place. */
 DPO_DEF int dpo_zero_grad(dpo_tensor *x) { return !x || !x->grad ? 1 : dpoi_zero(x->grad); }
 
+/* The first run is not recorded and works on stand-ins, in a scope that only y leaves, so that nothing inside is
+   kept.  The row holds all inputs (0xff); the blocks are what backward's stand-ins share. */
 DPO_DEF dpo_tensor *dpo_checkpoint(dpo_ctx *c, dpo_segment_fn fn, void *user, dpo_tensor **x, int n)
 {
     dpoi_call   k;
@@ -5464,6 +5765,12 @@ DPO_DEF dpo_tensor *dpo_checkpoint(dpo_ctx *c, dpo_segment_fn fn, void *user, dp
    >>impl ops                                                    shape rules: from tensors to calls of a kernel
    ========================================================================================================== */
 
+/* Each public op does the same five things: refuse NULL, start a call, check shapes, write down the shape of the
+   result and the shapes that the kernel wants to see, apply.  Two shapes are kept apart on purpose: k.shape is
+   what the caller gets ([N,T,D] stays [N,T,D]), k.a.in and k.a.out are what the kernel computes on, with axes
+   that it does not care about taken together ([R,D]), so that a kernel has one loop nest and not one for each
+   rank.  All checks are here: a kernel trusts its arguments.  An op that fails has recorded nothing and returns
+   NULL, which every other op takes without complaint. */
 /* A view as [a,b,d], or [a,b] where d is 1, for kernels that do not care about more axes. */
 static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
 {
@@ -5474,22 +5781,27 @@ static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
     v->shape[3] = 1;
 }
 
+/* The result has x's shape. */
 static void dpoi_shape_like(dpoi_call *k, const dpo_tensor *x)
 {
     k->rank = x->rank;
     memcpy(k->shape, x->shape, sizeof k->shape);
 }
 
+/* The kernel's view of the result; without it dpoi_apply uses the caller's shape. */
 static void dpoi_out_as(dpoi_call *k, int64_t a, int64_t b, int64_t d) { dpoi_view_as(&k->a.out, a, b, d); }
 
+/* The last axis: channels. */
 static int64_t dpoi_width_of(const dpo_tensor *x) { return x->shape[x->rank - 1]; }
 
+/* Axes beyond rank are 1, so that whole arrays can be compared. */
 static int dpoi_alike(const dpo_tensor *a, const dpo_tensor *b)
 {
     return a->rank == b->rank && !memcmp(a->shape, b->shape, sizeof a->shape);
 }
 
-/* "[2,64,64,320]" */
+/* "[2,64,64,320]"
+   Cut where it does not fit. */
 static const char *dpoi_tensor_text(const dpo_tensor *x, char *text, size_t size)
 {
     size_t n = 0;
@@ -5499,6 +5811,8 @@ static const char *dpoi_tensor_text(const dpo_tensor *x, char *text, size_t size
     return text;
 }
 
+/* 'op "name": [..] and [..]: rule', name being b's if it has one: b is the weight where there is one.  Returns
+   0. */
 static int dpoi_bad_shapes(dpo_ctx *c, const char *op, const dpo_tensor *a, const dpo_tensor *b, const char *rule)
 {
     char sa[96], sb[96];
@@ -5514,6 +5828,8 @@ static int dpoi_check_vector(dpo_ctx *c, const char *op, const dpo_tensor *x, co
 
 /* ------------------------------------------------------------------------------------------ products */
 
+/* The layout first: a dense tensor read as panels would be read past its end.  Then the channels that the
+   product sums over. */
 static int dpoi_check_weight(dpo_ctx *c, const char *op, const dpo_tensor *x, const dpo_tensor *w)
 {
     if (w->panel != c->backend->panel)
@@ -5523,7 +5839,9 @@ static int dpoi_check_weight(dpo_ctx *c, const char *op, const dpo_tensor *x, co
     return 1;
 }
 
-/* The optional inputs, against the result's shape k->a.out [N,H',W',O]. */
+/* The optional inputs, against the result's shape k->a.out [N,H',W',O].
+   Counts are compared, not ranks: a vector [O] may come as [1,1,1,O].  strength without an adapter is allowed
+   and unused. */
 static int dpoi_check_extra(dpo_ctx *c, const char *op, dpoi_call *k, const dpo_extra *e)
 {
     const dpo_view   *y = &k->a.out;
@@ -5544,7 +5862,9 @@ static int dpoi_check_extra(dpo_ctx *c, const char *op, dpoi_call *k, const dpo_
     return 1;
 }
 
-/* Where the activation's input will be needed by backward, it runs as an op of its own. */
+/* Where the activation's input will be needed by backward, it runs as an op of its own.
+   For an adapter, stat u = x*down is [N,H',W',r] in F32: what d up needs, and cheaper to keep than to compute
+   again. */
 static dpo_tensor *dpoi_product(dpo_ctx *c, dpoi_call *k)
 {
     int         act = k->a.p.conv.act;
@@ -5560,6 +5880,7 @@ static dpo_tensor *dpoi_product(dpo_ctx *c, dpoi_call *k)
     return dpo_act(c, dpo_last(y), act);
 }
 
+/* The order of DPO_OP_CONV's inputs, which the bits of its row in DPO_OPS count. */
 static void dpoi_product_inputs(dpo_tensor **in, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, const dpo_extra *e)
 {
     in[0] = x;
@@ -5572,6 +5893,8 @@ static void dpoi_product_inputs(dpo_tensor **in, dpo_tensor *x, dpo_tensor *w, d
     in[7] = e ? e->strength : NULL;
 }
 
+/* A linear layer is a 1x1 convolution over a picture of T rows of one pixel, so that there is one product
+   kernel, and n of `vec` and `strength` is the first axis.  A tensor of rank 1 is one sample. */
 DPO_DEF dpo_tensor *dpo_linear(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, const dpo_extra *extra)
 {
     dpoi_call   k;
@@ -5580,6 +5903,10 @@ DPO_DEF dpo_tensor *dpo_linear(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
     if (!x || !w) return NULL;
     dpoi_product_inputs(in, x, w, bias, extra);
     if (!dpoi_call_begin(c, &k, DPO_OP_CONV, in, 8) || !dpoi_check_weight(c, "linear", x, w)) return NULL;
+    if (w->shape[1] != 1 || w->shape[2] != 1) {            /* no picture here that a larger kernel could cover */
+        dpoi_bad_shapes(c, "linear", x, w, "the weights must be [O,I]");
+        return NULL;
+    }
     I = w->shape[3];
     O = w->shape[0];
     N = x->rank > 1 ? x->shape[0] : 1;
@@ -5596,6 +5923,8 @@ DPO_DEF dpo_tensor *dpo_linear(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
     return dpoi_check_extra(c, "linear", &k, extra) ? dpoi_product(c, &k) : NULL;
 }
 
+/* H' = (H + pad[0] + pad[1] - kh)/stride + 1, rounded down.  The kernel knows only the padding above and to the
+   left: what lies below and to the right follows from H', W'. */
 DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, int stride, const int pad[4],
                                const dpo_extra *extra)
 {
@@ -5625,6 +5954,7 @@ DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
 
 /* ------------------------------------------------------------------------------------------ norms, attention */
 
+/* P = all axes between the first and the last.  !(eps > 0) refuses NaN too. */
 DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups, float eps, int act)
 {
     dpoi_call   k;
@@ -5649,6 +5979,7 @@ DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
     return dpoi_apply(c, &k);
 }
 
+/* R = all axes but the last; stat [R,2] = mean, 1/sqrt(var + eps). */
 DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, float eps)
 {
     dpoi_call   k;
@@ -5666,6 +5997,8 @@ DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
     return dpoi_apply(c, &k);
 }
 
+/* The scale is taken in double and rounded once.  Self-attention passes one tensor three times:
+   dpoi_kernel_backward sees to that. */
 DPO_DEF dpo_tensor *dpo_attention(dpo_ctx *c, dpo_tensor *q, dpo_tensor *k, dpo_tensor *v, int heads, int causal)
 {
     dpoi_call   call;
@@ -5687,7 +6020,8 @@ DPO_DEF dpo_tensor *dpo_attention(dpo_ctx *c, dpo_tensor *q, dpo_tensor *k, dpo_
 
 /* ------------------------------------------------------------------------------------------ element by element */
 
-/* Start an op of one input whose result has its shape. */
+/* Start an op of one input whose result has its shape.
+   The kernel sees [R,C]. */
 static int dpoi_unary(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *x)
 {
     if (!x || !dpoi_call_begin(c, k, op, &x, 1)) return 0;
@@ -5697,6 +6031,7 @@ static int dpoi_unary(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *x)
     return 1;
 }
 
+/* D = half of the last axis; the first half is the value, the second the gate, as in diffusers' GEGLU. */
 DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x)
 {
     dpoi_call k;
@@ -5709,6 +6044,7 @@ DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x)
     return dpoi_apply(c, &k);
 }
 
+/* DPO_NONE is refused: it would be a copy that nobody asked for. */
 DPO_DEF dpo_tensor *dpo_act(dpo_ctx *c, dpo_tensor *x, int act)
 {
     dpoi_call k;
@@ -5718,6 +6054,7 @@ DPO_DEF dpo_tensor *dpo_act(dpo_ctx *c, dpo_tensor *x, int act)
     return dpoi_apply(c, &k);
 }
 
+/* Forward scale*x + shift, backward dx = scale*dy: no input is kept. */
 DPO_DEF dpo_tensor *dpo_affine(dpo_ctx *c, dpo_tensor *x, float scale, float shift)
 {
     dpoi_call k;
@@ -5727,6 +6064,7 @@ DPO_DEF dpo_tensor *dpo_affine(dpo_ctx *c, dpo_tensor *x, float scale, float shi
     return dpoi_apply(c, &k);
 }
 
+/* dx = dy where low <= x <= high: backward reads x. */
 DPO_DEF dpo_tensor *dpo_clamp(dpo_ctx *c, dpo_tensor *x, float low, float high)
 {
     dpoi_call k;
@@ -5736,6 +6074,7 @@ DPO_DEF dpo_tensor *dpo_clamp(dpo_ctx *c, dpo_tensor *x, float low, float high)
     return dpoi_apply(c, &k);
 }
 
+/* The gradient stays F32 on both sides, so that backward of a cast is an addition. */
 DPO_DEF dpo_tensor *dpo_cast(dpo_ctx *c, dpo_tensor *x, int dtype)
 {
     dpoi_call k;
@@ -5753,6 +6092,8 @@ static void dpoi_view_right(dpo_view *v, const dpo_tensor *x)
     for (int i = 0; i < x->rank; i++) v->shape[DPO_MAX_RANK - x->rank + i] = x->shape[i];
 }
 
+/* NumPy's rule for axes, at most four of them: aligned at the right, an axis of size 1 repeats.  Backward sums
+   over the axes that were repeated. */
 DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b)
 {
     dpoi_call   k;
@@ -5768,7 +6109,7 @@ DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b)
         if (m != n && m != 1 && n != 1) { dpoi_bad_shapes(c, "binary", a, b, "axes must agree or be 1"); return NULL; }
         k.a.out.shape[i] = m > n ? m : n;
     }
-    k.rank = a->rank > b->rank ? a->rank : b->rank;
+    k.rank = a->rank > b->rank ? a->rank : b->rank;  /* the leading axes that neither has are left out again */
     for (int i = 0; i < k.rank; i++) k.shape[i] = k.a.out.shape[DPO_MAX_RANK - k.rank + i];
     k.a.p.binary.fn = fn;
     return dpoi_apply(c, &k);
@@ -5776,7 +6117,8 @@ DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b)
 
 /* ------------------------------------------------------------------------------------------ axes */
 
-/* x as [A,n,B] around an axis. */
+/* x as [A,n,B] around an axis.
+   A = product of the axes before it, n = its own size, B = product of those behind. */
 static int dpoi_around(dpo_ctx *c, const char *op, const dpo_tensor *x, int axis, int64_t *A, int64_t *B)
 {
     if (axis < 0 || axis >= x->rank) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: axis %d of a tensor of rank %d", op, axis, x->rank);
@@ -5786,6 +6128,7 @@ static int dpoi_around(dpo_ctx *c, const char *op, const dpo_tensor *x, int axis
     return 1;
 }
 
+/* The factor 1/n of a mean goes into the kernel's scale: one rounding at the end. */
 static dpo_tensor *dpoi_sum(dpo_ctx *c, dpo_tensor *x, int axis, int mean)
 {
     dpoi_call k;
@@ -5804,6 +6147,7 @@ static dpo_tensor *dpoi_sum(dpo_ctx *c, dpo_tensor *x, int axis, int mean)
 DPO_DEF dpo_tensor *dpo_sum (dpo_ctx *c, dpo_tensor *x, int axis) { return dpoi_sum(c, x, axis, 0); }
 DPO_DEF dpo_tensor *dpo_mean(dpo_ctx *c, dpo_tensor *x, int axis) { return dpoi_sum(c, x, axis, 1); }
 
+/* The result's shape, with the joined axis set back to a's, must be a's shape. */
 DPO_DEF dpo_tensor *dpo_concat(dpo_ctx *c, dpo_tensor *a, dpo_tensor *b, int axis)
 {
     dpoi_call   k;
@@ -5826,6 +6170,7 @@ DPO_DEF dpo_tensor *dpo_concat(dpo_ctx *c, dpo_tensor *a, dpo_tensor *b, int axi
     return dpoi_apply(c, &k);
 }
 
+/* from > size - count is from + count > size without the overflow. */
 DPO_DEF dpo_tensor *dpo_slice(dpo_ctx *c, dpo_tensor *x, int axis, int64_t from, int64_t count)
 {
     dpoi_call k;
@@ -5843,6 +6188,8 @@ DPO_DEF dpo_tensor *dpo_slice(dpo_ctx *c, dpo_tensor *x, int axis, int64_t from,
     return dpoi_apply(c, &k);
 }
 
+/* A second tensor on the same block, with a row of its own: no kernel runs, and the gradient comes back by
+   sharing.  Panels have no plain order of elements, so that weights cannot be reshaped. */
 DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64_t *shape)
 {
     dpoi_call   k;
@@ -5856,6 +6203,7 @@ DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64
     return y;
 }
 
+/* Like reshape, without the row. */
 DPO_DEF dpo_tensor *dpo_detach(dpo_ctx *c, dpo_tensor *x)
 {
     dpo_tensor *y;
@@ -5867,6 +6215,7 @@ DPO_DEF dpo_tensor *dpo_detach(dpo_ctx *c, dpo_tensor *x)
 
 /* ------------------------------------------------------------------------------------------ pictures, tables */
 
+/* To a size, not by a factor: the skip connection that follows may be odd. */
 DPO_DEF dpo_tensor *dpo_upsample(dpo_ctx *c, dpo_tensor *x, int64_t height, int64_t width)
 {
     dpoi_call k;
@@ -5881,6 +6230,7 @@ DPO_DEF dpo_tensor *dpo_upsample(dpo_ctx *c, dpo_tensor *x, int64_t height, int6
     return dpoi_apply(c, &k);
 }
 
+/* V is not checked against the ids, which lie on the device: the kernel checks each. */
 DPO_DEF dpo_tensor *dpo_embed(dpo_ctx *c, dpo_tensor *table, dpo_tensor *ids)
 {
     dpoi_call   k;
@@ -5898,6 +6248,7 @@ DPO_DEF dpo_tensor *dpo_embed(dpo_ctx *c, dpo_tensor *table, dpo_tensor *ids)
     return dpoi_apply(c, &k);
 }
 
+/* dim/2 cosines, then dim/2 sines. */
 DPO_DEF dpo_tensor *dpo_timestep_embedding(dpo_ctx *c, dpo_tensor *t, int dim)
 {
     dpoi_call k;
@@ -5910,6 +6261,8 @@ DPO_DEF dpo_tensor *dpo_timestep_embedding(dpo_ctx *c, dpo_tensor *t, int dim)
     return dpoi_apply(c, &k);
 }
 
+/* K is the length of the tables; index picks a row for each sample, so that one call serves any mix of
+   timesteps. */
 DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor *a, dpo_tensor *b, dpo_tensor *index)
 {
     dpoi_call   k;
@@ -5928,6 +6281,7 @@ DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor
     return dpoi_apply(c, &k);
 }
 
+/* The shape is of one sample; N comes from the keys. */
 DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank, const int64_t *shape)
 {
     dpoi_call k;
@@ -5946,6 +6300,7 @@ DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint3
     return dpoi_apply(c, &k);
 }
 
+/* mse[n] = 1/P sum_p (pred[n,p] - target[n,p])^2, a mean: beta in the loss is counted against it. */
 DPO_DEF dpo_tensor *dpo_mse(dpo_ctx *c, dpo_tensor *pred, dpo_tensor *target)
 {
     dpoi_call   k;
@@ -5969,10 +6324,17 @@ DPO_DEF dpo_tensor *dpo_mse(dpo_ctx *c, dpo_tensor *pred, dpo_tensor *target)
    >>impl backends                                                                          dry and check
    ========================================================================================================== */
 
+/* Two backends that are made of other backends.  `dry` answers every request with an address that nobody may
+   touch, so that the allocator above it runs exactly as it would on the model: same sizes, same order, same
+   peak.  `check` runs each kernel on two backends and compares what they wrote.  Both exist before any context
+   does; their own small memory comes from malloc. */
 /* ---------------------------------------------------------------------------------- dry: addresses, no memory */
 
+/* `model` is a copy of the struct, but its self is the model's own: it must not be closed before the dry one. */
 typedef struct dpoi_dry { dpo_backend backend; dpo_backend model; uintptr_t next; } dpoi_dry;
 
+/* Addresses start at 64 and only grow; they are never read, for everything that would touch them is replaced
+   below.  Half of the address space is the end, so that sums of addresses and sizes cannot wrap. */
 static void *dpoi_dry_alloc(void *self, size_t bytes)
 {
     dpoi_dry *d = (dpoi_dry *)self;
@@ -5982,6 +6344,7 @@ static void *dpoi_dry_alloc(void *self, size_t bytes)
     return (void *)at;
 }
 
+/* Addresses are not reused: there are more than any run needs. */
 static void dpoi_dry_release(void *self, void *data, size_t bytes) { (void)self; (void)data; (void)bytes; }
 
 /* What comes back from the device is zeros. */
@@ -5998,12 +6361,14 @@ static int dpoi_dry_sync(void *self) { (void)self; return DPO_OK; }
 static const char *dpoi_dry_explain(void *self) { (void)self; return NULL; }
 static void dpoi_dry_close(void *self) { free(self); }
 
+/* The model's own answer, since scratch is a part of the peak. */
 static size_t dpoi_dry_workspace(void *self, const dpo_args *a)
 {
     dpoi_dry *d = (dpoi_dry *)self;
     return d->model.workspace(d->model.self, a);
 }
 
+/* panel, size and version are the model's; the caller keeps the model. */
 DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model)
 {
     dpoi_dry    *d = model ? (dpoi_dry *)calloc(1, sizeof *d) : NULL;
@@ -6032,8 +6397,9 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model)
    Memory is the tested backend's.  Before a kernel runs, everything that it reads or may add to is brought to the
    oracle; both run; what they wrote is compared. */
 
-enum { DPOI_VIEWS = 2 * DPO_MAX_INPUTS + 3 };
+enum { DPOI_VIEWS = 2 * DPO_MAX_INPUTS + 3 };  /* in, din, out, stat, dout */
 
+/* backend first: its self is the whole. */
 typedef struct dpoi_check {
     dpo_backend  backend;
     dpo_backend *tested, *oracle;
@@ -6041,6 +6407,7 @@ typedef struct dpoi_check {
     char         text[256];
 } dpoi_check;
 
+/* The i-th view of a call: 0..7 in, 8..15 din, then out, stat, dout. */
 static dpo_view *dpoi_args_view(dpo_args *a, int i)
 {
     if (i < DPO_MAX_INPUTS) return &a->in[i];
@@ -6048,6 +6415,7 @@ static dpo_view *dpoi_args_view(dpo_args *a, int i)
     return i == 2 * DPO_MAX_INPUTS ? &a->out : i == 2 * DPO_MAX_INPUTS + 1 ? &a->stat : &a->dout;
 }
 
+/* From here to explain: memory and copies are the tested backend's alone. */
 static void *dpoi_check_alloc(void *self, size_t bytes)
 {
     dpo_backend *t = ((dpoi_check *)self)->tested;
@@ -6084,12 +6452,14 @@ static int dpoi_check_sync(void *self)
     return t->sync(t->self);
 }
 
+/* A difference in words, or else what the tested backend says. */
 static const char *dpoi_check_explain(void *self)
 {
     dpoi_check *k = (dpoi_check *)self;
     return k->text[0] ? k->text : k->tested->explain(k->tested->self);
 }
 
+/* Both, since dpo_check_open took them over. */
 static void dpoi_check_close(void *self)
 {
     dpoi_check *k = (dpoi_check *)self;
@@ -6100,7 +6470,8 @@ static void dpoi_check_close(void *self)
 
 static int64_t dpoi_view_count(const dpo_view *v) { return v->shape[0] * v->shape[1] * v->shape[2] * v->shape[3]; }
 
-/* The values of a view in plain order on the host, 4 bytes each; NULL if there is no memory or the copy failed. */
+/* The values of a view in plain order on the host, 4 bytes each; NULL if there is no memory or the copy failed.
+   Reordering to plain order lets two backends with different panels be compared.  The caller frees it. */
 static void *dpoi_fetch(dpo_backend *b, const dpo_view *v)
 {
     size_t bytes = dpoi_view_bytes(v);
@@ -6112,7 +6483,8 @@ static void *dpoi_fetch(dpo_backend *b, const dpo_view *v)
     return values;
 }
 
-/* A copy of a view on the oracle, in the oracle's own panels. */
+/* A copy of a view on the oracle, in the oracle's own panels.
+   On failure to->data may be set all the same: dpoi_check_run gives it back. */
 static int dpoi_check_mirror(dpoi_check *k, const dpo_view *from, dpo_view *to)
 {
     dpo_backend *o = k->oracle;
@@ -6134,7 +6506,8 @@ static int dpoi_check_mirror(dpoi_check *k, const dpo_view *from, dpo_view *to)
     return ok;
 }
 
-/* max |a-b| <= tolerance * max |b| over a view that both wrote. */
+/* max |a-b| <= tolerance * max |b| over a view that both wrote.
+   !(d <= worst) holds for NaN too, which ends the search: any later d would look better than a NaN. */
 static int dpoi_check_compare(dpoi_check *k, int i, const dpo_view *ours, const dpo_view *theirs)
 {
     float  *x = (float *)dpoi_fetch(k->tested, ours), *y = (float *)dpoi_fetch(k->oracle, theirs);
@@ -6144,6 +6517,7 @@ static int dpoi_check_compare(dpoi_check *k, int i, const dpo_view *ours, const 
     for (int64_t e = 0; ok && e < n; e++) {
         double d = fabs((double)x[e] - y[e]);
         if (!(d <= worst)) { worst = d; at = e; }
+        if (worst != worst) break;
         if (fabs((double)y[e]) > most) most = fabs((double)y[e]);
     }
     if (ok && !(worst <= k->tolerance * most) && worst != 0) {
@@ -6156,6 +6530,7 @@ static int dpoi_check_compare(dpoi_check *k, int i, const dpo_view *ours, const 
     return ok;
 }
 
+/* Each backend gets the scratch that it asks for itself; the tested one has its own already. */
 static int dpoi_check_both(dpoi_check *k, dpo_args *mine, dpo_args *other)
 {
     dpo_backend *t = k->tested, *o = k->oracle;
@@ -6168,6 +6543,9 @@ static int dpoi_check_both(dpoi_check *k, dpo_args *mine, dpo_args *other)
     return status;
 }
 
+/* Views that share memory on one side are apart on the other: kernels must not count on it.  What was written:
+   din of a backward call, else out and stat, and for ADAMW, which updates its moments in place, the inputs as
+   well. */
 static int dpoi_check_run(void *self, const dpo_args *a)
 {
     dpoi_check *k = (dpoi_check *)self;
@@ -6190,6 +6568,7 @@ static int dpoi_check_run(void *self, const dpo_args *a)
     return status;
 }
 
+/* panel is the tested one's: the context lays weights out for it. */
 DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, float tolerance)
 {
     dpoi_check  *k = tested && oracle ? (dpoi_check *)calloc(1, sizeof *k) : NULL;
@@ -6231,6 +6610,11 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #if !defined(DIFFDPO_NO_SIMD) && !defined(__CUDA_ARCH__)
 #if (defined(__x86_64__) && defined(__GNUC__)) || (defined(_M_X64) && defined(_MSC_VER) && !defined(_M_ARM64EC))
 #define DPOI_SIMD_X86
+#if defined(__cplusplus) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push               /* to the end of >>impl open: in C++, gcc 12 warns of the undefined */
+#pragma GCC diagnostic ignored "-Wuninitialized"                    /* vectors that its own intrinsics start from */
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #ifdef __GNUC__
 #define DPOI_AVX2   __attribute__((target("avx2,fma,f16c")))
@@ -6403,8 +6787,10 @@ typedef struct dpoi_rows {
     void   (*columns)(int64_t rows, int64_t C, const float *x, const float *centre, float *sum);
     /* group norm; t is a dpoi_norm_table [DPOI_NORM_ROWS,C] */
     void   (*norm)(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y);
-    void   (*norm_sums)(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu, float *sums);
-    void   (*norm_back)(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu, float *dx, int add);
+    void   (*norm_sums)(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
+                        float *sums);
+    void   (*norm_back)(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu, float *dx,
+                        int add);
     void   (*adamw)(int64_t n, const float *g, float *m, float *v, float *w, const float *s);
     void   (*widen)(int dtype, int64_t n, const void *x, float *y);
     void   (*narrow)(int dtype, int64_t n, const float *x, void *y);
@@ -6501,7 +6887,7 @@ static float dpoi_log_sigmoid(float x)    { return x < 0 ? x - log1pf(expf(x)) :
 static float dpoi_normal(float x)         { return 0.5f*erfcf(-0.70710678f*x); }
 static float dpoi_density(float x)        { return 0.39894228f*expf(-0.5f*x*x); }
 
-static float dpoi_act(int act, float x)
+DPOI_INLINE float dpoi_act(int act, float x)
 {
     switch (act) {
     case DPO_SILU:        return x*dpoi_sigmoid(x);
@@ -6521,7 +6907,7 @@ static float dpoi_act(int act, float x)
 }
 
 /* act'(x); 0 where abs and relu have a corner, as PyTorch does. */
-static float dpoi_act_slope(int act, float x)
+DPOI_INLINE float dpoi_act_slope(int act, float x)
 {
     float s;
     switch (act) {
@@ -6541,7 +6927,7 @@ static float dpoi_act_slope(int act, float x)
     }
 }
 
-static float dpoi_map_one(int op, float a, float b, float c, const float *s)
+DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s)
 {
     if (op < DPO_ACTS)        return dpoi_act(op, a);
     if (op < DPOI_MAP_BINARY) return b*dpoi_act_slope(op - DPOI_MAP_BACK, a);
@@ -6569,20 +6955,42 @@ static float dpoi_map_one(int op, float a, float b, float c, const float *s)
     }
 }
 
-static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
-                           float *y, int add)
+/* Unused operands are read, but not used: `a` stands in for them. */
+DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
+                               int add)
 {
     for (int64_t i = 0; i < n; i++) {
-        float f = dpoi_map_one(op, a[i], b ? b[i] : 0, c ? c[i] : 0, s);
+        float f = dpoi_map_one(op, a[i], b[i], c[i], s);
         y[i] = add ? y[i] + f : f;
     }
 }
 
-static double dpoi_sum_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
+#define DPOI_MAP_CASE(op) case op: dpoi_map_loop(op, n, a, b, c, s, y, add); break;
+static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
+                           int add)
+{
+    b = b ? b : a;  c = c ? c : a;
+    switch (op) {
+    DPOI_MAPS(DPOI_MAP_CASE)
+    default: dpoi_map_loop(op, n, a, b, c, s, y, add);
+    }
+}
+
+DPOI_INLINE double dpoi_sum_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
 {
     double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += dpoi_map_one(op, a[i], b ? b[i] : 0, c ? c[i] : 0, s);
+    for (int64_t i = 0; i < n; i++) sum += dpoi_map_one(op, a[i], b[i], c[i], s);
     return sum;
+}
+
+#define DPOI_SUM_CASE(op) case op: return dpoi_sum_loop(op, n, a, b, c, s);
+static double dpoi_sum_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
+{
+    b = b ? b : a;  c = c ? c : a;
+    switch (op) {
+    DPOI_SUMS(DPOI_SUM_CASE)
+    default: return dpoi_sum_loop(op, n, a, b, c, s);
+    }
 }
 
 static void dpoi_columns_plain(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
@@ -6641,7 +7049,8 @@ static void dpoi_adamw_plain(int64_t n, const float *g, float *m, float *v, floa
         float d = s[DPOI_ADAMW_FACTOR]*g[i];
         m[i] = b1*m[i] + (1 - b1)*d;
         v[i] = b2*v[i] + (1 - b2)*d*d;
-        w[i] = s[DPOI_ADAMW_DECAY]*w[i] - s[DPOI_ADAMW_RATE]*m[i] / (s[DPOI_ADAMW_ROOT]*sqrtf(v[i]) + s[DPOI_ADAMW_EPS]);
+        w[i] *= s[DPOI_ADAMW_DECAY];
+        w[i] -= s[DPOI_ADAMW_RATE]*m[i] / (s[DPOI_ADAMW_ROOT]*sqrtf(v[i]) + s[DPOI_ADAMW_EPS]);
     }
 }
 
@@ -6702,8 +7111,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_first_256(__m256 x, int64_t left)          /* 
     return left >= 8 ? x : _mm256_and_ps(x, _mm256_castsi256_ps(dpoi_lanes_256(left)));
 }
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_abs_256(__m256 x)   { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_round_256(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_scale_256(__m256 y, __m256 n)              /* y 2^n in two steps: n may be below -126 */
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_round_256(__m256 x) { return _mm256_round_ps(x, 8); }     /* to nearest, silently */
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_scale_256(__m256 y, __m256 n)              /* y 2^n, in two steps for n < -126 */
 {
     __m256i k = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
     __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
@@ -6734,7 +7143,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_widen_256(int dtype, const uint16_t *h)
 /* BF16 to nearest even: add half of what is cut off, less one where the kept part is even. */
 DPOI_AVX2 DPOI_INLINE void dpoi_narrow_256(int dtype, __m256 x, uint16_t *h)
 {
-    __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16), odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
+    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
     __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     r = _mm256_blendv_epi8(r, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
@@ -6745,7 +7155,8 @@ DPOI_AVX2 DPOI_INLINE void dpoi_narrow_256(int dtype, __m256 x, uint16_t *h)
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_256(__m256 x)
 {
     __m256 n, r, y;
-    x = _mm256_min_ps(_mm256_set1_ps(DPOI_EXP_HIGH), _mm256_max_ps(_mm256_set1_ps(DPOI_EXP_LOW), x));      /* a NaN stays */
+    x = _mm256_max_ps(_mm256_set1_ps(DPOI_EXP_LOW), x);           /* the second operand where one is NaN */
+    x = _mm256_min_ps(_mm256_set1_ps(DPOI_EXP_HIGH), x);
     n = dpoi_round_256(_mm256_mul_ps(x, _mm256_set1_ps(DPOI_LOG2E)));
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(DPOI_LN2_LOW), _mm256_fnmadd_ps(n, _mm256_set1_ps(DPOI_LN2_HIGH), x));
     y = _mm256_set1_ps(dpoi_exp_p[5]);
@@ -6810,7 +7221,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_256(int op, __m256 a, __m256 b, __m256 c, 
     case DPO_SIGMOID:      return dpoi_sigmoid_256(a);
     case DPO_EXP:          return dpoi_exp_256(a);
     case DPO_SQUARE:       return _mm256_mul_ps(a, a);
-    case DPO_RELU:         return _mm256_max_ps(_mm256_setzero_ps(), a);                           /* a NaN stays */
+    case DPO_RELU:         return _mm256_max_ps(_mm256_setzero_ps(), a);
     case DPOI_MAP_BACK + DPO_NONE:       return b;
     case DPOI_MAP_BACK + DPO_SILU:       return _mm256_mul_ps(b, dpoi_silu_slope_256(a, 1));
     case DPOI_MAP_BACK + DPO_GELU:       return _mm256_mul_ps(b, dpoi_gelu_slope_256(a));
@@ -6834,14 +7245,14 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_256(int op, __m256 a, __m256 b, __m256 c, 
 }
 
 /* f at number i of the row, of which `left` are still to do. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_at_256(int op, int64_t i, int64_t left, const float *a, const float *b, const float *c,
-                                    const float *s)
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_at_256(int op, int64_t i, int64_t left, const float *a, const float *b,
+                                             const float *c, const float *s)
 {
     return dpoi_map_256(op, dpoi_load_256(a + i, left), dpoi_load_256(b + i, left), dpoi_load_256(c + i, left), s);
 }
 
-DPOI_AVX2 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
-                                       float *y, int add)
+DPOI_AVX2 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
+                                             const float *s, float *y, int add)
 {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -6855,8 +7266,8 @@ DPOI_AVX2 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, 
 }
 
 #define DPOI_MAP_CASE_256(op) case op: dpoi_map_loop_256(op, n, a, b, c, s, y, add); break;
-DPOI_AVX2 static void dpoi_map_avx2(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
-                             int add)
+DPOI_AVX2 static void dpoi_map_avx2(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
+                                    float *y, int add)
 {
     b = b ? b : a;  c = c ? c : a;        /* read, but not used */
     switch (op) {
@@ -6866,7 +7277,8 @@ DPOI_AVX2 static void dpoi_map_avx2(int op, int64_t n, const float *a, const flo
 }
 
 /* Four sums of 8 floats each, emptied into doubles after every block. */
-DPOI_AVX2 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
+DPOI_AVX2 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
+                                               const float *s)
 {
     __m256d total = _mm256_setzero_pd();
     for (int64_t from = 0; from < n; from += DPOI_SUM_BLOCK) {
@@ -6878,7 +7290,10 @@ DPOI_AVX2 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a
             f2 = _mm256_add_ps(f2, dpoi_map_at_256(op, i + 16, 8, a, b, c, s));
             f3 = _mm256_add_ps(f3, dpoi_map_at_256(op, i + 24, 8, a, b, c, s));
         }
-        for (; i < to; i += 8) f0 = _mm256_add_ps(f0, dpoi_first_256(dpoi_map_at_256(op, i, to - i, a, b, c, s), to - i));
+        for (; i < to; i += 8) {
+            __m256 f = dpoi_map_at_256(op, i, to - i, a, b, c, s);
+            f0 = _mm256_add_ps(f0, dpoi_first_256(f, to - i));
+        }
         total = _mm256_add_pd(total, dpoi_doubles_256(_mm256_add_ps(_mm256_add_ps(f0, f1), _mm256_add_ps(f2, f3))));
     }
     return dpoi_total_256(total);
@@ -6904,7 +7319,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const float *x, int64_t left, __m25
 }
 
 /* Four rows at a time, added in pairs. */
-DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(int64_t rows, int64_t C, const float *x, const float *centre, float *sum, int square)
+DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(int64_t rows, int64_t C, const float *x, const float *centre,
+                                                 float *sum, int square)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
     for (int64_t i = 0; i < rows; i += 4, x += 4*C)
@@ -6936,7 +7352,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t 
     return _mm256_fmadd_ps(*d, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_256(t, C, DPOI_NORM_BETA, c));
 }
 
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
+DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(int64_t rows, int64_t C, const float *x, const float *t, int silu,
+                                              float *y)
 {
     for (int64_t i = 0; i < rows; i++, x += C, y += C)
         for (int64_t c = 0; c < C; c += 8) {
@@ -6950,8 +7367,8 @@ DPOI_AVX2 static void dpoi_norm_avx2(int64_t rows, int64_t C, const float *x, co
     else      dpoi_norm_loop_256(rows, C, x, t, 0, y);
 }
 
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                             int silu, float *sums)
+DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(int64_t rows, int64_t C, const float *x, const float *dy,
+                                                   const float *t, int silu, float *sums)
 {
     memset(sums, 0, (size_t)C*2*sizeof *sums);
     for (int64_t i = 0; i < rows; i++, x += C, dy += C)
@@ -6963,27 +7380,28 @@ DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(int64_t rows, int64_t C, cons
             dpoi_store_256(sums + C + c, C - c, _mm256_fmadd_ps(dz, h, dpoi_load_256(sums + C + c, C - c)));
         }
 }
-DPOI_AVX2 static void dpoi_norm_sums_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
-                                   float *sums)
+DPOI_AVX2 static void dpoi_norm_sums_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
+                                          int silu, float *sums)
 {
     if (silu) dpoi_norm_sums_loop_256(rows, C, x, dy, t, 1, sums);
     else      dpoi_norm_sums_loop_256(rows, C, x, dy, t, 0, sums);
 }
 
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                             int silu, float *dx, int add)
+DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(int64_t rows, int64_t C, const float *x, const float *dy,
+                                                   const float *t, int silu, float *dx, int add)
 {
     for (int64_t i = 0; i < rows; i++, x += C, dy += C, dx += C)
         for (int64_t c = 0; c < C; c += 8) {
             __m256 d, z = dpoi_norm_z_256(t, C, c, x, &d), f = dpoi_load_256(dy + c, C - c);
             if (silu) f = _mm256_mul_ps(f, dpoi_silu_slope_256(z, 1));
-            f = _mm256_fmsub_ps(f, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_256(t, C, DPOI_NORM_K1, c));
+            f = _mm256_mul_ps(f, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c));
+            f = _mm256_sub_ps(f, dpoi_norm_row_256(t, C, DPOI_NORM_K1, c));
             f = _mm256_fnmadd_ps(d, dpoi_norm_row_256(t, C, DPOI_NORM_K2, c), f);
             dpoi_store_256(dx + c, C - c, add ? _mm256_add_ps(dpoi_load_256(dx + c, C - c), f) : f);
         }
 }
-DPOI_AVX2 static void dpoi_norm_back_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
-                                   float *dx, int add)
+DPOI_AVX2 static void dpoi_norm_back_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
+                                          int silu, float *dx, int add)
 {
     if (silu) dpoi_norm_back_loop_256(rows, C, x, dy, t, 1, dx, add);
     else      dpoi_norm_back_loop_256(rows, C, x, dy, t, 0, dx, add);
@@ -6994,7 +7412,8 @@ DPOI_AVX2 static void dpoi_adamw_avx2(int64_t n, const float *g, float *m, float
     __m256 b1 = _mm256_set1_ps(s[DPOI_ADAMW_BETA1]), c1 = _mm256_set1_ps(1 - s[DPOI_ADAMW_BETA1]);
     __m256 b2 = _mm256_set1_ps(s[DPOI_ADAMW_BETA2]), c2 = _mm256_set1_ps(1 - s[DPOI_ADAMW_BETA2]);
     __m256 factor = _mm256_set1_ps(s[DPOI_ADAMW_FACTOR]), decay = _mm256_set1_ps(s[DPOI_ADAMW_DECAY]);
-    __m256 rate = _mm256_set1_ps(s[DPOI_ADAMW_RATE]), root = _mm256_set1_ps(s[DPOI_ADAMW_ROOT]), eps = _mm256_set1_ps(s[DPOI_ADAMW_EPS]);
+    __m256 rate = _mm256_set1_ps(s[DPOI_ADAMW_RATE]), root = _mm256_set1_ps(s[DPOI_ADAMW_ROOT]);
+    __m256 eps = _mm256_set1_ps(s[DPOI_ADAMW_EPS]);
     for (int64_t i = 0; i < n; i += 8) {
         __m256 d = _mm256_mul_ps(factor, dpoi_load_256(g + i, n - i)), mi, vi, u;
         mi = _mm256_fmadd_ps(b1, dpoi_load_256(m + i, n - i), _mm256_mul_ps(c1, d));
@@ -7049,8 +7468,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_first_512(__m512 x, int64_t left)        /* 
     return left >= 16 ? x : _mm512_maskz_mov_ps((__mmask16)((1u << left) - 1), x);
 }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_abs_512(__m512 x)                        { return _mm512_abs_ps(x); }
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_round_512(__m512 x)                      { return _mm512_roundscale_ps(x, 0); }
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_scale_512(__m512 y, __m512 n)            { return _mm512_scalef_ps(y, n); }   /* y 2^n */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_round_512(__m512 x)                      { return _mm512_roundscale_ps(x, 8); }
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_scale_512(__m512 y, __m512 n)            { return _mm512_scalef_ps(y, n); }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_where_negative_512(__m512 x, __m512 yes, __m512 no)
 {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), no, yes);
@@ -7071,7 +7490,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_widen_512(int dtype, const uint16_t *h)
 /* BF16 to nearest even: add half of what is cut off, less one where the kept part is even. */
 DPOI_AVX512 DPOI_INLINE void dpoi_narrow_512(int dtype, __m512 x, uint16_t *h)
 {
-    __m512i u = _mm512_castps_si512(x), high = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i u = _mm512_castps_si512(x), high = _mm512_srli_epi32(u, 16);
+    __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high, _mm512_set1_epi32(0x40));
     _mm256_storeu_si256((__m256i *)(void *)h, dtype == DPO_F16 ? _mm512_cvtps_ph(x, 0) : _mm512_cvtepi32_epi16(r));
@@ -7080,7 +7500,8 @@ DPOI_AVX512 DPOI_INLINE void dpoi_narrow_512(int dtype, __m512 x, uint16_t *h)
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_512(__m512 x)
 {
     __m512 n, r, y;
-    x = _mm512_min_ps(_mm512_set1_ps(DPOI_EXP_HIGH), _mm512_max_ps(_mm512_set1_ps(DPOI_EXP_LOW), x));      /* a NaN stays */
+    x = _mm512_max_ps(_mm512_set1_ps(DPOI_EXP_LOW), x);           /* the second operand where one is NaN */
+    x = _mm512_min_ps(_mm512_set1_ps(DPOI_EXP_HIGH), x);
     n = dpoi_round_512(_mm512_mul_ps(x, _mm512_set1_ps(DPOI_LOG2E)));
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(DPOI_LN2_LOW), _mm512_fnmadd_ps(n, _mm512_set1_ps(DPOI_LN2_HIGH), x));
     y = _mm512_set1_ps(dpoi_exp_p[5]);
@@ -7145,7 +7566,7 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_512(int op, __m512 a, __m512 b, __m512 c
     case DPO_SIGMOID:      return dpoi_sigmoid_512(a);
     case DPO_EXP:          return dpoi_exp_512(a);
     case DPO_SQUARE:       return _mm512_mul_ps(a, a);
-    case DPO_RELU:         return _mm512_max_ps(_mm512_setzero_ps(), a);                           /* a NaN stays */
+    case DPO_RELU:         return _mm512_max_ps(_mm512_setzero_ps(), a);
     case DPOI_MAP_BACK + DPO_NONE:       return b;
     case DPOI_MAP_BACK + DPO_SILU:       return _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1));
     case DPOI_MAP_BACK + DPO_GELU:       return _mm512_mul_ps(b, dpoi_gelu_slope_512(a));
@@ -7169,14 +7590,14 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_512(int op, __m512 a, __m512 b, __m512 c
 }
 
 /* f at number i of the row, of which `left` are still to do. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_at_512(int op, int64_t i, int64_t left, const float *a, const float *b, const float *c,
-                                    const float *s)
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_at_512(int op, int64_t i, int64_t left, const float *a, const float *b,
+                                               const float *c, const float *s)
 {
     return dpoi_map_512(op, dpoi_load_512(a + i, left), dpoi_load_512(b + i, left), dpoi_load_512(c + i, left), s);
 }
 
-DPOI_AVX512 DPOI_INLINE void dpoi_map_loop_512(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
-                                       float *y, int add)
+DPOI_AVX512 DPOI_INLINE void dpoi_map_loop_512(int op, int64_t n, const float *a, const float *b, const float *c,
+                                               const float *s, float *y, int add)
 {
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
@@ -7190,8 +7611,8 @@ DPOI_AVX512 DPOI_INLINE void dpoi_map_loop_512(int op, int64_t n, const float *a
 }
 
 #define DPOI_MAP_CASE_512(op) case op: dpoi_map_loop_512(op, n, a, b, c, s, y, add); break;
-DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
-                             int add)
+DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
+                                        const float *s, float *y, int add)
 {
     b = b ? b : a;  c = c ? c : a;        /* read, but not used */
     switch (op) {
@@ -7201,7 +7622,8 @@ DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const
 }
 
 /* Four sums of 16 floats each, emptied into doubles after every block. */
-DPOI_AVX512 DPOI_INLINE double dpoi_sum_loop_512(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
+DPOI_AVX512 DPOI_INLINE double dpoi_sum_loop_512(int op, int64_t n, const float *a, const float *b, const float *c,
+                                                 const float *s)
 {
     __m512d total = _mm512_setzero_pd();
     for (int64_t from = 0; from < n; from += DPOI_SUM_BLOCK) {
@@ -7213,14 +7635,18 @@ DPOI_AVX512 DPOI_INLINE double dpoi_sum_loop_512(int op, int64_t n, const float 
             f2 = _mm512_add_ps(f2, dpoi_map_at_512(op, i + 32, 16, a, b, c, s));
             f3 = _mm512_add_ps(f3, dpoi_map_at_512(op, i + 48, 16, a, b, c, s));
         }
-        for (; i < to; i += 16) f0 = _mm512_add_ps(f0, dpoi_first_512(dpoi_map_at_512(op, i, to - i, a, b, c, s), to - i));
+        for (; i < to; i += 16) {
+            __m512 f = dpoi_map_at_512(op, i, to - i, a, b, c, s);
+            f0 = _mm512_add_ps(f0, dpoi_first_512(f, to - i));
+        }
         total = _mm512_add_pd(total, dpoi_doubles_512(_mm512_add_ps(_mm512_add_ps(f0, f1), _mm512_add_ps(f2, f3))));
     }
     return dpoi_total_512(total);
 }
 
 #define DPOI_SUM_CASE_512(op) case op: return dpoi_sum_loop_512(op, n, a, b, c, s);
-DPOI_AVX512 static double dpoi_sum_avx512(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
+DPOI_AVX512 static double dpoi_sum_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
+                                          const float *s)
 {
     b = b ? b : a;  c = c ? c : a;
     switch (op) {
@@ -7239,7 +7665,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_column_512(const float *x, int64_t left, __m
 }
 
 /* Four rows at a time, added in pairs. */
-DPOI_AVX512 DPOI_INLINE void dpoi_columns_loop_512(int64_t rows, int64_t C, const float *x, const float *centre, float *sum, int square)
+DPOI_AVX512 DPOI_INLINE void dpoi_columns_loop_512(int64_t rows, int64_t C, const float *x, const float *centre,
+                                                   float *sum, int square)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
     for (int64_t i = 0; i < rows; i += 4, x += 4*C)
@@ -7271,7 +7698,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_z_512(const float *t, int64_t C, int64_
     return _mm512_fmadd_ps(*d, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_512(t, C, DPOI_NORM_BETA, c));
 }
 
-DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
+DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(int64_t rows, int64_t C, const float *x, const float *t, int silu,
+                                                float *y)
 {
     for (int64_t i = 0; i < rows; i++, x += C, y += C)
         for (int64_t c = 0; c < C; c += 16) {
@@ -7285,8 +7713,8 @@ DPOI_AVX512 static void dpoi_norm_avx512(int64_t rows, int64_t C, const float *x
     else      dpoi_norm_loop_512(rows, C, x, t, 0, y);
 }
 
-DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                             int silu, float *sums)
+DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(int64_t rows, int64_t C, const float *x, const float *dy,
+                                                     const float *t, int silu, float *sums)
 {
     memset(sums, 0, (size_t)C*2*sizeof *sums);
     for (int64_t i = 0; i < rows; i++, x += C, dy += C)
@@ -7298,27 +7726,28 @@ DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(int64_t rows, int64_t C, co
             dpoi_store_512(sums + C + c, C - c, _mm512_fmadd_ps(dz, h, dpoi_load_512(sums + C + c, C - c)));
         }
 }
-DPOI_AVX512 static void dpoi_norm_sums_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
-                                   float *sums)
+DPOI_AVX512 static void dpoi_norm_sums_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
+                                              int silu, float *sums)
 {
     if (silu) dpoi_norm_sums_loop_512(rows, C, x, dy, t, 1, sums);
     else      dpoi_norm_sums_loop_512(rows, C, x, dy, t, 0, sums);
 }
 
-DPOI_AVX512 DPOI_INLINE void dpoi_norm_back_loop_512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                             int silu, float *dx, int add)
+DPOI_AVX512 DPOI_INLINE void dpoi_norm_back_loop_512(int64_t rows, int64_t C, const float *x, const float *dy,
+                                                     const float *t, int silu, float *dx, int add)
 {
     for (int64_t i = 0; i < rows; i++, x += C, dy += C, dx += C)
         for (int64_t c = 0; c < C; c += 16) {
             __m512 d, z = dpoi_norm_z_512(t, C, c, x, &d), f = dpoi_load_512(dy + c, C - c);
             if (silu) f = _mm512_mul_ps(f, dpoi_silu_slope_512(z, 1));
-            f = _mm512_fmsub_ps(f, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_512(t, C, DPOI_NORM_K1, c));
+            f = _mm512_mul_ps(f, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c));
+            f = _mm512_sub_ps(f, dpoi_norm_row_512(t, C, DPOI_NORM_K1, c));
             f = _mm512_fnmadd_ps(d, dpoi_norm_row_512(t, C, DPOI_NORM_K2, c), f);
             dpoi_store_512(dx + c, C - c, add ? _mm512_add_ps(dpoi_load_512(dx + c, C - c), f) : f);
         }
 }
-DPOI_AVX512 static void dpoi_norm_back_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
-                                   float *dx, int add)
+DPOI_AVX512 static void dpoi_norm_back_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
+                                              int silu, float *dx, int add)
 {
     if (silu) dpoi_norm_back_loop_512(rows, C, x, dy, t, 1, dx, add);
     else      dpoi_norm_back_loop_512(rows, C, x, dy, t, 0, dx, add);
@@ -7329,7 +7758,8 @@ DPOI_AVX512 static void dpoi_adamw_avx512(int64_t n, const float *g, float *m, f
     __m512 b1 = _mm512_set1_ps(s[DPOI_ADAMW_BETA1]), c1 = _mm512_set1_ps(1 - s[DPOI_ADAMW_BETA1]);
     __m512 b2 = _mm512_set1_ps(s[DPOI_ADAMW_BETA2]), c2 = _mm512_set1_ps(1 - s[DPOI_ADAMW_BETA2]);
     __m512 factor = _mm512_set1_ps(s[DPOI_ADAMW_FACTOR]), decay = _mm512_set1_ps(s[DPOI_ADAMW_DECAY]);
-    __m512 rate = _mm512_set1_ps(s[DPOI_ADAMW_RATE]), root = _mm512_set1_ps(s[DPOI_ADAMW_ROOT]), eps = _mm512_set1_ps(s[DPOI_ADAMW_EPS]);
+    __m512 rate = _mm512_set1_ps(s[DPOI_ADAMW_RATE]), root = _mm512_set1_ps(s[DPOI_ADAMW_ROOT]);
+    __m512 eps = _mm512_set1_ps(s[DPOI_ADAMW_EPS]);
     for (int64_t i = 0; i < n; i += 16) {
         __m512 d = _mm512_mul_ps(factor, dpoi_load_512(g + i, n - i)), mi, vi, u;
         mi = _mm512_fmadd_ps(b1, dpoi_load_512(m + i, n - i), _mm512_mul_ps(c1, d));
@@ -7434,7 +7864,8 @@ static void dpoi_each_piece(const dpoi_job *j, int64_t from, int64_t to)
 }
 
 /* y[i] = f(a[i], b[i]; s0, s1) for all of n floats. */
-static int dpoi_each(dpoi_cpu *cpu, int op, int64_t n, const float *a, const float *b, float s0, float s1, float *y, int add)
+static int dpoi_each(dpoi_cpu *cpu, int op, int64_t n, const float *a, const float *b, float s0, float s1, float *y,
+                     int add)
 {
     dpoi_each_of e;
     e.op = op;  e.add = add;  e.a = a;  e.b = b;  e.c = NULL;  e.y = y;
@@ -7492,8 +7923,14 @@ static void dpoi_copy_piece(const dpoi_job *j, int64_t from, int64_t to)
     char *q = (char *)y->data;
     int xs = (int)dpoi_dtype_size(x->dtype), ys = (int)dpoi_dtype_size(y->dtype);
     float tmp[256];
-    if (x->dtype == y->dtype)    { memmove(q + from*ys, p + from*xs, (size_t)((to - from)*xs));  return; }
-    if (y->dtype == DPO_F32)     { j->cpu->rows.widen(x->dtype, to - from, p + from*xs, (float *)(void *)q + from);  return; }
+    if (x->dtype == y->dtype) {
+        memmove(q + from*ys, p + from*xs, (size_t)((to - from)*xs));
+        return;
+    }
+    if (y->dtype == DPO_F32) {
+        j->cpu->rows.widen(x->dtype, to - from, p + from*xs, (float *)y->data + from);
+        return;
+    }
     for (int64_t i = from; i < to; i += 256) {
         int64_t n = dpoi_least(256, to - i);
         j->cpu->rows.widen(x->dtype, n, p + i*xs, tmp);
@@ -7512,7 +7949,8 @@ static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
 static int dpoi_cpu_copy_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     if (!a->din[0].data) return DPO_OK;
-    return dpoi_each(cpu, DPO_NONE, dpoi_stored(&a->dout), dpoi_a_dout(a), NULL, 0, 0, dpoi_a_din(a, 0), dpoi_a_adds(a, 0));
+    return dpoi_each(cpu, DPO_NONE, dpoi_stored(&a->dout), dpoi_a_dout(a), NULL, 0, 0, dpoi_a_din(a, 0),
+                     dpoi_a_adds(a, 0));
 }
 
 /* x [R,2D] = (a,b) -> y [R,D] = a gelu(b);   da = dy gelu(b),   db = dy a gelu'(b) */
@@ -7600,8 +8038,9 @@ static const float *dpoi_spread_values(const dpoi_spread *s, int w, const float 
 static void dpoi_binary_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_spread *s = (const dpoi_spread *)j->more;
-    int64_t L = s->d[3], step = s->step[0][3] && s->step[1][3] ? (int64_t)DPOI_PIECE : (int64_t)DPOI_TILE, parts = dpoi_pieces(L, DPOI_PIECE);
+    int64_t L = s->d[3], step = DPOI_TILE, parts = dpoi_pieces(L, DPOI_PIECE);
     float tile[DPOI_TILE];
+    if (s->step[0][3] && s->step[1][3]) step = DPOI_PIECE;        /* nothing to repeat in the tile */
     for (int64_t u = from; u < to; u++) {
         int64_t o = u/parts, first = u % parts*DPOI_PIECE, end = dpoi_least(L, first + DPOI_PIECE);
         for (int64_t i = first; i < end; i += step) {
@@ -7714,7 +8153,8 @@ static void dpoi_partial_units(const dpoi_job *j, int64_t from, int64_t to)
     }
 }
 
-static void dpoi_partial_sums(dpoi_cpu *cpu, const dpo_args *a, int op, int64_t A, int64_t n, const float *x, const float *y)
+static void dpoi_partial_sums(dpoi_cpu *cpu, const dpo_args *a, int op, int64_t A, int64_t n, const float *x,
+                              const float *y)
 {
     dpoi_partial p;
     p.op = op;  p.n = n;  p.a = x;  p.b = y;  p.pieces = dpoi_pieces(n, DPOI_PIECE);
@@ -7828,8 +8268,8 @@ static void dpoi_mse_units_backward(const dpoi_job *j, int64_t from, int64_t to)
         float scale = (float)(2*(double)dpoi_a_dout(j->a)[s.n]/(double)P);
         for (int i = 0; i < 2; i++, scale = -scale)
             if (j->a->din[i].data)
-                j->cpu->rows.map(DPOI_MAP_DIFF, s.count, dpoi_a_in(j->a, 0) + s.at, dpoi_a_in(j->a, 1) + s.at, NULL, &scale,
-                                 dpoi_a_din(j->a, i) + s.at, dpoi_a_adds(j->a, i));
+                j->cpu->rows.map(DPOI_MAP_DIFF, s.count, dpoi_a_in(j->a, 0) + s.at, dpoi_a_in(j->a, 1) + s.at, NULL,
+                                 &scale, dpoi_a_din(j->a, i) + s.at, dpoi_a_adds(j->a, i));
     }
 }
 static int dpoi_cpu_mse_backward(dpoi_cpu *cpu, const dpo_args *a)
@@ -7937,7 +8377,8 @@ static void dpoi_slice_rows_backward(const dpoi_job *j, int64_t from, int64_t to
 }
 static int dpoi_cpu_slice_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
-    if (a->din[0].data) dpoi_cut(cpu, a, a->in[0].shape[0], a->in[0].shape[1]*a->in[0].shape[2], NULL, dpoi_slice_rows_backward);
+    const int64_t *d = a->in[0].shape;
+    if (a->din[0].data) dpoi_cut(cpu, a, d[0], d[1]*d[2], NULL, dpoi_slice_rows_backward);
     return DPO_OK;
 }
 
@@ -8023,7 +8464,8 @@ static void dpoi_embed_columns_backward(const dpoi_job *j, int64_t from, int64_t
 }
 static int dpoi_cpu_embed_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
-    if (a->din[0].data) dpoi_cut(cpu, a, dpoi_pieces(a->in[0].shape[1], 64), DPOI_PIECE, NULL, dpoi_embed_columns_backward);
+    int64_t units = dpoi_pieces(a->in[0].shape[1], 64);
+    if (a->din[0].data) dpoi_cut(cpu, a, units, DPOI_PIECE, NULL, dpoi_embed_columns_backward);
     return DPO_OK;
 }
 
@@ -8141,7 +8583,8 @@ static void dpoi_group_norm_apply(void *arg, int64_t u)                     /* u
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
     int64_t n = u/g->chunks, first = u % g->chunks*g->step, at = (n*g->P + first)*g->C;
-    g->rows->norm(dpoi_least(g->step, g->P - first), g->C, g->x + at, g->table + n*DPOI_NORM_ROWS*g->C, g->silu, g->y + at);
+    g->rows->norm(dpoi_least(g->step, g->P - first), g->C, g->x + at, g->table + n*DPOI_NORM_ROWS*g->C, g->silu,
+                  g->y + at);
 }
 
 /* dz = dy act'(z), h = (x - mean) rs: sums of dz and dz h for every channel. */
@@ -8311,7 +8754,8 @@ static int dpoi_cpu_layer_norm(dpoi_cpu *cpu, const dpo_args *a)
 static void dpoi_layer_norm_dx(const dpoi_job *j, const dpoi_layer_norm *g, int64_t r)
 {
     const dpoi_rows *rows = &j->cpu->rows;
-    const float *x = dpoi_a_in(j->a, 0) + r*g->C, *dy = dpoi_a_dout(j->a) + r*g->C, *stat = (const float *)j->a->stat.data + r*2;
+    const float *x = dpoi_a_in(j->a, 0) + r*g->C, *dy = dpoi_a_dout(j->a) + r*g->C;
+    const float *stat = (const float *)j->a->stat.data + r*2;
     float s[4];
     s[0] = stat[0];  s[1] = stat[1];
     s[2] = (float)(rows->sum(DPOI_MAP_BINARY + DPO_MUL, g->C, dy, g->gamma, NULL, s)/(double)g->C);
@@ -8413,7 +8857,8 @@ static int dpoi_cpu_preference(dpoi_cpu *cpu, const dpo_args *a)
     double loss = 0, beta = a->p.preference.beta, slope;
     (void)cpu;
     for (int64_t b = 0; b < B; b++) {
-        double margin = ((double)R[b] - L[b]) - ((double)R[B + b] - L[B + b]), share = (weight ? weight[b] : 1)/(double)B;
+        double margin = ((double)R[b] - L[b]) - ((double)R[B + b] - L[B + b]);
+        double share = (weight ? weight[b] : 1)/(double)B;
         float inside = (float)(0.5*beta*margin);
         loss += share*dpoi_preference_one(a, inside, &slope);
         if (stat) { stat[b] = inside;  stat[B + b] = (float)(-0.5*beta*share*slope); }
@@ -8752,6 +9197,12 @@ typedef struct dpoi_tile {
     const float *from[DPOI_TILE_ROWS], *vec[DPOI_TILE_ROWS], *bias;       /* NULL: nothing to add */
 } dpoi_tile;
 
+#ifdef __GNUC__
+#define DPOI_FETCH(p) __builtin_prefetch(p)
+#else
+#define DPOI_FETCH(p) ((void)(p))
+#endif
+
 #ifdef DPOI_SIMD_X86
 
 /* Names for registers: a compiler keeps an array of accumulators in memory unless it unrolls every loop over it. */
@@ -8813,26 +9264,27 @@ DPOI_AVX2 DPOI_INLINE __m256i dpoi_lanes_avx2(int n)
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-DPOI_AVX2 DPOI_INLINE void dpoi_store_avx2(const dpoi_tile *t, int i, int o, __m256i lanes, __m256 c)
+DPOI_AVX2 DPOI_INLINE void dpoi_store_avx2(const dpoi_tile *t, int i, int j, int o, __m256i lanes, __m256 c)
 {
-    if (t->from[i]) c = _mm256_add_ps(c, _mm256_maskload_ps(t->from[i] + o, lanes));
-    if (t->bias)    c = _mm256_add_ps(c, _mm256_maskload_ps(t->bias + o, lanes));
-    if (t->vec[i])  c = _mm256_add_ps(c, _mm256_maskload_ps(t->vec[i] + o, lanes));
-    _mm256_maskstore_ps(t->to[i] + o, lanes, c);
+    int64_t at = j*t->to_step + o;
+    if (t->from[i]) c = _mm256_add_ps(c, _mm256_maskload_ps(t->from[i] + at, lanes));
+    if (t->bias)    c = _mm256_add_ps(c, _mm256_maskload_ps(t->bias + j*16 + o, lanes));
+    if (t->vec[i])  c = _mm256_add_ps(c, _mm256_maskload_ps(t->vec[i] + j*16 + o, lanes));
+    _mm256_maskstore_ps(t->to[i] + at, lanes, c);
 }
 
-/* 6 rows by one panel: 12 accumulators, 2 registers of b and one of a, of 16. */
-DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, const int masked)
+/* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16. */
+DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, int j, int b_lanes, int lanes, const int masked)
 {
-    const __m256i low = dpoi_lanes_avx2(t->b_lanes), high = dpoi_lanes_avx2(t->b_lanes - 8);
-    const __m256i to_low = dpoi_lanes_avx2(t->to_lanes), to_high = dpoi_lanes_avx2(t->to_lanes - 8);
+    const __m256i low = dpoi_lanes_avx2(b_lanes), high = dpoi_lanes_avx2(b_lanes - 8);
+    const __m256i to_low = dpoi_lanes_avx2(lanes), to_high = dpoi_lanes_avx2(lanes - 8);
     const __m256 zero = _mm256_setzero_ps();
 #define DPOI_ZERO(i) __m256 c##i##0 = zero, c##i##1 = zero;
     DPOI_ROWS6(DPOI_ZERO)
     for (int s = 0; s < t->segs; s++) {
         const dpoi_segment *g = t->seg + s;
         int64_t a_step = g->a_step, b_step = g->b_step, last = g->len*a_step;
-        const float *b = g->b + t->panel*g->panel_step;
+        const float *b = g->b + (t->panel + j)*g->panel_step;
 #define DPOI_ROW(i) const float *r##i = g->row[i] + t->shift;
         DPOI_ROWS6(DPOI_ROW)
         for (int64_t k = 0; k != last; k += a_step, b += b_step) {
@@ -8844,7 +9296,7 @@ DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, const int masked)
         }
     }
 #define DPOI_STORE(i) if (i < t->rows) { \
-        dpoi_store_avx2(t, i, 0, to_low, c##i##0);  dpoi_store_avx2(t, i, 8, to_high, c##i##1); }
+        dpoi_store_avx2(t, i, j, 0, to_low, c##i##0);  dpoi_store_avx2(t, i, j, 8, to_high, c##i##1); }
     DPOI_ROWS6(DPOI_STORE)
 #undef DPOI_ZERO
 #undef DPOI_ROW
@@ -8852,22 +9304,26 @@ DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, const int masked)
 #undef DPOI_STORE
 }
 
-DPOI_AVX2 static void dpoi_tile_run_avx2(const dpoi_tile *t)
+DPOI_AVX2 static void dpoi_tile_run_avx2(const dpoi_tile *t, int panels)
 {
-    if (t->b_lanes == DPOI_PANEL) dpoi_tile_avx2(t, 0);
-    else                          dpoi_tile_avx2(t, 1);
+    for (int j = 0; j < panels; j++)
+        if (j < panels - 1) dpoi_tile_avx2(t, j, DPOI_PANEL, DPOI_PANEL, 0);
+        else if (t->b_lanes == DPOI_PANEL) dpoi_tile_avx2(t, j, DPOI_PANEL, t->to_lanes, 0);
+        else dpoi_tile_avx2(t, j, t->b_lanes, t->to_lanes, 1);
 }
 #endif /* DPOI_SIMD_X86 */
 
-/* What an instruction set holds in registers: rows by panels.  AMX would hold 32 rows of BF16 here, NEON 6 by 1. */
-static int dpoi_tile_rows  (const dpoi_cpu *cpu) { return cpu->isa == DPO_ISA_AVX512 ? 8 : 6; }
-static int dpoi_tile_panels(const dpoi_cpu *cpu) { return cpu->isa == DPO_ISA_AVX512 ? 3 : 1; }
+/* Rows that an instruction set holds in registers.  NEON would have 6 (by one panel, as AVX2), AMX 32 of BF16. */
+static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa == DPO_ISA_AVX512 ? 8 : 6; }
+
+/* Panels go into groups of at most 3, of even sizes; group g is panels first..end-1. */
+static int64_t dpoi_tile_groups(int64_t O) { return dpoi_pieces(dpoi_pieces(O, DPOI_PANEL), DPOI_TILE_PANELS); }
 
 static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int panels)
 {
 #ifdef DPOI_SIMD_X86
     if (cpu->isa == DPO_ISA_AVX512) dpoi_tile_run_avx512(t, panels);
-    else                            dpoi_tile_run_avx2(t);
+    else                            dpoi_tile_run_avx2(t, panels);
 #else
     (void)cpu;  (void)t;  (void)panels;
 #endif
@@ -8884,7 +9340,7 @@ typedef struct dpoi_block_product {
 static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product *p)
 {
     int rows = dpoi_tile_rows(cpu);
-    int64_t panels = dpoi_pieces(p->width, DPOI_PANEL), groups = dpoi_pieces(panels, dpoi_tile_panels(cpu));
+    int64_t panels = dpoi_pieces(p->width, DPOI_PANEL), groups = dpoi_tile_groups(p->width);
     dpoi_segment s;
     dpoi_tile t;
     memset(&t, 0, sizeof t);
@@ -8983,6 +9439,17 @@ static int dpoi_product_segments(const dpoi_cpu_product *p, const dpoi_source *s
     return count;
 }
 
+/* Calls for what a tile is going to read of the first source.  Worth it where kernel places hardly overlap. */
+static void dpoi_product_fetch(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t k0, int64_t k1)
+{
+    const dpoi_source *s = p->source;
+    if (s->kh*s->kw > 1) return;
+    for (int i = 0; i < at->rows; i++) {
+        const float *x = s->x + ((at->n[i]*s->H + at->y[i]*s->stride)*s->W + at->x[i]*s->stride)*s->I;
+        for (int64_t k = k0; k < k1 && k < s->K; k += DPOI_PANEL) DPOI_FETCH(x + k);
+    }
+}
+
 /* Where the chunk ends that starts at k, on the line of both sources' k one after the other. */
 static int64_t dpoi_product_next(const dpoi_cpu_product *p, int64_t k)
 {
@@ -9029,8 +9496,12 @@ static void dpoi_product_task(void *arg, int64_t i)
     do {
         next = dpoi_product_next(p, k);
         for (int64_t m = m0; m < end; m += rows) {
-            dpoi_pixels at;
+            dpoi_pixels at, after;
             dpoi_pixels_at(p, m, end, rows, &at);
+            if (m + rows < end) {
+                dpoi_pixels_at(p, m + rows, end, rows, &after);
+                dpoi_product_fetch(p, &after, k, next);
+            }
             dpoi_product_tile(p, &at, group, groups, k, next);
         }
         k = next;
@@ -9041,14 +9512,15 @@ static void dpoi_product_task(void *arg, int64_t i)
    the cache, and as many pixels as make it worth its while. */
 static void dpoi_product_run(dpoi_cpu_product *p)
 {
-    int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu), wide = DPOI_PANEL*dpoi_tile_panels(p->cpu);
+    int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu), wide = DPOI_PANEL*DPOI_TILE_PANELS;
     int64_t worth;
     p->M = p->N*p->Y*p->X;
     if (!p->M) return;
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    p->groups = dpoi_pieces(p->panels, dpoi_tile_panels(p->cpu));
+    p->groups = dpoi_tile_groups(p->O);
     p->span   = dpoi_least(p->groups, DPOI_JOB/(2*all*wide*4*rows) + 1);
     p->span   = dpoi_least(p->span, DPOI_CACHED/(all*wide) + 1);
+    p->span   = dpoi_pieces(p->groups, dpoi_pieces(p->groups, p->span));
     worth     = DPOI_JOB/(2*all*wide*p->span) + 1;
     if (worth < 4*rows) worth = 4*rows;   /* fewer would read the weights too often */
     p->block = dpoi_pieces(dpoi_least(worth, p->M), rows)*rows;
@@ -9082,12 +9554,13 @@ static dpoi_source dpoi_source_pixel(const dpoi_conv *g, const float *x, const f
 /* ------------------------------------------------------------------------------------------ gradient of weights
 
    dw[k][o] = sum_m x[m,k] dy[m][o], a tile at a time: rows are channels i of x, k of the tile kernel runs over the pixels
-   m of an image row that have x under the kernel's place (ky,kx).  Nothing is packed: x and dy are read where they lie,
-   and what a tile writes is already a piece of a panel. */
+   m of an image row that have x under the kernel's place (ky,kx).  x is read where it lies, dy of a few panels and
+   pixels is packed on the stack, and what a tile writes is already a piece of a panel. */
 
 enum {
-    DPOI_PIXELS = 512,                    /* pixels between two visits to dw: 48 channels of dy fill 96 KiB */
+    DPOI_PIXELS = 128,                    /* pixels between two visits to dw: 48 channels of dy fill 24 KiB */
     DPOI_RUNS   = 64,                     /* image rows in them */
+    DPOI_WIDE   = DPOI_TILE_PANELS*DPOI_PANEL,
     DPOI_PARTS  = 64                      /* jobs wanted: fewer tiles than these, and pixels are cut into parts */
 };
 
@@ -9101,21 +9574,36 @@ typedef struct dpoi_outer {
     int64_t panels, groups, tiles, span, parts;            /* span: tiles of i a job */
 } dpoi_outer;
 
-/* Pixels first..first+count-1 of dy's rows, for place (ky,kx): one segment a row with any x under it. */
-static int dpoi_outer_segments(const dpoi_outer *p, int64_t ky, int64_t kx, int64_t first, int64_t end, dpoi_segment *seg)
+/* Channels o.. of dy's rows first..end-1: b [pixels][48], zeros beyond O. */
+static void dpoi_outer_pack(const dpoi_outer *p, int64_t o, int64_t width, int64_t first, int64_t end, float *b)
+{
+    for (int64_t u = first; u < end; u++) {
+        int64_t from = u % p->pieces*DPOI_PIXELS, to = dpoi_least(p->X, from + DPOI_PIXELS);
+        const float *dy = p->dy + (u/p->pieces*p->X + from)*p->O + o;
+        for (; from < to; from++, dy += p->O, b += DPOI_WIDE) {
+            memcpy(b, dy, (size_t)width*sizeof(float));
+            for (int64_t i = width; i < DPOI_WIDE; i++) b[i] = 0;
+        }
+    }
+}
+
+/* The packed rows for place (ky,kx): one segment a row with any x under it. */
+static int dpoi_outer_segments(const dpoi_outer *p, int64_t ky, int64_t kx, int64_t first, int64_t end, const float *b,
+                               dpoi_segment *seg)
 {
     int count = 0;
-    for (int64_t u = first; u < end; u++) {
+    for (int64_t u = first, begin, next; u < end; u++, b += (next - begin)*DPOI_WIDE) {
         int64_t y = u/p->pieces % p->Y, n = u/(p->pieces*p->Y), h = y*p->stride + ky - p->top;
         int64_t from = u % p->pieces*DPOI_PIXELS, to = dpoi_least(p->X, from + DPOI_PIXELS);
         int64_t low = p->left - kx, high = p->W - 1 + low;            /* low <= x*stride <= high */
+        begin = from;  next = to;
         if (h < 0 || h >= p->H || high < 0) continue;
         if (low > from*p->stride) from = dpoi_pieces(low, p->stride);
         to = dpoi_least(to, high/p->stride + 1);
         if (from >= to) continue;
         dpoi_segment *g = seg + count++;
-        g->len = to - from;  g->a_step = p->stride*p->I;  g->b_step = p->O;  g->panel_step = DPOI_PANEL;
-        g->b = p->dy + ((n*p->Y + y)*p->X + from)*p->O;
+        g->len = to - from;  g->a_step = p->stride*p->I;  g->b_step = DPOI_WIDE;  g->panel_step = DPOI_PANEL;
+        g->b = b + (from - begin)*DPOI_WIDE;
         g->row[0] = p->x + ((n*p->H + h)*p->W + from*p->stride - low)*p->I;
     }
     return count;
@@ -9134,8 +9622,6 @@ static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_tile *t, dpoi_segment *se
 {
     int rows = dpoi_tile_rows(p->cpu);
     int64_t panel = p->panels*group/p->groups, end = p->panels*(group + 1)/p->groups;
-    t->panel = panel;
-    t->b_lanes = (int)dpoi_least(DPOI_PANEL, p->O - (end - 1)*DPOI_PANEL);
     t->rows = rows;
     dpoi_outer_rows(seg, t->segs, rows, rows);
     for (int64_t last = dpoi_least(p->tiles, tile + p->span); tile < last; tile++) {
@@ -9158,16 +9644,20 @@ static void dpoi_outer_task(void *arg, int64_t i)
     int64_t chunk = chunks*part/p->parts, end = chunks*(part + 1)/p->parts;
     float *dw = p->parts == 1 ? p->dw : p->sums + part*p->panels*p->K*DPOI_PANEL;
     const float *from = p->parts == 1 && p->add ? p->dw : NULL;
+    int64_t group = i/spans % p->groups, o = p->panels*group/p->groups*DPOI_PANEL;
+    float b[DPOI_PIXELS*DPOI_WIDE];
     dpoi_segment seg[DPOI_RUNS];
     dpoi_tile t;
     memset(&t, 0, sizeof t);
-    t.seg = seg;  t.to_lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
-    for (; chunk < end; chunk++, from = dw)
+    t.seg = seg;  t.b_lanes = t.to_lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
+    for (; chunk < end; chunk++, from = dw) {
+        int64_t first = chunk*p->chunk, last = dpoi_least(p->units, first + p->chunk);
+        dpoi_outer_pack(p, o, dpoi_least(DPOI_WIDE, p->O - o), first, last, b);
         for (int64_t tap = 0; tap < p->kh*p->kw; tap++) {
-            int64_t first = chunk*p->chunk;
-            t.segs = dpoi_outer_segments(p, tap/p->kw, tap % p->kw, first, dpoi_least(p->units, first + p->chunk), seg);
-            dpoi_outer_tiles(p, &t, seg, tap, i % spans*p->span, i/spans % p->groups, dw, from);
+            t.segs = dpoi_outer_segments(p, tap/p->kw, tap % p->kw, first, last, b, seg);
+            dpoi_outer_tiles(p, &t, seg, tap, i % spans*p->span, group, dw, from);
         }
+    }
 }
 
 /* dw = the parts, added up in their order, and what dw held before. */
@@ -9194,11 +9684,12 @@ static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
     }
     p.pieces = dpoi_pieces(p.X, DPOI_PIXELS);
     p.units  = p.N*p.Y*p.pieces;
-    p.chunk  = dpoi_least(DPOI_RUNS, dpoi_pieces(DPOI_PIXELS, p.X));
+    p.chunk  = p.X > DPOI_PIXELS ? 1 : dpoi_least(DPOI_RUNS, DPOI_PIXELS/p.X);
     p.panels = dpoi_pieces(O, DPOI_PANEL);
-    p.groups = dpoi_pieces(p.panels, dpoi_tile_panels(cpu));
+    p.groups = dpoi_tile_groups(O);
     p.tiles  = dpoi_pieces(p.I, dpoi_tile_rows(cpu));
     p.span   = dpoi_pieces(16, p.kh*p.kw);
+    p.span   = dpoi_pieces(p.tiles, dpoi_pieces(p.tiles, p.span));
     jobs     = p.groups*dpoi_pieces(p.tiles, p.span);
     p.parts  = dpoi_least(dpoi_pieces(DPOI_PARTS, jobs), dpoi_pieces(p.units, p.chunk));
     p.parts  = dpoi_least(p.parts, 2*g->M*p.K*O/(DPOI_JOB*jobs) + 1);
@@ -9294,6 +9785,8 @@ static void dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int
 
    dvec[n][o] = sum of dy over the pixels of sample n, dbias[o] = sum of dvec: chunks of pixels first. */
 
+enum { DPOI_SUMS = 512 };                 /* pixels a chunk */
+
 typedef struct dpoi_sums {
     dpoi_cpu *cpu;
     const float *dy;
@@ -9305,7 +9798,7 @@ typedef struct dpoi_sums {
 static void dpoi_sums_task(void *arg, int64_t i)
 {
     const dpoi_sums *p = (const dpoi_sums *)arg;
-    int64_t n = i/p->chunks, from = i % p->chunks*DPOI_PIXELS, rows = dpoi_least(DPOI_PIXELS, p->P - from);
+    int64_t n = i/p->chunks, from = i % p->chunks*DPOI_SUMS, rows = dpoi_least(DPOI_SUMS, p->P - from);
     p->cpu->rows.columns(rows, p->O, p->dy + (n*p->P + from)*p->O, NULL, p->sums + i*p->O);
 }
 
@@ -9353,7 +9846,7 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     p.step = p.u + (g->M*g->r + 15)/16*16;
     p.end  = p.step;
     if (!g->a->backward) return p;
-    p.chunks = dpoi_pieces(g->Y*g->X, DPOI_PIXELS);
+    p.chunks = dpoi_pieces(g->Y*g->X, DPOI_SUMS);
     p.w = dpoi_outer_of(cpu, g, g->O);
     if (g->a->din[0].data) step = panels*g->kh*g->kw*(g->O + g->r);
     if (g->a->din[1].data) step = dpoi_most(step, dpoi_outer_work(&p.w));
@@ -9475,11 +9968,11 @@ typedef struct dpoi_attention {
     float   scale;
     const float *q, *k, *v, *o, *dout;
     float  *y, *lse, *work, *dq, *dk, *dv;
-    float  *kt, *vt, *delta;              /* in work: panels of k and of v, delta [N,heads,T] */
+    float  *scratch, *delta;              /* in work: of the jobs, and delta [N,heads,T] */
     unsigned add;
     dpoi_cpu *cpu;
-    int64_t length, share;                /* of the axis that units are cut from; units a job */
-    void  (*unit)(const struct dpoi_attention *g, int64_t head, int64_t first);
+    int64_t length, jobs;                 /* length: of the axis that units are cut from */
+    void  (*unit)(const struct dpoi_attention *g, float *work, int64_t head, int64_t i);
 } dpoi_attention;
 
 static dpoi_attention dpoi_attention_of(dpoi_cpu *cpu, const dpo_args *a)
@@ -9595,26 +10088,34 @@ static void dpoi_plain_dkv_task(void *arg, int64_t task)
     }
 }
 
-/* ------------------------------------------------------------------------------------------ rows of scores */
+/* ------------------------------------------------------------------------------------------ lanes of scores
 
-/* One row of scores s[0..n-1] of one query, made into weights; lanes n..width-1 become 0. */
-typedef struct dpoi_score_row {
-    int64_t n, width;
+   Queries (forward, dq) or keys (dk, dv) lie side by side in lanes, up to 48 of them; along the other axis go blocks of
+   up to 96 rows.  Scores are s [row][lane], so that a row's work is element by element in whichever role it has. */
+
+enum { DPOI_LANES = DPOI_TILE_PANELS*DPOI_PANEL, DPOI_FAR = 96 };
+
+/* One block of scores.  With causal, a lane sees row j if lane >= j + offset (lanes are queries) or lane <= j + offset. */
+typedef struct dpoi_scores {
+    int64_t rows, lanes, offset;          /* lanes: a multiple of 16 */
+    int     causal;
     float   scale;
-    float   most, sum, shrink;            /* forward: largest score yet, sum of exp(s - most); what older sums shrink by */
-    float   lse, delta;                   /* backward */
-} dpoi_score_row;
+    float  *s, *ds;                       /* [rows][48] */
+    float  *most, *sum, *shrink;          /* forward, a lane each: largest score, sum of exp(s - most), exp(old - new most) */
+    const float *lse, *delta;             /* backward: a lane each, or */
+    int     by_row;                       /* a row each */
+} dpoi_scores;
 
 #ifdef DPOI_SIMD_X86
 
 /* exp(x) = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2, e^r by its Taylor series to r^6/720 in Horner's form: the
-   relative error stays below 3e-7.  Below -87 the result is next to nothing. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_row_avx512(__m512 x)
+   relative error stays below 3e-7.  ln 2 is taken off in two parts, the first of which is exact in n*ln 2. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_score_avx512(__m512 x)
 {
     x = _mm512_max_ps(_mm512_set1_ps(-100), _mm512_min_ps(_mm512_set1_ps(88.7f), x));     /* this order lets NaN through */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), e = _mm512_set1_ps(1/720.0f);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);      /* ln 2 in two parts, the first exact in n*ln 2 */
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
     e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/120.0f));
     e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/24.0f));
     e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/6.0f));
@@ -9624,47 +10125,56 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_row_avx512(__m512 x)
     return _mm512_scalef_ps(e, n);
 }
 
-DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_row_lanes_avx512(int64_t left)
+/* The lanes o..o+15 that see row j. */
+DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_seen_avx512(const dpoi_scores *t, int64_t j, int64_t o, int queries)
 {
-    return left >= 16 ? (__mmask16)0xffff : left <= 0 ? (__mmask16)0 : (__mmask16)((1u << left) - 1);
+    int64_t edge = j + t->offset - o;
+    if (!t->causal) return 0xffff;
+    if (queries) return edge <= 0 ? (__mmask16)0xffff : edge > 15 ? (__mmask16)0 : (__mmask16)(0xffffu << edge);
+    return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
 }
 
-DPOI_AVX512 static void dpoi_score_forward_avx512(dpoi_score_row *t, float *s)
+DPOI_AVX512 static void dpoi_scores_forward_avx512(const dpoi_scores *t)
 {
-    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(t->scale);
-    float old = t->most;
-    for (int64_t j = 0; j < t->n; j += 16) {
-        __mmask16 k = dpoi_row_lanes_avx512(t->n - j);
-        most = _mm512_mask_max_ps(most, k, most, _mm512_maskz_loadu_ps(k, s + j));
-    }
-    t->most = fmaxf(old, t->scale*_mm512_reduce_max_ps(most));
-    most = _mm512_set1_ps(t->most);
-    for (int64_t j = 0; j < t->width; j += 16) {
-        __mmask16 k = dpoi_row_lanes_avx512(t->n - j);
-        __m512 p = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(k, s + j), scale, most);
-        p = _mm512_maskz_mov_ps(k, dpoi_exp_row_avx512(p));
-        sum = _mm512_add_ps(sum, p);
-        _mm512_mask_storeu_ps(s + j, dpoi_row_lanes_avx512(t->width - j), p);
-    }
-    t->shrink = old == -INFINITY ? 0 : old == t->most ? 1 : expf(old - t->most);
-    t->sum = t->sum*t->shrink + _mm512_reduce_add_ps(sum);
-}
-
-/* s becomes p, dp becomes ds*scale. */
-DPOI_AVX512 static void dpoi_score_backward_avx512(const dpoi_score_row *t, float *s, float *dp)
-{
-    __m512 scale = _mm512_set1_ps(t->scale), lse = _mm512_set1_ps(t->lse), delta = _mm512_set1_ps(t->delta);
-    for (int64_t j = 0; j < t->width; j += 16) {
-        __mmask16 k = dpoi_row_lanes_avx512(t->n - j), all = dpoi_row_lanes_avx512(t->width - j);
-        __m512 p = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(k, s + j), scale, lse);
-        p = _mm512_maskz_mov_ps(k, dpoi_exp_row_avx512(p));
-        __m512 ds = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_maskz_loadu_ps(k, dp + j), delta));
-        _mm512_mask_storeu_ps(s + j, all, p);
-        _mm512_mask_storeu_ps(dp + j, all, _mm512_mul_ps(ds, scale));
+    __m512 scale = _mm512_set1_ps(t->scale), low = _mm512_set1_ps(-INFINITY);
+    for (int64_t o = 0; o < t->lanes; o += 16) {
+        __m512 old = _mm512_loadu_ps(t->most + o), most = low, sum = _mm512_setzero_ps(), shrink;
+        for (int64_t j = 0; j < t->rows; j++) {
+            __mmask16 k = dpoi_seen_avx512(t, j, o, 1);
+            most = _mm512_mask_max_ps(most, k, most, _mm512_loadu_ps(t->s + j*DPOI_LANES + o));
+        }
+        most = _mm512_max_ps(old, _mm512_mul_ps(most, scale));
+        for (int64_t j = 0; j < t->rows; j++) {
+            float *s = t->s + j*DPOI_LANES + o;
+            __m512 p = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, most));
+            p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, 1), p);
+            sum = _mm512_add_ps(sum, p);
+            _mm512_storeu_ps(s, p);
+        }
+        shrink = dpoi_exp_score_avx512(_mm512_sub_ps(old, most));
+        _mm512_storeu_ps(t->shrink + o, shrink);
+        _mm512_storeu_ps(t->most + o, most);
+        _mm512_storeu_ps(t->sum + o, _mm512_fmadd_ps(_mm512_loadu_ps(t->sum + o), shrink, sum));
     }
 }
 
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_row_avx2(__m256 x)
+/* s becomes p, ds (which held do.v) becomes scale ds. */
+DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
+{
+    __m512 scale = _mm512_set1_ps(t->scale);
+    for (int64_t j = 0; j < t->rows; j++)
+        for (int64_t o = 0; o < t->lanes; o += 16) {
+            float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
+            __m512 lse   = t->by_row ? _mm512_set1_ps(t->lse[j])   : _mm512_loadu_ps(t->lse + o);
+            __m512 delta = t->by_row ? _mm512_set1_ps(t->delta[j]) : _mm512_loadu_ps(t->delta + o);
+            __m512 p = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, lse));
+            p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, !t->by_row), p);
+            _mm512_storeu_ps(s, p);
+            _mm512_storeu_ps(ds, _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(_mm512_loadu_ps(ds), delta)));
+        }
+}
+
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_score_avx2(__m256 x)
 {
     x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), x));
     __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), 8);
@@ -9680,215 +10190,252 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_row_avx2(__m256 x)
     return _mm256_mul_ps(e, _mm256_castsi256_ps(power));
 }
 
-DPOI_AVX2 DPOI_INLINE float dpoi_reduce_avx2(__m256 x, int max)
+/* All bits set in the lanes o..o+7 that see row j. */
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_seen_avx2(const dpoi_scores *t, int64_t j, int64_t o, int queries)
 {
-    float v[8];
-    _mm256_storeu_ps(v, x);
-    for (int i = 1; i < 8; i++) v[0] = max ? fmaxf(v[0], v[i]) : v[0] + v[i];
-    return v[0];
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all = _mm256_set1_epi32(-1);
+    int64_t edge = j + t->offset - o;     /* kept small: only -1..8 make a difference */
+    __m256i at = _mm256_set1_epi32((int)(edge < -1 ? -1 : edge > 8 ? 8 : edge));
+    if (!t->causal) return _mm256_castsi256_ps(all);
+    return _mm256_castsi256_ps(_mm256_xor_si256(all, queries ? _mm256_cmpgt_epi32(at, lane) : _mm256_cmpgt_epi32(lane, at)));
 }
 
-DPOI_AVX2 DPOI_INLINE __m256i dpoi_row_lanes_avx2(int64_t left)
+DPOI_AVX2 static void dpoi_scores_forward_avx2(const dpoi_scores *t)
 {
-    return dpoi_lanes_avx2((int)dpoi_least(8, left < 0 ? 0 : left));
+    __m256 scale = _mm256_set1_ps(t->scale), low = _mm256_set1_ps(-INFINITY);
+    for (int64_t o = 0; o < t->lanes; o += 8) {
+        __m256 old = _mm256_loadu_ps(t->most + o), most = low, sum = _mm256_setzero_ps(), shrink;
+        for (int64_t j = 0; j < t->rows; j++) {
+            __m256 k = dpoi_seen_avx2(t, j, o, 1);
+            most = _mm256_max_ps(most, _mm256_blendv_ps(low, _mm256_loadu_ps(t->s + j*DPOI_LANES + o), k));
+        }
+        most = _mm256_max_ps(old, _mm256_mul_ps(most, scale));
+        for (int64_t j = 0; j < t->rows; j++) {
+            float *s = t->s + j*DPOI_LANES + o;
+            __m256 p = dpoi_exp_score_avx2(_mm256_fmsub_ps(_mm256_loadu_ps(s), scale, most));
+            p = _mm256_and_ps(dpoi_seen_avx2(t, j, o, 1), p);
+            sum = _mm256_add_ps(sum, p);
+            _mm256_storeu_ps(s, p);
+        }
+        shrink = dpoi_exp_score_avx2(_mm256_sub_ps(old, most));
+        _mm256_storeu_ps(t->shrink + o, shrink);
+        _mm256_storeu_ps(t->most + o, most);
+        _mm256_storeu_ps(t->sum + o, _mm256_fmadd_ps(_mm256_loadu_ps(t->sum + o), shrink, sum));
+    }
 }
 
-DPOI_AVX2 static void dpoi_score_forward_avx2(dpoi_score_row *t, float *s)
+DPOI_AVX2 static void dpoi_scores_backward_avx2(const dpoi_scores *t)
 {
-    __m256 low = _mm256_set1_ps(-INFINITY), most = low, sum = _mm256_setzero_ps(), scale = _mm256_set1_ps(t->scale);
-    float old = t->most;
-    for (int64_t j = 0; j < t->n; j += 8) {
-        __m256i k = dpoi_row_lanes_avx2(t->n - j);
-        most = _mm256_max_ps(most, _mm256_blendv_ps(low, _mm256_maskload_ps(s + j, k), _mm256_castsi256_ps(k)));
-    }
-    t->most = fmaxf(old, t->scale*dpoi_reduce_avx2(most, 1));
-    most = _mm256_set1_ps(t->most);
-    for (int64_t j = 0; j < t->width; j += 8) {
-        __m256i k = dpoi_row_lanes_avx2(t->n - j);
-        __m256 p = _mm256_fmsub_ps(_mm256_maskload_ps(s + j, k), scale, most);
-        p = _mm256_and_ps(_mm256_castsi256_ps(k), dpoi_exp_row_avx2(p));
-        sum = _mm256_add_ps(sum, p);
-        _mm256_maskstore_ps(s + j, dpoi_row_lanes_avx2(t->width - j), p);
-    }
-    t->shrink = old == -INFINITY ? 0 : old == t->most ? 1 : expf(old - t->most);
-    t->sum = t->sum*t->shrink + dpoi_reduce_avx2(sum, 0);
-}
-
-DPOI_AVX2 static void dpoi_score_backward_avx2(const dpoi_score_row *t, float *s, float *dp)
-{
-    __m256 scale = _mm256_set1_ps(t->scale), lse = _mm256_set1_ps(t->lse), delta = _mm256_set1_ps(t->delta);
-    for (int64_t j = 0; j < t->width; j += 8) {
-        __m256i k = dpoi_row_lanes_avx2(t->n - j), all = dpoi_row_lanes_avx2(t->width - j);
-        __m256 p = _mm256_fmsub_ps(_mm256_maskload_ps(s + j, k), scale, lse);
-        p = _mm256_and_ps(_mm256_castsi256_ps(k), dpoi_exp_row_avx2(p));
-        __m256 ds = _mm256_mul_ps(p, _mm256_sub_ps(_mm256_maskload_ps(dp + j, k), delta));
-        _mm256_maskstore_ps(s + j, all, p);
-        _mm256_maskstore_ps(dp + j, all, _mm256_mul_ps(ds, scale));
-    }
+    __m256 scale = _mm256_set1_ps(t->scale);
+    for (int64_t j = 0; j < t->rows; j++)
+        for (int64_t o = 0; o < t->lanes; o += 8) {
+            float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
+            __m256 lse   = t->by_row ? _mm256_set1_ps(t->lse[j])   : _mm256_loadu_ps(t->lse + o);
+            __m256 delta = t->by_row ? _mm256_set1_ps(t->delta[j]) : _mm256_loadu_ps(t->delta + o);
+            __m256 p = dpoi_exp_score_avx2(_mm256_fmsub_ps(_mm256_loadu_ps(s), scale, lse));
+            p = _mm256_and_ps(dpoi_seen_avx2(t, j, o, !t->by_row), p);
+            _mm256_storeu_ps(s, p);
+            _mm256_storeu_ps(ds, _mm256_mul_ps(_mm256_mul_ps(p, scale), _mm256_sub_ps(_mm256_loadu_ps(ds), delta)));
+        }
 }
 #endif /* DPOI_SIMD_X86 */
 
-static void dpoi_score_forward(const dpoi_cpu *cpu, dpoi_score_row *t, float *s)
+static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
 {
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa == DPO_ISA_AVX512) dpoi_score_forward_avx512(t, s);
-    else                            dpoi_score_forward_avx2(t, s);
+    if (cpu->isa == DPO_ISA_AVX512 && backward) dpoi_scores_backward_avx512(t);
+    else if (cpu->isa == DPO_ISA_AVX512)        dpoi_scores_forward_avx512(t);
+    else if (backward)                          dpoi_scores_backward_avx2(t);
+    else                                        dpoi_scores_forward_avx2(t);
 #else
-    (void)cpu;  (void)t;  (void)s;
+    (void)cpu;  (void)t;  (void)backward;
 #endif
 }
 
-static void dpoi_score_backward(const dpoi_cpu *cpu, const dpoi_score_row *t, float *s, float *dp)
+/* ------------------------------------------------------------------------------------------ units
+
+   A unit is the lanes of one head from `first` on.  It packs their rows as panels, walks along the other axis in a fixed
+   order with one block of scores, and keeps its results transposed, [d][lane], until it has seen everything: so both
+   products of a block are tiles as wide as registers allow, whatever d is.  All scratch belongs to the job. */
+
+typedef struct dpoi_unit {
+    int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
+    int64_t far_at, far;                  /* offset of the other axis' first row, how many rows */
+    float  *s, *ds;                       /* [96][48] */
+    float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
+} dpoi_unit;
+
+/* Lanes first.. of the axis of `length` rows (unit number i of its head), far rows on the other. */
+static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head, int64_t i, int64_t length, int64_t far)
 {
-#ifdef DPOI_SIMD_X86
-    if (cpu->isa == DPO_ISA_AVX512) dpoi_score_backward_avx512(t, s, dp);
-    else                            dpoi_score_backward_avx2(t, s, dp);
-#else
-    (void)cpu;  (void)t;  (void)s;  (void)dp;
-#endif
+    dpoi_unit u;
+    int64_t n = head/g->heads, slice = head % g->heads*g->d, panels = dpoi_pieces(length, DPOI_PANEL);
+    int64_t units = dpoi_tile_groups(length), panel = panels*i/units, size = DPOI_LANES*g->d;
+    u.wide   = (panels*(i + 1)/units - panel)*DPOI_PANEL;
+    u.lanes  = dpoi_least(u.wide, length - panel*DPOI_PANEL);
+    u.at     = (n*length + panel*DPOI_PANEL)*g->D + slice;
+    u.far    = far;
+    u.far_at = n*far*g->D + slice;
+    u.s = work;                          u.ds    = u.s + DPOI_FAR*DPOI_LANES;
+    u.pack = u.ds + DPOI_FAR*DPOI_LANES; u.pack2 = u.pack + size;
+    u.to = u.pack2 + size;               u.to2   = u.to + size;
+    return u;
 }
 
-/* ------------------------------------------------------------------------------------------ blocks of scores
+/* Panels of the unit's rows of x: to[panel][c][lane] = x[lane][c], zeros in lanes that are not used. */
+static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const float *x, float *to)
+{
+    for (int64_t lane = 0; lane < u->wide; lane++) {
+        float *column = to + lane/DPOI_PANEL*g->d*DPOI_PANEL + lane % DPOI_PANEL;
+        const float *row = x + u->at + lane*g->D;
+        if (lane < u->lanes) for (int64_t c = 0; c < g->d; c++) column[c*DPOI_PANEL] = row[c];
+        else                 for (int64_t c = 0; c < g->d; c++) column[c*DPOI_PANEL] = 0;
+    }
+}
 
-   k, and for backward v, are packed once a call as panels of 16 keys, [N,heads][ceil(S/16)][d][16], so that scores are
-   tiles of the products above.  A unit of work is a block of queries (forward, dq) or of keys (dk, dv) of one head; it
-   walks along the other axis in a fixed order with the scores of one block on its stack. */
+/* The unit's rows of y = factor[lane] times its results, which are transposed. */
+static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const float *to, const float *factor, float *y, int add)
+{
+    for (int64_t lane = 0; lane < u->lanes; lane++) {
+        float *row = y + u->at + lane*g->D, f = factor ? factor[lane] : 1;
+        for (int64_t c = 0; c < g->d; c++) row[c] = f*to[c*DPOI_LANES + lane] + (add ? row[c] : 0);
+    }
+}
 
-enum { DPOI_NEAR = 48, DPOI_FAR = 96 };   /* rows of a unit's own axis, and of the other; multiples of every tile */
-
-/* Scores of queries q0.. against keys k0..: a is q with panels of k, or do with panels of v.  to [nq][row]. */
-static void dpoi_attention_scores(const dpoi_attention *g, int64_t head, const float *a, const float *panels, int64_t q0,
-                                  int64_t nq, int64_t k0, int64_t nk, float *to, int64_t row)
+/* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis. */
+static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *pack, int64_t from,
+                             int64_t rows, float *s)
 {
     dpoi_block_product p;
-    int64_t S = dpoi_pieces(g->S, DPOI_PANEL)*DPOI_PANEL;
-    p.a = a + (head/g->heads*g->T + q0)*g->D + head % g->heads*g->d;
-    p.b = panels + (head*S + k0)*g->d;
-    p.from = NULL;  p.to = to;  p.rows = nq;  p.width = nk;  p.len = g->d;
-    p.a_row = g->D;  p.a_step = 1;  p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = row;
+    p.a = x + u->far_at + from*g->D;  p.b = pack;  p.from = NULL;  p.to = s;
+    p.rows = rows;  p.width = u->wide;  p.len = g->d;
+    p.a_row = g->D;  p.a_step = 1;  p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &p);
 }
 
-/* y rows i += sum_j p[i*p_row + j*p_step] x rows j; x and y are slices of rows of D. */
-static void dpoi_attention_mix(const dpoi_attention *g, const float *p, int64_t p_row, int64_t p_step, int64_t rows,
-                               int64_t len, const float *x, float *y, int add)
+/* to[c][lane] += sum_j x[from + j][c] p[j][lane] */
+static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *p, int64_t from,
+                          int64_t rows, float *to, int add)
 {
     dpoi_block_product b;
-    b.a = p;  b.b = x;  b.from = add ? y : NULL;  b.to = y;  b.rows = rows;  b.width = g->d;  b.len = len;
-    b.a_row = p_row;  b.a_step = p_step;  b.b_step = g->D;  b.panel_step = DPOI_PANEL;  b.to_row = g->D;
+    b.a = x + u->far_at + from*g->D;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
+    b.rows = g->d;  b.width = u->wide;  b.len = rows;
+    b.a_row = 1;  b.a_step = g->D;  b.b_step = DPOI_LANES;  b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &b);
 }
 
-/* The keys of k0..k0+nk-1 that query i sees. */
-static int64_t dpoi_attention_seen(const dpoi_attention *g, int64_t i, int64_t k0, int64_t nk)
+/* One pass over the keys: whenever a block raises a query's largest score, what it has summed shrinks to match. */
+static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
-    return g->causal ? dpoi_least(nk, i - k0 + 1) : nk;
-}
-
-/* One pass over the keys: whenever a block raises a row's largest score, what the row has summed shrinks to match. */
-static void dpoi_attention_unit(const dpoi_attention *g, int64_t head, int64_t q0)
-{
-    float s[DPOI_NEAR*DPOI_FAR];
-    dpoi_score_row row[DPOI_NEAR];
-    int64_t nq = dpoi_least(DPOI_NEAR, g->T - q0), keys = g->causal ? q0 + nq : g->S;
-    int64_t slice = head % g->heads*g->d;
-    const float *v = g->v + head/g->heads*g->S*g->D + slice;
-    float *y = g->y + (head/g->heads*g->T + q0)*g->D + slice;
-    for (int64_t i = 0; i < nq; i++) {
-        row[i].most = -INFINITY;  row[i].sum = 0;  row[i].scale = g->scale;
-    }
+    dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
+    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->T, keys = g->causal ? first + u.lanes : g->S;
+    float most[DPOI_LANES], sum[DPOI_LANES], shrink[DPOI_LANES];
+    dpoi_scores t;
+    memset(&t, 0, sizeof t);
+    t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;
+    t.s = u.s;  t.most = most;  t.sum = sum;  t.shrink = shrink;
+    for (int64_t lane = 0; lane < DPOI_LANES; lane++) { most[lane] = -INFINITY;  sum[lane] = 0; }
+    dpoi_unit_pack(g, &u, g->q, u.pack);
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
-        int64_t nk = dpoi_least(DPOI_FAR, keys - k0);
-        dpoi_attention_scores(g, head, g->q, g->kt, q0, nq, k0, nk, s, DPOI_FAR);
-        for (int64_t i = 0; i < nq; i++) {
-            row[i].n = dpoi_attention_seen(g, q0 + i, k0, nk);  row[i].width = nk;
-            dpoi_score_forward(g->cpu, &row[i], s + i*DPOI_FAR);
-            for (int64_t c = 0; k0 && row[i].shrink != 1 && c < g->d; c++) y[i*g->D + c] *= row[i].shrink;
-        }
-        dpoi_attention_mix(g, s, DPOI_FAR, 1, nq, nk, v + k0*g->D, y, k0 > 0);
+        t.rows = dpoi_least(DPOI_FAR, keys - k0);
+        t.offset = k0 - first;
+        dpoi_unit_scores(g, &u, g->k, u.pack, k0, t.rows, u.s);
+        dpoi_scores_run(g->cpu, &t, 0);
+        for (int64_t c = 0; k0 && c < g->d; c++)
+            for (int64_t lane = 0; lane < DPOI_LANES; lane++) u.to[c*DPOI_LANES + lane] *= shrink[lane];
+        dpoi_unit_mix(g, &u, g->v, u.s, k0, t.rows, u.to, k0 > 0);
     }
-    for (int64_t i = 0; i < nq; i++) {
-        for (int64_t c = 0; c < g->d; c++) y[i*g->D + c] /= row[i].sum;
-        if (g->lse) g->lse[head*g->T + q0 + i] = row[i].most + logf(row[i].sum);
+    for (int64_t lane = 0; lane < u.lanes; lane++) {
+        if (g->lse) g->lse[head*g->T + first + lane] = most[lane] + logf(sum[lane]);
+        sum[lane] = 1/sum[lane];
     }
+    dpoi_unit_store(g, &u, u.to, sum, g->y, 0);
 }
 
-/* s = p and dp = scale ds of queries q0.. against keys k0.., [nq][row] both. */
-static void dpoi_attention_back_block(const dpoi_attention *g, int64_t head, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
-                                      float *s, float *dp, int64_t row)
+static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
-    dpoi_attention_scores(g, head, g->q, g->kt, q0, nq, k0, nk, s, row);
-    dpoi_attention_scores(g, head, g->dout, g->vt, q0, nq, k0, nk, dp, row);
-    for (int64_t i = 0; i < nq; i++) {
-        dpoi_score_row t;
-        t.n = dpoi_attention_seen(g, q0 + i, k0, nk);  t.width = nk;  t.scale = g->scale;
-        t.lse = g->lse[head*g->T + q0 + i];  t.delta = g->delta[head*g->T + q0 + i];
-        t.most = t.sum = t.shrink = 0;
-        dpoi_score_backward(g->cpu, &t, s + i*row, dp + i*row);
+    dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
+    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->T, keys = g->causal ? first + u.lanes : g->S;
+    float lse[DPOI_LANES] = { 0 }, delta[DPOI_LANES] = { 0 };
+    dpoi_scores t;
+    memset(&t, 0, sizeof t);
+    t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;
+    t.s = u.s;  t.ds = u.ds;  t.lse = lse;  t.delta = delta;
+    for (int64_t lane = 0; lane < u.lanes; lane++) {
+        lse[lane]   = g->lse[head*g->T + first + lane];
+        delta[lane] = g->delta[head*g->T + first + lane];
     }
-}
-
-static void dpoi_attention_dq_unit(const dpoi_attention *g, int64_t head, int64_t q0)
-{
-    float s[DPOI_NEAR*DPOI_FAR], ds[DPOI_NEAR*DPOI_FAR];
-    int64_t nq = dpoi_least(DPOI_NEAR, g->T - q0), keys = g->causal ? q0 + nq : g->S, n = head/g->heads;
-    int64_t slice = head % g->heads*g->d;
+    dpoi_unit_pack(g, &u, g->q, u.pack);
+    dpoi_unit_pack(g, &u, g->dout, u.pack2);
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
-        int64_t nk = dpoi_least(DPOI_FAR, keys - k0);
-        dpoi_attention_back_block(g, head, q0, nq, k0, nk, s, ds, DPOI_FAR);
-        dpoi_attention_mix(g, ds, DPOI_FAR, 1, nq, nk, g->k + (n*g->S + k0)*g->D + slice,
-                           g->dq + (n*g->T + q0)*g->D + slice, k0 > 0 || (g->add & 1));
+        t.rows = dpoi_least(DPOI_FAR, keys - k0);
+        t.offset = k0 - first;
+        dpoi_unit_scores(g, &u, g->k, u.pack, k0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->v, u.pack2, k0, t.rows, u.ds);
+        dpoi_scores_run(g->cpu, &t, 1);
+        dpoi_unit_mix(g, &u, g->k, u.ds, k0, t.rows, u.to, k0 > 0);
     }
+    dpoi_unit_store(g, &u, u.to, NULL, g->dq, (int)(g->add & 1));
 }
 
-/* p and ds are read by columns: row j of the product is key j. */
-static void dpoi_attention_dkv_unit(const dpoi_attention *g, int64_t head, int64_t k0)
+static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
-    float s[DPOI_NEAR*DPOI_FAR], ds[DPOI_NEAR*DPOI_FAR];
-    int64_t nk = dpoi_least(DPOI_NEAR, g->S - k0), first = g->causal ? k0/DPOI_FAR*DPOI_FAR : 0, n = head/g->heads;
-    int64_t slice = head % g->heads*g->d, to = (n*g->S + k0)*g->D + slice;
-    for (int64_t q0 = first; q0 < g->T; q0 += DPOI_FAR) {
-        int64_t nq = dpoi_least(DPOI_FAR, g->T - q0), from = (n*g->T + q0)*g->D + slice;
-        dpoi_attention_back_block(g, head, q0, nq, k0, nk, s, ds, DPOI_NEAR);
-        if (g->dk) dpoi_attention_mix(g, ds, 1, DPOI_NEAR, nk, nq, g->q + from, g->dk + to, q0 > first || (g->add & 2));
-        if (g->dv) dpoi_attention_mix(g, s, 1, DPOI_NEAR, nk, nq, g->dout + from, g->dv + to, q0 > first || (g->add & 4));
+    dpoi_unit u = dpoi_unit_of(g, work, head, i, g->S, g->T);
+    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->S;
+    int64_t start = g->causal ? first/DPOI_FAR*DPOI_FAR : 0;          /* queries before these see none of the keys */
+    dpoi_scores t;
+    memset(&t, 0, sizeof t);
+    t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;  t.by_row = 1;
+    t.s = u.s;  t.ds = u.ds;
+    dpoi_unit_pack(g, &u, g->k, u.pack);
+    dpoi_unit_pack(g, &u, g->v, u.pack2);
+    for (int64_t q0 = start; q0 < g->T; q0 += DPOI_FAR) {
+        t.rows = dpoi_least(DPOI_FAR, g->T - q0);
+        t.offset = q0 - first;
+        t.lse = g->lse + head*g->T + q0;  t.delta = g->delta + head*g->T + q0;
+        dpoi_unit_scores(g, &u, g->q, u.pack, q0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->dout, u.pack2, q0, t.rows, u.ds);
+        dpoi_scores_run(g->cpu, &t, 1);
+        if (g->dk) dpoi_unit_mix(g, &u, g->q, u.ds, q0, t.rows, u.to, q0 > start);
+        if (g->dv) dpoi_unit_mix(g, &u, g->dout, u.s, q0, t.rows, u.to2, q0 > start);
     }
+    if (g->dk) dpoi_unit_store(g, &u, u.to, NULL, g->dk, (int)(g->add >> 1 & 1));
+    if (g->dv) dpoi_unit_store(g, &u, u.to2, NULL, g->dv, (int)(g->add >> 2 & 1));
 }
 
-/* ------------------------------------------------------------------------------------------ jobs */
+/* ------------------------------------------------------------------------------------------ jobs
 
-/* A job is so many units as are worth it; what the units do is in `unit`. */
-static void dpoi_attention_task(void *arg, int64_t i)
+   The units of a pass are dealt out evenly to at most 64 jobs, of which each has its own scratch. */
+
+enum { DPOI_ATTENTION_JOBS = 64 };
+
+static int64_t dpoi_attention_scratch(const dpoi_attention *g)
+{
+    return 2*DPOI_FAR*DPOI_LANES + 4*DPOI_LANES*g->d;
+}
+
+static int64_t dpoi_attention_jobs(const dpoi_attention *g)
+{
+    int64_t units = g->N*g->heads*dpoi_tile_groups(g->T > g->S ? g->T : g->S);
+    int64_t worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D + 1;
+    return dpoi_least(dpoi_least(units, worth), DPOI_ATTENTION_JOBS);
+}
+
+static void dpoi_attention_task(void *arg, int64_t job)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
-    int64_t blocks = dpoi_pieces(g->length, DPOI_NEAR), units = g->N*g->heads*blocks;
-    for (int64_t u = i*g->share; u < units && u < (i + 1)*g->share; u++)
-        g->unit(g, u/blocks, u % blocks*DPOI_NEAR);
+    int64_t blocks = dpoi_tile_groups(g->length), units = g->N*g->heads*blocks;
+    float *work = g->scratch + job*dpoi_attention_scratch(g);
+    for (int64_t i = units*job/g->jobs; i < units*(job + 1)/g->jobs; i++)
+        g->unit(g, work, i/blocks, i % blocks);
 }
 
-static void dpoi_attention_run(dpoi_attention *g, int64_t length, void (*unit)(const dpoi_attention *, int64_t, int64_t))
+static void dpoi_attention_run(dpoi_attention *g, int64_t length,
+                               void (*unit)(const dpoi_attention *g, float *work, int64_t head, int64_t i))
 {
-    int64_t other = g->T + g->S - length;
     g->length = length;
     g->unit   = unit;
-    g->share  = DPOI_JOB/(4*DPOI_NEAR*other*g->d) + 1;
-    dpoi_parallel(g->cpu, dpoi_pieces(g->N*g->heads*dpoi_pieces(length, DPOI_NEAR), g->share), dpoi_attention_task, g);
-}
-
-/* Panels of all keys of one head: to[panel][c][j] = x[j][c], zeros beyond the last key. */
-static void dpoi_attention_pack_task(void *arg, int64_t head)
-{
-    const dpoi_attention *g = (const dpoi_attention *)arg;
-    int64_t S = dpoi_pieces(g->S, DPOI_PANEL)*DPOI_PANEL, slice = head/g->heads*g->S*g->D + head % g->heads*g->d;
-    for (int which = 0; which < 2; which++) {
-        const float *x = (which ? g->v : g->k) + slice;
-        float *to = (which ? g->vt : g->kt);
-        if (!to) continue;
-        to += head*S*g->d;
-        for (int64_t j0 = 0; j0 < S; j0 += DPOI_PANEL)
-            for (int64_t c = 0; c < g->d; c++, to += DPOI_PANEL)
-                for (int64_t j = 0; j < DPOI_PANEL; j++) to[j] = j0 + j < g->S ? x[(j0 + j)*g->D + c] : 0;
-    }
+    dpoi_parallel(g->cpu, g->jobs, dpoi_attention_task, g);
 }
 
 /* delta[i] = do[i].o[i] for all queries of one head. */
@@ -9903,13 +10450,15 @@ static void dpoi_attention_delta_task(void *arg, int64_t head)
     }
 }
 
-/* Floats of scratch: panels of k, and for backward panels of v and delta. */
+/* Floats of scratch: each job's, and for backward delta. */
 static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 {
-    int64_t panels = g->N*g->heads*dpoi_pieces(g->S, DPOI_PANEL)*DPOI_PANEL*g->d;
-    if (g->work) g->kt = g->work;
-    if (g->work && backward) { g->vt = g->work + panels;  g->delta = g->vt + panels; }
-    return backward ? 2*panels + g->N*g->heads*g->T : panels;
+    int64_t size;
+    g->jobs = dpoi_attention_jobs(g);
+    size = g->jobs*dpoi_attention_scratch(g);
+    g->scratch = g->work;
+    if (g->work && backward) g->delta = g->work + size;
+    return size + (backward ? g->N*g->heads*g->T : 0);
 }
 
 /* ----------------------------------------------------------------------------------------------- the ops */
@@ -9929,7 +10478,6 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
         return DPO_OK;
     }
     dpoi_attention_layout(&g, 0);
-    dpoi_parallel(cpu, g.N*g.heads, dpoi_attention_pack_task, &g);
     dpoi_attention_run(&g, g.T, dpoi_attention_unit);
     return DPO_OK;
 }
@@ -9944,14 +10492,13 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
         return DPO_OK;
     }
     dpoi_attention_layout(&g, 1);
-    dpoi_parallel(cpu, heads, dpoi_attention_pack_task, &g);
     dpoi_parallel(cpu, heads, dpoi_attention_delta_task, &g);
     if (g.dq) dpoi_attention_run(&g, g.T, dpoi_attention_dq_unit);
     if (g.dk || g.dv) dpoi_attention_run(&g, g.S, dpoi_attention_dkv_unit);
     return DPO_OK;
 }
 /* ==========================================================================================================
-   >>impl cpu backend                                                      table of kernels, other types, opening
+   >>impl open                                                             table of kernels, other types, opening
    ========================================================================================================== */
 
 typedef struct dpoi_kernel {
@@ -10147,18 +10694,34 @@ DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
     dpoi_cpu_fill(cpu);
     return &cpu->backend;
 }
+
+#if defined(DPOI_SIMD_X86) && defined(__cplusplus) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 /* ==========================================================================================================
    >>impl nn                                                          networks: names, layers, weights, adapters
    ==========================================================================================================
 
    A forward pass is written once.  Its layers ask for their parameters by name and shape, below the path of the modules
-   around them; run on the `dry` backend, the same pass declares them, so that no list of names stands anywhere. */
+   around them; run on the `dry` backend, the same pass declares them, so that no list of names stands anywhere:
+
+     before = dpoi_enter(r, "resnets.%d", i);                    path "down_blocks.0.resnets.1."
+     h = dpoi_nn_group_norm(r, "norm1", x, ...);                 parameters "....norm1.weight" and "....norm1.bias"
+     h = dpoi_nn_conv_same(r, "conv1", dpo_last(h), O, 3, &e);   [O,3,3,I], I from h
+     dpoi_leave(r, before);
+
+   So the life of a network is: read config.json; declare; match the names and shapes against the file; take memory; fill
+   it.  Nothing large is allocated for a configuration that its weights do not fit. */
 
 enum { DPOI_PATH = 192 };                 /* bytes of a parameter's name */
 
-enum { DPOI_RANDOM_WEIGHTS = 0x57, DPOI_RANDOM_ADAPTER = 0x4c };   /* purposes of random numbers */
+enum {                                    /* purposes of random numbers, see dpo_randn */
+    DPOI_RANDOM_ADAPTER = 0x4c,
+    DPOI_RANDOM_WEIGHTS = 0x57
+};
 
-/* How a parameter lies in a file: the one place where PyTorch's order of axes is known. */
+/* How a parameter lies in a file: the one place where PyTorch's order of axes is known.  proj_in of Stable Diffusion
+   1 is the 1x1 convolution that is a linear layer here; adapters in files follow its shape, so it is told apart. */
 enum {
     DPOI_VECTOR,                          /* [n]: biases, norms */
     DPOI_TABLE,                           /* [V,D], rows of embeddings */
@@ -10168,10 +10731,12 @@ enum {
 };
 
 typedef struct dpoi_param {
-    dpo_tensor *t;
+    char       *name;
+    dpo_tensor *t;                        /* NULL while the network is only declared */
+    int64_t     shape[4];                 /* [n], [V,D], or of a weight [O,kh,kw,I] */
     int         form;                     /* DPOI_VECTOR ... */
-    float       spread;                   /* fresh values: uniform within +-spread; below 0: normal, deviation -spread; 0: `fill` */
-    float       fill;
+    float       spread;                   /* fresh values are uniform within +-spread, normal with deviation -spread */
+    float       fill;                     /* if that is negative, or all `fill` if it is zero */
     int         adapter;                  /* 1 + its index, 0: none */
 } dpoi_param;
 
@@ -10197,7 +10762,7 @@ typedef struct dpoi_kind {
     size_t      config_bytes;
     int        (*read)(dpo_net *n, const dpo_json *config);       /* config.json into n->config */
     int        (*declare)(dpoi_pass *r);  /* the forward pass on an input of any size */
-    void       (*fresh)(dpo_net *n);      /* set how parameters start, where that is not PyTorch's default; or NULL */
+    void       (*fresh)(dpo_net *n);      /* sets how parameters start where PyTorch's default does not hold; or NULL */
 } dpoi_kind;
 
 struct dpo_net {
@@ -10208,14 +10773,14 @@ struct dpo_net {
     int          dtype;                   /* of weights; vectors stay F32 */
     dpoi_param  *params;
     int64_t      count, room;
-    int32_t     *slots;                   /* open hash of names: 1 + index, or 0; a power of two of them */
-    int64_t      slot_count;
+    int32_t     *slots;                   /* hash of names, open addressing: 1 + index, or 0 */
+    int64_t      slot_count;              /* a power of two, at least twice count */
     dpo_tensor **list;                    /* what dpo_net_params hands out */
     dpoi_adapter_set adapters;
     float        strength;                /* of all adapters */
 };
 
-/* One pass over a network. */
+/* One pass over a network: where in the tree of modules it stands, and what adapters do on the way. */
 struct dpoi_pass {
     dpo_net    *net;
     dpo_ctx    *c;                        /* where ops run: the network's context, or the dry one that declares */
@@ -10240,7 +10805,7 @@ static dpoi_pass dpoi_pass_of(dpo_net *n)
 
 static int dpoi_enter(dpoi_pass *r, const char *fmt, ...) DPOI_PRINTF(2, 3);
 
-/* Go into a module; returns what dpoi_leave needs to come back. */
+/* Go into a module, or several: "encoder.layers", "%d".  Returns what dpoi_leave needs to come back. */
 static int dpoi_enter(dpoi_pass *r, const char *fmt, ...)
 {
     int     before = r->length, room = DPOI_PATH - before, n;
@@ -10259,6 +10824,7 @@ static int dpoi_enter(dpoi_pass *r, const char *fmt, ...)
     return before;
 }
 
+/* Back to where dpoi_enter was called. */
 static void dpoi_leave(dpoi_pass *r, int before)
 {
     r->length = before;
@@ -10278,10 +10844,11 @@ static int32_t *dpoi_net_slot(const dpo_net *n, const char *name)
     uint32_t mask = (uint32_t)n->slot_count - 1;
     for (uint32_t i = dpoi_hash(name);; i++) {
         int32_t *slot = &n->slots[i & mask];
-        if (!*slot || strcmp(n->params[*slot - 1].t->name, name) == 0) return slot;
+        if (!*slot || strcmp(n->params[*slot - 1].name, name) == 0) return slot;
     }
 }
 
+/* The parameter of that full name, or NULL. */
 static dpoi_param *dpoi_net_find(const dpo_net *n, const char *name)
 {
     int32_t *slot = n->slot_count ? dpoi_net_slot(n, name) : NULL;
@@ -10297,56 +10864,60 @@ static int dpoi_net_rehash(dpo_net *n)
     if (n->slots) dpoi_release(n->c, n->slots, (size_t)n->slot_count * sizeof *slots);
     n->slots = slots;
     n->slot_count = now;
-    for (int64_t i = 0; i < n->count; i++) *dpoi_net_slot(n, n->params[i].t->name) = (int32_t)i + 1;
+    for (int64_t i = 0; i < n->count; i++) *dpoi_net_slot(n, n->params[i].name) = (int32_t)i + 1;
     return 1;
 }
 
 /* ------------------------------------------------------------------------------------------ parameters */
 
-static dpo_tensor *dpoi_param_tensor(dpo_ctx *c, int dtype, int form, int rank, const int64_t *shape, const char *name)
+/* Vectors are F32 whatever the weights are kept in: they are few, and norms want them exact. */
+static dpo_tensor *dpoi_param_tensor(dpo_ctx *c, int dtype, int form, const int64_t *shape, const char *name)
 {
-    if (form == DPOI_VECTOR) dtype = DPO_F32;
-    return form == DPOI_VECTOR || form == DPOI_TABLE ? dpo_param_new(c, dtype, rank, shape, name)
-                                                     : dpo_weight_new(c, dtype, rank, shape, name);
+    if (form == DPOI_VECTOR) return dpo_param_new(c, DPO_F32, 1, shape, name);
+    return form == DPOI_TABLE ? dpo_param_new(c, dtype, 2, shape, name) : dpo_weight_new(c, dtype, 4, shape, name);
 }
 
-static dpoi_param *dpoi_net_add(dpo_net *n, int form, int rank, const int64_t *shape, const char *name)
+/* Note one more parameter; it has no memory yet. */
+static dpoi_param *dpoi_net_add(dpo_net *n, int form, const int64_t *shape, const char *name)
 {
     dpoi_param *p;
+    int         rank = form == DPOI_VECTOR ? 1 : form == DPOI_TABLE ? 2 : 4;
     if (!dpoi_grow(n->c, (void **)&n->params, &n->room, n->count + 1, sizeof *n->params)) return NULL;
     if (n->count >= n->slot_count / 2 && !dpoi_net_rehash(n)) return NULL;
     p = &n->params[n->count];
     memset(p, 0, sizeof *p);
     p->form = form;
-    if (!(p->t = dpoi_param_tensor(n->c, n->dtype, form, rank, shape, name))) return NULL;
+    for (int i = 0; i < 4; i++) p->shape[i] = i < rank ? shape[i] : 1;
+    if (!(p->name = dpoi_strdup(n->c, name))) return NULL;
     *dpoi_net_slot(n, name) = (int32_t)++n->count;
     return p;
 }
 
-/* PyTorch's default of every layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too; fan_in = the values that one output reads. */
+/* PyTorch's default of linear and convolution layers, biases too: U(-s, s), s = 1/sqrt(values that one output reads).
+   */
 static float dpoi_default_spread(int64_t fan_in) { return 1 / sqrtf((float)(fan_in > 0 ? fan_in : 1)); }
 
-/* The parameter `name` of the module that r stands in.  Declaring, it is made; its twin in the dry context is what the ops
-   of the pass then see. */
-static dpoi_param *dpoi_param_at(dpoi_pass *r, const char *name, int form, int rank, const int64_t *shape, dpo_tensor **twin)
+/* The parameter `name` of the module that r stands in, and in *t the tensor that ops shall see.  Declaring, the
+   parameter is noted, and ops see a twin in the dry context.  Else one that is not there is an error: the pass asked
+   for what it never declared. */
+static dpoi_param *dpoi_param_at(dpoi_pass *r, const char *name, int form, const int64_t *shape, dpo_tensor **t)
 {
     int         before = dpoi_enter(r, "%s", name);
     dpoi_param *p;
-    *twin = NULL;
     if (r->length > before) r->path[r->length - 1] = 0;
     p = dpoi_net_find(r->net, r->path);
-    if (!p && r->declare && dpoi_ok(r->c)) p = dpoi_net_add(r->net, form, rank, shape, r->path);
+    if (!p && r->declare && dpoi_ok(r->c)) p = dpoi_net_add(r->net, form, shape, r->path);
     if (!p) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has no parameter %s", r->net->kind->name, r->path);
-    if (p) *twin = r->declare ? dpoi_param_tensor(r->c, r->net->dtype, form, rank, shape, r->path) : p->t;
+    *t = !p ? NULL : r->declare ? dpoi_param_tensor(r->c, r->net->dtype, form, p->shape, r->path) : p->t;
     dpoi_leave(r, before);
     return p;
 }
 
-/* A vector of n values that start as `fill`, or as uniform numbers within +-spread. */
+/* A vector [n] that starts as `fill`, or as uniform numbers within +-spread. */
 static dpo_tensor *dpoi_param_vector(dpoi_pass *r, const char *name, int64_t n, float fill, float spread)
 {
     dpo_tensor *t;
-    dpoi_param *p = dpoi_param_at(r, name, DPOI_VECTOR, 1, &n, &t);
+    dpoi_param *p = dpoi_param_at(r, name, DPOI_VECTOR, &n, &t);
     if (p && r->declare) { p->fill = fill; p->spread = spread; }
     return t;
 }
@@ -10358,7 +10929,7 @@ static dpo_tensor *dpoi_param_table(dpoi_pass *r, const char *name, int64_t V, i
     dpoi_param *p;
     int64_t     shape[2];
     shape[0] = V; shape[1] = D;
-    p = dpoi_param_at(r, name, DPOI_TABLE, 2, shape, &t);
+    p = dpoi_param_at(r, name, DPOI_TABLE, shape, &t);
     if (p && r->declare) p->spread = -0.02f;
     return t;
 }
@@ -10367,14 +10938,17 @@ static dpo_tensor *dpoi_param_table(dpoi_pass *r, const char *name, int64_t V, i
 
 enum { DPOI_BIAS = 1, DPOI_AS_CONV = 2 };  /* of a linear layer: has a bias; its file holds a 1x1 convolution */
 
-/* The weight and bias of the module that r stands in, and its adapter put into *e. */
-static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int rank, const int64_t *shape, dpo_tensor **bias, dpo_extra *e)
+/* The weight [O,k,k,I] and the bias [O] (or none, where bias is NULL) of the module that r stands in.  If an adapter
+   sits here and is not off, the product takes it along in *e, for y = x*W + scale*strength[n]*((x*down)*up). */
+static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int64_t O, int k, int64_t I, dpo_tensor **bias, dpo_extra *e)
 {
     dpo_tensor *w;
-    int64_t     fan_in = shape[1] * (rank > 2 ? shape[2] * shape[3] : 1);
-    float       spread = dpoi_default_spread(fan_in);
-    dpoi_param *p = dpoi_param_at(r, "weight", form, rank, shape, &w);
-    if (bias) *bias = dpoi_param_vector(r, "bias", shape[0], 0, spread);
+    int64_t     shape[4];
+    float       spread = dpoi_default_spread(k * k * I);
+    dpoi_param *p;
+    shape[0] = O; shape[1] = shape[2] = k; shape[3] = I;
+    p = dpoi_param_at(r, "weight", form, shape, &w);
+    if (bias) *bias = dpoi_param_vector(r, "bias", O, 0, spread);
     if (!p) return NULL;
     if (r->declare) p->spread = spread;
     if (p->adapter && r->adapters && r->net->strength != 0) {
@@ -10387,6 +10961,7 @@ static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int rank, const int64_t 
     return w;
 }
 
+/* A copy of *e to change, or one with nothing in it. */
 static dpo_extra dpoi_extra_of(const dpo_extra *e)
 {
     dpo_extra copy;
@@ -10395,46 +10970,46 @@ static dpo_extra dpoi_extra_of(const dpo_extra *e)
 }
 
 /* y = act(x*W + b + ...), x [..,I] -> [..,O].  e: vec, residual, act, or NULL; bits: DPOI_BIAS ... */
-static dpo_tensor *dpoi_nn_linear(dpoi_pass *r, const char *name, dpo_tensor *x, int64_t O, int bits, const dpo_extra *e)
+static dpo_tensor *dpoi_nn_linear(dpoi_pass *r, const char *name, dpo_tensor *x, int64_t O, int bits,
+                                  const dpo_extra *e)
 {
     dpo_extra   extra = dpoi_extra_of(e);
     dpo_tensor *w, *bias = NULL;
-    int64_t     shape[2];
-    int         before;
+    int         before, form = bits & DPOI_AS_CONV ? (int)DPOI_LINEAR_1X1 : (int)DPOI_LINEAR;
     if (!x) return NULL;
-    shape[0] = O; shape[1] = x->shape[x->rank - 1];
     before = dpoi_enter(r, "%s", name);
-    w = dpoi_weights(r, bits & DPOI_AS_CONV ? DPOI_LINEAR_1X1 : DPOI_LINEAR, 2, shape, bits & DPOI_BIAS ? &bias : NULL, &extra);
+    w = dpoi_weights(r, form, O, 1, x->shape[x->rank - 1], bits & DPOI_BIAS ? &bias : NULL, &extra);
     dpoi_leave(r, before);
     if (!w || (bits & DPOI_BIAS && !bias)) return NULL;
     return dpo_linear(r->c, x, w, bias, &extra);
 }
 
 /* x [N,H,W,I] -> [N,H',W',O], a k x k kernel; pad: top, bottom, left, right. */
-static dpo_tensor *dpoi_nn_conv2d(dpoi_pass *r, const char *name, dpo_tensor *x, int64_t O, int k, int stride, const int pad[4],
-                               const dpo_extra *e)
+static dpo_tensor *dpoi_nn_conv2d(dpoi_pass *r, const char *name, dpo_tensor *x, int64_t O, int k, int stride,
+                                  const int pad[4], const dpo_extra *e)
 {
     dpo_extra   extra = dpoi_extra_of(e);
     dpo_tensor *w, *bias = NULL;
-    int64_t     shape[4];
     int         before;
     if (!x) return NULL;
-    shape[0] = O; shape[1] = k; shape[2] = k; shape[3] = x->shape[3];
     before = dpoi_enter(r, "%s", name);
-    w = dpoi_weights(r, DPOI_CONV, 4, shape, &bias, &extra);
+    w = dpoi_weights(r, DPOI_CONV, O, k, x->shape[3], &bias, &extra);
     dpoi_leave(r, before);
     if (!w || !bias) return NULL;
     return dpo_conv2d(r->c, x, w, bias, stride, pad, &extra);
 }
 
 /* The same with stride 1 and the padding that keeps H and W. */
-static dpo_tensor *dpoi_nn_conv_same(dpoi_pass *r, const char *name, dpo_tensor *x, int64_t O, int k, const dpo_extra *e)
+static dpo_tensor *dpoi_nn_conv_same(dpoi_pass *r, const char *name, dpo_tensor *x, int64_t O, int k,
+                                     const dpo_extra *e)
 {
     int pad[4];
     pad[0] = pad[1] = pad[2] = pad[3] = (k - 1) / 2;
     return dpoi_nn_conv2d(r, name, x, O, k, 1, pad, e);
 }
 
+/* gamma * (x - mean)/sqrt(var + eps) + beta over groups of channels and all pixels, or (groups 0) over a row's
+   channels. */
 static dpo_tensor *dpoi_nn_norm(dpoi_pass *r, const char *name, dpo_tensor *x, int groups, float eps, int act)
 {
     int64_t     C = x ? x->shape[x->rank - 1] : 0;
@@ -10468,14 +11043,14 @@ static dpo_tensor *dpoi_nn_layer_norm(dpoi_pass *r, const char *name, dpo_tensor
 typedef struct dpoi_attention_names { const char *q, *k, *v, *out; int bias; } dpoi_attention_names;
 
 /* y = residual + out(attention(q(x), k(z), v(z))), z = context, or x itself if that is NULL: self-attention.
-   x [N,T,D], context [N,S,E] -> [N,T,D].  x is read for the last time here. */
-static dpo_tensor *dpoi_attend(dpoi_pass *r, const dpoi_attention_names *names, dpo_tensor *x, dpo_tensor *context, int heads,
-                               int causal, dpo_tensor *residual)
+   x [N,T,D], context [N,S,E] -> [N,T,D].  x and residual are read for the last time here. */
+static dpo_tensor *dpoi_attend(dpoi_pass *r, const dpoi_attention_names *names, dpo_tensor *x, dpo_tensor *context,
+                               int heads, int causal, dpo_tensor *residual)
 {
     dpo_tensor *z = context ? context : x, *q, *k, *v, *o;
     dpo_extra   e = dpoi_extra_of(NULL);
     int64_t     D = x ? x->shape[2] : 0;
-    int         bias = names->bias ? DPOI_BIAS : 0;
+    int         bias = names->bias ? (int)DPOI_BIAS : 0;
     q = dpoi_nn_linear(r, names->q, context ? dpo_last(x) : x, D, bias, NULL);
     k = dpoi_nn_linear(r, names->k, z, D, bias, NULL);
     v = dpoi_nn_linear(r, names->v, context ? z : dpo_last(z), D, bias, NULL);
@@ -10501,7 +11076,10 @@ static void dpoi_net_destroy(dpo_ctx *c, void *object)
 {
     dpo_net *n = (dpo_net *)object;
     dpoi_adapters_free(c, &n->adapters);
-    for (int64_t i = 0; i < n->count; i++) dpo_param_free(n->params[i].t);
+    for (int64_t i = 0; i < n->count; i++) {
+        dpo_param_free(n->params[i].t);
+        dpoi_strfree(c, n->params[i].name);
+    }
     if (n->list) dpoi_release(c, n->list, (size_t)n->count * sizeof *n->list);
     if (n->slots) dpoi_release(c, n->slots, (size_t)n->slot_count * sizeof *n->slots);
     if (n->params) dpoi_release(c, n->params, (size_t)n->room * sizeof *n->params);
@@ -10510,15 +11088,16 @@ static void dpoi_net_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, n, sizeof *n);
 }
 
-/* Run the forward pass where nothing is computed; it leaves the list of parameters. */
+/* Run the forward pass where nothing is computed; it leaves the list of parameters.  The context for that has a backend
+   of its own and is gone afterwards; what went wrong in it is told by the network's. */
 static int dpoi_net_declare(dpo_net *n)
 {
     dpoi_pass r = dpoi_pass_of(n);
-    dpo_desc d;
+    dpo_desc  d;
     memset(&d, 0, sizeof d);
     d.alloc = n->c->mem.fn;
     d.user = n->c->mem.user;
-    if (!(d.backend = dpo_dry_open(n->c->backend))) return 0;
+    if (!(d.backend = dpo_dry_open(n->c->backend))) return dpoi_no_memory(n->c, sizeof *d.backend);
     if (!(r.c = dpo_open(&d))) return dpoi_no_memory(n->c, sizeof *r.c);
     r.declare = 1;
     dpo_no_grad(r.c, +1);
@@ -10526,15 +11105,28 @@ static int dpoi_net_declare(dpo_net *n)
         dpoi_fail(n->c, dpo_status(r.c) ? dpo_status(r.c) : DPO_BAD_FILE, "%s: %s", n->kind->name,
                   dpo_error(r.c) ? dpo_error(r.c) : "the configuration describes no network");
     dpo_close(r.c);
-    if (!dpoi_ok(n->c)) return 0;
     if (n->kind->fresh) n->kind->fresh(n);
+    return dpoi_ok(n->c);
+}
+
+/* Memory for what was declared. */
+static int dpoi_net_build(dpo_net *n)
+{
     if (!(n->list = (dpo_tensor **)dpoi_calloc(n->c, (size_t)n->count, sizeof *n->list))) return 0;
-    for (int64_t i = 0; i < n->count; i++) n->list[i] = n->params[i].t;
+    for (int64_t i = 0; i < n->count; i++) {
+        dpoi_param *p = &n->params[i];
+        if (!(n->list[i] = p->t = dpoi_param_tensor(n->c, n->dtype, p->form, p->shape, p->name))) return 0;
+    }
     return 1;
 }
 
-/* A network of zeros from the text of its config.json; name: for errors.  It dies with the context. */
-static dpo_net *dpoi_net_new(dpo_ctx *c, const dpoi_kind *kind, const char *text, const char *name, int dtype)
+static int dpoi_net_match(dpo_net *n, dpo_file *f);
+static int dpoi_net_fill(dpo_net *n, dpo_file *f);
+
+/* A network from the text of its config.json (name: for errors) and its weights, or of zeros if f is NULL.  Memory is
+   taken after the file was found to fit.  It dies with the context. */
+static dpo_net *dpoi_net_new(dpo_ctx *c, const dpoi_kind *kind, const char *text, const char *name, int dtype,
+                             dpo_file *f)
 {
     dpo_net  *n = (dpo_net *)dpoi_calloc(c, 1, sizeof *n);
     dpo_json *config;
@@ -10552,6 +11144,7 @@ static dpo_net *dpoi_net_new(dpo_ctx *c, const dpoi_kind *kind, const char *text
     config = n->text && n->config ? dpo_json_parse(c, text, strlen(text), name) : NULL;
     ok = config && kind->read(n, config) && dpoi_ok(c) && dpoi_net_declare(n);
     dpo_json_free(config);
+    ok = ok && (!f || dpoi_net_match(n, f)) && dpoi_net_build(n) && (!f || dpoi_net_fill(n, f));
     if (ok) return n;
     dpoi_disown(c, n);
     return NULL;
@@ -10581,7 +11174,8 @@ static int dpoi_copy_values(dpo_tensor *to, dpo_tensor *from)
     float *values;
     int    ok;
     if (dpo_count(to) != dpo_count(from) || memcmp(to->shape, from->shape, sizeof to->shape) != 0)
-        return dpoi_fail(to->ctx, DPO_BAD_SHAPE, "%s: two networks have it in different shapes", to->name ? to->name : "a parameter");
+        return dpoi_fail(to->ctx, DPO_BAD_SHAPE, "%s: two networks have it in different shapes",
+                         to->name ? to->name : "a parameter");
     if (!(values = (float *)dpoi_calloc(to->ctx, bytes, 1))) return 0;
     ok = dpo_read(from, values) && dpo_write(to, values);
     dpoi_release(to->ctx, values, bytes);
@@ -10599,11 +11193,12 @@ DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
 
 DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
 {
-    dpo_net *copy = n && dpoi_ok(n->c) ? dpoi_net_new(n->c, n->kind, n->text, n->kind->name, dtype) : NULL;
+    dpo_net *copy = n && dpoi_ok(n->c) ? dpoi_net_new(n->c, n->kind, n->text, n->kind->name, dtype, NULL) : NULL;
     return copy && dpo_net_assign(copy, n) ? copy : NULL;
 }
 
-/* Uniform or normal numbers, as the layer asks; parameter k draws from its own stream, whatever came before it. */
+/* n uniform or normal numbers, see dpoi_param.spread.  Each `key` is a stream of its own, so that a parameter's
+   values do not depend on what was drawn before it.  (word + 1/2) 2^-32 is uniform in 0..1 without its ends. */
 static void dpoi_random_fill(float *x, int64_t n, float spread, uint64_t seed, uint32_t purpose, uint32_t key)
 {
     for (int64_t i = 0; i < n; i += 4) {
@@ -10616,6 +11211,7 @@ static void dpoi_random_fill(float *x, int64_t n, float spread, uint64_t seed, u
     }
 }
 
+/* Fresh values for one parameter. */
 static int dpoi_param_reset(dpoi_param *p, uint64_t seed, uint32_t key)
 {
     int64_t n = dpo_count(p->t);
@@ -10629,7 +11225,7 @@ static int dpoi_param_reset(dpoi_param *p, uint64_t seed, uint32_t key)
     return ok;
 }
 
-/* Fresh weights; `which` tells the networks of a pipeline apart. */
+/* Fresh weights; `which` tells the networks of a pipeline apart, so that no two draw the same numbers. */
 static int dpoi_net_reset(dpo_net *n, uint64_t seed, int which)
 {
     for (int64_t i = 0; i < n->count; i++)
@@ -10639,20 +11235,14 @@ static int dpoi_net_reset(dpo_net *n, uint64_t seed, int which)
 
 /* ------------------------------------------------------------------------------------------ files */
 
-/* The shape of t in a file of PyTorch's order; returns the rank. */
-static int dpoi_file_shape(const dpo_tensor *t, int form, int64_t shape[4])
+/* The shape in a file, in PyTorch's order, of what has `shape` here; returns the rank. */
+static int dpoi_file_shape(const int64_t *shape, int form, int64_t out[4])
 {
-    shape[0] = t->shape[0];
-    shape[1] = shape[2] = shape[3] = 1;
-    switch (form) {
-    case DPOI_VECTOR:     return 1;
-    case DPOI_TABLE:      shape[1] = t->shape[1]; return 2;
-    case DPOI_LINEAR:     shape[1] = t->shape[3]; return 2;
-    case DPOI_LINEAR_1X1: shape[1] = t->shape[3]; return 4;
-    default: break;
-    }
-    shape[1] = t->shape[3]; shape[2] = t->shape[1]; shape[3] = t->shape[2];
-    return 4;
+    out[0] = shape[0];
+    out[1] = form == DPOI_VECTOR ? 1 : form == DPOI_TABLE ? shape[1] : shape[3];
+    out[2] = form == DPOI_CONV ? shape[1] : 1;
+    out[3] = form == DPOI_CONV ? shape[2] : 1;
+    return form == DPOI_VECTOR ? 1 : form == DPOI_TABLE || form == DPOI_LINEAR ? 2 : 4;
 }
 
 /* Turn O blocks of [I,K] into [K,I] (to_file 0) or back, K = kh*kw.  out and in do not overlap. */
@@ -10664,41 +11254,58 @@ static void dpoi_turn(float *out, const float *in, int64_t O, int64_t I, int64_t
             for (int64_t b = 0; b < B; b++) out[b*A + a] = in[a*B + b];
 }
 
+/* "[320,4,3,3]" */
 static void dpoi_shape_text(char text[96], int rank, const int64_t *shape)
 {
     int n = 0;
-    for (int i = 0; i < rank && n < 80; i++) n += snprintf(text + n, (size_t)(96 - n), "%s%lld", i ? "," : "[", (long long)shape[i]);
+    for (int i = 0; i < rank && n < 70; i++)
+        n += snprintf(text + n, (size_t)(96 - n), "%s%lld", i ? "," : "[", (long long)shape[i]);
     snprintf(text + n, (size_t)(96 - n), rank ? "]" : "[]");
 }
 
-/* Axes of size 1 at the end may be there or not: a 1x1 convolution is a linear layer. */
-static int dpoi_same_shape(const dpo_entry *e, const int64_t shape[4])
+/* Does an entry fit?  Axes of size 1 at the end may be there or not: a 1x1 convolution is a linear layer. */
+static int dpoi_check_entry(dpo_ctx *c, const dpo_entry *e, const int64_t *shape, int form)
 {
-    for (int i = 0; i < DPO_FILE_RANK; i++)
-        if ((i < e->rank ? e->shape[i] : 1) != (i < 4 ? shape[i] : 1)) return 0;
-    return 1;
+    char    have[96], want[96], name[128];
+    int64_t file[4];
+    int     rank = dpoi_file_shape(shape, form, file), same = 1;
+    for (int i = 0; i < DPO_FILE_RANK; i++) same &= (i < e->rank ? e->shape[i] : 1) == (i < 4 ? file[i] : 1);
+    if (same) return 1;
+    dpoi_shape_text(have, e->rank, e->shape);
+    dpoi_shape_text(want, rank, file);
+    return dpoi_fail(c, DPO_BAD_FILE, "%s: %s has shape %s, the configuration wants %s", e->path,
+                     dpoi_shown(name, e->name), have, want);
+}
+
+/* Buffers for the n values of a tensor in both orders: x [n], and y, which is x itself where the orders agree.  K =
+   kh*kw of a kernel that must be turned, or 0. */
+typedef struct dpoi_order { float *x, *y; size_t bytes; int64_t O, I, K; } dpoi_order;
+
+static int dpoi_order_open(dpo_tensor *t, int form, dpoi_order *b)
+{
+    int64_t shape[4];
+    dpoi_file_shape(t->shape, form, shape);
+    b->O = shape[0];
+    b->I = shape[1];
+    b->K = form == DPOI_CONV && shape[2]*shape[3] > 1 ? shape[2]*shape[3] : 0;
+    b->bytes = (size_t)dpo_count(t) * sizeof *b->x * (b->K ? 2 : 1);
+    b->x = (float *)dpoi_calloc(t->ctx, b->bytes, 1);
+    b->y = b->K && b->x ? b->x + dpo_count(t) : b->x;
+    return b->x != NULL;
 }
 
 /* Read one tensor of a file into t. */
 static int dpoi_load_entry(dpo_tensor *t, int form, dpo_entry *e)
 {
-    int64_t shape[4], n = dpo_count(t);
-    int     rank = dpoi_file_shape(t, form, shape), turn = form == DPOI_CONV && shape[2]*shape[3] > 1, ok;
-    float  *x, *y;
-    size_t  bytes = (size_t)n * sizeof *x * (turn ? 2 : 1);
+    dpoi_order b;
+    int        ok;
     e->taken = 1;
-    if (!dpoi_same_shape(e, shape)) {
-        char have[96], want[96];
-        dpoi_shape_text(have, e->rank, e->shape);
-        dpoi_shape_text(want, rank, shape);
-        return dpoi_fail(t->ctx, DPO_BAD_FILE, "%s: %s has shape %s, the configuration wants %s", e->path, e->name, have, want);
-    }
-    if (!(x = (float *)dpoi_calloc(t->ctx, bytes, 1))) return 0;
-    y = turn ? x + n : x;
-    ok = dpo_entry_floats(e, 0, n, x);
-    if (ok && turn) dpoi_turn(y, x, shape[0], shape[1], shape[2]*shape[3], 0);
-    ok = ok && dpo_write(t, y);
-    dpoi_release(t->ctx, x, bytes);
+    if (!dpoi_check_entry(t->ctx, e, t->shape, form)) return 0;
+    if (!dpoi_order_open(t, form, &b)) return 0;
+    ok = dpo_entry_floats(e, 0, dpo_count(t), b.x);
+    if (ok && b.K) dpoi_turn(b.y, b.x, b.O, b.I, b.K, 0);
+    ok = ok && dpo_write(t, b.y);
+    dpoi_release(t->ctx, b.x, b.bytes);
     if (ok) dpo_entry_done(e);
     return ok;
 }
@@ -10713,35 +11320,45 @@ static dpo_entry *dpoi_net_entry(dpo_net *n, dpo_file *f, const char *name)
     return e;
 }
 
-/* Tell of tensors that nobody took: they hint at a network of another kind. */
+/* Tell of tensors that nobody took, three of them by name: they hint at a network of another kind. */
 static void dpoi_net_unknown(dpo_net *n, dpo_file *f)
 {
-    char    names[400];
+    char    names[400], shown[128];
     int     length = 0;
     int64_t count = 0;
     for (int64_t i = 0; i < dpo_file_count(f); i++) {
         const dpo_entry *e = dpo_file_entry(f, i);
         if (e->taken || strstr(e->name, "position_ids")) continue;       /* 0..76, which every writer adds */
-        if (count++ < 3) length += snprintf(names + length, sizeof names - (size_t)length, "%s%.120s", count > 1 ? ", " : "", e->name);
+        if (count++ < 3)
+            length += snprintf(names + length, sizeof names - (size_t)length, "%s%s", count > 1 ? ", " : "",
+                               dpoi_shown(shown, e->name));
     }
     if (count) dpoi_log(n->c, DPO_LOG_WARNING, "%s: %lld tensors that %s does not use: %s%s", dpo_file_path(f),
                         (long long)count, n->kind->name, names, count > 3 ? ", ..." : "");
 }
 
-/* Every parameter from the file. */
-static int dpoi_net_fill(dpo_net *n, dpo_file *f)
+/* Does the file hold every parameter, in its shape? */
+static int dpoi_net_match(dpo_net *n, dpo_file *f)
 {
     int64_t     missing = 0;
     const char *first = NULL;
-    if (!f) return 0;
     for (int64_t i = 0; i < n->count; i++) {
-        dpo_entry *e = dpoi_net_entry(n, f, n->params[i].t->name);
-        if (!e) { if (!missing++) first = n->params[i].t->name; continue; }
-        if (!dpoi_load_entry(n->params[i].t, n->params[i].form, e)) return 0;
+        const dpo_entry *e = dpoi_net_entry(n, f, n->params[i].name);
+        if (!e) { if (!missing++) first = n->params[i].name; continue; }
+        if (!dpoi_check_entry(n->c, e, n->params[i].shape, n->params[i].form)) return 0;
     }
-    if (missing)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %lld of %lld tensors are missing, the first is %s", dpo_file_path(f),
-                         (long long)missing, (long long)n->count, first);
+    if (!missing) return 1;
+    return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %lld of %lld tensors are missing, the first is %s", dpo_file_path(f),
+                     (long long)missing, (long long)n->count, first);
+}
+
+/* Every parameter from a file that was found to match. */
+static int dpoi_net_fill(dpo_net *n, dpo_file *f)
+{
+    for (int64_t i = 0; i < n->count; i++) {
+        dpo_entry *e = dpoi_net_entry(n, f, n->params[i].name);
+        if (!e || !dpoi_load_entry(n->params[i].t, n->params[i].form, e)) return 0;
+    }
     dpoi_net_unknown(n, f);
     return 1;
 }
@@ -10749,22 +11366,17 @@ static int dpoi_net_fill(dpo_net *n, dpo_file *f)
 /* Hand one tensor to a writer, in PyTorch's order. */
 static int dpoi_save_entry(dpo_writer *w, dpo_tensor *t, int form)
 {
-    int64_t shape[4], n = dpo_count(t);
-    int     turn, ok;
-    float  *x, *y;
-    size_t  bytes;
-    dpoi_file_shape(t, form, shape);
-    turn = form == DPOI_CONV && shape[2]*shape[3] > 1;
-    bytes = (size_t)n * sizeof *x * (turn ? 2 : 1);
-    if (!(x = (float *)dpoi_calloc(t->ctx, bytes, 1))) return 0;
-    y = turn ? x + n : x;
-    ok = dpo_read(t, x);
-    if (ok && turn) dpoi_turn(y, x, shape[0], shape[1], shape[2]*shape[3], 1);
-    ok = ok && dpo_writer_floats(w, y, n);
-    dpoi_release(t->ctx, x, bytes);
+    dpoi_order b;
+    int        ok;
+    if (!dpoi_order_open(t, form, &b)) return 0;
+    ok = dpo_read(t, b.x);
+    if (ok && b.K) dpoi_turn(b.y, b.x, b.O, b.I, b.K, 1);
+    ok = ok && dpo_writer_floats(w, b.y, dpo_count(t));
+    dpoi_release(t->ctx, b.x, b.bytes);
     return ok;
 }
 
+/* The dpo_fill_fn of a whole network: a tag is a dpoi_param. */
 static int dpoi_net_save_fill(void *user, dpo_writer *w, void *tag)
 {
     (void)user;
@@ -10779,25 +11391,35 @@ static int dpoi_net_save_fill(void *user, dpo_writer *w, void *tag)
      x  = x + fc2(act(fc1(norm2(x))))               L times
      last = final_norm(x),  pooled = last at each prompt's first end token, projected if the class projects
 
-   CLIP-L, OpenCLIP-H and bigG differ in sizes and activation only.  arXiv 2103.00020. */
+   CLIP-L, OpenCLIP-H and bigG differ in sizes and activation only:
+
+                              layers  width  heads  inner  act          what the UNet reads
+     CLIP-L (SD 1, SDXL)          12    768     12   3072  quick_gelu   last; in SDXL the state before the last layer
+     OpenCLIP-H (SD 2)            23   1024     16   4096  gelu         last (of 24 layers the file holds 23)
+     OpenCLIP-bigG (SDXL)         32   1280     20   5120  gelu         the state before the last layer, and pooled
+
+   arXiv 2103.00020; names and details after transformers' CLIPTextModel. */
 
 typedef struct dpoi_clip_config {
     int   vocab, width, inner, layers, heads, tokens;
     int   projection;                     /* width of the pooled state; 0: not projected */
     int   act;                            /* DPO_QUICK_GELU or DPO_GELU */
-    int   eos;
-    float eps;
+    int   eos;                            /* id of the end token */
+    float eps;                            /* of all norms */
 } dpoi_clip_config;
 
+/* quick_gelu is x*sigmoid(1.702x), gelu the exact one with erf: mixing them up costs a visible shift, not an error. */
 static int dpoi_clip_act(dpo_ctx *c, const char *name)
 {
     if (name && strcmp(name, "quick_gelu") == 0) return DPO_QUICK_GELU;
     if (name && strcmp(name, "gelu") == 0) return DPO_GELU;
-    dpoi_fail(c, DPO_UNSUPPORTED, "text encoder: hidden_act %s; quick_gelu and gelu are supported", name ? name : "null");
+    dpoi_fail(c, DPO_UNSUPPORTED, "text encoder: hidden_act %.80s; quick_gelu and gelu are supported",
+              name ? name : "null");
     return DPO_NONE;
 }
 
-/* Missing fields are the defaults of transformers' CLIPTextConfig.  A CLIPModel keeps them under "text_config". */
+/* Missing fields are the defaults of transformers' CLIPTextConfig.  A CLIPModel keeps them under "text_config".  Only
+   the class with the projection has one, whatever projection_dim says. */
 static int dpoi_clip_read(dpo_net *n, const dpo_json *root)
 {
     dpoi_clip_config *g = (dpoi_clip_config *)n->config;
@@ -10817,14 +11439,17 @@ static int dpoi_clip_read(dpo_net *n, const dpo_json *root)
         g->projection = (int)dpo_json_want_int(v, "projection_dim", 512, 1, 1 << 16);
     if (!dpoi_ok(n->c)) return 0;
     if (g->width % g->heads)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "text encoder: hidden_size %d is no multiple of %d heads", g->width, g->heads);
+        return dpoi_fail(n->c, DPO_BAD_FILE, "text encoder: hidden_size %d is no multiple of %d heads",
+                         g->width, g->heads);
     return 1;
 }
 
-/* One layer.  x [N,T,W] is read for the last time here. */
+/* Layer i.  x [N,T,W] is read for the last time here. */
 static dpo_tensor *dpoi_clip_layer(dpoi_pass *r, const dpoi_clip_config *g, int i, dpo_tensor *x)
 {
-    static const dpoi_attention_names names = { "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", 1 };
+    static const dpoi_attention_names names = {
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", 1
+    };
     dpo_extra   e = dpoi_extra_of(NULL);
     dpo_tensor *h;
     int         before = dpoi_enter(r, "%d", i);
@@ -10840,7 +11465,8 @@ static dpo_tensor *dpoi_clip_layer(dpoi_pass *r, const dpoi_clip_config *g, int 
     return x;
 }
 
-/* token[ids] + position: ids I32 [N,T] -> [N,T,W]. */
+/* token[ids] + position: ids I32 [N,T] -> F32 [N,T,W].  All later states are F32 too, whatever the tables are kept in:
+   text is a small part of the work, and every picture hangs on it. */
 static dpo_tensor *dpoi_clip_embed(dpoi_pass *r, const dpoi_clip_config *g, dpo_tensor *ids)
 {
     int         before = dpoi_enter(r, "embeddings");
@@ -10850,6 +11476,10 @@ static dpo_tensor *dpoi_clip_embed(dpoi_pass *r, const dpoi_clip_config *g, dpo_
     if (!token || !place) return NULL;
     x = dpo_embed(r->c, token, ids);
     if (ids->shape[1] < g->tokens) place = dpo_slice(r->c, place, 0, 0, ids->shape[1]);
+    if (token->dtype != DPO_F32) {
+        x = dpo_cast(r->c, dpo_last(x), DPO_F32);
+        place = dpo_cast(r->c, dpo_last(place), DPO_F32);
+    }
     return dpo_binary(r->c, DPO_ADD, dpo_last(x), dpo_last(place));
 }
 
@@ -10875,7 +11505,7 @@ static dpo_tensor *dpoi_clip_ends(dpoi_pass *r, const dpoi_clip_config *g, dpo_t
     return ends;
 }
 
-/* last [N,T,W] -> [N,W] or [N,P]. */
+/* The state at the end tokens: last [N,T,W] as a table of N*T rows -> [N,W], or projected [N,P]. */
 static dpo_tensor *dpoi_clip_pool(dpoi_pass *r, const dpoi_clip_config *g, dpo_tensor *last, dpo_tensor *ids)
 {
     dpo_tensor *ends = dpoi_clip_ends(r, g, ids), *y;
@@ -10885,7 +11515,8 @@ static dpo_tensor *dpoi_clip_pool(dpoi_pass *r, const dpoi_clip_config *g, dpo_t
     return g->projection ? dpoi_nn_linear(r, "text_projection", dpo_last(y), g->projection, 0, NULL) : y;
 }
 
-/* skip 1: *hidden is the state before the last layer, without the final norm, and the rest runs only for the pooled one. */
+/* ids -> last [N,T,W], or with skip 1 the state before the last layer, without the final norm; then what follows it
+   runs for *pooled alone, and not at all if nobody wants that. */
 static dpo_tensor *dpoi_clip_forward(dpoi_pass *r, dpo_tensor *ids, int skip, dpo_tensor **pooled)
 {
     const dpoi_clip_config *g = (const dpoi_clip_config *)r->net->config;
@@ -10908,6 +11539,7 @@ static dpo_tensor *dpoi_clip_forward(dpoi_pass *r, dpo_tensor *ids, int skip, dp
     return skip ? before_last : x;
 }
 
+/* Any two tokens will do: sizes of layers do not depend on their number. */
 static int dpoi_clip_declare(dpoi_pass *r)
 {
     static const int64_t shape[2] = { 1, 2 };
@@ -10922,7 +11554,7 @@ static void dpoi_clip_fresh(dpo_net *n)
     const float W = (float)g->width, deep = 1 / sqrtf(2 * (float)g->layers * W), wide = 1 / sqrtf(W);
     for (int64_t i = 0; i < n->count; i++) {
         dpoi_param *p = &n->params[i];
-        const char *name = p->t->name;
+        const char *name = p->name;
         if (p->form == DPOI_VECTOR) p->spread = 0;         /* norms keep their ones, biases are zeros */
         else if (p->form == DPOI_LINEAR)
             p->spread = strstr(name, "fc1") ? -1 / sqrtf(2 * W)
@@ -10964,7 +11596,13 @@ DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, d
      up:   each level's layers on concat(h, newest skip), then nearest to the next skip's size and a convolution
      y    = conv_out(silu(norm(h)))
 
-   Stable Diffusion 1.x, 2.x, SDXL and its refiner differ in the numbers of dpoi_unet_config alone.
+   Stable Diffusion 1.x, 2.x, SDXL and its refiner differ in the numbers of dpoi_unet_config alone.  Details that have
+   cost people days:
+     - attention_head_dim in the file is the number of heads, one for all levels or one a level;
+     - the group norm before the transformer blocks has eps 1e-6, their layer norms 1e-5, all others norm_eps;
+     - GEGLU: the first half of the product is the value, the second goes through the exact gelu;
+     - to_q, to_k, to_v have no bias, to_out.0 has one;
+     - an odd size does not survive halving and doubling, so an up block enlarges to the size of the next skip.
    arXiv 2112.10752; names and details after diffusers' UNet2DConditionModel. */
 
 enum { DPOI_LEVELS = 8, DPOI_LAYERS = 16, DPOI_SKIPS = DPOI_LEVELS * (DPOI_LAYERS + 1) + 1 };
@@ -10974,39 +11612,42 @@ typedef struct dpoi_unet_config {
     int mid;                              /* 1: there is a middle block */
     int temb;                             /* width of the time embedding */
     int flip;                             /* cosines before sines */
-    int linear;                           /* proj_in and proj_out are linear layers in the file, else 1x1 convolutions */
-    int add_dim, add_input;               /* SDXL: sinusoids a time id, and width of pooled with them; 0: none */
+    int linear;                           /* proj_in, proj_out are linear layers in the file, else 1x1 convolutions */
+    int add_dim, add_input;               /* SDXL: sinusoids a time id, width of pooled with them all; 0: none */
     int size;                             /* default height and width of x */
     float eps;                            /* of resnets and the last norm */
     int channels[DPOI_LEVELS], layers[DPOI_LEVELS], heads[DPOI_LEVELS];
-    int depth[DPOI_LEVELS], context[DPOI_LEVELS];             /* transformer blocks an attention; width of the text */
-    int down[DPOI_LEVELS], up[DPOI_LEVELS];                   /* 1: this block has attention; up counts from the lowest level */
+    int depth[DPOI_LEVELS], context[DPOI_LEVELS];         /* transformer blocks an attention; width of the text */
+    int down[DPOI_LEVELS], up[DPOI_LEVELS];               /* 1: the block has attention; up[0] is the lowest level */
 } dpoi_unet_config;
 
 /* ------------------------------------------------------------------------------------------ configuration */
 
-/* Fields that must have the value in which these networks have them: what another value would mean is not here. */
+/* Fields that must have the value that all these networks give them: another would be another network, which is refused
+   by the field's name and never computed wrongly. */
 static const struct { const char *key, *value; } dpoi_unet_fixed[] = {
-    { "act_fn", "\"silu\"" }, { "center_input_sample", "false" }, { "freq_shift", "0" }, { "only_cross_attention", "false" },
-    { "mid_block_scale_factor", "1" }, { "dropout", "0" }, { "reverse_transformer_layers_per_block", "null" },
-    { "encoder_hid_dim", "null" }, { "encoder_hid_dim_type", "null" }, { "num_attention_heads", "null" },
-    { "dual_cross_attention", "false" }, { "class_embed_type", "null" }, { "num_class_embeds", "null" },
-    { "resnet_time_scale_shift", "\"default\"" }, { "resnet_skip_time_act", "false" }, { "resnet_out_scale_factor", "1" },
+    { "act_fn", "\"silu\"" }, { "center_input_sample", "false" }, { "freq_shift", "0" },
+    { "only_cross_attention", "false" }, { "mid_block_scale_factor", "1" }, { "dropout", "0" },
+    { "reverse_transformer_layers_per_block", "null" }, { "encoder_hid_dim", "null" },
+    { "encoder_hid_dim_type", "null" }, { "num_attention_heads", "null" }, { "dual_cross_attention", "false" },
+    { "class_embed_type", "null" }, { "num_class_embeds", "null" }, { "resnet_time_scale_shift", "\"default\"" },
+    { "resnet_skip_time_act", "false" }, { "resnet_out_scale_factor", "1" },
     { "time_embedding_type", "\"positional\"" }, { "time_embedding_act_fn", "null" }, { "timestep_post_act", "null" },
     { "time_cond_proj_dim", "null" }, { "attention_type", "\"default\"" }, { "class_embeddings_concat", "false" },
     { "mid_block_only_cross_attention", "null" }, { "cross_attention_norm", "null" }
 };
 
-/* Fields that are read below, or that change nothing in the result. */
+/* Fields that are read below, or that change nothing in the result (upcast_attention: scores are F32 anyway). */
 static const char *const dpoi_unet_known[] = {
-    "sample_size", "in_channels", "out_channels", "flip_sin_to_cos", "down_block_types", "mid_block_type", "up_block_types",
-    "block_out_channels", "layers_per_block", "downsample_padding", "norm_num_groups", "norm_eps", "cross_attention_dim",
+    "sample_size", "in_channels", "out_channels", "flip_sin_to_cos", "down_block_types", "mid_block_type",
+    "up_block_types", "block_out_channels", "layers_per_block", "downsample_padding", "norm_num_groups", "norm_eps",
+    "cross_attention_dim",
     "transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type",
     "addition_time_embed_dim", "upcast_attention", "time_embedding_dim", "conv_in_kernel", "conv_out_kernel",
     "projection_class_embeddings_input_dim", "addition_embed_type_num_heads"
 };
 
-/* Does v hold what `value`, a piece of JSON, says?  A field that is not there does. */
+/* Does v hold what `value`, a piece of JSON, says?  A field that is not there does; null and false say the same. */
 static int dpoi_json_is(const dpo_json *v, const char *value)
 {
     double      number;
@@ -11035,21 +11676,24 @@ static int dpoi_unet_check(dpo_net *n, const dpo_json *v)
         while (f < fixed && strcmp(key, dpoi_unet_fixed[f].key) != 0) f++;
         while (k < known && strcmp(key, dpoi_unet_known[k]) != 0) k++;
         if (f < fixed && !dpoi_json_is(field, dpoi_unet_fixed[f].value)
-            && !(strcmp(key, "act_fn") == 0 && text && strcmp(text, "swish") == 0))
-            return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %s must be %s, other values are not supported", key, dpoi_unet_fixed[f].value);
+            && !(strcmp(key, "act_fn") == 0 && text && strcmp(text, "swish") == 0))        /* another name of silu */
+            return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %s must be %s, other values are not supported", key,
+                             dpoi_unet_fixed[f].value);
         if (f == fixed && k == known && key[0] != '_' && !dpoi_json_is(field, "null") && !dpoi_json_is(field, "0"))
-            dpoi_log(n->c, DPO_LOG_WARNING, "UNet: config.json has %s, which is not a field of UNet2DConditionModel", key);
+            dpoi_log(n->c, DPO_LOG_WARNING, "UNet: config.json has %.100s, no field of UNet2DConditionModel", key);
     }
     return 1;
 }
 
-/* A field that is one number for all levels, or a list with one for each. */
-static void dpoi_unet_list(dpo_net *n, const dpo_json *v, const char *key, int levels, int otherwise, int high, int *out)
+/* A field that is one number for all levels, or a list with one for each; 1 to high. */
+static void dpoi_unet_list(dpo_net *n, const dpo_json *v, const char *key, int levels, int otherwise, int high,
+                           int *out)
 {
     const dpo_json *list = dpo_json_get(v, key);
     int             array = dpo_json_type(list) == DPO_JSON_ARRAY;
     if (array && dpo_json_count(list) != levels)
-        dpoi_fail(n->c, DPO_BAD_FILE, "UNet: %s has %lld values for %d levels", key, (long long)dpo_json_count(list), levels);
+        dpoi_fail(n->c, DPO_BAD_FILE, "UNet: %s has %lld values for %d levels", key, (long long)dpo_json_count(list),
+                  levels);
     for (int i = 0; i < levels; i++) {
         int64_t value = 0;
         if (!array) value = dpo_json_want_int(v, key, otherwise, 1, high);
@@ -11062,7 +11706,8 @@ static void dpoi_unet_list(dpo_net *n, const dpo_json *v, const char *key, int l
 }
 
 /* Block types: 1 where the block has attention, 0 where not. */
-static void dpoi_unet_blocks(dpo_net *n, const dpo_json *v, const char *key, int levels, const char *plain, const char *cross, int *out)
+static void dpoi_unet_blocks(dpo_net *n, const dpo_json *v, const char *key, int levels, const char *plain,
+                             const char *cross, int *out)
 {
     const dpo_json *list = dpo_json_get(v, key);
     int             down = strcmp(key, "down_block_types") == 0;
@@ -11071,17 +11716,20 @@ static void dpoi_unet_blocks(dpo_net *n, const dpo_json *v, const char *key, int
         return;
     }
     if (dpo_json_count(list) != levels) {
-        dpoi_fail(n->c, DPO_BAD_FILE, "UNet: %s has %lld blocks for %d block_out_channels", key, (long long)dpo_json_count(list), levels);
+        dpoi_fail(n->c, DPO_BAD_FILE, "UNet: %s has %lld blocks for %d block_out_channels", key,
+                  (long long)dpo_json_count(list), levels);
         return;
     }
     for (int i = 0; i < levels; i++) {
         const char *name = dpo_json_text(dpo_json_at(list, i), NULL);
         if (name && strcmp(name, cross) == 0) out[i] = 1;
         else if (name && strcmp(name, plain) == 0) out[i] = 0;
-        else dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %s names %s; %s and %s are supported", key, name ? name : "null", plain, cross);
+        else dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %s names %.100s; %s and %s are supported", key,
+                       name ? name : "null", plain, cross);
     }
 }
 
+/* Everything that is given level by level, from the largest picture to the smallest. */
 static void dpoi_unet_levels(dpo_net *n, const dpo_json *v, dpoi_unet_config *g)
 {
     static const int usual[4] = { 320, 640, 1280, 1280 };
@@ -11091,7 +11739,8 @@ static void dpoi_unet_levels(dpo_net *n, const dpo_json *v, dpoi_unet_config *g)
     if (dpo_json_type(channels) > DPO_JSON_NULL) {
         int64_t levels = dpo_json_count(channels);
         if (levels < 1 || levels > DPOI_LEVELS) {
-            dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: block_out_channels has %lld levels, 1 to %d are supported", (long long)levels, DPOI_LEVELS);
+            dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: block_out_channels has %lld levels, 1 to %d are supported",
+                      (long long)levels, DPOI_LEVELS);
             return;
         }
         g->levels = (int)levels;
@@ -11111,30 +11760,35 @@ static void dpoi_unet_addition(dpo_net *n, const dpo_json *v, dpoi_unet_config *
     const char *type = dpo_json_want_text(v, "addition_embed_type", NULL);
     if (!type) return;
     if (strcmp(type, "text_time") != 0) {
-        dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: addition_embed_type %s; only text_time is supported", type);
+        dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: addition_embed_type %.100s; only text_time is supported", type);
         return;
     }
     g->add_dim = (int)dpo_json_want_int(v, "addition_time_embed_dim", 0, 2, 1 << 16);
     g->add_input = (int)dpo_json_want_int(v, "projection_class_embeddings_input_dim", 0, 1, 1 << 20);
     if (dpoi_ok(n->c) && (g->add_dim % 2 || g->add_dim < 2 || g->add_input <= g->add_dim))
-        dpoi_fail(n->c, DPO_BAD_FILE, "UNet: addition_time_embed_dim %d and projection_class_embeddings_input_dim %d do not go together",
-                  g->add_dim, g->add_input);
+        dpoi_fail(n->c, DPO_BAD_FILE, "UNet: addition_time_embed_dim %d and projection_class_embeddings_input_dim %d "
+                  "do not go together", g->add_dim, g->add_input);
 }
 
+/* What must hold between fields. */
 static int dpoi_unet_sane(dpo_net *n, const dpoi_unet_config *g)
 {
+    if (!dpoi_ok(n->c)) return 0;         /* then some field holds nothing */
     for (int i = 0; i < g->levels; i++) {
         int attends = g->down[i] || g->up[g->levels - 1 - i] || (g->mid && i == g->levels - 1);
         if (attends && g->channels[i] % g->heads[i])
-            return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %d channels of level %d do not fall into %d heads", g->channels[i], i, g->heads[i]);
+            return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %d channels of level %d do not fall into %d heads",
+                             g->channels[i], i, g->heads[i]);
         if (g->context[i] != g->context[0])
             return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: cross_attention_dim differs between levels");
     }
     if (g->channels[0] % 2)
-        return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %d channels at the first level, where sinusoids need an even number", g->channels[0]);
+        return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %d channels at the first level; sinusoids need an even number",
+                         g->channels[0]);
     if (!(g->kernel_in & g->kernel_out & 1))
-        return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: conv_in_kernel %d, conv_out_kernel %d; odd ones are supported", g->kernel_in, g->kernel_out);
-    return dpoi_ok(n->c);
+        return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: conv_in_kernel %d, conv_out_kernel %d; odd ones are supported",
+                         g->kernel_in, g->kernel_out);
+    return 1;
 }
 
 /* Missing fields are the defaults of diffusers' class. */
@@ -11157,10 +11811,11 @@ static int dpoi_unet_read(dpo_net *n, const dpo_json *v)
     g->eps        = (float)dpo_json_want_double(v, "norm_eps", 1e-5, 0, 1);
     g->flip       = dpo_json_want_bool(v, "flip_sin_to_cos", 1);
     g->linear     = dpo_json_want_bool(v, "use_linear_projection", 0);
-    g->size       = dpo_json_type(size) == DPO_JSON_NUMBER ? (int)dpo_json_want_int(v, "sample_size", 64, 1, 1 << 16) : 64;
+    g->size       = 64;                   /* a list of two is legal too; the caller says what he wants then */
+    if (dpo_json_type(size) == DPO_JSON_NUMBER) g->size = (int)dpo_json_want_int(v, "sample_size", 64, 1, 1 << 16);
     g->mid        = !dpo_json_get(v, "mid_block_type") || mid;
     if (mid && strcmp(mid, "UNetMidBlock2DCrossAttn") != 0)
-        return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: mid_block_type %s; only UNetMidBlock2DCrossAttn is supported", mid);
+        return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: mid_block_type %.80s is not UNetMidBlock2DCrossAttn", mid);
     return dpoi_unet_sane(n, g);
 }
 
@@ -11214,18 +11869,23 @@ static dpo_tensor *dpoi_transformer_block(dpoi_unet_pass *u, dpo_tensor *h, int 
     return dpoi_nn_linear(r, "ff.net.2", dpo_last(n), C, DPOI_BIAS, &e);
 }
 
-/* ------------------------------------------------------------------------------------------ recomputation */
+/* ------------------------------------------------------------------------------------------ recomputation
+
+   Gradient checkpointing keeps, instead of everything that backward reads, the inputs of each layer; backward runs the
+   layer again.  One more forward pass, for a fraction of the memory. */
 
 static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, int i, dpo_tensor *x, int heads, int depth);
 
-/* A piece that backward may compute again: one transformer block, or one layer, that is resnet and attention. */
+/* A piece that backward may compute again: one transformer block, or one layer, that is resnet and attention.  It lives
+   in the scope, for the tape refers to it. */
 typedef struct dpoi_unet_part {
     dpoi_unet_pass u;                     /* as it stood when the piece ran; its tensors are replaced by the inputs */
     int64_t     O;                        /* channels of a layer; 0: a transformer block */
     int         index, heads, depth;      /* of a layer; depth 0: no attention */
-    int         own, skip;                /* the inputs end here; there is a skip */
+    int         own, skip;                /* the inputs are read for the last time here; there is a skip */
 } dpoi_unet_part;
 
+/* The piece itself: x [N,T,C] for a block; x [N,H,W,C] and, on the way up, skip [N,H,W,D] for a layer. */
 static dpo_tensor *dpoi_unet_part_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tensor *skip)
 {
     int own = p->own;
@@ -11276,11 +11936,11 @@ static dpo_tensor *dpoi_unet_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tensor *s
 /* x + proj_out(blocks(proj_in(norm(x)))) with pixels as tokens.  x [N,H,W,C]; it ends here. */
 static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, int i, dpo_tensor *x, int heads, int depth)
 {
-    dpoi_pass     *r = &u->r;
-    dpo_extra      e = dpoi_extra_of(NULL);
-    int            before = dpoi_enter(r, "attentions.%d", i), bits = DPOI_BIAS | (u->g->linear ? 0 : DPOI_AS_CONV);
-    dpo_tensor    *h = dpoi_nn_group_norm(r, "norm", x, u->g->groups, 1e-6f, DPO_NONE);
-    int64_t        image[4], tokens[3];
+    dpoi_pass  *r = &u->r;
+    dpo_extra   e = dpoi_extra_of(NULL);
+    int         before = dpoi_enter(r, "attentions.%d", i), bits = DPOI_BIAS | (u->g->linear ? 0 : (int)DPOI_AS_CONV);
+    dpo_tensor *h = dpoi_nn_group_norm(r, "norm", x, u->g->groups, 1e-6f, DPO_NONE);
+    int64_t     image[4], tokens[3];
     if (!h) return NULL;
     memcpy(image, x->shape, sizeof image);
     tokens[0] = image[0]; tokens[1] = image[1]*image[2]; tokens[2] = image[3];
@@ -11304,7 +11964,8 @@ static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, int i, dpo_tensor *x, int
 }
 
 /* One layer.  A deep attention is not recomputed as a whole, but block by block: less memory for the same work. */
-static dpo_tensor *dpoi_unet_layer(dpoi_unet_pass *u, int i, dpo_tensor *x, int own, dpo_tensor *skip, int64_t O, int heads, int depth)
+static dpo_tensor *dpoi_unet_layer(dpoi_unet_pass *u, int i, dpo_tensor *x, int own, dpo_tensor *skip, int64_t O,
+                                   int heads, int depth)
 {
     dpoi_unet_part p;
     int            apart = u->checkpoint && depth > 1;
@@ -11369,7 +12030,7 @@ static dpo_tensor *dpoi_unet_time(dpoi_unet_pass *u, const dpo_unet_in *in)
     return dpoi_unet_mlp(u, "add_embedding", dpoi_unet_added(u, in), &e);
 }
 
-/* Level i on the way down; every result goes to skips. */
+/* Level i on the way down.  Every result is read again on the way up, so that nothing ends here. */
 static dpo_tensor *dpoi_unet_down(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_tensor **skips, int *n)
 {
     const dpoi_unet_config *g = u->g;
@@ -11387,6 +12048,7 @@ static dpo_tensor *dpoi_unet_down(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_t
     return x;
 }
 
+/* The lowest level once more: resnet, attention, resnet. */
 static dpo_tensor *dpoi_unet_mid(dpoi_unet_pass *u, dpo_tensor *x)
 {
     const dpoi_unet_config *g = u->g;
@@ -11403,7 +12065,8 @@ static dpo_tensor *dpoi_unet_up(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_ten
     const dpoi_unet_config *g = u->g;
     int level = g->levels - 1 - i, before = dpoi_enter(&u->r, "up_blocks.%d", i);
     for (int j = 0; j <= g->layers[level] && x; j++)
-        x = dpoi_unet_layer(u, j, x, 1, skips[--*n], g->channels[level], g->heads[level], g->up[i] ? g->depth[level] : 0);
+        x = dpoi_unet_layer(u, j, x, 1, skips[--*n], g->channels[level], g->heads[level],
+                            g->up[i] ? g->depth[level] : 0);
     if (x && level > 0) {                 /* to the next skip's size: an odd one is not twice the half */
         const dpo_tensor *next = skips[*n - 1];
         x = dpo_upsample(u->r.c, dpo_last(x), next->shape[1], next->shape[2]);
@@ -11437,6 +12100,7 @@ static dpoi_unet_pass dpoi_unet_pass_of(const dpoi_pass *r)
     return u;
 }
 
+/* The smallest picture that can be halved as often as there are levels, one sample, one token. */
 static int dpoi_unet_declare(dpoi_pass *r)
 {
     dpoi_unet_pass u = dpoi_unet_pass_of(r);
@@ -11448,7 +12112,7 @@ static int dpoi_unet_declare(dpoi_pass *r)
     in.x = dpo_tensor_new(r->c, DPO_F32, 4, x);
     in.t = dpo_tensor_new(r->c, DPO_F32, 1, one);
     in.emb = dpo_tensor_new(r->c, DPO_F32, 3, emb);
-    if (u.g->add_dim) {                   /* how the width divides into pooled and ids makes no difference to the layers */
+    if (u.g->add_dim) {                   /* layers do not see how the width divides into pooled and ids */
         pooled[0] = 1; pooled[1] = u.g->add_input - u.g->add_dim;
         in.pooled = dpo_tensor_new(r->c, DPO_F32, 2, pooled);
         in.time_ids = dpo_tensor_new(r->c, DPO_F32, 2, one);
@@ -11457,28 +12121,31 @@ static int dpoi_unet_declare(dpoi_pass *r)
 }
 
 static const dpoi_kind dpoi_unet_kind = {
-    "UNet2DConditionModel", "diffusion_pytorch_model", NULL, "lora_unet", sizeof(dpoi_unet_config), dpoi_unet_read,
-    dpoi_unet_declare, NULL
+    "UNet2DConditionModel", "diffusion_pytorch_model", NULL, "lora_unet", sizeof(dpoi_unet_config),
+    dpoi_unet_read, dpoi_unet_declare, NULL
 };
 
 /* What the caller gave must fit the configuration; ops check the rest. */
 static int dpoi_unet_check_input(dpo_net *n, const dpo_unet_in *in)
 {
     const dpoi_unet_config *g = (const dpoi_unet_config *)n->config;
+    int64_t N;
     if (!in->x || !in->t || !in->emb || (g->add_dim && (!in->pooled || !in->time_ids)))
-        return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "dpo_unet wants x, t and emb%s", g->add_dim ? ", pooled and time_ids" : "");
+        return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "dpo_unet wants x, t and emb%s",
+                         g->add_dim ? ", pooled and time_ids" : "");
+    N = in->x->shape[0];
     if (in->x->rank != 4 || in->x->shape[3] != g->in)
-        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: x is [N,H,W,%d], not rank %d with %lld channels", g->in, in->x->rank,
-                         (long long)in->x->shape[in->x->rank - 1]);
-    if (dpo_count(in->t) != in->x->shape[0] || in->t->dtype != DPO_F32)
-        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: t is F32 [%lld], one timestep a sample", (long long)in->x->shape[0]);
-    if (in->emb->rank != 3 || in->emb->shape[0] != in->x->shape[0] || in->emb->shape[2] != g->context[0])
-        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: emb is [%lld,T,%d]", (long long)in->x->shape[0], g->context[0]);
+        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: x is [N,H,W,%d], not rank %d with %lld channels", g->in,
+                         in->x->rank, (long long)in->x->shape[in->x->rank - 1]);
+    if (dpo_count(in->t) != N || in->t->dtype != DPO_F32)
+        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: t is F32 [%lld], one timestep a sample", (long long)N);
+    if (in->emb->rank != 3 || in->emb->shape[0] != N || in->emb->shape[2] != g->context[0])
+        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: emb is [%lld,T,%d]", (long long)N, g->context[0]);
     if (!g->add_dim) return 1;
-    if (in->pooled->rank != 2 || in->time_ids->rank != 2 || in->pooled->shape[0] != in->x->shape[0]
-        || in->time_ids->shape[0] != in->x->shape[0]
+    if (in->pooled->rank != 2 || in->time_ids->rank != 2 || in->pooled->shape[0] != N || in->time_ids->shape[0] != N
         || in->pooled->shape[1] + in->time_ids->shape[1]*g->add_dim != g->add_input)
-        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: pooled [N,P] and time_ids [N,n] must give P + n*%d = %d", g->add_dim, g->add_input);
+        return dpoi_fail(n->c, DPO_BAD_SHAPE, "dpo_unet: pooled [N,P] and time_ids [N,n] must give P + n*%d = %d",
+                         g->add_dim, g->add_input);
     return 1;
 }
 
@@ -11501,9 +12168,22 @@ DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
 }
 /* ==========================================================================================================
    >>impl model                                                             adapters, saving, whole pipelines
-   ========================================================================================================== */
+   ==========================================================================================================
 
-/* ------------------------------------------------------------------------------------------ adapters */
+   A pipeline is a folder as diffusers' save_pretrained writes it:
+     model_index.json                                            which class each component has; null: it has none
+     unet/config.json, diffusion_pytorch_model.safetensors       weights also as .fp16. or in shards with an index
+     text_encoder/config.json, model.safetensors                 and text_encoder_2 in SDXL
+     tokenizer/vocab.json, merges.txt, tokenizer_config.json     and tokenizer_2
+     scheduler/scheduler_config.json
+     vae/config.json, diffusion_pytorch_model.safetensors        missing in a model of pixels
+   Saving writes back the very configuration texts that were read, so that no field is lost that only others know. */
+
+/* ------------------------------------------------------------------------------------------ adapters
+
+     y = x*W + scale * strength[n] * ((x*down)*up),   scale = alpha / rank * dpo_adapter_strength
+
+   They sit at parameters, by index; a product finds its own in dpoi_weights.  arXiv 2106.09685. */
 
 enum { DPOI_MAX_RANK = 4096 };            /* of an adapter */
 
@@ -11517,20 +12197,21 @@ static size_t dpoi_module_length(const char *name)
     return dot ? (size_t)(dot - name) : strlen(name);
 }
 
-/* Fill in one adapter with zeros, at parameter `param`. */
+/* Fill in one adapter of zeros, at parameter `param`.  Its tensors are F32 and trained, whatever the weight is kept
+   in. */
 static int dpoi_adapter_make(dpo_net *n, dpoi_adapter *a, int param, int rank)
 {
     const dpoi_param *p = &n->params[param];
     char    name[DPOI_PATH + 24];
-    int     module = (int)dpoi_module_length(p->t->name);
+    int     module = (int)dpoi_module_length(p->name);
     int64_t down[4], up[4];
-    memcpy(down, p->t->shape, sizeof down);
+    memcpy(down, p->shape, sizeof down);
     down[0] = rank;
-    up[0] = p->t->shape[0]; up[1] = up[2] = 1; up[3] = rank;
+    up[0] = p->shape[0]; up[1] = up[2] = 1; up[3] = rank;
     a->param = param;
-    snprintf(name, sizeof name, "%.*s.lora_down.weight", module, p->t->name);
+    snprintf(name, sizeof name, "%.*s.lora_down.weight", module, p->name);
     a->down = dpo_weight_new(n->c, DPO_F32, 4, down, name);
-    snprintf(name, sizeof name, "%.*s.lora_up.weight", module, p->t->name);
+    snprintf(name, sizeof name, "%.*s.lora_up.weight", module, p->name);
     a->up = dpo_weight_new(n->c, DPO_F32, 4, up, name);
     if (!a->down || !a->up) return 0;
     a->down->needs_grad = a->up->needs_grad = 1;
@@ -11566,7 +12247,8 @@ static int dpoi_adapter_wanted(const char *name, size_t length, const char *targ
 {
     while (*targets) {
         size_t n = strcspn(targets, ",");
-        if (n && n <= length && strncmp(name + length - n, targets, n) == 0 && (n == length || name[length - n - 1] == '.')) return 1;
+        if (n && n <= length && strncmp(name + length - n, targets, n) == 0
+            && (n == length || name[length - n - 1] == '.')) return 1;
         targets += n + (targets[n] == ',');
     }
     return 0;
@@ -11593,16 +12275,19 @@ DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
     memset(&s, 0, sizeof s);
     if (!n || !d || !dpoi_ok(n->c)) return 0;
     if (d->rank < 1 || d->rank > DPOI_MAX_RANK || !(d->alpha >= 0))
-        return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "adapters: rank %d, alpha %g; rank is 1 to %d", d->rank, (double)d->alpha, DPOI_MAX_RANK);
+        return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "adapters: rank %d, alpha %g; rank is 1 to %d", d->rank,
+                         (double)d->alpha, DPOI_MAX_RANK);
     for (int64_t i = 0; i < n->count && ok; i++) {
         const dpoi_param *p = &n->params[i];
         dpoi_adapter     *a;
-        if (p->form < DPOI_LINEAR || !dpoi_adapter_wanted(p->t->name, dpoi_module_length(p->t->name), targets)) continue;
+        if (p->form < DPOI_LINEAR) continue;              /* no product */
+        if (!dpoi_adapter_wanted(p->name, dpoi_module_length(p->name), targets)) continue;
         a = dpoi_adapter_push(n->c, &s, n->count);
         ok = a && dpoi_adapter_make(n, a, (int)i, d->rank) && dpoi_adapter_reset(a, d->seed);
         if (a) a->scale = (d->alpha > 0 ? d->alpha : (float)d->rank) / (float)d->rank;
     }
-    if (ok && !s.count) ok = dpoi_fail(n->c, DPO_BAD_ARGUMENT, "adapters: no layer of %s ends in %s", n->kind->name, targets);
+    if (ok && !s.count)
+        ok = dpoi_fail(n->c, DPO_BAD_ARGUMENT, "adapters: no layer of %s ends in %.200s", n->kind->name, targets);
     if (ok) dpoi_adapters_set(n, &s);
     else dpoi_adapters_free(n->c, &s);
     return ok;
@@ -11616,7 +12301,13 @@ DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count)
 
 DPO_DEF void dpo_adapter_strength(dpo_net *n, float strength) { if (n) n->strength = strength; }
 
-/* ------------------------------------------------------------------------------------------ adapters in files */
+/* ------------------------------------------------------------------------------------------ adapters in files
+
+   The dialects, for down [r,I] and up [O,r] (of a convolution [r,I,kh,kw] and [O,r,1,1]) of one layer:
+     kohya            lora_unet_down_blocks_0_..._attn1_to_q.lora_down.weight, .lora_up.weight, .alpha
+     peft             unet.down_blocks.0....attn1.to_q.lora_A.weight, .lora_B.weight
+     older diffusers  unet.down_blocks.0....attn1.to_q.lora.down.weight, ...attn1.processor.to_q_lora.down.weight
+   All are read, with any of the prefixes or none; kohya's is written, since every program loads it. */
 
 enum { DPOI_ROLE_DOWN, DPOI_ROLE_UP, DPOI_ROLE_ALPHA, DPOI_ROLE_NONE };
 
@@ -11629,11 +12320,16 @@ static const struct { const char *end; int role; } dpoi_adapter_ends[] = {
     { "_lora.down.weight", DPOI_ROLE_DOWN }, { "_lora.up.weight", DPOI_ROLE_UP }
 };
 
-/* Parts of names that belong to other ways of adapting weights. */
-static const char *const dpoi_adapter_foreign[] = { "hada_", "lokr_", "oft_", "dora_scale", "lora_mid", ".diff", "lora_magnitude" };
+/* Parts of names that belong to other ways of adapting weights (LoHa, LoKr, OFT, DoRA, full differences): refused. */
+static const char *const dpoi_adapter_foreign[] = {
+    "hada_", "lokr_", "oft_", "dora_scale", "lora_mid", ".diff", "lora_magnitude", NULL
+};
 
+/* Which network a tensor is for; a file may hold adapters for several. */
 static const char *const dpoi_unet_prefixes[] = { "lora_unet_", "unet.", "diffusion_model.", NULL };
-static const char *const dpoi_text_prefixes[] = { "lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.", NULL };
+static const char *const dpoi_text_prefixes[] = {
+    "lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.", NULL
+};
 
 /* The length of the prefix that s starts with, 0 if it starts with none. */
 static size_t dpoi_prefix(const char *s, const char *const *prefixes)
@@ -11643,7 +12339,7 @@ static size_t dpoi_prefix(const char *s, const char *const *prefixes)
     return 0;
 }
 
-/* What a tensor of an adapter file is, and its module [*from, *from + *length) inside the name. */
+/* What a tensor of an adapter file is; its module is the first *length bytes of the name. */
 static int dpoi_adapter_role(const char *name, size_t *length)
 {
     size_t n = strlen(name);
@@ -11667,74 +12363,78 @@ static int dpoi_adapter_same(const char *module, size_t length, const char *name
         i++;
         j++;
     }
-    return i == length || (length - i == 2 && n >= 6 && strncmp(name + n - 6, "to_out", 6) == 0 && module[i + 1] == '0');
+    if (i == length) return 1;
+    return length - i == 2 && module[i + 1] == '0' && n >= 6 && strncmp(name + n - 6, "to_out", 6) == 0;
 }
 
+/* The parameter that a module of a file adapts, or -1. */
 static int64_t dpoi_adapter_find(const dpo_net *n, const char *name, size_t length)
 {
     for (int64_t i = 0; i < n->count; i++)
         if (n->params[i].form >= DPOI_LINEAR
-            && dpoi_adapter_same(n->params[i].t->name, dpoi_module_length(n->params[i].t->name), name, length)) return i;
+            && dpoi_adapter_same(n->params[i].name, dpoi_module_length(n->params[i].name), name, length)) return i;
     return -1;
 }
 
-/* Sort a file's tensors by parameter and role into found [count][3].  What belongs to another network is passed over. */
-static int dpoi_adapter_sort(dpo_net *n, dpo_file *f, dpo_entry **found)
+/* One tensor of a file to its place in found [count][3], by parameter and role.  One that fits nowhere is left untaken,
+   to be told of; one for another network is passed over. */
+static int dpoi_adapter_place(dpo_net *n, dpo_entry *e, dpo_entry **found)
 {
     const char *const *own = n->kind == &dpoi_unet_kind ? dpoi_unet_prefixes : dpoi_text_prefixes;
     const char *const *other = own == dpoi_unet_prefixes ? dpoi_text_prefixes : dpoi_unet_prefixes;
-    for (int64_t i = 0; i < dpo_file_count(f); i++) {
-        dpo_entry  *e = dpo_file_entry(f, i);
-        const char *name = e->name;
-        size_t      length = 0;
-        int         role;
-        int64_t     at;
-        for (size_t k = 0; k < sizeof dpoi_adapter_foreign / sizeof dpoi_adapter_foreign[0]; k++)
-            if (strstr(name, dpoi_adapter_foreign[k]))
-                return dpoi_fail(n->c, DPO_UNSUPPORTED, "%s: %s belongs to an adapter that is no plain LoRA", e->path, name);
-        if (strncmp(name, "base_model.model.", 17) == 0) name += 17;
-        if (dpoi_prefix(name, other)) { e->taken = 1; continue; }
-        name += dpoi_prefix(name, own);
-        role = dpoi_adapter_role(name, &length);
-        at = role == DPOI_ROLE_NONE ? -1 : dpoi_adapter_find(n, name, length);
-        if (at < 0) continue;
-        if (found[at*3 + role]) return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %s and %s adapt the same layer", e->path, found[at*3 + role]->name, e->name);
-        found[at*3 + role] = e;
-        e->taken = 1;
-    }
-    return 1;
+    const char *name = e->name;
+    char        shown[128];
+    size_t      length = 0;
+    int         role;
+    int64_t     at;
+    for (int k = 0; dpoi_adapter_foreign[k]; k++)
+        if (strstr(name, dpoi_adapter_foreign[k]))
+            return dpoi_fail(n->c, DPO_UNSUPPORTED, "%s: %s belongs to an adapter that is no plain LoRA", e->path,
+                             dpoi_shown(shown, name));
+    if (strncmp(name, "base_model.model.", 17) == 0) name += 17;
+    if (dpoi_prefix(name, other)) return e->taken = 1;
+    name += dpoi_prefix(name, own);
+    role = dpoi_adapter_role(name, &length);
+    at = role == DPOI_ROLE_NONE ? -1 : dpoi_adapter_find(n, name, length);
+    if (at < 0) return 1;
+    if (found[at*3 + role])
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: two tensors adapt %s in the same way, one is %s", e->path,
+                         n->params[at].name, dpoi_shown(shown, e->name));
+    found[at*3 + role] = e;
+    return e->taken = 1;
 }
 
-/* One adapter from its three tensors.  Tensors of the set before are used again where their shapes fit, so that who holds
-   them (an optimizer) goes on; a file without alpha keeps the scale, 1 if there was none. */
+/* One adapter from its three tensors, e [DPOI_ROLE_NONE].  Tensors of the set before are used again where they have the
+   rank, so that who holds them (an optimizer) goes on; a file without alpha keeps the scale, which is 1 at first. */
 static int dpoi_adapter_read(dpo_net *n, dpoi_adapter *a, int param, dpo_entry **e)
 {
-    dpoi_adapter *old = n->params[param].adapter ? &n->adapters.a[n->params[param].adapter - 1] : NULL;
-    int           form = n->params[param].form;
-    int64_t       rank = e[DPOI_ROLE_DOWN] && e[DPOI_ROLE_DOWN]->rank ? e[DPOI_ROLE_DOWN]->shape[0] : 0;
-    float         alpha;
-    if (!e[DPOI_ROLE_DOWN] || !e[DPOI_ROLE_UP])
-        return dpoi_fail(n->c, DPO_BAD_FILE, "an adapter file has only one half of %s", n->params[param].t->name);
+    const dpoi_param *p = &n->params[param];
+    dpoi_adapter     *old = p->adapter ? &n->adapters.a[p->adapter - 1] : NULL;
+    dpo_entry        *down = e[DPOI_ROLE_DOWN], *up = e[DPOI_ROLE_UP], *scale = e[DPOI_ROLE_ALPHA];
+    int64_t           rank = down && down->rank ? down->shape[0] : 0;
+    float             alpha;
+    if (!down || !up) return dpoi_fail(n->c, DPO_BAD_FILE, "an adapter file has only one half of what adapts %s", p->name);
     if (rank < 1 || rank > DPOI_MAX_RANK)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %s has rank %lld", e[DPOI_ROLE_DOWN]->path, e[DPOI_ROLE_DOWN]->name, (long long)rank);
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: the adapter of %s has rank %lld", down->path, p->name, (long long)rank);
     a->scale = old ? old->scale : 1;
     if (old && old->down->shape[0] == rank) {
         *a = *old;
         old->down = old->up = NULL;
     } else if (!dpoi_adapter_make(n, a, param, (int)rank)) return 0;
-    if (e[DPOI_ROLE_ALPHA]) {
-        if (e[DPOI_ROLE_ALPHA]->count != 1) return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %s is not one number", e[2]->path, e[2]->name);
-        if (!dpo_entry_floats(e[DPOI_ROLE_ALPHA], 0, 1, &alpha)) return 0;
-        a->scale = alpha / (float)rank;
-    }
-    return dpoi_load_entry(a->down, form, e[DPOI_ROLE_DOWN]) && dpoi_load_entry(a->up, dpoi_up_form(form), e[DPOI_ROLE_UP]);
+    if (scale && scale->count != 1)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: alpha of %s is not one number", scale->path, p->name);
+    if (scale && !dpo_entry_floats(scale, 0, 1, &alpha)) return 0;
+    if (scale) a->scale = alpha / (float)rank;
+    return dpoi_load_entry(a->down, p->form, down) && dpoi_load_entry(a->up, dpoi_up_form(p->form), up);
 }
 
+/* The set that the file describes becomes the network's, also after a failure: tensors of the old one moved into it. */
 static int dpoi_adapter_load(dpo_net *n, dpo_file *f, dpo_entry **found)
 {
     dpoi_adapter_set s;
-    int              ok = dpoi_adapter_sort(n, f, found);
+    int              ok = 1;
     memset(&s, 0, sizeof s);
+    for (int64_t i = 0; i < dpo_file_count(f) && ok; i++) ok = dpoi_adapter_place(n, dpo_file_entry(f, i), found);
     for (int64_t i = 0; i < n->count && ok; i++) {
         dpoi_adapter *a;
         if (!found[i*3] && !found[i*3 + 1]) continue;
@@ -11742,9 +12442,10 @@ static int dpoi_adapter_load(dpo_net *n, dpo_file *f, dpo_entry **found)
         ok = a && dpoi_adapter_read(n, a, (int)i, &found[i*3]);
     }
     if (ok && !s.count)
-        ok = dpoi_fail(n->c, DPO_BAD_FILE, "%s: none of its %lld tensors adapts a layer of this %s", dpo_file_path(f), (long long)dpo_file_count(f), n->kind->name);
+        ok = dpoi_fail(n->c, DPO_BAD_FILE, "%s: none of its %lld tensors adapts a layer of this %s", dpo_file_path(f),
+                       (long long)dpo_file_count(f), n->kind->name);
     if (ok) dpoi_net_unknown(n, f);
-    if (ok || s.count) dpoi_adapters_set(n, &s);   /* after a failure too: some of the old tensors moved into it */
+    if (s.a) dpoi_adapters_set(n, &s);
     return ok;
 }
 
@@ -11758,6 +12459,7 @@ DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
     return ok;
 }
 
+/* One tensor to save; the tag of dpo_writer_add. */
 typedef struct dpoi_adapter_item { const dpoi_adapter *a; int role, form; } dpoi_adapter_item;
 
 static int dpoi_adapter_fill(void *user, dpo_writer *w, void *tag)
@@ -11776,21 +12478,22 @@ static int dpoi_adapter_add(dpo_net *n, dpo_writer *w, const dpoi_adapter *a, dp
     const dpoi_param *p = &n->params[a->param];
     char    module[2 * DPOI_PATH], name[2 * DPOI_PATH + 32];
     int64_t shape[4];
-    snprintf(module, sizeof module, "%s_%.*s", n->kind->kohya, (int)dpoi_module_length(p->t->name), p->t->name);
+    snprintf(module, sizeof module, "%s_%.*s", n->kind->kohya, (int)dpoi_module_length(p->name), p->name);
     for (char *s = module; *s; s++) if (*s == '.') *s = '_';
     for (int role = 0; role < DPOI_ROLE_NONE; role++) {
         int rank = 0;
         items[role].a = a;
         items[role].role = role;
         items[role].form = role == DPOI_ROLE_DOWN ? p->form : dpoi_up_form(p->form);
-        if (role != DPOI_ROLE_ALPHA) rank = dpoi_file_shape(role ? a->up : a->down, items[role].form, shape);
+        if (role != DPOI_ROLE_ALPHA) rank = dpoi_file_shape((role ? a->up : a->down)->shape, items[role].form, shape);
         snprintf(name, sizeof name, "%s.%s", module, ends[role]);
         if (!dpo_writer_add(w, name, dtype, rank, shape, &items[role])) return 0;
     }
     return 1;
 }
 
-/* What other programs read to know which models an adapter fits. */
+/* What other programs read to know which models an adapter fits; A1111 and Forge tell SDXL by ss_base_model_version.
+   Nothing is claimed for a network that is none of the published ones. */
 static void dpoi_adapter_metadata(dpo_net *n, dpo_writer *w)
 {
     const dpoi_unet_config *g = n->kind == &dpoi_unet_kind ? (const dpoi_unet_config *)n->config : NULL;
@@ -11833,16 +12536,18 @@ DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
 
 /* ------------------------------------------------------------------------------------------ saving networks */
 
+/* config.json beside the weights, which go to path. */
 static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int dtype)
 {
     char       *config = dpoi_join(n->c, folder, "config.json");
-    dpo_writer *w = config && dpoi_write_file(n->c, config, n->text, strlen(n->text)) ? dpo_writer_new(n->c, path) : NULL;
-    int         ok = w != NULL;
+    int         ok = config && dpoi_write_file(n->c, config, n->text, strlen(n->text));
+    dpo_writer *w = ok ? dpo_writer_new(n->c, path) : NULL;
+    ok = w != NULL;
     dpoi_strfree(n->c, config);
     for (int64_t i = 0; i < n->count && ok; i++) {
         int64_t shape[4];
-        int     rank = dpoi_file_shape(n->params[i].t, n->params[i].form, shape);
-        ok = dpo_writer_add(w, n->params[i].t->name, dpoi_dtype_name(dtype), rank, shape, &n->params[i]);
+        int     rank = dpoi_file_shape(n->params[i].shape, n->params[i].form, shape);
+        ok = dpo_writer_add(w, n->params[i].name, dpoi_dtype_name(dtype), rank, shape, &n->params[i]);
     }
     if (ok) return dpo_writer_save(w, dpoi_net_save_fill, NULL);
     dpo_writer_free(w);
@@ -11876,8 +12581,8 @@ struct dpo_model {
     dpo_tokenizer *tokenizer[2];
     dpo_schedule  schedule;
     int           zeros;                  /* an absent prompt is zeros, not the empty text */
-    int           has_vae, factor;
-    float         latent_scale;
+    int           has_vae, factor;        /* factor: pixels a latent, per axis */
+    float         latent_scale;           /* what latents are multiplied by before they are diffused */
 };
 
 /* Sub-folders of a pipeline, and the files in them that are copied as they are. */
@@ -11886,8 +12591,8 @@ static const char *const dpoi_token_folders[2] = { "tokenizer", "tokenizer_2" };
 static const char *const dpoi_copied[] = {
     "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer.json", "tokenizer/added_tokens.json",
-    "tokenizer_2/vocab.json", "tokenizer_2/merges.txt", "tokenizer_2/tokenizer_config.json", "tokenizer_2/special_tokens_map.json",
-    "tokenizer_2/tokenizer.json", "tokenizer_2/added_tokens.json",
+    "tokenizer_2/vocab.json", "tokenizer_2/merges.txt", "tokenizer_2/tokenizer_config.json",
+    "tokenizer_2/special_tokens_map.json", "tokenizer_2/tokenizer.json", "tokenizer_2/added_tokens.json",
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
     "feature_extractor/preprocessor_config.json", "safety_checker/config.json", "safety_checker/model.safetensors",
     "safety_checker/model.fp16.safetensors"
@@ -11922,7 +12627,7 @@ static char *dpoi_join3(dpo_ctx *c, const char *folder, const char *sub, const c
     return b;
 }
 
-/* Does model_index.json name a class for this component? */
+/* The class that model_index.json names for a component, NULL if it has none: "unet": ["diffusers", CLASS]. */
 static const char *dpoi_component(const dpo_json *index, const char *name)
 {
     return dpo_json_text(dpo_json_at(dpo_json_get(index, name), 1), NULL);
@@ -11934,9 +12639,8 @@ static dpo_net *dpoi_model_net(dpo_model *m, const dpoi_kind *kind, const char *
     dpo_ctx  *c = m->c;
     char     *folder = dpoi_join(c, m->folder, sub), *path = folder ? dpoi_join(c, folder, "config.json") : NULL;
     char     *text = path ? dpoi_config_text(c, path) : NULL;
-    dpo_net  *n = text ? dpoi_net_new(c, kind, text, path, dtype) : NULL;
-    dpo_file *f = n && weights ? dpo_safetensors_open_folder(c, folder, kind->stem) : NULL;
-    if (f && !dpoi_net_fill(n, f)) n = NULL;
+    dpo_file *f = text && weights ? dpo_safetensors_open_folder(c, folder, kind->stem) : NULL;
+    dpo_net  *n = text && dpoi_ok(c) ? dpoi_net_new(c, kind, text, path, dtype, f) : NULL;
     dpo_file_close(f);
     dpoi_strfree(c, text);
     dpoi_strfree(c, path);
@@ -11944,19 +12648,23 @@ static dpo_net *dpoi_model_net(dpo_model *m, const dpoi_kind *kind, const char *
     return dpoi_ok(c) ? n : NULL;
 }
 
+/* Text encoders with their tokenizers. */
 static int dpoi_model_texts(dpo_model *m, const dpo_json *index, int dtype, int weights)
 {
     for (int i = 0; i < 2; i++) {
         char *folder;
+        int   have, vocab;
         if (!dpoi_component(index, dpoi_text_folders[i])) continue;
         if (!(m->text[i] = dpoi_model_net(m, &dpoi_clip_text, dpoi_text_folders[i], dtype, weights))) return 0;
         if (!(folder = dpoi_join(m->c, m->folder, dpoi_token_folders[i]))) return 0;
         m->tokenizer[i] = dpo_tokenizer_load(m->c, folder);
         dpoi_strfree(m->c, folder);
         if (!m->tokenizer[i]) return 0;
-        if (dpo_tokenizer_info(m->tokenizer[i]).vocab > ((const dpoi_clip_config *)m->text[i]->config)->vocab)
-            return dpoi_fail(m->c, DPO_BAD_FILE, "%s/%s has %d tokens, its text encoder only %d", m->folder, dpoi_token_folders[i],
-                             dpo_tokenizer_info(m->tokenizer[i]).vocab, ((const dpoi_clip_config *)m->text[i]->config)->vocab);
+        have = dpo_tokenizer_info(m->tokenizer[i]).vocab;
+        vocab = ((const dpoi_clip_config *)m->text[i]->config)->vocab;
+        if (have > vocab)
+            return dpoi_fail(m->c, DPO_BAD_FILE, "%s/%s has %d tokens, its text encoder only %d", m->folder,
+                             dpoi_token_folders[i], have, vocab);
     }
     return m->text[0] || m->text[1] ? 1 : dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the pipeline has no text encoder", m->folder);
 }
@@ -11980,32 +12688,37 @@ static int dpoi_model_vae(dpo_model *m, const dpo_json *index)
     return dpoi_ok(m->c);
 }
 
+/* The schedule, and its text for saving. */
 static int dpoi_model_scheduler(dpo_model *m)
 {
     char *path = dpoi_join3(m->c, m->folder, "scheduler", "scheduler_config.json");
-    int   ok = path && (m->scheduler = dpoi_config_text(m->c, path)) != NULL && dpo_schedule_load(m->c, path, &m->schedule);
+    int   ok = path && (m->scheduler = dpoi_config_text(m->c, path)) != NULL;
+    ok = ok && dpo_schedule_load(m->c, path, &m->schedule);
     dpoi_strfree(m->c, path);
     return ok;
 }
 
+/* Component by component.  The text encoders, side by side, must be as wide as what the UNet reads. */
 static int dpoi_model_read(dpo_model *m, const dpo_json *index, int dtype, int weights)
 {
     const dpoi_unet_config *g;
     const char *name = dpo_json_text(dpo_json_get(index, "_class_name"), NULL);
     int         width = 0;
     if (!dpoi_component(index, "unet"))
-        return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: a %.100s has no UNet; Stable Diffusion 1, 2, XL and pixel models are supported",
-                         m->folder, name ? name : "folder without _class_name");
+        return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: a %.100s has no UNet; Stable Diffusion 1, 2, XL and pixel models "
+                         "are supported", m->folder, name ? name : "folder without _class_name");
     m->zeros = dpo_json_want_bool(index, "force_zeros_for_empty_prompt", 0);
     if (!(m->unet = dpoi_model_net(m, &dpoi_unet_kind, "unet", dtype, weights))) return 0;
     if (!dpoi_model_texts(m, index, dtype, weights) || !dpoi_model_vae(m, index) || !dpoi_model_scheduler(m)) return 0;
     g = (const dpoi_unet_config *)m->unet->config;
     for (int i = 0; i < 2; i++) if (m->text[i]) width += ((const dpoi_clip_config *)m->text[i]->config)->width;
     if (width != g->context[0])
-        return dpoi_fail(m->c, DPO_BAD_FILE, "%s: the UNet reads text of width %d, the text encoders give %d", m->folder, g->context[0], width);
+        return dpoi_fail(m->c, DPO_BAD_FILE, "%s: the UNet reads text of width %d, the text encoders give %d",
+                         m->folder, g->context[0], width);
     return 1;
 }
 
+/* weights 0: zeros, to be filled in. */
 static dpo_model *dpoi_model_open(dpo_ctx *c, const char *folder, int dtype, int weights)
 {
     dpo_model *m;
@@ -12017,14 +12730,18 @@ static dpo_model *dpoi_model_open(dpo_ctx *c, const char *folder, int dtype, int
     if (!dpoi_own(c, m, dpoi_model_destroy)) return NULL;
     m->folder = dpoi_strdup(c, folder);
     path = m->folder ? dpoi_join(c, folder, "model_index.json") : NULL;
-    if (path && (m->index = dpoi_config_text(c, path)) != NULL) index = dpo_json_parse(c, m->index, strlen(m->index), path);
+    if (path) m->index = dpoi_config_text(c, path);
+    if (m->index) index = dpo_json_parse(c, m->index, strlen(m->index), path);
     ok = index && dpoi_model_read(m, index, dtype, weights);
     dpo_json_free(index);
     dpoi_strfree(c, path);
     return ok ? m : NULL;
 }
 
-DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *folder, int dtype) { return dpoi_model_open(c, folder, dtype, 1); }
+DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *folder, int dtype)
+{
+    return dpoi_model_open(c, folder, dtype, 1);
+}
 
 DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed)
 {
@@ -12037,7 +12754,7 @@ DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t see
 DPOI_UNUSED static dpo_ctx *dpoi_model_ctx(const dpo_model *m) { return m ? m->c : NULL; }
 
 DPO_DEF dpo_net *dpo_model_unet(dpo_model *m) { return m ? m->unet : NULL; }
-DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which) { return m && (which == 0 || which == 1) ? m->text[which] : NULL; }
+DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which) { return m && (which & ~1) == 0 ? m->text[which] : NULL; }
 DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? &m->schedule : NULL; }
 
 DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
@@ -12065,7 +12782,7 @@ DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
     return d;
 }
 
-/* Copy a file that may be missing. */
+/* Copy a file, which may be missing, and make the folder that it goes to. */
 static int dpoi_copy_file(dpo_ctx *c, const char *from, const char *to)
 {
     dpoi_map map;
@@ -12081,6 +12798,7 @@ static int dpoi_copy_file(dpo_ctx *c, const char *from, const char *to)
     return ok;
 }
 
+/* Write folder/sub/name. */
 static int dpoi_save_text(dpo_ctx *c, const char *folder, const char *sub, const char *name, const char *text)
 {
     char *into = dpoi_join(c, folder, sub), *path = into ? dpoi_join(c, into, name) : NULL;
@@ -12090,6 +12808,7 @@ static int dpoi_save_text(dpo_ctx *c, const char *folder, const char *sub, const
     return ok;
 }
 
+/* A network into folder/sub. */
 static int dpoi_model_save_net(dpo_net *n, const char *folder, const char *sub, int dtype)
 {
     char *path = dpoi_join(n->c, folder, sub);
@@ -12098,11 +12817,13 @@ static int dpoi_model_save_net(dpo_net *n, const char *folder, const char *sub, 
     return ok;
 }
 
+/* model_index.json comes last: a folder that has it is whole. */
 DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 {
     if (!m || !folder || !dpoi_ok(m->c)) return 0;
     for (size_t i = 0; i < sizeof dpoi_copied / sizeof dpoi_copied[0]; i++) {
-        char *from = dpoi_join(m->c, m->folder, dpoi_copied[i]), *to = from ? dpoi_join(m->c, folder, dpoi_copied[i]) : NULL;
+        char *from = dpoi_join(m->c, m->folder, dpoi_copied[i]);
+        char *to = from ? dpoi_join(m->c, folder, dpoi_copied[i]) : NULL;
         int   ok = to && dpoi_copy_file(m->c, from, to);
         dpoi_strfree(m->c, to);
         dpoi_strfree(m->c, from);
@@ -12110,8 +12831,9 @@ DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
     }
     if (!dpoi_save_text(m->c, folder, "scheduler", "scheduler_config.json", m->scheduler)) return 0;
     if (!dpoi_model_save_net(m->unet, folder, "unet", dtype)) return 0;
-    for (int i = 0; i < 2; i++) if (m->text[i] && !dpoi_model_save_net(m->text[i], folder, dpoi_text_folders[i], dtype)) return 0;
-    return dpoi_save_text(m->c, folder, "", "model_index.json", m->index);      /* last: with it the folder is a pipeline */
+    for (int i = 0; i < 2; i++)
+        if (m->text[i] && !dpoi_model_save_net(m->text[i], folder, dpoi_text_folders[i], dtype)) return 0;
+    return dpoi_save_text(m->c, folder, "", "model_index.json", m->index);
 }
 
 /* ------------------------------------------------------------------------------------------ text */
@@ -12128,13 +12850,14 @@ DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *promp
     if (have < T) T = have;
     shape[0] = n; shape[1] = T;
     if (!(ids = (int32_t *)dpoi_calloc(m->c, (size_t)n * (size_t)T, sizeof *ids))) return NULL;
-    for (int i = 0; i < n; i++) dpo_tokenize(m->tokenizer[which], prompts[i] ? prompts[i] : "", ids + (size_t)i * (size_t)T, T);
+    for (int i = 0; i < n; i++)
+        dpo_tokenize(m->tokenizer[which], prompts[i] ? prompts[i] : "", ids + (size_t)i * (size_t)T, T);
     t = dpo_tensor_from(m->c, DPO_I32, 2, shape, ids);
     dpoi_release(m->c, ids, (size_t)n * (size_t)T * sizeof *ids);
     return t;
 }
 
-/* x [n,..] with the rows of absent prompts set to zero. */
+/* x [n,..] with the rows of absent prompts (NULL) set to zero, where the pipeline does so (SDXL does). */
 static dpo_tensor *dpoi_blank(dpo_model *m, dpo_tensor *x, const char *const *prompts, int n)
 {
     int64_t     shape[DPO_MAX_RANK] = { 1, 1, 1, 1 };
@@ -12151,6 +12874,8 @@ static dpo_tensor *dpoi_blank(dpo_model *m, dpo_tensor *x, const char *const *pr
     return dpo_binary(m->c, DPO_MUL, dpo_last(x), dpo_last(mask));
 }
 
+/* SD 1 and 2: the last state of one encoder.  SDXL: both encoders' states before the last layer side by side, and the
+   second one's pooled state; its refiner has the second encoder alone. */
 DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, int n, dpo_tensor **pooled)
 {
     dpo_tensor *x = NULL, *p = NULL;
@@ -12183,18 +12908,21 @@ enum {
     DPOI_RANDOM_REWARD                    /* timestep and noise of an implicit reward's draw */
 };
 
-/* ------------------------------------------------------------------------------------------ schedules */
+/* ------------------------------------------------------------------------------------------ schedules
+
+   A picture is destroyed in T steps: beta[t] is the variance that step t adds, abar[t] what is left of the picture's
+   own after it.  Training needs abar alone; samplers walk back along some of the timesteps. */
 
 DPO_DEF dpo_schedule dpo_schedule_sd(void)
 {
     dpo_schedule s;
     memset(&s, 0, sizeof s);
-    s.T = 1000;                           /* scheduler/scheduler_config.json of Stable Diffusion 1.5 */
+    s.T = 1000;                           /* scheduler/scheduler_config.json of Stable Diffusion 1.5, */
     s.beta_schedule = DPO_SCALED_LINEAR;
     s.beta_start = 0.00085;
     s.beta_end = 0.012;
     s.steps_offset = 1;
-    s.sampler = DPO_DDIM;
+    s.sampler = DPO_DDIM;                 /* where that names PNDM */
     return s;
 }
 
@@ -12202,6 +12930,7 @@ DPO_DEF dpo_schedule dpo_schedule_sd(void)
 static float dpoi_linspace(float from, float to, int n, int i)
 {
     float step = n > 1 ? (to - from) / (float)(n - 1) : 0;
+    /* its vector code fuses the product into the sum: in double both are exact, and one rounding remains */
     return (float)(i < n / 2 ? from + (double)step * i : to - (double)step * (n - 1 - i));
 }
 
@@ -12212,10 +12941,13 @@ static double dpoi_cosine_bar(double u)
     return x * x;
 }
 
+/* The noise that step t adds, beta[t], as each schedule has it; arXiv 2006.11239 (linear), 2112.10752 (scaled linear:
+   the roots are evenly spaced), 2102.09672 (cosine: from abar, held below 0.999 where abar nears 0). */
 static float dpoi_beta(const dpo_schedule *s, int t)
 {
     if (s->beta_schedule == DPO_LINEAR) return dpoi_linspace((float)s->beta_start, (float)s->beta_end, s->T, t);
     if (s->beta_schedule == DPO_SCALED_LINEAR) {
+        /* torch rounds the roots to float32 before it spaces them, and squares in float32 */
         float r = dpoi_linspace((float)sqrt(s->beta_start), (float)sqrt(s->beta_end), s->T, t);
         return r * r;
     }
@@ -12239,17 +12971,19 @@ static void dpoi_zero_terminal(float *abar, int T)
     }
 }
 
+/* Every table below divides by T, by abar or by the first beta: settings that would make nonsense stop here. */
 static int dpoi_schedule_ok(dpo_ctx *c, const dpo_schedule *s)
 {
     if (!dpoi_ok(c)) return 0;
-    if (!s || s->T < 2 || s->T > 1000000 || s->beta_schedule < 0 || s->beta_schedule > DPO_COSINE || s->prediction < 0 ||
-        s->prediction > DPO_V_PREDICTION || s->spacing < 0 || s->spacing > DPO_LINSPACE)
+    if (!s || s->T < 2 || s->T > 1000000 || s->beta_schedule < 0 || s->beta_schedule > DPO_COSINE ||
+        s->prediction < 0 || s->prediction > DPO_V_PREDICTION || s->spacing < 0 || s->spacing > DPO_LINSPACE)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "a noise schedule with an impossible setting");
     if (s->beta_schedule != DPO_COSINE && !(s->beta_start > 0 && s->beta_end < 1 && s->beta_start <= s->beta_end))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "a noise schedule needs 0 < beta_start <= beta_end < 1");
     return 1;
 }
 
+/* abar[t] = product over s <= t of (1 - beta[s]) */
 DPO_DEF int dpo_schedule_alphas(dpo_ctx *c, const dpo_schedule *s, float *abar)
 {
     double product = 1;                   /* PyTorch's cumprod carries a double and rounds each element */
@@ -12262,7 +12996,11 @@ DPO_DEF int dpo_schedule_alphas(dpo_ctx *c, const dpo_schedule *s, float *abar)
     return 1;
 }
 
-/* ------------------------------------------------------------------------------------------ scheduler_config.json */
+/* ------------------------------------------------------------------------------------------ scheduler_config.json
+
+   A file names a class of diffusers and says what differs from that class's defaults, which differ from class to class:
+   a file that was saved for one and loaded as another must not change its meaning.  What we cannot compute is refused
+   by name; what makes no difference here (solver orders, `variance_type`) is passed over. */
 
 /* A class's defaults, where classes differ; from the constructors of diffusers 0.42. */
 typedef struct dpoi_scheduler {
@@ -12271,6 +13009,8 @@ typedef struct dpoi_scheduler {
     double      beta_start, beta_end;
 } dpoi_scheduler;
 
+/* Which of our two samplers stands in for a class: multistep and ancestral ones share Euler's view of the noise, in
+   sigmas, PNDM and DDPM that of DDIM. */
 static const dpoi_scheduler dpoi_schedulers[] = {
     { "DDIMScheduler",                   DPO_DDIM,  DPO_LEADING,  1, 1, 0.0001,  0.02  },
     { "PNDMScheduler",                   DPO_DDIM,  DPO_LEADING,  0, 0, 0.0001,  0.02  },
@@ -12288,8 +13028,8 @@ static const char *const dpoi_prediction_names[] = { "epsilon", "v_prediction", 
 static const char *const dpoi_spacing_names[]    = { "leading", "trailing", "linspace", NULL };
 
 /* The place of a text field in a list of names; -1 and an error that names the file for any other text. */
-static int dpoi_config_choice(dpo_ctx *c, const char *path, const dpo_json *v, const char *key, const char *const *names,
-                              int otherwise)
+static int dpoi_config_choice(dpo_ctx *c, const char *path, const dpo_json *v, const char *key,
+                              const char *const *names, int otherwise)
 {
     const char *text = dpo_json_want_text(v, key, names[otherwise]);
     for (int i = 0; text && names[i]; i++)
@@ -12301,23 +13041,28 @@ static int dpoi_config_choice(dpo_ctx *c, const char *path, const dpo_json *v, c
 /* Settings that would change the result and that nothing here computes. */
 static int dpoi_config_plain(dpo_ctx *c, const char *path, const dpo_json *v)
 {
-    static const char *const off[] = { "thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", NULL };
+    static const char *const off[] = { "thresholding", "use_exponential_sigmas", "use_beta_sigmas",
+                                       "use_flow_sigmas", NULL };
     static const char *const unset[] = { "trained_betas", "sigma_min", "sigma_max", NULL };
     const char *final;
     for (int i = 0; off[i]; i++)
-        if (dpo_json_want_bool(v, off[i], 0)) return dpoi_fail(c, DPO_UNSUPPORTED, "%s: %s is not supported", path, off[i]);
+        if (dpo_json_want_bool(v, off[i], 0))
+            return dpoi_fail(c, DPO_UNSUPPORTED, "%s: %s is not supported", path, off[i]);
     for (int i = 0; unset[i]; i++) {
         const dpo_json *field = dpo_json_get(v, unset[i]);
         if (field && dpo_json_type(field) != DPO_JSON_NULL)
             return dpoi_fail(c, DPO_UNSUPPORTED, "%s: %s is not supported", path, unset[i]);
     }
     final = dpo_json_want_text(v, "final_sigmas_type", "zero");
-    if (final && strcmp(final, "zero")) return dpoi_fail(c, DPO_UNSUPPORTED, "%s: final_sigmas_type \"%s\" is not supported", path, final);
+    if (final && strcmp(final, "zero"))   /* sampling ends without noise, or the last step is another one */
+        return dpoi_fail(c, DPO_UNSUPPORTED, "%s: final_sigmas_type \"%s\" is not supported", path, final);
     if (dpo_json_want_bool(v, "clip_sample", 0) && dpo_json_want_double(v, "clip_sample_range", 1, 0, 1e9) != 1)
         return dpoi_fail(c, DPO_UNSUPPORTED, "%s: a clip_sample_range other than 1 is not supported", path);
     return dpoi_ok(c);
 }
 
+/* Field by field, with the defaults of the class that the file names.  PNDM has no clip_sample, whatever a file that
+   was written for another class still says. */
 static int dpoi_schedule_read(dpo_ctx *c, const char *path, const dpo_json *v, dpo_schedule *s)
 {
     const dpoi_scheduler *k = NULL;
@@ -12354,11 +13099,12 @@ static void dpoi_json_without_infinities(char *text, size_t n)
             if (n - i < m || memcmp(text + i, words[k], m)) continue;
             memset(text + i, ' ', m);
             if (m > 3) memcpy(text + i, "null", 4);
-            else memcpy(text + i, "0  ", 3);              /* no room for null, and no configuration has a NaN that matters */
+            else memcpy(text + i, "0  ", 3);              /* no room for null; no field that is read is ever NaN */
         }
     }
 }
 
+/* Parsed from a copy of the text, since infinities are struck out of it first. */
 DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
 {
     char     *text;
@@ -12382,6 +13128,7 @@ static void dpoi_number_text(char out[32], double x)
         if (*p == ',') *p = '.';
 }
 
+/* Fields in the order in which diffusers sorts them; what is not said is the class's default. */
 DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s)
 {
     static const char *const truth[] = { "false", "true" };
@@ -12397,9 +13144,11 @@ DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *
                  ddim ? "DDIMScheduler" : "EulerDiscreteScheduler", end, dpoi_beta_names[s->beta_schedule], start, s->T,
                  dpoi_prediction_names[s->prediction], truth[!!s->zero_terminal_snr], s->steps_offset,
                  dpoi_spacing_names[s->spacing]);
-    if (ddim) n += snprintf(text + n, sizeof text - (size_t)n, "  \"clip_sample\": %s,\n  \"set_alpha_to_one\": %s\n}\n",
-                            truth[!!s->clip_sample], truth[!!s->set_alpha_to_one]);
-    else      n += snprintf(text + n, sizeof text - (size_t)n, "  \"use_karras_sigmas\": %s\n}\n", truth[!!s->karras]);
+    if (ddim)
+        n += snprintf(text + n, sizeof text - (size_t)n, "  \"clip_sample\": %s,\n  \"set_alpha_to_one\": %s\n}\n",
+                      truth[!!s->clip_sample], truth[!!s->set_alpha_to_one]);
+    else
+        n += snprintf(text + n, sizeof text - (size_t)n, "  \"use_karras_sigmas\": %s\n}\n", truth[!!s->karras]);
     return dpoi_write_file(c, path, text, (size_t)n);
 }
 
@@ -12432,7 +13181,7 @@ static int dpoi_noise_fill(dpo_ctx *c, dpo_noise *n, const dpo_schedule *s, floa
     int64_t shape[2];
     if (!dpo_schedule_alphas(c, s, v)) return 0;
     for (int t = 0; t < s->T; t++) {
-        float abar = v[t];
+        float abar = v[t];                /* rounded where PyTorch rounds: the loss is compared with its own */
         v[t] = sqrtf(abar);
         v[s->T + t] = sqrtf(1 - abar);
         v[2*s->T + t] = -sqrtf(1 - abar);
@@ -12447,6 +13196,7 @@ static int dpoi_noise_fill(dpo_ctx *c, dpo_noise *n, const dpo_schedule *s, floa
     return n->time && dpo_write(n->time, v + 3*s->T);
 }
 
+/* Four tables through one scratch buffer; what exists when something fails is freed by the same destructor. */
 DPO_DEF dpo_noise *dpo_noise_new(dpo_ctx *c, const dpo_schedule *s)
 {
     dpo_noise *n;
@@ -12465,17 +13215,20 @@ DPO_DEF dpo_noise *dpo_noise_new(dpo_ctx *c, const dpo_schedule *s)
 
 DPO_DEF void dpo_noise_free(dpo_noise *n) { if (n) dpoi_disown(n->ctx, n); }
 
+/* x_t = signal[t] x0 + noise[t] e */
 DPO_DEF dpo_tensor *dpo_noise_add(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
 {
     return n && x0 ? dpo_mix(x0->ctx, x0, noise, n->signal, n->noise, t) : NULL;
 }
 
+/* epsilon: e itself.  v = signal[t] e - noise[t] x0: the velocity of x along the angle whose cosine is signal[t]. */
 DPO_DEF dpo_tensor *dpo_noise_target(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
 {
     if (!n || !x0) return NULL;
     return n->prediction == DPO_EPSILON ? noise : dpo_mix(x0->ctx, noise, x0, n->signal, n->minus, t);
 }
 
+/* t I32 [N] -> F32 [N]: a look-up, so that timesteps need not pass through the host. */
 DPO_DEF dpo_tensor *dpo_noise_time(const dpo_noise *n, dpo_tensor *t)
 {
     return n && t ? dpo_reshape(n->ctx, dpo_embed(n->ctx, n->time, t), 1, t->shape) : NULL;
@@ -12490,13 +13243,14 @@ DPO_DEF dpo_tensor *dpo_noise_time(const dpo_noise *n, dpo_tensor *t)
 
 enum { DPOI_A, DPOI_B, DPOI_C, DPOI_D, DPOI_E, DPOI_F, DPOI_P, DPOI_SCALE };
 
+/* Row A, B, ... of the table, [steps]. */
 static float *dpoi_row_of(const dpo_sampler *s, int row) { return s->host + (int64_t)row * s->steps; }
 
 /* Timestep k of n, counted from the noisy end; arXiv 2305.08891, table 2. */
 static double dpoi_timestep(const dpo_schedule *s, int n, int k)
 {
-    if (s->spacing == DPO_LEADING)  return (double)(s->T / n) * (n - 1 - k) + s->steps_offset;
-    if (s->spacing == DPO_TRAILING) return rint(s->T - k * ((double)s->T / n)) - 1;
+    if (s->spacing == DPO_LEADING)  return (double)(s->T / n) * (n - 1 - k) + s->steps_offset;     /* 951 ... 51 1 */
+    if (s->spacing == DPO_TRAILING) return rint(s->T - k * ((double)s->T / n)) - 1;                /* 999 ... 99 49 */
     return n > 1 ? (n - 1 - k) * ((s->T - 1.0) / (n - 1)) : 0;
 }
 
@@ -12506,14 +13260,16 @@ static int dpoi_fill_ddim(dpo_sampler *s, const dpo_schedule *h, const float *ab
 {
     for (int k = 0; k < s->steps; k++) {
         int    t = (int)rint(dpoi_timestep(h, s->steps, k)), to = t - h->T / s->steps;
-        if (t < 0 || t >= h->T) return dpoi_fail(s->ctx, DPO_BAD_ARGUMENT, "%d steps with this offset leave the schedule", s->steps);
-        double a = abar[t], b = to >= 0 ? abar[to] : h->set_alpha_to_one ? 1.0 : abar[0];
+        if (t < 0 || t >= h->T)           /* steps_offset can push the first one over the end */
+            return dpoi_fail(s->ctx, DPO_BAD_ARGUMENT, "%d steps with this offset leave the schedule", s->steps);
+        double a = abar[t], b = to >= 0 ? abar[to] : h->set_alpha_to_one ? 1.0 : abar[0];  /* a and a' */
         double sa = sqrt(a), sn = sqrt(1 - a), sigma = eta * sqrt((1 - b) / (1 - a) * (1 - a / b));
         double P = sqrt(b), dir = 1 - b - sigma*sigma;
         double noise_x = 0, noise_p = 1, E = 1 / sa, F = -sn / sa;
         if (h->prediction == DPO_V_PREDICTION) { E = sa; F = -sn; noise_x = sn; noise_p = sa; }
-        else if (a <= 0) return dpoi_fail(s->ctx, DPO_UNSUPPORTED, "epsilon prediction has nothing to say at timestep %d: no signal", t);
-        dir = dir > 0 ? sqrt(dir) : 0;
+        else if (a <= 0)                  /* x is noise alone: x0 = (x - e)/0 */
+            return dpoi_fail(s->ctx, DPO_UNSUPPORTED, "epsilon prediction cannot start where no signal is left");
+        dir = dir > 0 ? sqrt(dir) : 0;    /* eta 1 takes all of it, and rounding a little more */
         s->t[k] = (float)t;
         dpoi_row_of(s, DPOI_A)[k] = (float)(P*E + dir*noise_x);
         dpoi_row_of(s, DPOI_B)[k] = (float)(P*F + dir*noise_p);
@@ -12523,7 +13279,7 @@ static int dpoi_fill_ddim(dpo_sampler *s, const dpo_schedule *h, const float *ab
         dpoi_row_of(s, DPOI_P)[k] = (float)P;
         dpoi_row_of(s, DPOI_SCALE)[k] = 1;
     }
-    s->init_sigma = 1;
+    s->init_sigma = 1;                    /* DDIM's x always has variance 1: no scaling of the input either */
     s->clip = h->clip_sample;
     return 1;
 }
@@ -12541,7 +13297,7 @@ static double dpoi_sigma_at(const float *sigmas, int T, double t)
 static double dpoi_time_of(const float *sigmas, int T, double sigma)
 {
     double x = log(sigma > 1e-10 ? sigma : 1e-10), low, high, w;
-    int    i = 0;
+    int    i = 0;                         /* the last timestep whose sigma is not larger: they rise with t */
     while (i < T - 2 && log((double)sigmas[i+1]) <= x) i++;
     low = log((double)sigmas[i]);
     high = log((double)sigmas[i+1]);
@@ -12557,14 +13313,14 @@ static void dpoi_karras(double *sigma, int n)
     for (int k = 0; k < n; k++) sigma[k] = pow(most + (n > 1 ? k / (n - 1.0) : 0) * (least - most), 7);
 }
 
-/* Euler on x = x0 + sigma noise, arXiv 2206.00364, algorithm 1 without churn; with s = sigma, s' the next one, 0 at the end:
+/* Euler on x = x0 + sigma noise, arXiv 2206.00364, algorithm 1 without churn.  s = sigma, s' the next one, 0 at last:
      input = x/sqrt(s^2+1),   x' = x + (x - x0)/s (s' - s)
      epsilon  x0 = x - s p              v  x0 = x/(s^2+1) - s/sqrt(s^2+1) p */
 static int dpoi_fill_euler(dpo_sampler *s, const dpo_schedule *h, float *abar, double *sigma)
 {
     double most = 0;
-    if (abar[h->T-1] <= 0) abar[h->T-1] = 5.9604645e-8f;                     /* 2^-24, as diffusers does, for sigma must end */
-    for (int t = 0; t < h->T; t++) abar[t] = (float)sqrt((1.0f - abar[t]) / abar[t]);
+    if (abar[h->T-1] <= 0) abar[h->T-1] = 5.9604645e-8f;  /* 2^-24, as diffusers does: no sigma is infinite */
+    for (int t = 0; t < h->T; t++) abar[t] = (float)sqrt((1.0f - abar[t]) / abar[t]);      /* from here on: sigmas */
     for (int k = 0; k < s->steps; k++) {
         s->t[k] = (float)dpoi_timestep(h, s->steps, k);
         sigma[k] = dpoi_sigma_at(abar, h->T, s->t[k]);
@@ -12574,6 +13330,7 @@ static int dpoi_fill_euler(dpo_sampler *s, const dpo_schedule *h, float *abar, d
         for (int k = 0; k < s->steps; k++) s->t[k] = (float)dpoi_time_of(abar, h->T, sigma[k]);
     }
     for (int k = 0; k < s->steps; k++) {
+        /* Sigmas are float32 in diffusers once they are spaced; ds = s' - s, q = s^2 + 1. */
         double v = (float)sigma[k], ds = (k + 1 < s->steps ? (float)sigma[k+1] : 0) - v, q = v*v + 1;
         int    eps = h->prediction == DPO_EPSILON;
         if (!(v > 0)) return dpoi_fail(s->ctx, DPO_BAD_ARGUMENT, "a sampler's sigma is not above 0");
@@ -12584,6 +13341,7 @@ static int dpoi_fill_euler(dpo_sampler *s, const dpo_schedule *h, float *abar, d
         dpoi_row_of(s, DPOI_F)[k] = (float)(eps ? -v : -v / sqrt(q));
         dpoi_row_of(s, DPOI_SCALE)[k] = (float)(1 / sqrt(q));
     }
+    /* With leading spacing the first timestep is not the last of the schedule: its x0 is not yet gone. */
     s->init_sigma = (float)(h->spacing == DPO_LEADING ? sqrt(most*most + 1) : most);
     return 1;
 }
@@ -12600,6 +13358,7 @@ static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, s, sizeof *s);
 }
 
+/* Fill the host's table: abar first, then the sampler's own formulas.  The device gets its copy afterwards. */
 static int dpoi_sampler_rows(dpo_sampler *s, const dpo_schedule *h, const dpo_sampler_desc *d)
 {
     dpo_ctx *c = s->ctx;
@@ -12616,6 +13375,7 @@ static int dpoi_sampler_rows(dpo_sampler *s, const dpo_schedule *h, const dpo_sa
     return ok;
 }
 
+/* Host table, device rows, and what the rows imply: a sampler with D != 0 anywhere needs fresh noise. */
 static int dpoi_sampler_fill(dpo_sampler *s, const dpo_schedule *h, const dpo_sampler_desc *d)
 {
     dpo_ctx *c = s->ctx;
@@ -12630,6 +13390,7 @@ static int dpoi_sampler_fill(dpo_sampler *s, const dpo_schedule *h, const dpo_sa
     return 1;
 }
 
+/* More steps than timesteps cannot be spaced; eta above 1 would take more variance than there is. */
 DPO_DEF dpo_sampler *dpo_sampler_new(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_desc *d)
 {
     dpo_sampler *s;
@@ -12653,7 +13414,7 @@ static dpo_tensor *dpoi_same_index(dpo_ctx *c, int64_t n, int k)
 {
     int32_t    *v = (int32_t *)dpoi_calloc(c, (size_t)n, sizeof *v);
     int64_t     shape[1];
-    dpo_tensor *x = NULL;
+    dpo_tensor *x;
     if (!v) return NULL;
     for (int64_t i = 0; i < n; i++) v[i] = k;
     shape[0] = n;
@@ -12662,13 +13423,16 @@ static dpo_tensor *dpoi_same_index(dpo_ctx *c, int64_t n, int k)
     return x;
 }
 
+/* Is there a sampler, a step of that number and a state to work on? */
 static int dpoi_sampler_ready(dpo_sampler *s, int step, const dpo_tensor *x)
 {
     if (!s || !x || !dpoi_ok(s->ctx)) return 0;
-    if (step < 0 || step >= s->steps) return dpoi_fail(s->ctx, DPO_BAD_ARGUMENT, "a sampler of %d steps has no step %d", s->steps, step);
+    if (step < 0 || step >= s->steps)
+        return dpoi_fail(s->ctx, DPO_BAD_ARGUMENT, "a sampler of %d steps has no step %d", s->steps, step);
     return 1;
 }
 
+/* scale[k] x.  Row C of zeros serves as the second coefficient: x + 0 x. */
 DPO_DEF dpo_tensor *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x)
 {
     if (!dpoi_sampler_ready(s, step, x)) return NULL;
@@ -12691,6 +13455,7 @@ static int dpoi_copy_into(dpo_tensor *dst, int64_t at, const dpo_tensor *src)
 static int dpoi_sampler_keep(dpo_sampler *s, const dpo_tensor *x0)
 {
     if (!x0) return 0;
+    /* another batch size than last time */
     if (s->x0 && dpo_count(s->x0) != dpo_count(x0)) { dpo_param_free(s->x0); s->x0 = NULL; }
     if (!s->x0) s->x0 = dpo_param_new(s->ctx, DPO_F32, x0->rank, x0->shape, NULL);
     return s->x0 && dpoi_copy_into(s->x0, 0, x0);
@@ -12702,13 +13467,15 @@ static dpo_tensor *dpoi_sampler_add(dpo_sampler *s, dpo_tensor *y, dpo_tensor *a
     return dpo_mix(s->ctx, y, add, s->one, s->rows[row], k);
 }
 
+/* x' = A x + B p, and what not every sampler has: clipping of x0 = E x + F p (DDIM's x0 enters x' with the factor P,
+   so the clipped difference is added with it), the last x0, fresh noise. */
 DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dpo_tensor *pred, dpo_tensor *z)
 {
     dpo_ctx    *c = s ? s->ctx : NULL;
     dpo_tensor *k, *y, *x0 = NULL, *over;
     int         history;
     if (!pred || !dpoi_sampler_ready(s, step, x)) return NULL;
-    history = step + 1 < s->steps && dpoi_row_of(s, DPOI_C)[step + 1] != 0;
+    history = step + 1 < s->steps && dpoi_row_of(s, DPOI_C)[step + 1] != 0;    /* will the next step ask for x0? */
     k = dpoi_same_index(c, x->shape[0], step);
     y = dpo_mix(c, x, pred, s->rows[DPOI_A], s->rows[DPOI_B], k);
     if (s->clip || history) x0 = dpo_mix(c, x, pred, s->rows[DPOI_E], s->rows[DPOI_F], k);
@@ -12723,7 +13490,11 @@ DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dp
     return dpoi_sampler_add(s, y, z, DPOI_D, k);
 }
 
-/* ------------------------------------------------------------------------------------------ pictures from prompts */
+/* ------------------------------------------------------------------------------------------ pictures from prompts
+
+   Per batch: text once, noise once, then the sampler's steps, each in a scope of its own, so that at any time only the
+   state, the text and one forward pass are held.  A picture's numbers depend on (seed, its key) alone: two models, or
+   two batch sizes, start from the same noise and can be compared picture by picture. */
 
 /* One call of dpo_sample, as its parts see it. */
 typedef struct dpoi_sampling {
@@ -12743,11 +13514,12 @@ enum { DPOI_SAMPLING_BATCH = 64 };        /* the most pictures in one pass */
 /* The text of this batch; where there are no prompts, what stands for absent ones in this family. */
 static dpo_tensor *dpoi_sampling_text(const dpoi_sampling *g, const char *const *prompts, dpo_tensor **pooled)
 {
-    const char *absent[DPOI_SAMPLING_BATCH];
+    const char *absent[DPOI_SAMPLING_BATCH];              /* NULL: no prompt at all, which SDXL takes for zeros */
     memset((void *)absent, 0, sizeof absent);
     return dpo_encode_text(g->m, prompts ? prompts + g->first : absent, g->count, pooled);
 }
 
+/* [N,..] -> [2N,..]: for [negative, prompt], for [winners, losers]. */
 static dpo_tensor *dpoi_twice(dpo_ctx *c, dpo_tensor *x) { return dpo_concat(c, x, x, 0); }
 
 /* What SDXL is told beside the text, [n,6]: original height and width, crop, target height and width.  The refiner has
@@ -12770,11 +13542,13 @@ static dpo_tensor *dpoi_time_ids(dpo_ctx *c, int n, int ids, int64_t height, int
     return x;
 }
 
+/* The caller's sizes for this batch, or those of the picture itself. */
 static dpo_tensor *dpoi_sampling_sizes(const dpoi_sampling *g)
 {
     dpo_tensor *x;
     if (g->d->time_ids) x = dpo_slice(g->c, g->d->time_ids, 0, g->first, g->count);
-    else x = dpoi_time_ids(g->c, g->count, g->info.time_ids, g->latent[0] * g->info.factor, g->latent[1] * g->info.factor);
+    else x = dpoi_time_ids(g->c, g->count, g->info.time_ids, g->latent[0] * g->info.factor,
+                           g->latent[1] * g->info.factor);
     return g->guided ? dpoi_twice(g->c, x) : x;
 }
 
@@ -12788,10 +13562,10 @@ static int dpoi_sampling_prepare(dpoi_sampling *g)
     for (int i = 0; i < g->count; i++) keys[i] = g->d->keys ? g->d->keys[g->first + i] : g->first + i;
     shape[0] = g->count;
     g->keys = dpo_tensor_from(c, DPO_I32, 1, shape, keys);
-    g->pooled = g->time_ids = NULL;
+    g->pooled = g->time_ids = NULL;       /* only SDXL has them */
     g->emb = dpoi_sampling_text(g, g->d->prompts, &g->pooled);
     if (g->guided) {
-        away = dpoi_sampling_text(g, g->d->negative, &away_pooled);
+        away = dpoi_sampling_text(g, g->d->negative, &away_pooled);        /* first: u, then c, as in the formula */
         g->emb = dpo_concat(c, away, g->emb, 0);
         if (g->pooled) g->pooled = dpo_concat(c, away_pooled, g->pooled, 0);
     }
@@ -12807,9 +13581,9 @@ static dpo_tensor *dpoi_sampling_predict(const dpoi_sampling *g, int step, dpo_t
     int64_t     shape[1];
     dpo_unet_in in;
     dpo_tensor *p, *u;
-    memset(&in, 0, sizeof in);
+    memset(&in, 0, sizeof in);            /* the fields of other families stay NULL */
     in.x = dpo_sampler_input(g->s, step, x);
-    if (g->guided) in.x = dpoi_twice(c, in.x);
+    if (g->guided) in.x = dpoi_twice(c, in.x);            /* both see the same x, and differ in the text alone */
     shape[0] = g->guided ? 2 * g->count : g->count;
     for (int64_t i = 0; i < shape[0]; i++) t[i] = g->s->t[step];
     in.t = dpo_tensor_from(c, DPO_F32, 1, shape, t);
@@ -12818,7 +13592,7 @@ static dpo_tensor *dpoi_sampling_predict(const dpoi_sampling *g, int step, dpo_t
     in.time_ids = g->time_ids;
     in.adapters_off = g->d->adapters_off;
     if (!in.x || !(p = dpo_unet(dpo_model_unet(g->m), &in)) || !g->guided) return in.x ? p : NULL;
-    u = dpo_slice(c, p, 0, 0, g->count);
+    u = dpo_slice(c, p, 0, 0, g->count);                  /* [count,h,w,C] each */
     p = dpo_slice(c, dpo_last(p), 0, g->count, g->count);
     p = dpo_affine(c, dpo_binary(c, DPO_SUB, dpo_last(p), u), g->d->guidance, 0);
     return dpo_binary(c, DPO_ADD, u, p);
@@ -12830,6 +13604,7 @@ static dpo_tensor *dpoi_sampling_batch(dpoi_sampling *g)
     dpo_ctx    *c = g->c;
     dpo_tensor *x = NULL, *p, *z = NULL;
     if (!dpoi_sampling_prepare(g)) return NULL;
+    /* x_T: unit noise, given or drawn, times the sampler's first sigma. */
     if (g->d->start) x = dpo_slice(c, g->d->start, 0, g->first, g->count);
     else             x = dpo_randn(c, g->d->seed, DPOI_RANDOM_START, 0, g->keys, 3, g->latent);
     x = dpo_affine(c, dpo_last(x), g->s->init_sigma, 0);
@@ -12850,6 +13625,7 @@ static dpo_tensor *dpoi_sampling_batch(dpoi_sampling *g)
     return x;
 }
 
+/* Check the request and make the table of its sampler.  What is wrong is said before any network runs. */
 static int dpoi_sampling_begin(dpoi_sampling *g, dpo_model *m, const dpo_sample_desc *d)
 {
     dpo_sampler_desc sd;
@@ -12867,16 +13643,17 @@ static int dpoi_sampling_begin(dpoi_sampling *g, dpo_model *m, const dpo_sample_
     g->latent[2] = g->info.channels;
     if (d->n < 1 || !d->prompts || d->width < 0 || d->height < 0 || d->width % f || d->height % f || d->batch < 0 ||
         d->batch > DPOI_SAMPLING_BATCH)
-        return dpoi_fail(g->c, DPO_BAD_ARGUMENT, "sampling needs n > 0 prompts, a size that %d divides, and batches of at most %d", f,
-                         (int)DPOI_SAMPLING_BATCH);
-    if (d->start && (d->start->rank != 4 || d->start->shape[0] != d->n || memcmp(d->start->shape + 1, g->latent, sizeof g->latent)))
+        return dpoi_fail(g->c, DPO_BAD_ARGUMENT, "sampling: prompts, a size that %d divides, batches of at most %d",
+                         f, (int)DPOI_SAMPLING_BATCH);
+    if (d->start && (d->start->rank != 4 || d->start->shape[0] != d->n ||
+                     memcmp(d->start->shape + 1, g->latent, sizeof g->latent)))
         return dpoi_fail(g->c, DPO_BAD_SHAPE, "sampling starts from [%d,%lld,%lld,%d]", d->n, (long long)g->latent[0],
                          (long long)g->latent[1], g->info.channels);
     sd.sampler = d->sampler;
     sd.steps = d->steps;
     sd.eta = d->eta;
     if (!(g->s = dpo_sampler_new(g->c, dpo_model_schedule(m), &sd))) return 0;
-    if (f > 1) g->s->clip = 0;            /* latents are not bounded; diffusers' pipelines turn it off for them too */
+    if (f > 1) g->s->clip = 0;            /* latents have no bounds; diffusers' pipelines turn it off for them too */
     return 1;
 }
 
@@ -12885,12 +13662,13 @@ static int dpoi_sampling_run(dpoi_sampling *g, uint8_t *rgb, dpo_tensor **all)
 {
     const dpo_sample_desc *d = g->d;
     int64_t bytes = g->latent[0] * g->latent[1] * 3;
-    int     batch = d->batch ? d->batch : 8;
+    int     batch = d->batch ? d->batch : 8;              /* enough rows to keep the products' panels busy */
     for (g->first = 0; g->first < d->n; g->first += batch) {
         int64_t     scope = dpo_scope(g->c);
         dpo_tensor *x;
         g->count = d->n - g->first < batch ? d->n - g->first : batch;
         x = dpoi_sampling_batch(g);
+        /* Bytes leave before the scope ends; latents go to the scope around it. */
         if (x && rgb && !dpo_to_rgb(x, rgb + bytes * g->first)) x = NULL;
         if (!x) { dpo_scope_end(g->c, scope, NULL); return 0; }
         x = dpo_scope_end(g->c, scope, all ? x : NULL);
@@ -12899,6 +13677,8 @@ static int dpoi_sampling_run(dpoi_sampling *g, uint8_t *rgb, dpo_tensor **all)
     return dpoi_ok(g->c);
 }
 
+/* Nothing of it is recorded.  The count of no_grad comes back on every way out, so that a host can go on after an
+   error. */
 DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
 {
     dpoi_sampling g;
@@ -12906,7 +13686,7 @@ DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
     if (!rgb || !dpoi_sampling_begin(&g, m, d)) return 0;
     if (g.info.channels != 3 || g.info.factor != 1) {
         dpo_sampler_free(g.s);
-        return dpoi_fail(g.c, DPO_UNSUPPORTED, "this model diffuses latents, and their decoder is not there: use dpo_sample_latents");
+        return dpoi_fail(g.c, DPO_UNSUPPORTED, "dpo_sample: this model diffuses latents, whose decoder is not there");
     }
     dpo_no_grad(g.c, 1);
     ok = dpoi_sampling_run(&g, rgb, NULL);
@@ -12915,6 +13695,7 @@ DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
     return ok;
 }
 
+/* The joined states live in the caller's scope. */
 DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
 {
     dpoi_sampling g;
@@ -12936,17 +13717,18 @@ DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
    implementation, wherever that is.  Its allocations are malloc's: it offers no place for a context. */
 #ifndef DIFFDPO_NO_STB
 #if defined(STBI_INCLUDE_STB_IMAGE_H) && defined(INCLUDE_STB_IMAGE_WRITE_H)
-#define DPOI_STB 1
+#define DPOI_STB 1                        /* the host's */
 #elif defined(__has_include)
 #if __has_include(<stb/stb_image.h>) && __has_include(<stb/stb_image_write.h>)
-#define DPOI_STB 2
+#define DPOI_STB 2                        /* Debian, Alpine, Nix */
 #elif __has_include("stb_image.h") && __has_include("stb_image_write.h")
-#define DPOI_STB 3
+#define DPOI_STB 3                        /* vcpkg, or a copy beside the host's own files */
 #endif
 #endif
 #endif
 
 #if defined(DPOI_STB) && DPOI_STB > 1
+/* Nobody calls all of stb: what stays unused in it, and how it compares signs, is no news to the host. */
 #if defined(__CUDACC__)
 #pragma nv_diagnostic push
 #pragma nv_diag_suppress 177
@@ -12965,10 +13747,10 @@ DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
 #define STB_IMAGE_IMPLEMENTATION
 #define STB_IMAGE_STATIC
 #define stbi__unpremultiply_on_load_thread stbi_set_unpremultiply_on_load_thread   /* misspelt in 2.27: declared only */
-#define STBI_NO_STDIO
-#define STBI_NO_HDR
+#define STBI_NO_STDIO                     /* bytes come through our own file layer */
+#define STBI_NO_HDR                       /* no floats, whose conversion needs pow */
 #define STBI_NO_LINEAR
-#define STBI_ASSERT(x) ((void)0)
+#define STBI_ASSERT(x) ((void)0)          /* a broken file must not end the host */
 #if DPOI_STB == 2
 #include <stb/stb_image.h>
 #else
@@ -13014,8 +13796,9 @@ enum {
 
    A picture's bytes stand behind a word that says how many they are, so that the context can free what it is handed. */
 
-enum { DPOI_IMAGE_HEAD = 64 };
+enum { DPOI_IMAGE_HEAD = 64 };            /* more than the word needs: pixels start on a cache line */
 
+/* `object` is the first pixel, which is what the host holds. */
 static void dpoi_image_destroy(dpo_ctx *c, void *object)
 {
     unsigned char *base = (unsigned char *)object - DPOI_IMAGE_HEAD;
@@ -13024,14 +13807,16 @@ static void dpoi_image_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, base, bytes);
 }
 
+/* `what` names the file or the purpose in the error. */
 static int dpoi_image_fits(dpo_ctx *c, const char *what, int64_t width, int64_t height)
 {
-    if (width >= 1 && height >= 1 && width <= DPOI_IMAGE_SIDE && height <= DPOI_IMAGE_SIDE && width * height <= DPOI_IMAGE_PIXELS)
-        return 1;
-    return dpoi_fail(c, DPO_BAD_FILE, "%.400s: a picture of %lldx%lld pixels; the limit is %d a side and %d in all", what,
-                     (long long)width, (long long)height, (int)DPOI_IMAGE_SIDE, (int)DPOI_IMAGE_PIXELS);
+    if (width >= 1 && height >= 1 && width <= DPOI_IMAGE_SIDE && height <= DPOI_IMAGE_SIDE &&
+        width * height <= DPOI_IMAGE_PIXELS) return 1;
+    return dpoi_fail(c, DPO_BAD_FILE, "%.400s: a picture of %lldx%lld pixels; the limit is %d a side and %d in all",
+                     what, (long long)width, (long long)height, (int)DPOI_IMAGE_SIDE, (int)DPOI_IMAGE_PIXELS);
 }
 
+/* rgb [height,width,3], black. */
 DPO_DEF int dpo_image_new(dpo_ctx *c, int width, int height, dpo_image *out)
 {
     size_t         bytes;
@@ -13042,6 +13827,7 @@ DPO_DEF int dpo_image_new(dpo_ctx *c, int width, int height, dpo_image *out)
     bytes = DPOI_IMAGE_HEAD + (size_t)width * (size_t)height * 3;
     if (!(base = (unsigned char *)dpoi_calloc(c, bytes, 1))) return 0;
     memcpy(base, &bytes, sizeof bytes);
+    /* A failed dpoi_own destroys what it was given. */
     if (!dpoi_own(c, base + DPOI_IMAGE_HEAD, dpoi_image_destroy)) return 0;
     out->width = width;
     out->height = height;
@@ -13049,6 +13835,7 @@ DPO_DEF int dpo_image_new(dpo_ctx *c, int width, int height, dpo_image *out)
     return 1;
 }
 
+/* Twice is once: the picture is empty afterwards. */
 DPO_DEF void dpo_image_free(dpo_ctx *c, dpo_image *x)
 {
     if (!c || !x || !x->rgb) return;
@@ -13056,6 +13843,7 @@ DPO_DEF void dpo_image_free(dpo_ctx *c, dpo_image *x)
     memset(x, 0, sizeof *x);
 }
 
+/* A picture from a host is looked at before it is used: its fields are the host's. */
 static int dpoi_image_ok(dpo_ctx *c, const dpo_image *x)
 {
     if (!dpoi_ok(c)) return 0;
@@ -13067,10 +13855,22 @@ static int dpoi_image_ok(dpo_ctx *c, const dpo_image *x)
 
 #ifdef DPOI_STB
 
+/* What stb calls an unknown type may be a PNG that is too large for it: say so.  Sizes stand at bytes 16 and 20. */
+static int dpoi_png_fits(dpo_ctx *c, const char *path, const dpoi_map *m)
+{
+    static const unsigned char sign[8] = { 0x89, 'P', 'N', 'G', 13, 10, 26, 10 };
+    int64_t side[2] = { 0, 0 };
+    if (m->size < 24 || memcmp(m->data, sign, 8)) return 1;
+    for (int i = 0; i < 8; i++) side[i / 4] = side[i / 4] * 256 + m->data[16 + i];
+    return dpoi_image_fits(c, path, side[0], side[1]);
+}
+
 /* Size and channels out of a file's first bytes, within the limits. */
 static int dpoi_image_header(dpo_ctx *c, const char *path, const dpoi_map *m, int *w, int *h, int *channels)
 {
-    if (m->size < 1 || m->size > INT_MAX) return dpoi_fail(c, DPO_BAD_FILE, "%.400s: not an image: %llu bytes", path, (unsigned long long)m->size);
+    if (m->size < 1 || m->size > INT_MAX)
+        return dpoi_fail(c, DPO_BAD_FILE, "%.400s: not an image: %llu bytes", path, (unsigned long long)m->size);
+    if (!dpoi_png_fits(c, path, m)) return 0;
     if (!stbi_info_from_memory(m->data, (int)m->size, w, h, channels))
         return dpoi_fail(c, DPO_BAD_FILE, "%.400s: not an image that stb_image reads: %s", path, stbi_failure_reason());
     return dpoi_image_fits(c, path, *w, *h);
@@ -13081,14 +13881,16 @@ static void dpoi_over_white(const unsigned char *rgba, int64_t n, uint8_t *rgb)
 {
     for (int64_t i = 0; i < n; i++)
         for (int k = 0; k < 3; k++) {
-            int a = rgba[4*i + 3];
+            int a = rgba[4*i + 3];        /* 0 to 255; the 127 rounds */
             rgb[3*i + k] = (uint8_t)((a * rgba[4*i + k] + (255 - a) * 255 + 127) / 255);
         }
 }
 
+/* Decoded as RGB, or as RGBA where the file has an alpha channel, which is laid over white: a transparent pixel has a
+   colour in the file, often black, that nobody is meant to see. */
 static int dpoi_image_decode(dpo_ctx *c, const char *path, const dpoi_map *m, dpo_image *out)
 {
-    int            w, h, channels, want;
+    int            w, h, channels, want;  /* channels: grey, grey and alpha, RGB, RGBA */
     unsigned char *pixels;
     if (!dpoi_image_header(c, path, m, &w, &h, &channels) || !dpo_image_new(c, w, h, out)) return 0;
     want = channels == 2 || channels == 4 ? 4 : 3;
@@ -13097,7 +13899,9 @@ static int dpoi_image_decode(dpo_ctx *c, const char *path, const dpoi_map *m, dp
         dpo_image_free(c, out);
         return dpoi_fail(c, DPO_BAD_FILE, "%.400s: cannot be decoded: %s", path, stbi_failure_reason());
     }
-    if (w != out->width || h != out->height) dpoi_fail(c, DPO_BAD_FILE, "%.400s: its size is not the one in its header", path);
+    /* The header was read twice, by two parts of stb; what does not fit must not be copied. */
+    if (w != out->width || h != out->height)
+        dpoi_fail(c, DPO_BAD_FILE, "%.400s: its size is not the one in its header", path);
     else if (want == 4) dpoi_over_white(pixels, (int64_t)w * h, out->rgb);
     else memcpy(out->rgb, pixels, (size_t)w * (size_t)h * 3);
     stbi_image_free(pixels);
@@ -13105,6 +13909,7 @@ static int dpoi_image_decode(dpo_ctx *c, const char *path, const dpoi_map *m, dp
     return dpo_status(c) == DPO_OK;
 }
 
+/* stb decodes from memory, so that paths, mapping and their errors are ours on every system. */
 DPO_DEF int dpo_image_load(dpo_ctx *c, const char *path, dpo_image *out)
 {
     dpoi_map m;
@@ -13116,6 +13921,7 @@ DPO_DEF int dpo_image_load(dpo_ctx *c, const char *path, dpo_image *out)
     return ok;
 }
 
+/* Only the pages that hold the header are read. */
 DPO_DEF int dpo_image_size(dpo_ctx *c, const char *path, int *width, int *height)
 {
     dpoi_map m;
@@ -13128,9 +13934,11 @@ DPO_DEF int dpo_image_size(dpo_ctx *c, const char *path, int *width, int *height
 
 typedef struct dpoi_png { dpo_ctx *c; uint8_t *data; size_t bytes; } dpoi_png;
 
+/* stb hands over the whole PNG at once; a copy in the context's memory is what the caller gets. */
 static void dpoi_png_take(void *user, void *data, int size)
 {
     dpoi_png *p = (dpoi_png *)user;
+    /* a second call would be a stb that changed its ways: the first part stays, and the reader will complain */
     if (size < 1 || p->data || !(p->data = (uint8_t *)dpoi_calloc(p->c, (size_t)size, 1))) return;
     memcpy(p->data, data, (size_t)size);
     p->bytes = (size_t)size;
@@ -13139,6 +13947,7 @@ static void dpoi_png_take(void *user, void *data, int size)
 /* stb's deflate cannot say that it lacks memory, so the most that it takes is asked for and returned first. */
 static int dpoi_png_room(dpo_ctx *c, const dpo_image *x)
 {
+    /* its hash chains hold up to two pointers a byte, each chain doubled when full */
     size_t need = (size_t)x->width * (size_t)x->height * 3 * 24 + ((size_t)1 << 20);
     void  *p = malloc(need);
     if (!p) return dpoi_no_memory(c, need);
@@ -13146,6 +13955,8 @@ static int dpoi_png_room(dpo_ctx *c, const dpo_image *x)
     return 1;
 }
 
+/* Three channels, 8 bits, stb's own choice of filter a row and its compression level 8: the judge `compact` of the
+   quickstart counts these bytes, so they are not changed here. */
 DPO_DEF uint8_t *dpo_png_encode(dpo_ctx *c, const dpo_image *x, size_t *bytes)
 {
     dpoi_png p;
@@ -13161,6 +13972,7 @@ DPO_DEF uint8_t *dpo_png_encode(dpo_ctx *c, const dpo_image *x, size_t *bytes)
 
 #else
 
+/* What the calls above are where there is no stb: the same declarations, an error that says why. */
 static int dpoi_no_stb(dpo_ctx *c)
 {
     return dpoi_ok(c) ? dpoi_fail(c, DPO_UNSUPPORTED, "this build has no stb_image: pictures must come as pixels") : 0;
@@ -13190,10 +14002,11 @@ DPO_DEF uint8_t *dpo_png_encode(dpo_ctx *c, const dpo_image *x, size_t *bytes)
 
 DPO_DEF void dpo_png_free(dpo_ctx *c, uint8_t *png, size_t bytes) { if (c && png) dpoi_release(c, png, bytes); }
 
+/* Encoded first, so that a failure there leaves the old file alone; then written beside it and renamed. */
 DPO_DEF int dpo_image_save(dpo_ctx *c, const char *path, const dpo_image *x)
 {
     size_t   bytes = 0;
-    uint8_t *png = path ? dpo_png_encode(c, x, &bytes) : NULL;
+    uint8_t *png = path ? dpo_png_encode(c, x, &bytes) : NULL;                 /* NULL too where x is no picture */
     int      ok = png && dpoi_write_file(c, path, png, bytes);
     dpo_png_free(c, png, bytes);
     return ok;
@@ -13206,12 +14019,14 @@ DPO_DEF int dpo_image_save(dpo_ctx *c, const char *path, const dpo_image *x)
 
 enum { DPOI_RESIZE_BITS = 22 };
 
-typedef struct dpoi_filter {              /* weights of one axis: y[i] = sum over j < count[i] of w[i*room + j] x[first[i] + j] */
+/* One axis: y[i] = sum over j < count[i] of w[i*room + j] x[first[i] + j], w in units of 2^-22, which sum to one. */
+typedef struct dpoi_filter {
     int      n, room;
     int     *first, *count;
     int32_t *w;
 } dpoi_filter;
 
+/* Also for a filter that was only partly made. */
 static void dpoi_filter_free(dpo_ctx *c, dpoi_filter *f)
 {
     if (f->first) dpoi_release(c, f->first, (size_t)f->n * sizeof *f->first);
@@ -13222,10 +14037,10 @@ static void dpoi_filter_free(dpo_ctx *c, dpoi_filter *f)
 /* Weights of target pixel i: the triangle 1 - |d| around its centre, with d in units of `wide` source pixels. */
 static void dpoi_filter_pixel(dpoi_filter *f, int i, int source, double scale, double wide)
 {
-    double   centre = (i + 0.5) * scale, sum = 0;
+    double   centre = (i + 0.5) * scale, sum = 0;         /* in source pixels, whose middles lie at j + 1/2 */
     int      from = (int)(centre - wide + 0.5), to = (int)(centre + wide + 0.5);
     int32_t *w = f->w + (int64_t)i * f->room;
-    if (from < 0) from = 0;
+    if (from < 0) from = 0;               /* the picture ends; what is left of the triangle is made to sum to one */
     if (to > source) to = source;
     for (int pass = 0; pass < 2; pass++)                  /* add the weights up, then store them divided by the sum */
         for (int j = from; j < to; j++) {
@@ -13237,9 +14052,11 @@ static void dpoi_filter_pixel(dpoi_filter *f, int i, int source, double scale, d
     f->count[i] = to - from;
 }
 
+/* Weights for `target` pixels out of `source` ones.  room: the triangle's width in source pixels, and one for the pixel
+   that its edge cuts. */
 static int dpoi_filter_new(dpo_ctx *c, dpoi_filter *f, int source, int target)
 {
-    double scale = (double)source / target, wide = scale > 1 ? scale : 1;
+    double scale = (double)source / target, wide = scale > 1 ? scale : 1;      /* growing: plain bilinear */
     memset(f, 0, sizeof *f);
     f->n = target;
     f->room = (int)ceil(wide) * 2 + 1;
@@ -13255,7 +14072,7 @@ static int dpoi_filter_new(dpo_ctx *c, dpoi_filter *f, int source, int target)
 static uint8_t dpoi_filter_byte(const dpoi_filter *f, int i, const uint8_t *x, int64_t stride)
 {
     const int32_t *w = f->w + (int64_t)i * f->room;
-    int64_t        sum = 1 << (DPOI_RESIZE_BITS - 1);
+    int64_t        sum = 1 << (DPOI_RESIZE_BITS - 1);     /* one half, so that the shift rounds */
     x += f->first[i] * stride;
     for (int j = 0; j < f->count[i]; j++) sum += (int64_t)w[j] * x[j*stride];
     sum >>= DPOI_RESIZE_BITS;
@@ -13266,10 +14083,11 @@ static uint8_t dpoi_filter_byte(const dpoi_filter *f, int i, const uint8_t *x, i
 static void dpoi_image_resample(const dpo_image *x, const dpoi_filter *across, const dpoi_filter *down, uint8_t *rows,
                                 int left, int top, dpo_image *out)
 {
-    int64_t row = (int64_t)out->width * 3, source = (int64_t)x->width * 3;
+    int64_t row = (int64_t)out->width * 3, source = (int64_t)x->width * 3;     /* bytes of a row, after and before */
     for (int64_t i = 0; i < x->height; i++)
         for (int j = 0; j < out->width; j++)
-            for (int k = 0; k < 3; k++) rows[i*row + 3*j + k] = dpoi_filter_byte(across, left + j, x->rgb + i*source + k, 3);
+            for (int k = 0; k < 3; k++)
+                rows[i*row + 3*j + k] = dpoi_filter_byte(across, left + j, x->rgb + i*source + k, 3);
     for (int i = 0; i < out->height; i++)
         for (int64_t j = 0; j < row; j++) out->rgb[i*row + j] = dpoi_filter_byte(down, top + i, rows + j, row);
 }
@@ -13277,26 +14095,30 @@ static void dpoi_image_resample(const dpo_image *x, const dpoi_filter *across, c
 /* The size that just covers: the side that is short for its share gets it, the other follows, cut to whole pixels. */
 static void dpoi_cover(const dpo_image *x, int width, int height, int *w, int *h)
 {
-    int wide = (int64_t)x->width * height >= (int64_t)x->height * width;
+    int wide = (int64_t)x->width * height >= (int64_t)x->height * width;   /* wider than the target is */
     *h = wide ? height : (int)((int64_t)width * x->height / x->width);
     *w = wide ? (int)((int64_t)height * x->width / x->height) : width;
 }
 
+/* Cover, then cut the centre out, as torchvision's Resize and CenterCrop do, whose offset is rounded to even.
+   Only the columns of the crop are computed across, and only its rows down. */
 DPO_DEF int dpo_image_fit(dpo_ctx *c, const dpo_image *x, int width, int height, dpo_image *out)
 {
     dpoi_filter across, down;
-    uint8_t    *rows;
+    uint8_t    *rows;                     /* [x's height,width,3], between the two passes */
     size_t      bytes;
-    int         w, h;
+    int         w, h;                     /* of the picture that covers */
     if (!out || !dpoi_image_ok(c, x)) return 0;
     if (width < 1 || height < 1) return dpoi_fail(c, DPO_BAD_ARGUMENT, "a picture of %dx%d pixels", width, height);
     dpoi_cover(x, width, height, &w, &h);
     if (!dpoi_image_fits(c, "a fitted picture", w, h) || !dpo_image_new(c, width, height, out)) return 0;
     bytes = (size_t)x->height * (size_t)width * 3;
     rows = (uint8_t *)dpoi_calloc(c, bytes, 1);
+    /* w x h is what would cover; only the window of width x height in its middle is computed. */
     if (rows && dpoi_filter_new(c, &across, x->width, w)) {
         if (dpoi_filter_new(c, &down, x->height, h)) {
-            dpoi_image_resample(x, &across, &down, rows, (int)rint((w - width) / 2.0), (int)rint((h - height) / 2.0), out);
+            dpoi_image_resample(x, &across, &down, rows, (int)rint((w - width) / 2.0),
+                                (int)rint((h - height) / 2.0), out);
             dpoi_filter_free(c, &down);
         }
         dpoi_filter_free(c, &across);
@@ -13308,6 +14130,7 @@ DPO_DEF int dpo_image_fit(dpo_ctx *c, const dpo_image *x, int width, int height,
 
 /* ------------------------------------------------------------------------------------------ tensors */
 
+/* bytes [n,height,width,3] -> F32 of the same shape. */
 DPO_DEF dpo_tensor *dpo_from_rgb(dpo_ctx *c, const uint8_t *rgb, int64_t n, int64_t height, int64_t width)
 {
     int64_t     shape[4];
@@ -13317,7 +14140,8 @@ DPO_DEF dpo_tensor *dpo_from_rgb(dpo_ctx *c, const uint8_t *rgb, int64_t n, int6
     if (!rgb || !dpoi_ok(c)) return NULL;
     if (n < 1 || height < 1 || width < 1 || n > INT_MAX || height > DPOI_IMAGE_SIDE || width > DPOI_IMAGE_SIDE ||
         !dpoi_mul((size_t)(height * width * 3), (size_t)n, &count)) {
-        dpoi_fail(c, DPO_BAD_SHAPE, "%lld pictures of %lldx%lld pixels", (long long)n, (long long)width, (long long)height);
+        dpoi_fail(c, DPO_BAD_SHAPE, "%lld pictures of %lldx%lld pixels", (long long)n, (long long)width,
+                  (long long)height);
         return NULL;
     }
     if (!(v = (float *)dpoi_calloc(c, count, sizeof *v))) return NULL;
@@ -13331,10 +14155,11 @@ DPO_DEF dpo_tensor *dpo_from_rgb(dpo_ctx *c, const uint8_t *rgb, int64_t n, int6
 /* round((x + 1) * 127.5), held to 0..255; what is not a number becomes 0. */
 static uint8_t dpoi_byte_of(float x)
 {
-    float y = (x + 1) * 127.5f + 0.5f;
+    float y = (x + 1) * 127.5f + 0.5f;    /* comparisons with a NaN fail, and both of these then say 0 */
     return (uint8_t)(y >= 255 ? 255 : y > 0 ? (int)y : 0);
 }
 
+/* x [..,3], any type and rank. */
 DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
 {
     dpo_ctx *c = x ? x->ctx : NULL;
@@ -13354,16 +14179,19 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
    >>impl optim                                                          AdamW, clipping, averages, learning rate
    ========================================================================================================== */
 
+/* What is kept beside the weights: two moments of every gradient, in the layout of their weight (panels included), so
+   that the update runs over plain memory. */
 struct dpo_optim {
     dpo_ctx       *c;
     dpo_adamw_desc d;
     int            count;
     int64_t        steps;
     dpo_tensor   **params, **m, **v;      /* [count] each, one allocation */
-    dpo_tensor    *sums;                  /* F32 [count], squares of each gradient added up */
+    dpo_tensor    *sums;                  /* F32 [count], squares of each gradient added up: see dpoi_optim_squares */
     dpo_tensor    *record;                /* F32 [DPO_REC_COUNT], see there */
 };
 
+/* Also for one that was only partly made.  The parameters themselves are not the optimizer's. */
 static void dpoi_optim_destroy(dpo_ctx *c, void *object)
 {
     dpo_optim *o = (dpo_optim *)object;
@@ -13377,6 +14205,7 @@ static void dpoi_optim_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, o, sizeof *o);
 }
 
+/* Moments of zeros for every parameter, then the two small tensors of the step. */
 static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
 {
     dpo_ctx *c = o->c;
@@ -13388,18 +14217,19 @@ static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
     for (int i = 0; i < o->count; i++) {
         dpo_tensor *p = o->params[i] = params[i];
         if (!p || !p->persistent || p->dtype != DPO_F32)
-            return dpoi_fail(c, DPO_BAD_ARGUMENT, "parameter %d%s%s cannot be trained: it must be F32 and live until the context closes",
-                             i, p && p->name ? " " : "", p && p->name ? p->name : "");
+            return dpoi_fail(c, DPO_BAD_ARGUMENT, "parameter %d %s cannot be trained: it must be F32 and persistent", i,
+                             p && p->name ? p->name : "");
         if (!(o->m[i] = dpoi_persistent(c, DPO_F32, p->rank, p->shape, p->panel, NULL))) return 0;
         if (!(o->v[i] = dpoi_persistent(c, DPO_F32, p->rank, p->shape, p->panel, NULL))) return 0;
     }
-    shape[0] = o->count;
+    shape[0] = o->count;                  /* one number a parameter, added up in their order by DPO_OP_CLIP */
     o->sums = dpo_param_new(c, DPO_F32, 1, shape, NULL);
     shape[0] = DPO_REC_COUNT;
     o->record = dpo_param_new(c, DPO_F32, 1, shape, NULL);
     return o->sums && o->record;
 }
 
+/* Zeros in d become the defaults of torch.optim.AdamW, all but its weight decay of 0.01: off is off here. */
 DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
 {
     dpo_optim *o;
@@ -13412,8 +14242,9 @@ DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, con
     if (o->d.beta1 == 0) o->d.beta1 = 0.9f;
     if (o->d.beta2 == 0) o->d.beta2 = 0.999f;
     if (o->d.eps == 0)   o->d.eps = 1e-8f;
-    if (!(o->d.beta1 > 0 && o->d.beta1 < 1 && o->d.beta2 > 0 && o->d.beta2 < 1 && o->d.eps > 0 && o->d.weight_decay >= 0 &&
-          o->d.max_norm >= 0)) dpoi_fail(c, DPO_BAD_ARGUMENT, "AdamW: betas lie between 0 and 1, the rest is not negative");
+    if (!(o->d.beta1 > 0 && o->d.beta1 < 1 && o->d.beta2 > 0 && o->d.beta2 < 1 && o->d.eps > 0 &&
+          o->d.weight_decay >= 0 && o->d.max_norm >= 0))              /* a NaN fails one of them */
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "AdamW: betas lie between 0 and 1, the rest is not negative");
     if (dpo_status(c) != DPO_OK || !dpoi_optim_fill(o, params)) { dpoi_optim_destroy(c, o); return NULL; }
     return dpoi_own(c, o, dpoi_optim_destroy) ? o : NULL;
 }
@@ -13421,6 +14252,7 @@ DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, con
 DPO_DEF void    dpo_optim_free (dpo_optim *o)       { if (o) dpoi_disown(o->c, o); }
 DPO_DEF int64_t dpo_optim_count(const dpo_optim *o) { return o ? o->steps : 0; }
 
+/* The gradients' memory stays, zeroed: the next backward adds to it, and no step allocates anew. */
 DPO_DEF int dpo_optim_clear(dpo_optim *o)
 {
     if (!o || !dpoi_ok(o->c)) return 0;
@@ -13435,12 +14267,12 @@ static int dpoi_optim_squares(dpo_optim *o)
     if (!dpoi_zero(o->sums)) return 0;
     for (int i = 0; i < o->count; i++) {
         dpo_args a;
-        if (!o->params[i]->grad) continue;
+        if (!o->params[i]->grad) continue;                /* frozen, or not reached in this graph */
         memset(&a, 0, sizeof a);
         a.op = DPO_OP_SUM_SQUARES;
         a.in[0] = dpoi_view(o->params[i]->grad);
         a.out = dpoi_view(o->sums);
-        a.out.shape[0] = 1;
+        a.out.shape[0] = 1;               /* a view of one element of sums */
         a.out.data = (float *)o->sums->data + i;
         if (!dpoi_run(o->c, &a)) return 0;
     }
@@ -13459,7 +14291,9 @@ static int dpoi_optim_clip(dpo_optim *o)
     return dpoi_run(o->c, &a);
 }
 
-/* m = b1 m + (1-b1) g   v = b2 v + (1-b2) g^2   w -= lr (wd w + (m/bias1)/(sqrt(v/bias2) + eps)),   g = factor * grad */
+/* g = factor * gradient,   m = b1 m + (1-b1) g,   v = b2 v + (1-b2) g^2
+     w -= lr (wd w + (m/bias1) / (sqrt(v/bias2) + eps))                   arXiv 1711.05101, algorithm 2
+   A factor of 0 leaves m, v and w as they are. */
 static int dpoi_optim_update(dpo_optim *o, int i)
 {
     dpo_args a;
@@ -13484,23 +14318,28 @@ static int dpoi_optim_record(dpo_optim *o, float lr)
     dpo_backend *b = o->c->backend;
     float        r[3];
     r[DPO_REC_LR] = lr;
+    /* in double: 1 - 0.999^1 has three digits left in float */
     r[DPO_REC_BIAS1] = (float)(1 - pow((double)o->d.beta1, (double)o->steps));
     r[DPO_REC_BIAS2] = (float)(1 - pow((double)o->d.beta2, (double)o->steps));
     if (b->copy(b->self, o->record->data, r, sizeof r, DPO_COPY_UP) == DPO_OK) return 1;
     return dpoi_fail(o->c, DPO_DEVICE, "copying the step record failed");
 }
 
+/* Three sweeps over the parameters: squares, update, clearing.  All factors are on the device: what the host hands over
+   is known before the step, and nothing comes back, so that the whole sequence can be recorded and replayed. */
 DPO_DEF int dpo_optim_step(dpo_optim *o, float lr)
 {
     if (!o || !dpoi_ok(o->c)) return 0;
-    if (!(lr >= 0 && lr < FLT_MAX)) return dpoi_fail(o->c, DPO_BAD_ARGUMENT, "a learning rate that is negative or not finite");
-    o->steps++;
+    if (!(lr >= 0 && lr < FLT_MAX))
+        return dpoi_fail(o->c, DPO_BAD_ARGUMENT, "a learning rate that is negative or not finite");
+    o->steps++;                           /* k = 1 at the first; a skipped step counts, since nobody here knows of it */
     if (!dpoi_optim_record(o, lr) || !dpoi_optim_squares(o) || !dpoi_optim_clip(o)) return 0;
     for (int i = 0; i < o->count; i++)
         if (!dpoi_optim_update(o, i)) return 0;
     return dpo_optim_clear(o);
 }
 
+/* Copies the record down, which waits for the device. */
 DPO_DEF int dpo_optim_read(dpo_optim *o, float *norm, int64_t *skipped)
 {
     float r[DPO_REC_COUNT];
@@ -13512,6 +14351,8 @@ DPO_DEF int dpo_optim_read(dpo_optim *o, float *norm, int64_t *skipped)
 
 /* ------------------------------------------------------------------------------------------ averages, learning rate */
 
+/* average <- average + rate (weight - average), rate = 1 - decay; both in the same panels, so that the kernel need not
+   know of them. */
 DPO_DEF int dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights, int count, float decay)
 {
     if (!average || !weights || !dpoi_ok(c)) return 0;
@@ -13519,8 +14360,8 @@ DPO_DEF int dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights, 
         dpo_tensor *y = average[i], *x = weights[i];
         dpo_args    a;
         if (!x || !y || x->dtype != DPO_F32 || y->dtype != DPO_F32 || x->panel != y->panel || !dpoi_alike(x, y))
-            return dpoi_fail(c, DPO_BAD_SHAPE, "average: weight %d%s%s and its average differ in shape or are not F32", i,
-                             x && x->name ? " " : "", x && x->name ? x->name : "");
+            return dpoi_fail(c, DPO_BAD_SHAPE, "average: weight %d %s and its average differ, or are not F32", i,
+                             x && x->name ? x->name : "");
         memset(&a, 0, sizeof a);
         a.op = DPO_OP_LERP;
         a.in[0] = dpoi_view(x);
@@ -13531,17 +14372,21 @@ DPO_DEF int dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights, 
     return 1;
 }
 
+/* Early weights are far from the later ones: a short memory first. */
 DPO_DEF float dpo_average_decay(int64_t step, float decay)
 {
     float early = (float)((1.0 + (double)step) / (10.0 + (double)step));
     return early < decay ? early : decay;
 }
 
+/* diffusers' get_scheduler, but for its warm-up, which starts at zero and wastes the first step: here it starts at
+   1/warmup. */
 DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k)
 {
     double u;                             /* how much of the way after the warm-up is done, 0 to 1 */
     if (k < warmup) return (float)(lr * ((double)(k + 1) / (double)warmup));
-    if (kind == DPO_LR_CONSTANT || steps <= warmup) return lr;
+    if (kind == DPO_LR_CONSTANT || steps <= warmup) return lr;                 /* the rest would divide by zero */
+    /* linear: 1 - u; cosine: half a wave, from 1 to 0 */
     u = (double)(k - warmup) / (double)(steps - warmup);
     u = u < 1 ? u : 1;
     if (kind == DPO_LR_LINEAR) return (float)(lr * (1 - u));
@@ -13550,11 +14395,13 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
 
 /* ------------------------------------------------------------------------------------------ state on disk
 
+   A run that goes on must do so to the bit, so F32 is written as it is, and the step record with it.
    One safetensors file: record, and for parameter i "weight.i.name", "m.i.name", "v.i.name", "average.i.name"; the
-   metadata says which run it belongs to.  F32 as they are, so that a run goes on to the bit. */
+   metadata says which run it belongs to. */
 
 enum { DPOI_STATE_WEIGHT, DPOI_STATE_M, DPOI_STATE_V, DPOI_STATE_AVERAGE, DPOI_STATE_PARTS };
 
+/* What goes into the file: an optimizer, perhaps averages, and texts that must be the same when it is read. */
 typedef struct dpoi_state {
     dpo_optim        *o;
     dpo_tensor      **average;            /* [count] or NULL */
@@ -13562,6 +14409,7 @@ typedef struct dpoi_state {
     int               metas;              /* so many */
 } dpoi_state;
 
+/* Tensor i of a part; NULL where this run has no such part. */
 static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
 {
     dpo_tensor **of[DPOI_STATE_PARTS];
@@ -13572,6 +14420,7 @@ static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
     return of[part] ? of[part][i] : NULL;
 }
 
+/* The number makes it unique, the name says to a reader what it is. */
 static void dpoi_state_name(const dpoi_state *s, int part, int i, char *out, size_t size)
 {
     static const char *const names[] = { "weight", "m", "v", "average" };
@@ -13591,10 +14440,11 @@ static int dpoi_state_put(void *user, dpo_writer *w, void *tag)
     return ok;
 }
 
+/* Tensors are read from the device one by one, in the order in which the writer asks for them. */
 static int dpoi_state_save(const dpoi_state *s, const char *path)
 {
     dpo_ctx    *c = s->o->c;
-    dpo_writer *w = dpo_writer_new(c, path);
+    dpo_writer *w = dpo_writer_new(c, path);              /* NULL after a failure, which its calls allow */
     char        text[256];
     int         ok;
     snprintf(text, sizeof text, "%lld", (long long)s->o->steps);
@@ -13616,7 +14466,7 @@ static int dpoi_state_save(const dpoi_state *s, const char *path)
 static dpo_entry *dpoi_state_entry(dpo_ctx *c, dpo_file *f, const char *name, const dpo_tensor *x)
 {
     dpo_entry *e = dpo_file_find(f, name);
-    int        same = e && e->rank == x->rank && !strcmp(e->dtype, "F32");
+    int        same = e && e->rank == x->rank && !strcmp(e->dtype, "F32");     /* another type would round */
     for (int i = 0; same && i < x->rank; i++) same = e->shape[i] == x->shape[i];
     if (same) return e;
     dpoi_fail(c, DPO_BAD_FILE, "%.300s belongs to another run: %s %s", dpo_file_path(f), name,
@@ -13624,6 +14474,7 @@ static dpo_entry *dpoi_state_entry(dpo_ctx *c, dpo_file *f, const char *name, co
     return NULL;
 }
 
+/* Values of one tensor, from the file to the device. */
 static int dpoi_state_get(dpo_ctx *c, dpo_file *f, const char *name, dpo_tensor *x)
 {
     dpo_entry *e = dpoi_state_entry(c, f, name, x);
@@ -13641,8 +14492,8 @@ static int dpoi_state_check(const dpoi_state *s, dpo_file *f)
     for (int i = 0; i < s->metas; i++) {
         const char *value = dpo_file_metadata(f, s->meta[i][0]);
         if (!value || strcmp(value, s->meta[i][1]))
-            return dpoi_fail(s->o->c, DPO_BAD_FILE, "%.300s belongs to another run: its %s is %.60s, not %.60s", dpo_file_path(f),
-                             s->meta[i][0], value ? value : "missing", s->meta[i][1]);
+            return dpoi_fail(s->o->c, DPO_BAD_FILE, "%.300s belongs to another run: its %s is %.60s, not %.60s",
+                             dpo_file_path(f), s->meta[i][0], value ? value : "missing", s->meta[i][1]);
     }
     for (int part = 0; part < DPOI_STATE_PARTS; part++)
         for (int i = 0; i < s->o->count; i++) {
@@ -13656,18 +14507,20 @@ static int dpoi_state_check(const dpoi_state *s, dpo_file *f)
 /* A whole number without sign, of at most 18 digits; -1 for any other text. */
 static int64_t dpoi_whole(const char *text)
 {
-    int64_t x = 0;
+    int64_t x = 0;                        /* 18 digits cannot overflow it */
     int     n = 0;
     for (; text && text[n] >= '0' && text[n] <= '9' && n < 18; n++) x = x*10 + (text[n] - '0');
     return text && n && !text[n] ? x : -1;
 }
 
+/* All or nothing as far as a file can be wrong: reading starts after every tensor was found in its right shape. */
 static int dpoi_state_take(const dpoi_state *s, dpo_file *f)
 {
     char    name[256];
     int64_t steps = dpoi_whole(dpo_file_metadata(f, "optimizer_steps"));
     if (!dpoi_state_check(s, f)) return 0;
-    if (steps < 0) return dpoi_fail(s->o->c, DPO_BAD_FILE, "%.300s does not say how many steps it has", dpo_file_path(f));
+    if (steps < 0)
+        return dpoi_fail(s->o->c, DPO_BAD_FILE, "%.300s does not say how many steps it has", dpo_file_path(f));
     for (int part = 0; part < DPOI_STATE_PARTS; part++)
         for (int i = 0; i < s->o->count; i++) {
             dpo_tensor *x = dpoi_state_tensor(s, part, i);
@@ -13679,6 +14532,7 @@ static int dpoi_state_take(const dpoi_state *s, dpo_file *f)
     return 1;
 }
 
+/* Open, take, close. */
 static int dpoi_state_load(const dpoi_state *s, const char *path)
 {
     dpo_file *f = dpo_safetensors_open(s->o->c, path);
@@ -13687,6 +14541,7 @@ static int dpoi_state_load(const dpoi_state *s, const char *path)
     return ok;
 }
 
+/* The bare optimizer, for a host with a loop of its own. */
 DPO_DEF int dpo_optim_save(dpo_optim *o, const char *path)
 {
     dpoi_state s;
@@ -13709,6 +14564,7 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path)
 
 typedef struct dpoi_bitmap { uint8_t *rgb; int width, height; } dpoi_bitmap;   /* plain memory; NULL: none */
 
+/* One pair.  Index 0 is the chosen picture, 1 the rejected, everywhere below. */
 typedef struct dpoi_duel {
     char       *prompt;
     char       *path[2];                  /* chosen, rejected; NULL: pixels came from the host, or there is none */
@@ -13718,6 +14574,7 @@ typedef struct dpoi_duel {
     int64_t     line;                     /* in the manifest, 0: not from one */
 } dpoi_duel;
 
+/* Pictures are decoded when they are asked for first, and kept fitted, as bytes: 3 a pixel, where a tensor has 12. */
 struct dpo_pairs {
     dpo_ctx    *c;
     char       *path;                     /* of the manifest, or NULL */
@@ -13727,16 +14584,19 @@ struct dpo_pairs {
     size_t      left;                     /* bytes that the cache may still take */
 };
 
-static const size_t dpoi_pairs_cache = (size_t)1 << 30;
+static const size_t dpoi_pairs_cache = (size_t)1 << 30;   /* 1,365 pictures of 512x512; beyond, they are read again */
 
+/* Its sizes were checked when it was a dpo_image. */
 static size_t dpoi_bitmap_bytes(const dpoi_bitmap *x) { return (size_t)x->width * (size_t)x->height * 3; }
 
+/* Width and height stay: whose room it was is asked for before, not after. */
 static void dpoi_bitmap_free(dpo_ctx *c, dpoi_bitmap *x)
 {
     if (x->rgb) dpoi_release(c, x->rgb, dpoi_bitmap_bytes(x));
     x->rgb = NULL;
 }
 
+/* A picture's pixels into memory of our own. */
 static int dpoi_bitmap_copy(dpo_ctx *c, const dpo_image *from, dpoi_bitmap *to)
 {
     to->width = from->width;
@@ -13746,6 +14606,7 @@ static int dpoi_bitmap_copy(dpo_ctx *c, const dpo_image *from, dpoi_bitmap *to)
     return to->rgb != NULL;
 }
 
+/* All that one pair holds; NULLs are passed over. */
 static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
 {
     dpoi_strfree(c, p->prompt);
@@ -13767,6 +14628,7 @@ static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, p, sizeof *p);
 }
 
+/* Empty; it grows by the calls below. */
 DPO_DEF dpo_pairs *dpo_pairs_new(dpo_ctx *c)
 {
     dpo_pairs *p = dpoi_ok(c) ? (dpo_pairs *)dpoi_calloc(c, 1, sizeof *p) : NULL;
@@ -13780,10 +14642,15 @@ DPO_DEF void        dpo_pairs_free  (dpo_pairs *p)                  { if (p) dpo
 DPO_DEF int64_t     dpo_pairs_count (const dpo_pairs *p)            { return p ? p->count : 0; }
 DPO_DEF int64_t     dpo_pairs_ties  (const dpo_pairs *p)            { return p ? p->ties : 0; }
 
+/* Every index from outside passes here. */
 static int dpoi_pairs_has(const dpo_pairs *p, int64_t i) { return p && i >= 0 && i < p->count; }
 
-DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i) { return dpoi_pairs_has(p, i) ? p->pair[i].prompt : NULL; }
-DPO_DEF float       dpo_pairs_weight(const dpo_pairs *p, int64_t i) { return dpoi_pairs_has(p, i) ? p->pair[i].weight : 0; }
+DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i)
+{
+    return dpoi_pairs_has(p, i) ? p->pair[i].prompt : NULL;
+}
+
+DPO_DEF float dpo_pairs_weight(const dpo_pairs *p, int64_t i) { return dpoi_pairs_has(p, i) ? p->pair[i].weight : 0; }
 
 /* ------------------------------------------------------------------------------------------ adding */
 
@@ -13803,6 +14670,7 @@ static dpoi_duel *dpoi_pairs_next(dpo_pairs *p, const char *prompt, float weight
     return (x->prompt = dpoi_strdup(p->c, prompt)) ? x : NULL;
 }
 
+/* The end of an addition: it counts if nothing failed on the way, else all of it is taken back. */
 static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
 {
     if (dpo_status(p->c) == DPO_OK) { p->count++; return 1; }
@@ -13810,7 +14678,9 @@ static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
     return 0;
 }
 
-DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected, float weight)
+/* Pixels of a host: copied, for the host may change them. */
+DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
+                          float weight)
 {
     dpoi_duel *x;
     if (!p || !dpoi_image_ok(p->c, chosen) || (rejected && !dpoi_image_ok(p->c, rejected))) return 0;
@@ -13819,7 +14689,9 @@ DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *cho
     return dpoi_pairs_added(p, x);
 }
 
-DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected, float weight)
+/* Whether the files are there and what is in them is found out when they are read, or by dpo_pairs_check. */
+DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
+                                float weight)
 {
     dpoi_duel *x;
     if (!chosen || !(x = dpoi_pairs_next(p, prompt, weight))) return 0;
@@ -13828,7 +14700,10 @@ DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *ch
     return dpoi_pairs_added(p, x);
 }
 
-/* ------------------------------------------------------------------------------------------ manifests */
+/* ------------------------------------------------------------------------------------------ manifests
+
+   One object a line, so that a file can be appended to while people vote, and a bad line costs one line.  Every row is
+   read; what is wrong with each goes to the log as file:line, and the first of it into the context. */
 
 /* Where a row stands, for its errors, and what it says. */
 typedef struct dpoi_manifest_row {
@@ -13845,8 +14720,9 @@ static const char *dpoi_row_text(dpoi_manifest_row *r, const dpo_json *v, const 
     const dpo_json *field = dpo_json_get(v, key);
     size_t          n = 0;
     const char     *text = dpo_json_text(field, &n);
-    if (text && strlen(text) == n) return text;
-    if (field || needed) dpoi_fail(r->c, DPO_BAD_FILE, "%s: %s \"%s\"", r->where, field ? "no plain text in" : "there is no", key);
+    if (text && strlen(text) == n) return text;           /* a zero inside would cut a prompt or a path short */
+    if (field || needed)
+        dpoi_fail(r->c, DPO_BAD_FILE, "%s: %s \"%s\"", r->where, field ? "no plain text in" : "there is no", key);
     return NULL;
 }
 
@@ -13864,10 +14740,12 @@ static int dpoi_row_labelled(dpoi_manifest_row *r, const dpo_json *v)
     return 1;
 }
 
+/* Both forms of a row.  Fields that are not known (rater, model names, scores) are passed over. */
 static int dpoi_row_read(dpoi_manifest_row *r, const dpo_json *v)
 {
     const dpo_json *weight = dpo_json_get(v, "weight");
-    if (dpo_json_type(v) != DPO_JSON_OBJECT) return dpoi_fail(r->c, DPO_BAD_FILE, "%s: a row must be an object", r->where);
+    if (dpo_json_type(v) != DPO_JSON_OBJECT)
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: a row must be an object", r->where);
     r->prompt = dpoi_row_text(r, v, dpo_json_get(v, "caption") && !dpo_json_get(v, "prompt") ? "caption" : "prompt", 1);
     r->weight = 1;
     if (!r->prompt) return 0;
@@ -13883,7 +14761,7 @@ static int dpoi_row_read(dpoi_manifest_row *r, const dpo_json *v)
 static char *dpoi_row_path(dpoi_manifest_row *r, const char *folder, const char *name)
 {
     char  shown[128];
-    int   absolute = name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':');
+    int   absolute = name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':');       /* C:\ too */
     char *path = absolute ? dpoi_strdup(r->c, name) : dpoi_join(r->c, folder, name);
     if (!path || dpoi_exists(path)) return path;
     dpoi_fail(r->c, DPO_BAD_FILE, "%s: there is no file \"%s\"", r->where, dpoi_shown(shown, name));
@@ -13891,6 +14769,7 @@ static char *dpoi_row_path(dpoi_manifest_row *r, const char *folder, const char 
     return NULL;
 }
 
+/* Parse one line and add what it says. */
 static int dpoi_pairs_row(dpo_pairs *p, const char *folder, const char *text, size_t n, int64_t line)
 {
     dpoi_manifest_row r;
@@ -13926,13 +14805,16 @@ static int dpoi_trouble(dpo_ctx *c, dpoi_troubles *t)
     return 1;
 }
 
+/* The context fails once, with the first error's own words. */
 static int dpoi_troubles_end(dpo_ctx *c, const dpoi_troubles *t)
 {
     if (t->count == 1) return dpoi_fail(c, DPO_BAD_FILE, "%s", t->first);
-    if (t->count) return dpoi_fail(c, DPO_BAD_FILE, "%s (and %lld more: see the log)", t->first, (long long)t->count - 1);
+    if (t->count)
+        return dpoi_fail(c, DPO_BAD_FILE, "%s (and %lld more: see the log)", t->first, (long long)t->count - 1);
     return dpoi_ok(c);
 }
 
+/* Line by line; blank ones are passed over, a byte order mark and carriage returns are no matter. */
 static int dpoi_pairs_rows(dpo_pairs *p, const char *folder, const char *text, size_t n)
 {
     dpoi_troubles bad;
@@ -13951,6 +14833,7 @@ static int dpoi_pairs_rows(dpo_pairs *p, const char *folder, const char *text, s
     return dpoi_troubles_end(p->c, &bad);
 }
 
+/* All rows are read even after a bad one, so that a user can mend the file in one go. */
 DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path)
 {
     dpo_pairs *p;
@@ -13985,6 +14868,7 @@ static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, siz
 static const uint8_t *dpoi_duel_keep(dpo_pairs *p, dpoi_duel *x, int which, const dpo_image *fit)
 {
     size_t       bytes = (size_t)fit->width * (size_t)fit->height * 3;
+    /* one picture may lie in the cache and the other not: each fits or does not by itself */
     dpoi_bitmap *to = bytes <= p->left ? &x->fit[which] : &p->now[which];
     dpoi_bitmap_free(p->c, to);
     if (!dpoi_bitmap_copy(p->c, fit, to)) return NULL;
@@ -14011,6 +14895,7 @@ static const uint8_t *dpoi_duel_fit(dpo_pairs *p, dpoi_duel *x, int which, int w
     return rgb;
 }
 
+/* From the host as it is, from the cache, or made now.  A trainer asks for one size all along. */
 static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, dpoi_duel *x, int which, int width, int height)
 {
     dpoi_bitmap *s = &x->source[which], *f = &x->fit[which];
@@ -14023,9 +14908,12 @@ static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, dpoi_duel *x, int which, in
     return dpoi_duel_fit(p, x, which, width, height);
 }
 
+/* Is there such a picture?  Only rejected ones may be missing. */
 static int dpoi_duel_has(const dpoi_duel *x, int which) { return x->source[which].rgb || x->path[which]; }
 
-DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen, const uint8_t **rejected)
+/* The two may lie in the places for the moment, of which there is one each: so they hold until the next call. */
+DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen,
+                             const uint8_t **rejected)
 {
     dpoi_duel *x;
     if (!p || !chosen || !dpoi_ok(p->c)) return 0;
@@ -14037,15 +14925,17 @@ DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, con
     return 1;
 }
 
+/* Headers only: a million pictures take minutes, not hours. */
 DPO_DEF int dpo_pairs_check(dpo_pairs *p)
 {
     dpoi_troubles bad;
     int           w, h;
     memset(&bad, 0, sizeof bad);
     if (!p || !dpoi_ok(p->c)) return 0;
-    for (int64_t i = 0; i < p->count; i++)
-        for (int k = 0; k < 2; k++)
-            if (p->pair[i].path[k] && !dpo_image_size(p->c, p->pair[i].path[k], &w, &h) && !dpoi_trouble(p->c, &bad)) return 0;
+    for (int64_t i = 0; i < 2 * p->count; i++) {
+        const char *path = p->pair[i / 2].path[i % 2];
+        if (path && !dpo_image_size(p->c, path, &w, &h) && !dpoi_trouble(p->c, &bad)) return 0;
+    }
     return dpoi_troubles_end(p->c, &bad);
 }
 
@@ -14061,7 +14951,7 @@ static dpo_tensor *dpoi_inside(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, float b
     int64_t     B = dpo_count(L) / 2;
     dpo_tensor *d, *w, *l, *y;
     dpo_no_grad(c, 1);
-    d = dpo_binary(c, DPO_SUB, R, L);
+    d = dpo_binary(c, DPO_SUB, R, L);     /* [2B]: what the policy gained on each picture */
     w = dpo_slice(c, d, 0, 0, B);
     l = dpo_slice(c, dpo_last(d), 0, B, B);
     y = dpo_affine(c, dpo_last(dpo_binary(c, DPO_SUB, dpo_last(w), dpo_last(l))), 0.5f*beta, 0);
@@ -14069,6 +14959,8 @@ static dpo_tensor *dpoi_inside(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, float b
     return y;
 }
 
+/* One kernel for the sum over pairs: its terms are of size beta * 1e-4, and the slope needs what the value needs.
+   `inside` is made beside it from the same errors, by four ops on a handful of numbers. */
 DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *weight,
                                         int kind, float beta, float smoothing, dpo_tensor **inside)
 {
@@ -14083,13 +14975,14 @@ DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tens
         dpoi_bad_shapes(c, "preference_loss", policy, reference, "F32 errors [2B], winners first, and weights [B]");
         return NULL;
     }
-    if (kind < DPO_PREF_SIGMOID || kind > DPO_PREF_IPO || !(beta > 0 && beta < FLT_MAX) || !(smoothing >= 0 && smoothing < 0.5f)) {
+    if (kind < DPO_PREF_SIGMOID || kind > DPO_PREF_IPO || !(beta > 0 && beta < FLT_MAX) ||
+        !(smoothing >= 0 && smoothing < 0.5f)) {                      /* at 0.5 there is no preference left */
         dpoi_fail(c, DPO_BAD_ARGUMENT, "preference_loss: a known kind, beta above 0, smoothing from 0 to below 0.5");
         return NULL;
     }
     k.rank = 1;
     k.shape[0] = k.shape[1] = k.shape[2] = k.shape[3] = 1;
-    k.stat.rank = 2;
+    k.stat.rank = 2;                      /* [2,B]: what backward reads */
     k.stat.dtype = DPO_F32;
     k.stat.shape[0] = 2;
     k.stat.shape[1] = n / 2;
@@ -14102,8 +14995,8 @@ DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tens
 }
 
 /* Errors [N] of a network on noisy pictures; off: without its adapters. */
-static dpo_tensor *dpoi_errors(dpo_net *net, const dpo_draw *d, dpo_tensor *xt, dpo_tensor *time, dpo_tensor *target, int off,
-                               int checkpoint)
+static dpo_tensor *dpoi_errors(dpo_net *net, const dpo_draw *d, dpo_tensor *xt, dpo_tensor *time, dpo_tensor *target,
+                               int off, int checkpoint)
 {
     dpo_unet_in in;
     memset(&in, 0, sizeof in);
@@ -14112,7 +15005,7 @@ static dpo_tensor *dpoi_errors(dpo_net *net, const dpo_draw *d, dpo_tensor *xt, 
     in.emb = d->emb;
     in.pooled = d->pooled;
     in.time_ids = d->time_ids;
-    in.adapters_off = off;
+    in.adapters_off = off;                /* a copy of all weights has none: then it changes nothing */
     in.checkpoint = checkpoint;
     return dpo_mse(net->c, dpo_last(dpo_unet(net, &in)), target);
 }
@@ -14130,6 +15023,9 @@ static dpo_tensor *dpoi_reference_errors(dpo_net *policy, dpo_net *reference, co
     return dpo_scope_end(c, scope, y);
 }
 
+/* The reference first: when its pass is over all its memory is free again, before the policy's begins to grow.
+   Winner and loser see one noise at one t, so that what is compared is the pictures; the reference sees the very x_t
+   that the policy sees, so that at the start, where both are one network, inside is 0 and the loss log 2, exactly. */
 DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, const dpo_draw *d, const dpo_objective *o,
                                        dpo_terms *terms)
 {
@@ -14147,7 +15043,10 @@ DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, cons
     target = dpo_noise_target(n, d->x0, d->noise, d->t);
     time = dpo_noise_time(n, d->t);
     if (!xt || !target || !time) return NULL;
-    if (o->objective == DPO_DPO && !(t.reference = dpoi_reference_errors(policy, o->reference, d, xt, time, target))) return NULL;
+    if (o->objective == DPO_DPO) {
+        t.reference = dpoi_reference_errors(policy, o->reference, d, xt, time, target);
+        if (!t.reference) return NULL;
+    }
     t.policy = dpoi_errors(policy, d, xt, time, target, 0, o->checkpoint);
     if (o->objective == DPO_DPO)
         loss = dpo_preference_loss(c, t.policy, t.reference, d->weight, o->kind, o->beta, o->smoothing, &t.inside);
@@ -14159,6 +15058,7 @@ DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, cons
 
 /* ------------------------------------------------------------------------------------------ implicit reward */
 
+/* One call of dpo_implicit_reward, as its parts see it. */
 typedef struct dpoi_rewarding {
     dpo_ctx   *c;
     dpo_net   *unet, *reference;
@@ -14172,7 +15072,8 @@ typedef struct dpoi_rewarding {
 /* I32 [n] of one number. */
 static dpo_tensor *dpoi_same_int(dpo_ctx *c, int n, int32_t value) { return dpoi_same_index(c, n, value); }
 
-/* Add draw k's beta/2 (L_ref - L_th)/draws to reward [count].  Timesteps are spread: draw k lies in the k-th share of T. */
+/* Add draw k's beta/2 (L_ref - L_th)/draws to reward [count].  Timesteps are spread, draw k lies in the k-th share of
+   T: the error differs more between timesteps than between noises, and ten draws must do. */
 static int dpoi_reward_draw(const dpoi_rewarding *g, dpo_draw *d, int k, float *reward)
 {
     double      u = (double)dpoi_random_u32(g->seed, DPOI_RANDOM_REWARD, (uint32_t)k, 0, 0) / 4294967296.0;
@@ -14192,7 +15093,9 @@ static int dpoi_reward_draw(const dpoi_rewarding *g, dpo_draw *d, int k, float *
     return 1;
 }
 
-static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *const *prompts, const uint8_t *rgb, float *reward)
+/* Pictures and text once, then draw after draw. */
+static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *const *prompts, const uint8_t *rgb,
+                             float *reward)
 {
     dpo_model_info info = dpo_model_describe(m);
     dpo_draw       d;
@@ -14220,11 +15123,14 @@ static int dpoi_needs_pixels(dpo_model *m, const char *what)
     return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: this model diffuses latents, and their encoder is not there", what);
 }
 
-DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const char *const *prompts, const uint8_t *rgb, int n,
-                                float *reward)
+/* A log-likelihood ratio in disguise: beta log p_th(x)/p_ref(x) up to a constant, bounded by the denoising errors
+   (arXiv 2311.12908, section 4); the expectation over t and noise becomes a mean over shared draws. */
+DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const char *const *prompts, const uint8_t *rgb,
+                                int n, float *reward)
 {
     dpoi_rewarding g;
-    int            batch = d && d->batch ? d->batch : 8, size = dpo_model_describe(m).size, ok = 1;
+    int            batch = d && d->batch ? d->batch : 8;
+    int            size = dpo_model_describe(m).size, ok = 1;
     memset(&g, 0, sizeof g);
     g.c = dpoi_model_ctx(m);
     if (!prompts || !rgb || !reward || !dpoi_ok(g.c) || !dpoi_needs_pixels(m, "implicit reward")) return 0;
@@ -14232,7 +15138,8 @@ DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const ch
     g.beta = d && d->beta != 0 ? d->beta : 5000;
     g.seed = d ? d->seed : 0;
     if (n < 1 || g.draws < 1 || batch < 1 || batch > DPOI_SAMPLING_BATCH)
-        return dpoi_fail(g.c, DPO_BAD_ARGUMENT, "implicit reward: n and draws above 0, batches of at most %d", (int)DPOI_SAMPLING_BATCH);
+        return dpoi_fail(g.c, DPO_BAD_ARGUMENT, "implicit reward: n and draws above 0, batches of at most %d",
+                         (int)DPOI_SAMPLING_BATCH);
     g.unet = dpo_model_unet(m);
     g.reference = d ? d->reference : NULL;
     g.shape[0] = g.shape[1] = size;
@@ -14252,11 +15159,12 @@ DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const ch
 
 /* ------------------------------------------------------------------------------------------ recipes */
 
+/* What the scripts below have in common. */
 static dpo_train_desc dpoi_recipe(void)
 {
     dpo_train_desc d;
     memset(&d, 0, sizeof d);
-    d.batch = 1;
+    d.batch = 1;                          /* betas and eps are AdamW's defaults in all of them */
     d.accumulation = 1;
     d.adamw.weight_decay = 1e-2f;         /* both official scripts' AdamW, and their --max_grad_norm */
     d.adamw.max_norm = 1;
@@ -14268,19 +15176,19 @@ static dpo_train_desc dpoi_recipe(void)
 DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void)
 {
     dpo_train_desc d = dpoi_recipe();
-    d.steps = 2000;
+    d.steps = 2000;                       /* --max_train_steps */
     d.accumulation = 2048;
-    d.beta = 5000;
+    d.beta = 5000;                        /* --beta_dpo */
     d.lr = 2.048e-5f;
-    d.warmup = 500;
-    d.empty_prompts = 0.2f;
-    d.flip = 1;
-    d.width = d.height = 512;
+    d.warmup = 500;                       /* --lr_warmup_steps, constant_with_warmup */
+    d.empty_prompts = 0.2f;               /* --proportion_empty_prompts, the default */
+    d.flip = 1;                           /* theirs mirrors each picture for itself, ours the pair */
+    d.width = d.height = 512;             /* --resolution */
     return d;
 }
 
-/* The paper, section 5.1: lr = 2000/beta 2.048e-8, a quarter of the steps to warm up.  Its learning rate is a thousandth
-   of the launcher's; nobody has said which of the two made the published model. */
+/* The paper, section 5.1: lr = 2000/beta 2.048e-8, a quarter of the steps to warm up.  Its learning rate is a
+   thousandth of the launcher's; nobody has said which of the two made the published model. */
 DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void)
 {
     dpo_train_desc d = dpo_recipe_official_sd15();
@@ -14295,9 +15203,9 @@ DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
 {
     dpo_train_desc d = dpoi_recipe();
     d.steps = 10000;
-    d.batch = 16;
+    d.batch = 16;                         /* --train_batch_size and the rest: the README of that folder */
     d.accumulation = 2;
-    d.rank = 8;
+    d.rank = 8;                           /* alpha = rank, on to_q, to_k, to_v, to_out.0 */
     d.beta = 5000;
     d.lr = 1e-5f;
     d.flip = 1;
@@ -14313,18 +15221,29 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void)
     d.batch = 16;
     d.rank = 16;
     d.beta = 2000;
-    d.lr = 1e-3f;
+    d.lr = 1e-3f;                         /* adapters start at zero and have far to go in 60 steps */
     d.adamw.weight_decay = 0;
     return d;
 }
 
-/* ------------------------------------------------------------------------------------------ the trainer */
+/* ------------------------------------------------------------------------------------------ the trainer
+
+   One optimizer step is `accumulation` micro-batches of B pairs:
+
+     pair -> pixels (fitted, perhaps mirrored) and text (from the cache, or encoded once)
+          -> t and noise of (seed, step, number in the step)                        [winners, losers], N = 2B pictures
+          -> reference without gradient, policy with it -> four errors a pair -> loss -> backward
+     then clip, AdamW, the averages, and the figures come down.
+
+   Nothing else is carried from step to step than weights, moments and averages, which is what a checkpoint holds. */
 
 typedef struct dpoi_caption {                /* a distinct prompt */
     const char *prompt;
     float      *emb;                      /* [T*D], then pooled [P]; NULL: not in the cache */
 } dpoi_caption;
 
+/* All that a run holds between steps.  Arrays have one size for the whole run, so that a step allocates nothing but
+   what its ops take from the block cache. */
 struct dpo_trainer {
     dpo_ctx        *c;
     dpo_model      *m;
@@ -14358,10 +15277,14 @@ struct dpo_trainer {
     double          began;
 };
 
-static size_t dpoi_caption_bytes(const dpo_trainer *t) { return (size_t)(t->emb_count + t->pooled_count) * sizeof(float); }
+/* Of one text in the cache. */
+static size_t dpoi_caption_bytes(const dpo_trainer *t)
+{
+    return (size_t)(t->emb_count + t->pooled_count) * sizeof(float);
+}
 
 /* What destroy and begin must agree on: every plain array of the trainer and its size. */
-static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx *c, void **p, size_t count, size_t size), int *ok)
+static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx *, void **, size_t, size_t), int *ok)
 {
     size_t B = (size_t)t->B, N = (size_t)t->N, n = (size_t)t->pairs, wide = (size_t)(t->emb_count + t->pooled_count);
     size_t pixels = (size_t)t->d.width * (size_t)t->d.height * 3;
@@ -14378,7 +15301,11 @@ static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx 
     *ok = each(c, (void **)&t->figures, (size_t)t->row * (size_t)t->d.accumulation, sizeof *t->figures) && *ok;
 }
 
-static int dpoi_array_new(dpo_ctx *c, void **p, size_t count, size_t size) { return (*p = dpoi_calloc(c, count, size)) != NULL; }
+/* The two things that are done to all of them. */
+static int dpoi_array_new(dpo_ctx *c, void **p, size_t count, size_t size)
+{
+    return (*p = dpoi_calloc(c, count, size)) != NULL;
+}
 
 static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
 {
@@ -14387,6 +15314,7 @@ static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
     return 1;
 }
 
+/* The strings are the pairs' own. */
 static void dpoi_trainer_texts_free(dpo_trainer *t)
 {
     for (int64_t i = 0; t->text && i < t->texts; i++)
@@ -14421,19 +15349,25 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 
 /* ------------------------------------------------------------------------------------------ beginning */
 
+/* Ranges, written so that a NaN fails them. */
 static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
 {
-    if (d->steps < 0 || d->batch < 1 || d->batch > 4096 || d->accumulation < 1 || d->accumulation > 1 << 20 || d->warmup < 0)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: steps and warmup not negative, batch 1 to 4096, accumulation 1 to 1048576");
+    if (d->steps < 0 || d->steps > INT32_MAX || d->warmup < 0)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: steps and warmup are 0 to 2147483647");
+    /* Their product numbers the samples of a step, in 31 bits. */
+    if (d->batch < 1 || d->batch > 4096 || d->accumulation < 1 || d->accumulation > 1 << 18)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: batch is 1 to 4096, accumulation 1 to 262144");
     if (d->objective < DPO_DPO || d->objective > DPO_SFT || d->kind < DPO_PREF_SIGMOID || d->kind > DPO_PREF_IPO ||
         d->lr_schedule < DPO_LR_CONSTANT || d->lr_schedule > DPO_LR_COSINE)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: an objective, kind of loss or learning rate schedule that there is not");
-    if (!(d->lr > 0 && d->lr < 1e3f) || !(d->beta > 0 && d->beta < 1e12f) || !(d->empty_prompts >= 0 && d->empty_prompts <= 1) ||
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: there is no such objective, loss or learning rate schedule");
+    if (!(d->lr > 0 && d->lr < 1e3f) || !(d->beta > 0 && d->beta < 1e12f) ||
+        !(d->empty_prompts >= 0 && d->empty_prompts <= 1) || !(d->timestep_bias >= 0) ||
         !(d->average >= 0 && d->average < 1) || d->rank < 0 || !(d->alpha >= 0))
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: lr, beta, empty_prompts, average, rank or alpha is out of its range");
-    if (d->train_text && d->rank) return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text trains all weights, which adapters exclude");
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: lr, beta, empty_prompts, average, rank or alpha out of range");
+    if (d->train_text && d->rank)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text trains all weights, which adapters exclude");
     if (d->train_text && d->objective == DPO_DPO)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text would move the reference's text too; it goes with DPO_SFT");
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text would move the reference's text; only DPO_SFT may");
     return 1;
 }
 
@@ -14442,7 +15376,7 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
 {
     dpo_ctx *c = t->c;
     t->d = *d;
-    t->d.targets = t->d.output = NULL;
+    t->d.targets = t->d.output = NULL;    /* the caller's strings until they are copied: destroy frees these */
     if (!t->d.batch) t->d.batch = 1;
     if (!t->d.accumulation) t->d.accumulation = 1;
     if (t->d.beta == 0) t->d.beta = 5000;
@@ -14455,12 +15389,13 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
     t->pairs = dpo_pairs_count(t->p);
     t->B = t->d.batch;
     t->N = t->d.objective == DPO_SFT ? t->B : 2 * t->B;
-    t->row = 2 * t->N + t->B + 1;
+    t->row = 2 * t->N + t->B + 1;         /* figures of a micro-batch, see metrics */
     t->cache_left = t->d.cache;
-    t->epoch = -1;
+    t->epoch = -1;                        /* no order was drawn yet */
     return 1;
 }
 
+/* Is every pair one that this objective can use?  The error says where a pair without a loser came from. */
 static int dpoi_train_pairs(dpo_trainer *t)
 {
     char where[480];
@@ -14468,7 +15403,8 @@ static int dpoi_train_pairs(dpo_trainer *t)
     if (t->pairs > INT32_MAX - 1) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: more than 2^31 pairs");
     for (int64_t i = 0; i < t->pairs && t->d.objective == DPO_DPO; i++)
         if (!dpoi_duel_has(&t->p->pair[i], 1))
-            return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "%s: no rejected picture", dpoi_duel_where(t->p, i, where, sizeof where));
+            return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "%s: no rejected picture",
+                             dpoi_duel_where(t->p, i, where, sizeof where));
     return 1;
 }
 
@@ -14478,10 +15414,11 @@ static int dpoi_train_texts(dpo_trainer *t)
     dpo_ctx *c = t->c;
     size_t   slots = 64;
     int32_t *slot;
-    while (slots < (size_t)t->pairs * 2 + 2) slots *= 2;
+    while (slots < (size_t)t->pairs * 2 + 2) slots *= 2;  /* at most half full */
     t->text = (dpoi_caption *)dpoi_calloc(c, (size_t)t->pairs + 1, sizeof *t->text);
     t->text_of = (int32_t *)dpoi_calloc(c, (size_t)t->pairs, sizeof *t->text_of);
     slot = (int32_t *)dpoi_calloc(c, slots, sizeof *slot);
+    /* i = -1 is the empty prompt, which gets number 0 though no pair may have it */
     for (int64_t i = -1; slot && t->text && t->text_of && i < t->pairs; i++) {
         const char *prompt = i < 0 ? "" : dpo_pairs_prompt(t->p, i);
         size_t      at = dpoi_hash(prompt) & (slots - 1);
@@ -14510,22 +15447,26 @@ static int dpoi_train_params(dpo_trainer *t)
     a.seed = t->d.seed;
     if (t->d.rank && !n && !dpo_adapter_new(unet, &a)) return 0;
     first = dpo_adapter_params(unet, &n);
-    t->d.rank = n > 0;                    /* from here on: are adapters trained */
+    t->d.rank = n > 0;                    /* from here on it says: are adapters trained? */
+    /* The host may have loaded adapters; then these are trained, whatever their rank. */
     if (n && text) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: train_text, but the UNet has adapters");
     if (!n) first = dpo_net_params(unet, &n);
     if (text) second = dpo_net_params(text, &more);
-    dpo_net_trainable(unet, 0);
+    dpo_net_trainable(unet, 0);           /* a product whose weights are frozen does not even keep its input */
     if (!(t->params = (dpo_tensor **)dpoi_calloc(t->c, (size_t)n + (size_t)more, sizeof *t->params))) return 0;
     t->count = n + more;
     for (int i = 0; i < t->count; i++) {
-        t->params[i] = i < n ? first[i] : second[i - n];
-        t->params[i]->needs_grad = 1;
+        dpo_tensor *x = t->params[i] = i < n ? first[i] : second[i - n];
+        x->needs_grad = 1;
+        /* Now rather than in the first backward: after the first step no step takes new memory. */
+        if (!x->grad && !dpoi_grad_new(x, NULL)) return 0;
     }
     t->o = dpo_adamw_new(t->c, t->params, t->count, &t->d.adamw);
     return t->o != NULL;
 }
 
-static int dpoi_train_average(dpo_trainer *t)
+/* Averages start as the weights themselves. */
+static int dpoi_train_averages(dpo_trainer *t)
 {
     if (t->d.average == 0) return 1;
     if (!(t->average = (dpo_tensor **)dpoi_calloc(t->c, (size_t)t->count, sizeof *t->average))) return 0;
@@ -14545,7 +15486,7 @@ static int dpoi_train_buffers(dpo_trainer *t)
     int64_t     scope = dpo_scope(c), shape[1];
     dpo_tensor *pooled = NULL, *emb;
     int         ok = 1;
-    dpo_no_grad(c, 1);
+    dpo_no_grad(c, 1);                    /* the empty text, to see how large one is */
     emb = dpo_encode_text(t->m, &empty, 1, &pooled);
     dpo_no_grad(c, -1);
     if (emb) memcpy(t->emb_shape, emb->shape, sizeof t->emb_shape);
@@ -14559,11 +15500,14 @@ static int dpoi_train_buffers(dpo_trainer *t)
     return t->metrics != NULL;
 }
 
+/* In this order: what can be wrong with the request first, what costs memory last.  Full fine-tuning needs a reference
+   that stays as the policy was; adapters have theirs in the same weights. */
 static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 {
     if (!dpoi_needs_pixels(t->m, "training") || !dpoi_train_settings(t, d)) return 0;
     if (!dpoi_train_pairs(t) || !dpoi_train_texts(t) || !dpoi_train_buffers(t)) return 0;
-    if (!(t->noise = dpo_noise_new(t->c, dpo_model_schedule(t->m))) || !dpoi_train_params(t) || !dpoi_train_average(t)) return 0;
+    if (!(t->noise = dpo_noise_new(t->c, dpo_model_schedule(t->m)))) return 0;
+    if (!dpoi_train_params(t) || !dpoi_train_averages(t)) return 0;
     if (t->d.objective == DPO_DPO && !t->d.rank && !t->d.reference)
         return (t->d.reference = t->copy = dpo_net_copy(dpo_model_unet(t->m), DPO_F32)) != NULL;
     return 1;
@@ -14571,6 +15515,7 @@ static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 
 static int dpoi_train_resume(dpo_trainer *t);
 
+/* Until it is owned by the context, a failure destroys it here; afterwards the context does. */
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 {
     dpo_ctx     *c = dpoi_model_ctx(m);
@@ -14590,6 +15535,7 @@ DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train
     return NULL;
 }
 
+/* The trained weights stay in the model.  An earlier failure is still the answer. */
 DPO_DEF int dpo_train_end(dpo_trainer *t)
 {
     dpo_ctx *c = t ? t->c : NULL;
@@ -14598,13 +15544,16 @@ DPO_DEF int dpo_train_end(dpo_trainer *t)
     return dpo_status(c) == DPO_OK;
 }
 
-/* ------------------------------------------------------------------------------------------ one micro-batch */
+/* ------------------------------------------------------------------------------------------ one micro-batch
+
+   The host prepares plain arrays and hands them up; from there on all stays on the device. */
 
 /* A new order of the pairs for every epoch, the same for every run with this seed.  Fisher and Yates's shuffle. */
 static void dpoi_train_shuffle(dpo_trainer *t, int64_t epoch)
 {
     for (int64_t i = 0; i < t->pairs; i++) t->order[i] = i;
     for (int64_t i = t->pairs - 1; i > 0; i--) {
+        /* u (i+1) / 2^32: off from uniform by less than i/2^32, which no one can see */
         uint64_t u = dpoi_random_u32(t->d.seed, DPOI_RANDOM_ORDER, (uint32_t)epoch, 0, (uint64_t)i);
         int64_t  j = (int64_t)(u * (uint64_t)(i + 1) >> 32), was = t->order[i];
         t->order[i] = t->order[j];
@@ -14616,6 +15565,7 @@ static void dpoi_train_shuffle(dpo_trainer *t, int64_t epoch)
 /* The g-th pair of the run. */
 static int64_t dpoi_train_pick(dpo_trainer *t, int64_t g)
 {
+    /* A micro-batch may hold the end of one epoch and the start of the next. */
     if (g / t->pairs != t->epoch) dpoi_train_shuffle(t, g / t->pairs);
     return t->order[g % t->pairs];
 }
@@ -14624,20 +15574,28 @@ static int64_t dpoi_train_pick(dpo_trainer *t, int64_t g)
 static void dpoi_train_picture(uint8_t *to, const uint8_t *from, int width, int height, int flip)
 {
     for (int64_t i = 0; i < height; i++)
-        for (int64_t j = 0; j < width; j++) memcpy(to + 3*(i*width + j), from + 3*(i*width + (flip ? width - 1 - j : j)), 3);
+        for (int64_t j = 0; j < width; j++)
+            memcpy(to + 3*(i*width + j), from + 3*(i*width + (flip ? width - 1 - j : j)), 3);
 }
 
-/* Slot b of a micro-batch: which pair, its text, timestep, noise key, weight and pixels.  Winner and loser share t, noise
-   and flip: what is compared is the pictures. */
+/* t of 0 ... T-1 with density t^bias: T u^(1/(1+bias)) for u uniform in 0..1. */
+static int32_t dpoi_train_timestep(uint32_t u, int T, float bias)
+{
+    if (bias == 0) return (int32_t)((uint64_t)u * (uint64_t)T >> 32);
+    return (int32_t)((double)T * pow(((double)u + 0.5) / 4294967296.0, 1 / (1 + (double)bias)));
+}
+
+/* Slot b of a micro-batch: which pair, its text, timestep, noise key, weight and pixels.  Winner and loser share t,
+   noise and flip.  The key is the sample's number in its step, so that neither batch size nor threads change a draw. */
 static int dpoi_train_slot(dpo_trainer *t, int micro, int b)
 {
     int64_t        size = (int64_t)t->d.width * t->d.height * 3, i;
     uint32_t       key = (uint32_t)(micro * t->B + b), u[4];
     const uint8_t *chosen, *rejected;
-    int            both = t->N > t->B, flip;
+    int            both = t->N > t->B, flip;              /* both: not SFT, which has winners alone */
     i = dpoi_train_pick(t, (t->steps_done * t->d.accumulation + micro) * t->B + b);
-    dpoi_random_quad(t->d.seed, DPOI_RANDOM_CHOICES, (uint32_t)t->steps_done, key, 0, u);
-    t->t[b] = (int32_t)((uint64_t)u[0] * (uint64_t)t->noise->T >> 32);
+    dpoi_random_quad(t->d.seed, DPOI_RANDOM_CHOICES, (uint32_t)t->steps_done, key, 0, u);     /* t, caption, flip */
+    t->t[b] = dpoi_train_timestep(u[0], t->noise->T, t->d.timestep_bias);
     t->want[b] = (double)u[1] < (double)t->d.empty_prompts * 4294967296.0 ? 0 : t->text_of[i];
     flip = t->d.flip && (u[2] & 1);
     t->key[b] = (int32_t)key;
@@ -14645,7 +15603,7 @@ static int dpoi_train_slot(dpo_trainer *t, int micro, int b)
     if (!dpo_pairs_pixels(t->p, i, t->d.width, t->d.height, &chosen, both ? &rejected : NULL)) return 0;
     dpoi_train_picture(t->rgb + b*size, chosen, t->d.width, t->d.height, flip);
     if (!both) return 1;
-    t->t[t->B + b] = t->t[b];
+    t->t[t->B + b] = t->t[b];             /* losers follow the winners, B places on */
     t->key[t->B + b] = t->key[b];
     dpoi_train_picture(t->rgb + (t->B + b)*size, rejected, t->d.width, t->d.height, flip);
     return 1;
@@ -14660,6 +15618,7 @@ static int dpoi_train_encode(dpo_trainer *t, int n)
     float      *raw;
     int         ok;
     for (int k = 0; k < n; k++) t->prompts[k] = t->text[t->missing[k]].prompt;
+    /* The device's order is all embeddings, then all pooled states; fresh and the cache keep a text's together. */
     raw = (float *)dpo_scope_alloc(c, (size_t)n * (size_t)wide * sizeof *raw);
     dpo_no_grad(c, 1);
     emb = dpo_encode_text(t->m, t->prompts, n, &pooled);
@@ -14669,8 +15628,9 @@ static int dpoi_train_encode(dpo_trainer *t, int n)
         dpoi_caption *x = &t->text[t->missing[k]];
         float     *f = t->fresh + k*wide;
         memcpy(f, raw + k*t->emb_count, (size_t)t->emb_count * sizeof *f);
-        if (t->pooled_count) memcpy(f + t->emb_count, raw + n*t->emb_count + k*t->pooled_count, (size_t)t->pooled_count * sizeof *f);
-        if (t->cache_left < dpoi_caption_bytes(t)) continue;
+        if (t->pooled_count)
+            memcpy(f + t->emb_count, raw + n*t->emb_count + k*t->pooled_count, (size_t)t->pooled_count * sizeof *f);
+        if (t->cache_left < dpoi_caption_bytes(t)) continue;          /* full: encoded again the next time */
         if (!(x->emb = (float *)dpoi_calloc(c, 1, dpoi_caption_bytes(t)))) { ok = 0; break; }
         memcpy(x->emb, f, dpoi_caption_bytes(t));
         t->cache_left -= dpoi_caption_bytes(t);
@@ -14688,6 +15648,7 @@ static const float *dpoi_train_text_at(const dpo_trainer *t, int32_t want, int m
     return NULL;
 }
 
+/* rows [B,..] to the device, once for the winners and once for the losers: [N,..]. */
 static dpo_tensor *dpoi_train_rows(dpo_trainer *t, int rank, const int64_t *one, const float *rows)
 {
     int64_t     shape[DPO_MAX_RANK];
@@ -14703,7 +15664,7 @@ static int dpoi_train_emb(dpo_trainer *t, dpo_draw *d)
 {
     int64_t pooled_shape[2];
     int     missing = 0;
-    for (int b = 0; b < t->B; b++) {
+    for (int b = 0; b < t->B; b++) {      /* which texts are neither in the cache nor asked for already? */
         int seen = t->text[t->want[b]].emb != NULL;
         for (int k = 0; k < missing && !seen; k++) seen = t->missing[k] == t->want[b];
         if (!seen) t->missing[missing++] = t->want[b];
@@ -14714,9 +15675,10 @@ static int dpoi_train_emb(dpo_trainer *t, dpo_draw *d)
         if (!x) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a text was lost");
         memcpy(t->emb + b*t->emb_count, x, (size_t)t->emb_count * sizeof *x);
         if (t->pooled_count)
-            memcpy(t->emb + t->B*t->emb_count + b*t->pooled_count, x + t->emb_count, (size_t)t->pooled_count * sizeof *x);
+            memcpy(t->emb + t->B*t->emb_count + b*t->pooled_count, x + t->emb_count,
+                   (size_t)t->pooled_count * sizeof *x);
     }
-    d->emb = dpoi_train_rows(t, 3, t->emb_shape, t->emb);
+    d->emb = dpoi_train_rows(t, 3, t->emb_shape, t->emb); /* winner and loser have one prompt */
     pooled_shape[0] = 1;
     pooled_shape[1] = t->pooled_count;
     if (t->pooled_count) d->pooled = dpoi_train_rows(t, 2, pooled_shape, t->emb + t->B*t->emb_count);
@@ -14733,6 +15695,7 @@ static int dpoi_train_text_forward(dpo_trainer *t, dpo_draw *d)
     return d->emb != NULL;
 }
 
+/* Everything that the loss needs of a micro-batch: x0, noise [N,H,W,3], t [N], text [N,T,D], weight [B]. */
 static int dpoi_train_draw(dpo_trainer *t, int micro, dpo_draw *d)
 {
     int64_t shape[3], n[1];
@@ -14754,13 +15717,15 @@ static int dpoi_train_draw(dpo_trainer *t, int micro, dpo_draw *d)
 /* The step's figures stay on the device until it is over: policy, reference, inside, loss. */
 static int dpoi_train_note(dpo_trainer *t, int micro, const dpo_terms *terms, const dpo_tensor *loss)
 {
-    int64_t at = (int64_t)micro * t->row;
+    int64_t at = (int64_t)micro * t->row; /* what an objective has not stays 0 */
     int     ok = dpoi_copy_into(t->metrics, at, terms->policy);
     if (terms->reference) ok = ok && dpoi_copy_into(t->metrics, at + t->N, terms->reference);
     if (terms->inside) ok = ok && dpoi_copy_into(t->metrics, at + 2*t->N, terms->inside);
     return ok && dpoi_copy_into(t->metrics, at + 2*t->N + t->B, loss);
 }
 
+/* Forward and backward of one micro-batch; its gradients add to those of the ones before.  Dividing the loss by their
+   number makes the step that of one large batch. */
 static int dpoi_train_micro(dpo_trainer *t, int micro)
 {
     int64_t       scope = dpo_scope(t->c);
@@ -14776,11 +15741,12 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
     o.smoothing = t->d.smoothing;
     o.checkpoint = t->d.checkpoint;
     o.reference = t->d.reference;
-    if (dpoi_train_draw(t, micro, &d)) loss = dpo_diffusion_loss(dpo_model_unet(t->m), t->noise, &d, &o, &terms);
+    if (dpoi_train_draw(t, micro, &d))
+        loss = dpo_diffusion_loss(dpo_model_unet(t->m), t->noise, &d, &o, &terms);
     ok = loss && dpoi_train_note(t, micro, &terms, loss);
     if (ok && t->d.accumulation > 1) loss = dpo_affine(t->c, loss, 1 / (float)t->d.accumulation, 0);
     ok = ok && dpo_backward(loss);
-    dpo_scope_end(t->c, scope, NULL);
+    dpo_scope_end(t->c, scope, NULL);     /* all but the parameters' gradients and the figures is free again */
     return ok;
 }
 
@@ -14789,7 +15755,8 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
 /* Means over the figures of all micro-batches. */
 static void dpoi_train_means(const dpo_trainer *t, dpo_progress *p)
 {
-    double sum[6] = { 0, 0, 0, 0, 0, 0 }, inside = 0, right = 0, n = (double)t->B * t->d.accumulation;
+    double sum[5] = { 0, 0, 0, 0, 0 };    /* policy w, l, reference w, l, loss */
+    double inside = 0, right = 0, n = (double)t->B * t->d.accumulation;
     for (int k = 0; k < t->d.accumulation; k++) {
         const float *f = t->figures + (int64_t)k * t->row, *ref = f + t->N, *in = f + 2*t->N;
         for (int b = 0; b < t->B; b++) {
@@ -14797,7 +15764,7 @@ static void dpoi_train_means(const dpo_trainer *t, dpo_progress *p)
             sum[2] += ref[b];
             if (t->N > t->B) { sum[1] += f[t->B + b]; sum[3] += ref[t->B + b]; }
             inside += in[b];
-            right += in[b] > 0;
+            right += in[b] > 0;           /* 0 is not right: so the authors count */
         }
         sum[4] += in[t->B];
     }
@@ -14807,9 +15774,10 @@ static void dpoi_train_means(const dpo_trainer *t, dpo_progress *p)
     p->reference_l = (float)(sum[3] / n);
     p->loss = (float)(sum[4] / t->d.accumulation);
     p->implicit_acc = (float)(right / n);
-    p->margin = (float)(2 * inside / n / t->d.beta);
+    p->margin = t->d.beta > 0 ? (float)(2 * inside / n / t->d.beta) : 0;
 }
 
+/* The one place where a step waits for the device. */
 static int dpoi_train_report(dpo_trainer *t, double started, float lr, dpo_progress *p)
 {
     double now;
@@ -14822,6 +15790,7 @@ static int dpoi_train_report(dpo_trainer *t, double started, float lr, dpo_progr
     p->pairs = t->steps_done * t->d.accumulation * t->B;
     p->lr = lr;
     p->seconds = now - t->began;
+    /* a clock may stand still between two readings */
     p->pairs_per_second = now > started ? (double)t->B * t->d.accumulation / (now - started) : 0;
     p->memory = dpo_memory_peak(t->c, 0);
     return 1;
@@ -14834,22 +15803,25 @@ DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
     dpo_progress p;
     double       started = dpo_seconds();
-    float        lr;
+    float        lr, decay;
     if (!t || !dpoi_ok(t->c) || t->stopped || t->steps_done >= t->d.steps) return 0;
     lr = dpo_lr(t->d.lr_schedule, t->d.lr, t->d.warmup, t->d.steps, t->steps_done);
     for (int k = 0; k < t->d.accumulation; k++)
         if (!dpoi_train_micro(t, k)) return 0;
     if (!dpo_optim_step(t->o, lr)) return 0;
-    if (t->average && !dpo_average(t->c, t->average, t->params, t->count, dpo_average_decay(t->steps_done, t->d.average))) return 0;
+    decay = dpo_average_decay(t->steps_done, t->d.average);
+    if (t->average && !dpo_average(t->c, t->average, t->params, t->count, decay)) return 0;
     t->steps_done++;
     if (!dpoi_train_report(t, started, lr, &p)) return 0;
-    if (out) *out = p;
+    if (out) *out = p;                    /* before the callback: both see the same step */
     if (t->d.on_step && t->d.on_step(t->d.user, &p)) t->stopped = 1;
     if (!t->d.output) return 1;
+    /* A checkpoint every save_every steps, at the end, and where the callback stopped the run. */
     if (!t->stopped && t->steps_done < t->d.steps && (!t->d.save_every || t->steps_done % t->d.save_every)) return 1;
     return dpoi_train_checkpoint(t);
 }
 
+/* A NULL trainer makes the loop end at once, and dpo_train_end say no. */
 DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 {
     dpo_trainer *t = dpo_train_begin(m, p, d);
@@ -14857,13 +15829,20 @@ DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
     return dpo_train_end(t);
 }
 
-/* ------------------------------------------------------------------------------------------ checkpoints */
+/* ------------------------------------------------------------------------------------------ checkpoints
+
+   output/checkpoint-500/state.safetensors      what a run needs to go on
+   output/checkpoint-500/adapter.safetensors    what other programs load, if adapters are trained
+   output/latest.txt                            the name of the last folder that is whole
+   A run may be killed anywhere: a folder gets its name when all in it is on the disk, latest.txt changes after that,
+   and both changes are renames, which happen or do not. */
 
 enum { DPOI_RUN_KEYS = 5 };
 
 /* What a checkpoint must have in common with the run that loads it: everything that the draws depend on. */
 typedef struct dpoi_run_keys { char text[DPOI_RUN_KEYS][32]; const char *meta[DPOI_RUN_KEYS][2]; } dpoi_run_keys;
 
+/* Not among them: learning rate, beta, steps.  A run may go on with others, as people do. */
 static void dpoi_train_keys(const dpo_trainer *t, dpoi_run_keys *k)
 {
     static const char *const names[DPOI_RUN_KEYS] = { "seed", "pairs", "batch", "accumulation", "objective" };
@@ -14875,6 +15854,7 @@ static void dpoi_train_keys(const dpo_trainer *t, dpoi_run_keys *k)
     for (int i = 0; i < DPOI_RUN_KEYS; i++) { k->meta[i][0] = names[i]; k->meta[i][1] = k->text[i]; }
 }
 
+/* k must live as long as the state that is returned. */
 static dpoi_state dpoi_train_state(dpo_trainer *t, dpoi_run_keys *k)
 {
     dpoi_state s;
@@ -14891,7 +15871,8 @@ static int dpoi_train_write(dpo_trainer *t, const char *folder)
 {
     dpoi_run_keys k;
     dpoi_state    s = dpoi_train_state(t, &k);
-    char         *adapter = dpoi_join(t->c, folder, "adapter.safetensors"), *state = dpoi_join(t->c, folder, "state.safetensors");
+    char         *adapter = dpoi_join(t->c, folder, "adapter.safetensors");
+    char         *state = dpoi_join(t->c, folder, "state.safetensors");
     int           ok = adapter && state && (!t->d.rank || dpo_adapter_save(dpo_model_unet(t->m), adapter, DPO_F32)) &&
                        dpoi_state_save(&s, state);
     dpoi_strfree(t->c, adapter);
@@ -14908,6 +15889,7 @@ DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
     int    ok, e = 0;
     if (!t || !folder || !dpoi_ok(t->c)) return 0;
     if (dpoi_is_folder(folder)) return dpoi_train_write(t, folder);
+    /* A .part that is there already is what a killed run left: its files are replaced. */
     n = strlen(folder);
     if (!(part = (char *)dpoi_calloc(t->c, n + 6, 1))) return 0;
     memcpy(part, folder, n);
@@ -14922,6 +15904,7 @@ DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
     return ok;
 }
 
+/* Draws are functions of the step, so the step is all the trainer's own state there is. */
 DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
 {
     dpoi_run_keys k;
@@ -14957,7 +15940,7 @@ static int dpoi_train_resume(dpo_trainer *t)
     char    *latest = dpoi_join(c, t->d.output, "latest.txt"), *text = NULL, *folder = NULL;
     size_t   n = 0;
     int      ok = latest != NULL;
-    if (ok && dpoi_exists(latest)) {
+    if (ok && dpoi_exists(latest)) {      /* else: a new run */
         ok = dpoi_read_file(c, latest, 63, &text, &n);
         if (ok && (strncmp(text, "checkpoint-", 11) || dpoi_whole(text + 11) < 0))
             ok = dpoi_fail(c, DPO_BAD_FILE, "%.400s does not name a checkpoint", latest);
@@ -14977,8 +15960,8 @@ DPO_DEF int dpo_train_average(dpo_trainer *t)
     for (int i = 0; i < t->count; i++) {
         size_t n = (size_t)dpo_count(t->params[i]);
         float *w = (float *)dpoi_calloc(t->c, n * 2, sizeof *w);
-        int    ok = w && dpo_read(t->params[i], w) && dpo_read(t->average[i], w + n) && dpo_write(t->params[i], w + n) &&
-                    dpo_write(t->average[i], w);
+        int    ok = w && dpo_read(t->params[i], w) && dpo_read(t->average[i], w + n) &&
+                    dpo_write(t->params[i], w + n) && dpo_write(t->average[i], w);
         if (w) dpoi_release(t->c, w, n * 2 * sizeof *w);
         if (!ok) return 0;
     }

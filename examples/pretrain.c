@@ -1,8 +1,9 @@
 /* pretrain.c - train a small text-to-image model from nothing, on the emoji of emoji_data.c.
 
    build   cc -O2 examples/pretrain.c -o pretrain -lm -lpthread
-   run     ./emoji_data emoji-data --size 32
-           ./pretrain emoji-data emoji [--steps 18000] [--batch 16] [--lr 2e-3] [--seed 1] [--minutes M]
+   run     ./emoji_data emoji-data --size 16
+           ./pretrain emoji-data emoji [--steps 26000] [--batch 8] [--lr 1.5e-3] [--seed 1] [--bias 0]
+                      [--stop STEP] [--minutes M] [--threads N]
    result  emoji/            a pipeline folder in the layout of diffusers, F16: tokenizer, text encoder, UNet, schedule
            emoji-state/      the state of the run; called again with the same settings, it goes on from there
 
@@ -136,11 +137,11 @@ static const char MODEL[] = "{\"_class_name\": \"StableDiffusionPipeline\", \"_d
 static const char SCHEDULE[] = "{\"_class_name\": \"DDIMScheduler\", \"_diffusers_version\": \"0.30.0\", \"num_train_timesteps\": 1000,\n"
     " \"beta_schedule\": \"squaredcos_cap_v2\", \"beta_start\": 0.0001, \"beta_end\": 0.02, \"prediction_type\": \"v_prediction\",\n"
     " \"timestep_spacing\": \"trailing\", \"steps_offset\": 0, \"clip_sample\": true, \"set_alpha_to_one\": true}\n";
-static const char UNET[] = "{\"_class_name\": \"UNet2DConditionModel\", \"_diffusers_version\": \"0.30.0\", \"sample_size\": 32,\n"
-    " \"in_channels\": 3, \"out_channels\": 3, \"block_out_channels\": [16, 32, 48, 96], \"layers_per_block\": 1,\n"
-    " \"down_block_types\": [\"DownBlock2D\", \"DownBlock2D\", \"CrossAttnDownBlock2D\", \"CrossAttnDownBlock2D\"],\n"
-    " \"up_block_types\": [\"CrossAttnUpBlock2D\", \"CrossAttnUpBlock2D\", \"UpBlock2D\", \"UpBlock2D\"],\n"
-    " \"cross_attention_dim\": 128, \"attention_head_dim\": 4, \"norm_num_groups\": 8}\n";
+static const char UNET[] = "{\"_class_name\": \"UNet2DConditionModel\", \"_diffusers_version\": \"0.30.0\", \"sample_size\": 16,\n"
+    " \"in_channels\": 3, \"out_channels\": 3, \"block_out_channels\": [32, 64, 96], \"layers_per_block\": 1,\n"
+    " \"down_block_types\": [\"DownBlock2D\", \"CrossAttnDownBlock2D\", \"CrossAttnDownBlock2D\"],\n"
+    " \"up_block_types\": [\"CrossAttnUpBlock2D\", \"CrossAttnUpBlock2D\", \"UpBlock2D\"],\n"
+    " \"cross_attention_dim\": 128, \"attention_head_dim\": 4, \"norm_num_groups\": 16}\n";
 static const char TEXT[] = "{\"architectures\": [\"CLIPTextModel\"], \"model_type\": \"clip_text_model\", \"vocab_size\": %d,\n"
     " \"hidden_size\": 128, \"intermediate_size\": 512, \"num_hidden_layers\": 2, \"num_attention_heads\": 4,\n"
     " \"max_position_embeddings\": %d, \"hidden_act\": \"quick_gelu\", \"layer_norm_eps\": 1e-05, \"projection_dim\": 128,\n"
@@ -175,7 +176,7 @@ static int write_folder(dpo_ctx *c, const vocabulary *v, const char *folder)
 
 /* ---- Data and the run ------------------------------------------------------------------------------------------- */
 
-typedef struct { const char *data, *out; int64_t steps; int batch, threads; float lr; uint64_t seed; double minutes, start; } settings;
+typedef struct { const char *data, *out; int64_t steps, stop; int batch, threads; float lr, bias; uint64_t seed; double minutes, start; } settings;
 
 /* Training rows of captions.jsonl: into the vocabulary (v) or, if v is NULL, with their pictures into the pairs. */
 static int64_t read_captions(dpo_ctx *c, const settings *s, vocabulary *v, dpo_pairs *pairs)
@@ -212,7 +213,7 @@ static int report(void *user, const dpo_progress *p)
         printf("step %lld/%lld  loss %.4f  lr %.5f  |g| %.2f  %.0f pictures/s  %.0f s\n", (long long)p->step,
                (long long)p->steps, p->loss, p->lr, p->grad_norm, p->pairs_per_second, seconds);
     fflush(stdout);
-    return s->minutes > 0 && seconds > s->minutes * 60;
+    return (s->minutes > 0 && seconds > s->minutes * 60) || p->step == s->stop;
 }
 
 static dpo_train_desc recipe(const settings *s, const char *state)
@@ -231,6 +232,7 @@ static dpo_train_desc recipe(const settings *s, const char *state)
     t.train_text = 1;
     t.average = 0.999f;
     t.empty_prompts = 0.1f;
+    t.timestep_bias = s->bias;            /* much noise is where the prompt decides */
     t.seed = s->seed;
     t.output = state;
     t.save_every = 1000;
@@ -267,19 +269,22 @@ static int run(dpo_ctx *c, settings *s)
 
 int main(int argc, char **argv)
 {
-    settings s = { NULL, NULL, 18000, 16, 0, 2e-3f, 1, 0, 0 };
+    settings s = { NULL, NULL, 26000, 0, 8, 0, 1.5e-3f, 0, 1, 0, 0 };
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(argv[i], "--steps"))        { s.steps = atoi(value); i++; }
         else if (!strcmp(argv[i], "--batch"))   { s.batch = atoi(value); i++; }
         else if (!strcmp(argv[i], "--threads")) { s.threads = atoi(value); i++; }
+        else if (!strcmp(argv[i], "--bias"))    { s.bias = (float)atof(value); i++; }
+        else if (!strcmp(argv[i], "--stop"))    { s.stop = atoi(value); i++; }
         else if (!strcmp(argv[i], "--lr"))      { s.lr = (float)atof(value); i++; }
         else if (!strcmp(argv[i], "--seed"))    { s.seed = (uint64_t)atoll(value); i++; }
         else if (!strcmp(argv[i], "--minutes")) { s.minutes = atof(value); i++; }
         else if (!s.data) s.data = argv[i];
         else s.out = argv[i];
     }
-    if (!s.out) { fprintf(stderr, "usage: pretrain DATA OUT [--steps N] [--batch N] [--lr X] [--seed N] [--minutes M] [--threads N]\n"); return 2; }
+    if (!s.out) { fprintf(stderr, "usage: pretrain DATA OUT [--steps N] [--batch N] [--lr X] [--seed N]\n"
+            "                [--bias B] [--stop STEP] [--minutes M] [--threads N]\n"); return 2; }
     dpo_desc desc = { 0 };
     desc.log = dpo_log_stderr;
     desc.threads = s.threads;

@@ -389,12 +389,13 @@ static int add_adapters(run *r)
     return dpo_adapter_new(dpo_model_unet(r->m), &d);
 }
 
+/* Before the first step every pair is a tie: it counts half, as the judge's do. */
 static int while_training(void *user, const dpo_progress *p)
 {
     run *r = (run *)user;
     int  pairs = r->s.pairs_a_step;
     r->loss[p->step - 1] = p->loss;
-    r->accuracy[p->step - 1] = p->implicit_acc;
+    r->accuracy[p->step - 1] = p->step == 1 ? 0.5f : p->implicit_acc;
     if (p->step % 5 == 0 || p->step == p->steps)
         say(r, "  step %d of %d  loss %.3f  implicit accuracy %.2f  %.1f pairs/s  %.0f s left", (int)p->step, (int)p->steps,
             p->loss, p->implicit_acc, p->pairs_per_second, (double)(p->steps - p->step) * pairs / p->pairs_per_second);

@@ -9,7 +9,7 @@ static const char STYLE[] =
     "*{box-sizing:border-box}\n"
     "body{margin:0 auto;max-width:68rem;padding:2.5rem 1.25rem 4rem;background:var(--paper);color:var(--ink);"
     "font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans',sans-serif}\n"
-    "h1{font-size:clamp(1.6rem,5vw,2.3rem);line-height:1.2;margin:0 0 .6rem;letter-spacing:-.02em}\n"
+    "h1{font-size:clamp(1.6rem,5vw,2.3rem);line-height:1.2;text-wrap:balance;margin:0 0 .6rem;letter-spacing:-.02em}\n"
     "h2{font-size:1.25rem;margin:3rem 0 .4rem;letter-spacing:-.01em}\n"
     "p{max-width:44rem;margin:.4rem 0 1rem}.dim,figcaption,td:first-child{color:var(--dim)}\n"
     ".facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:1rem;margin:1.8rem 0}\n"
@@ -28,7 +28,7 @@ static const char STYLE[] =
     ".cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:1rem;margin:1rem 0}\n"
     ".cards figure{margin:0;background:var(--card);border-radius:12px;padding:.6rem}\n"
     ".four{display:grid;grid-template-columns:1fr 1fr;gap:.4rem;font-size:.72rem;text-align:center;color:var(--dim)}\n"
-    ".four img{width:100%;aspect-ratio:1;image-rendering:pixelated;border-radius:6px;background:#fff;display:block}\n"
+    ".four img{width:100%;height:auto;image-rendering:pixelated;border-radius:6px;background:#fff;display:block}\n"
     ".four .won{outline:2px solid var(--mark);outline-offset:1px}\n"
     ".cards figcaption{font-size:.85rem;line-height:1.35;margin-top:.5rem;text-align:center;overflow-wrap:anywhere}\n"
     "summary{cursor:pointer;color:var(--mark);padding:.4rem 0}\n"
@@ -83,44 +83,57 @@ static void put_cards(const run *r, FILE *f, int first, int last)
     fputs("</div>\n", f);
 }
 
-/* Where a curve's values lie in its drawing of 480 x 230: steps 40..470 across, values 0..top from 195 up to 15. */
-static double across(int i, int n) { return 40 + (n > 1 ? 430.0 * i / (n - 1) : 0); }
-static double above(double y, double top) { return 195 - 180 * (y > 0 ? fmin(y, top) : 0) / top; }
+/* A curve's drawing is 480 x 230: steps go from 40 to 470 across, values from 195 (low) up to 15 (top). */
+typedef struct { const float *y; int n; double low, top; } curve;
+
+static double across(const curve *c, int i) { return 40 + (c->n > 1 ? 430.0 * i / (c->n - 1) : 0); }
+static double above(const curve *c, double y) { return 195 - 180 * (fmax(c->low, fmin(y, c->top)) - c->low) / (c->top - c->low); }
 
 /* The line through y, each point the mean of those at most `reach` steps away. */
-static void put_line(FILE *f, const char *kind, const float *y, int n, double top, int reach)
+static void put_line(FILE *f, const char *kind, const curve *c, int reach)
 {
     fprintf(f, "<polyline class=\"%s\" points=\"", kind);
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < c->n; i++) {
         double sum = 0;
-        int    from = i > reach ? i - reach : 0, to = i + reach < n ? i + reach : n - 1;
-        for (int k = from; k <= to; k++) sum += y[k];
-        fprintf(f, "%.1f,%.1f ", across(i, n), above(sum / (to - from + 1), top));
+        int    from = i > reach ? i - reach : 0, to = i + reach < c->n ? i + reach : c->n - 1;
+        for (int k = from; k <= to; k++) sum += c->y[k];
+        fprintf(f, "%.1f,%.1f ", across(c, i), above(c, sum / (to - from + 1)));
     }
     fputs("\"/>", f);
 }
 
-/* `even` is where the curve of a model that learned nothing would stay. */
-static void put_curve(FILE *f, const char *title, const float *y, int n, double top, double even)
+static void put_rule(FILE *f, const char *kind, double y)
 {
-    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" role=\"img\" aria-label=\"%s by step\">", title, title);
-    for (int i = 0; i <= 4; i++)
-        fprintf(f, "<line class=\"axis\" x1=\"40\" x2=\"470\" y1=\"%.1f\" y2=\"%.1f\"/><text x=\"34\" y=\"%.1f\" text-anchor=\"end\">%.2f</text>",
-                above(top*i/4, top), above(top*i/4, top), above(top*i/4, top) + 4, top*i/4);
-    fprintf(f, "<line class=\"even\" x1=\"40\" x2=\"470\" y1=\"%.1f\" y2=\"%.1f\"/>", above(even, top), above(even, top));
-    put_line(f, "raw", y, n, top, 0);
-    put_line(f, "mean", y, n, top, 3);
-    fprintf(f, "<text x=\"40\" y=\"218\">1</text><text x=\"470\" y=\"218\" text-anchor=\"end\">step %d</text></svg></figure>\n", n);
+    fprintf(f, "<line class=\"%s\" x1=\"40\" x2=\"470\" y1=\"%.1f\" y2=\"%.1f\"/>", kind, y, y);
 }
 
+/* `even` is where the curve of a model that learned nothing would stay. */
+static void put_curve(FILE *f, const char *title, const curve *c, double even)
+{
+    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" role=\"img\" aria-label=\"%s, step by step\">", title, title);
+    for (int i = 0; i <= 4; i++) {
+        double y = c->low + (c->top - c->low) * i / 4;
+        put_rule(f, "axis", above(c, y));
+        fprintf(f, "<text x=\"34\" y=\"%.1f\" text-anchor=\"end\">%.2f</text>", above(c, y) + 4, y);
+    }
+    put_rule(f, "even", above(c, even));
+    put_line(f, "raw", c, 0);
+    put_line(f, "mean", c, 3);
+    fprintf(f, "<text x=\"40\" y=\"218\">1</text><text x=\"470\" y=\"218\" text-anchor=\"end\">step %d</text></svg></figure>\n", c->n);
+}
+
+/* Quarters that hold ln 2 and all losses, up to 4: a loss that ran away shall not flatten the rest. */
 static void put_curves(const run *r, FILE *f)
 {
-    double top = 1;
-    for (int i = 0; i < r->s.steps; i++) while (r->loss[i] > top && top < 8) top += 1;
-    fputs("<h2>Training</h2>\n<p>The loss should fall below ln 2 = 0.69, and the share of pairs that the model ranks as the "
-          "judge did should rise above one half: the dashed lines are a model that learned nothing.</p>\n<div class=\"curves\">", f);
-    put_curve(f, "loss", r->loss, r->s.steps, top, log(2.0));
-    put_curve(f, "implicit accuracy", r->accuracy, r->s.steps, 1, 0.5);
+    curve loss = { r->loss, r->s.steps, 0.5, 1 }, accuracy = { r->accuracy, r->s.steps, 0, 1 };
+    for (int i = 0; i < r->s.steps; i++) {
+        while (r->loss[i] < loss.low && loss.low > 0) loss.low -= 0.25;
+        while (r->loss[i] > loss.top && loss.top < 4) loss.top += 0.25;
+    }
+    fputs("<h2>Training</h2>\n<p>The loss should fall below ln&nbsp;2&nbsp;=&nbsp;0.69, and the share of pairs that the model ranks "
+          "as the judge did should rise above one half: the dashed lines are a model that learned nothing.</p>\n<div class=\"curves\">", f);
+    put_curve(f, "loss", &loss, log(2.0));
+    put_curve(f, "implicit accuracy", &accuracy, 0.5);
     fputs("</div>\n", f);
 }
 
@@ -163,11 +176,11 @@ static void put_settings(const run *r, FILE *f)
     int             count = 0, adapters = 0;
     dpo_tensor    **all = dpo_net_params(dpo_model_unet(r->m), &count), **low = dpo_adapter_params(dpo_model_unet(r->m), &adapters);
     fputs("<h2>Settings</h2>\n<table>\n", f);
-    put_row(f, "model", "%s: a UNet of %.0f weights, pictures of %dx%d pixels", s->model, weights(all, count), r->size, r->size);
+    put_row(f, "model", "%s: a UNet of %.2f million weights, pictures of %dx%d pixels", s->model, weights(all, count) / 1e6, r->size, r->size);
     put_row(f, "judge", "%s: %s", r->j->name, r->j->wants);
     put_row(f, "pairs", "%d, from %d prompts with two pictures each", r->pairs, s->pair_prompts);
     put_row(f, "pictures", "%d sampling steps, guidance %g", s->sample_steps, s->guidance);
-    put_row(f, "adapters", "rank %d: %.0f weights", s->rank, weights(low, adapters));
+    put_row(f, "adapters", "rank %d: %.2f million weights", s->rank, weights(low, adapters) / 1e6);
     put_row(f, "training", "%d steps of %d pairs, beta %g, learning rate %g", s->steps, s->pairs_a_step, s->beta, s->lr);
     put_row(f, "seed", "%llu", (unsigned long long)s->seed);
     put_row(f, "memory", "%.0f MB at most for tensors", (double)dpo_memory_peak(r->c, 0) / 1e6);
@@ -178,7 +191,7 @@ static void put_page(const run *r, FILE *f, const verdict *v)
 {
     fprintf(f, "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
                "content=\"width=device-width,initial-scale=1\">\n<title>Diffusion-DPO: judge %s, win rate %.2f</title>\n<style>\n%s"
-               "</style></head>\n<body>\n<h1>A text-to-image model, before and after Diffusion-DPO</h1>\n", r->j->name, v->rate, STYLE);
+               "</style></head>\n<body>\n<h1>A text-to-image model, before and after Diffusion&#8209;DPO</h1>\n", r->j->name, v->rate, STYLE);
     fprintf(f, "<p>The model drew two pictures for each of %d prompts, and a judge named <b>%s</b>, who wants %s, picked one of "
                "the two. From %d such pairs, %d steps of training taught it the judge's taste. What it learned is measured on %d "
                "prompts that no pair used.</p>\n", r->s.pair_prompts, r->j->name, r->j->wants, r->pairs, r->s.steps, (int)EVAL);

@@ -93,7 +93,8 @@ static void fuzz_safetensors(const uint8_t *data, size_t n)
 
 /* ---------------------------------------------------------------------------------------------- tokenizer */
 
-static const char fuzz_merges[] = "#version: 0.2\nt h\nth e</w>\na n\nan d</w>\no n</w>\ni n\nin g</w>\ne r</w>\n' s</w>\n! !\n!! !</w>\n";
+static const char fuzz_merges[] =
+    "#version: 0.2\nt h\nth e</w>\na n\nan d</w>\no n</w>\ni n\nin g</w>\ne r</w>\n' s</w>\n! !\n!! !</w>\n";
 
 /* Byte symbols, their word-end forms, what the merges make, two special tokens. */
 static char *fuzz_vocab(void)
@@ -188,7 +189,8 @@ static const char *const fuzz_json_seeds[] = {
 static const char *const fuzz_st_seeds[] = {                /* the 8 bytes in front are added, with the true length */
     "{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
         "\"b\":{\"dtype\":\"F16\",\"shape\":[],\"data_offsets\":[24,26]}}",
-    "{\"x\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]},\"y\":{\"dtype\":\"BOOL\",\"shape\":[0,4],\"data_offsets\":[8,8]},"
+    "{\"x\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]},"
+        "\"y\":{\"dtype\":\"BOOL\",\"shape\":[0,4],\"data_offsets\":[8,8]},"
         "\"z\":{\"dtype\":\"F8_E4M3\",\"shape\":[18],\"data_offsets\":[8,26]}}" };
 static const char *const fuzz_text_seeds[] = { "\2the cat's and  thing!!! on",
         "\2caf\xC3\xA9 e\xCC\x81 \xE1\x84\x80\xE1\x85\xA1 <|endoftext|> <|ENDOFTEXT|>!",

@@ -15,7 +15,7 @@
 #include <sys/resource.h>
 #endif
 
-#define FOLDER "test_files.tmp"
+#define FOLDER "build/test_files.tmp"
 
 static dpo_ctx *open_context(void)
 {
@@ -38,8 +38,10 @@ static void expect_error(dpo_ctx *c, int failed, const char *what, const char *l
 
 static void test_json_values(dpo_ctx *c)
 {
-    static const char text[] = "\xEF\xBB\xBF {\"i\": 42, \"d\":-2.5e-3, \"s\":\"a\\u00e9\\ud83d\\ude00\\/\\n\\u0000b\", \"t\":true, \"f\":false, "
-        "\"n\":null, \"list\":[1, 2.0, [], {}], \"big\":9223372036854775807, \"bigger\":9223372036854775808, \"caf\xC3\xA9\":1}";
+    static const char text[] = "\xEF\xBB\xBF {\"i\": 42, \"d\":-2.5e-3, "
+        "\"s\":\"a\\u00e9\\ud83d\\ude00\\/\\n\\u0000b\", "
+        "\"t\":true, \"f\":false, \"n\":null, \"list\":[1, 2.0, [], {}], \"big\":9223372036854775807, "
+        "\"bigger\":9223372036854775808, \"caf\xC3\xA9\":1}";
     dpo_json       *j = dpo_json_parse(c, text, sizeof text - 1, "text");
     const dpo_json *list = dpo_json_get(j, "list");
     int64_t         i = 0;
@@ -89,7 +91,8 @@ static void test_json_refused(dpo_ctx *c)
                 "exponent" },
         { "1e999", "too large" }, { "-1e400", "too large" }, { "0x10", "follows" }, { "1 2", "follows" }, { "[1]]",
                                                                                                            "follows" },
-        { "\"abc", "does not end" }, { "\"\\x\"", "escape" }, { "\"\\u12\"", "hexadecimal" }, { "\"\\u12", "cut off" },
+        { "\"abc", "does not end" }, { "\"\\x\"", "escape" }, { "\"\\u12x4\"", "hexadecimal" },
+        { "\"\\u12", "cut off" },
         { "\"\\ud800\"", "surrogate" }, { "\"\\ud800\\u0041\"", "surrogate" }, { "\"\\udc00\"",
                                                                                 "surrogate" }, { "\"\t\"", "control" },
         { "\"\xC0\xAF\"", "not UTF-8" }, { "\"\xED\xA0\x80\"", "not UTF-8" }, { "\"\xF4\x90\x80\x80\"",
@@ -113,7 +116,7 @@ static void test_json_refused(dpo_ctx *c)
 /* Our decimals against the C library's, in the "C" locale. */
 static void test_json_numbers(dpo_ctx *c)
 {
-    static const char *const hard[] = { "2.2250738585072014e-308", "2.2250738585072011e-308", "5e-324",
+    static const char *const hard[] = { "2.2250738585072014e-308", "5e-324",
                                        "2.4703282292062327e-324", "1e-400",
         "1.7976931348623157e308", "1.7976931348623158e+308", "9007199254740993", "0.1", "1e22", "1e23",
             "123456789012345678901234567890",
@@ -468,7 +471,7 @@ static int add_samples(dpo_writer *w)
     return ok;
 }
 
-/* Tags are samples; user: NULL, or the name of a tensor that is handed over wrongly. */
+/* Tags are samples; user: NULL, "stop", "more" (values than there are), or a tensor that is handed over in part. */
 static int fill_sample(void *user, dpo_writer *w, void *tag)
 {
     const sample *s = (const sample *)tag;
@@ -476,7 +479,8 @@ static int fill_sample(void *user, dpo_writer *w, void *tag)
     const char   *wrong = (const char *)user;
     if (wrong && !strcmp(wrong, "stop")) return 0;
     if (wrong && !strcmp(wrong, s->name)) return dpo_writer_floats(w, s->values, n - 1);
-    if (wrong && !strcmp(s->name, "b.weight")) return dpo_writer_floats(w, s->values, 6) &&
+    if (wrong && !strcmp(wrong, "more") && !strcmp(s->name, "b.weight"))
+        return dpo_writer_floats(w, s->values, 6) &&
         dpo_writer_floats(w, s->values, 1);
     if (!strcmp(s->name, "d")) { double d = 0.1; return dpo_writer_bytes(w, &d, 8); }
     if (!strcmp(s->name, "e4")) return dpo_writer_bytes(w, "\x38\x98\x7E\x7F", 4);
@@ -510,7 +514,7 @@ static void test_writing(dpo_ctx *c)
 #endif
     dpo_file_close(f);
     expect_error(c, !save_samples(c, path, "a"), "\"a\": 2 bytes were not handed over", "too few");
-    expect_error(c, !save_samples(c, path, "none at all"), "\"b.weight\": 4 bytes too many", "too many");
+    expect_error(c, !save_samples(c, path, "more"), "\"b.weight\": 4 bytes too many", "too many");
     expect_error(c, !save_samples(c, path, "stop"), "stopped by its caller", "stopped");
     CHECK(read_back(c, path, (const char *)reference, sizeof reference) && !dpoi_exists(FOLDER "/s.safetensors.tmp"),
           "the older file stays, alone");
@@ -592,7 +596,8 @@ static void test_shards(dpo_ctx *c)
         CHECK(dpo_writer_add(w, k ? "y" : "x", "F32", 0, NULL, &values[k]) && dpo_writer_save(w, fill_one, NULL),
               "%s", dpo_error(c));
     }
-    write_index(c, "{\"metadata\":{\"total_size\":8},\"weight_map\":{\"y\":\"sharded-1.safetensors\",\"x\":\"sharded-0.safetensors\"}}");
+    write_index(c, "{\"metadata\":{\"total_size\":8},\"weight_map\":{\"y\":\"sharded-1.safetensors\","
+                   "\"x\":\"sharded-0.safetensors\"}}");
     f = dpo_safetensors_open_folder(c, FOLDER, "sharded");
     CHECK(dpo_file_count(f) == 2, "shards: %s", dpo_error(c));
     for (int k = 0; k < 2; k++) {
@@ -620,9 +625,10 @@ static void test_shards(dpo_ctx *c)
 
 /* ---------------------------------------------------------------------------------------------- tokenizer */
 
-static const char merges[] = "#version: 0.2\nt h\nth e</w>\na n\nan d</w>\nc a\nca t</w>\n# #</w>\n' s</w>\n! !\n!! !</w>\ne r</w>\n";
+static const char merges[] =
+    "#version: 0.2\nt h\nth e</w>\na n\nan d</w>\nc a\nca t</w>\n# #</w>\n' s</w>\n! !\n!! !</w>\ne r</w>\n";
 
-/* A vocabulary of the 512 byte symbols and what `merges` makes: ids 0.., then <|startoftext|> 521, <|endoftext|> 522. */
+/* A vocabulary of the 512 byte symbols and what `merges` makes; then <|startoftext|> 523, <|endoftext|> 524. */
 static void small_vocab(dpo_ctx *c, dpoi_text *t)
 {
     static const char *const more[] = { "th", "the</w>", "an", "and</w>", "ca", "cat</w>", "##</w>", "'s</w>", "!!",
@@ -728,7 +734,8 @@ static void test_long_prompts(dpo_ctx *c)
 
 static void test_tokenizer_folder(dpo_ctx *c)
 {
-    static const char config[] = "{\"pad_token\":{\"content\":\"!\",\"normalized\":false},\"model_max_length\":16,\"bos_token\":\"<|startoftext|>\"}";
+    static const char config[] = "{\"pad_token\":{\"content\":\"!\",\"normalized\":false},\"model_max_length\":16,"
+        "\"bos_token\":\"<|startoftext|>\",\"unk_token\":{\"content\":\"<|endoftext|>\",\"normalized\":true}}";
     static const char map[] = "{\"pad_token\":\"#\",\"eos_token\":{\"content\":\"<|endoftext|>\",\"normalized\":true}}";
     dpoi_text      v;
     dpo_tokenizer *t;
@@ -854,7 +861,8 @@ static int interop(dpo_ctx *c, const char *python)
     dpoi_mkdirs(c, FOLDER);
     CHECK(save_samples(c, FOLDER "/ours.safetensors", NULL), "%s", dpo_error(c));
     snprintf(command, sizeof command, "%s -c \"from safetensors.torch import load_file, save_file; "
-             "d = load_file('" FOLDER "/ours.safetensors'); save_file(d, '" FOLDER "/theirs.safetensors', {'format': 'pt'}); "
+             "d = load_file('" FOLDER "/ours.safetensors'); "
+             "save_file(d, '" FOLDER "/theirs.safetensors', {'format': 'pt'}); "
              "assert d['b.weight'].tolist() == [[0, .25, .5], [.75, 1, 1.25]]\"", python);
     CHECK(system(command) == 0, "Python could not read it");
     if (dpoi_read_file(c, FOLDER "/theirs.safetensors", 1 << 20, &text, &n)) {

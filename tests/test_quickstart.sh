@@ -27,7 +27,7 @@ refuse() {
     shift 2
     "$build/quickstart" "$@" >"$work/out" 2>"$work/err"
     status=$?
-    if [ $status = 1 ] && [ "$(wc -l <"$work/err")" -eq 1 ] && grep -q "$pattern" "$work/err" &&
+    if [ $status = 1 ] && [ "$(wc -l <"$work/err")" -eq 1 ] && grep -q -e "$pattern" "$work/err" &&
        ! grep -q '^win rate' "$work/out" && [ ! -e "$work/o/quickstart.html" ]; then ok
     else bad "$name: status $status, said: $(cat "$work/err")"; fi
 }

@@ -1,0 +1,735 @@
+/* test_train.c - schedules, samplers, images, losses, optimizer, pairs and the trainer: known numbers, the same bits for
+   any number of threads, in two contexts at once and after a resume, and every allocation made to fail in turn.
+
+   build   cc -O2 tests/test_train.c -o build/test_train -lm -lpthread
+   run     build/test_train [every]     from the project's folder; every: let each allocation fail, not one in some */
+#define main tiny_model_main
+#include "tiny_model.c"
+#undef main
+#include "dpo_test.h"
+
+#define FOLDER "build/test_train"
+#define TINY   FOLDER "/tiny"
+
+/* ---- contexts and a small run ----------------------------------------------------------------------------------- */
+
+/* The context's error, or nothing. */
+static const char *why(dpo_ctx *c) { return dpo_error(c) ? dpo_error(c) : "no error"; }
+
+static dpo_ctx *open_threads(int threads)
+{
+    dpo_desc d;
+    memset(&d, 0, sizeof d);
+    d.threads = threads;
+    return dpo_open(&d);
+}
+
+/* Pictures that differ from pair to pair: the chosen bright, the rejected dark. */
+static void fill_picture(dpo_image *x, int seed, int dark)
+{
+    uint64_t state = (uint64_t)seed;
+    for (int i = 0; i < x->width * x->height * 3; i++) x->rgb[i] = (uint8_t)(test_random(&state) % 160 + (dark ? 0 : 95));
+}
+
+static dpo_pairs *some_pairs(dpo_ctx *c, int n)
+{
+    dpo_pairs *p = dpo_pairs_new(c);
+    for (int i = 0; i < n; i++) {
+        dpo_image a, b;
+        char      prompt[32];
+        snprintf(prompt, sizeof prompt, "thing %d", i / 2);
+        if (!dpo_image_new(c, 8, 8, &a)) return NULL;
+        if (!dpo_image_new(c, 8, 8, &b)) { dpo_image_free(c, &a); return NULL; }
+        fill_picture(&a, 2*i, 0);
+        fill_picture(&b, 2*i + 1, 1);
+        dpo_pairs_add(p, prompt, &a, &b, 1);
+        dpo_image_free(c, &a);
+        dpo_image_free(c, &b);
+    }
+    return p;
+}
+
+static dpo_train_desc small_run(int rank)
+{
+    dpo_train_desc d = dpo_recipe_small();
+    d.steps = 4;
+    d.batch = 2;
+    d.accumulation = 2;
+    d.rank = rank;
+    d.beta = 200;
+    d.empty_prompts = 0.3f;
+    d.flip = 1;
+    d.seed = 7;
+    return d;
+}
+
+typedef struct { float *v; int64_t n; } numbers;
+
+/* All values of the trained tensors, one after another. */
+static numbers weights_of(dpo_model *m)
+{
+    numbers      out = { NULL, 0 };
+    int          n = 0;
+    dpo_tensor **x = dpo_adapter_params(dpo_model_unet(m), &n);
+    if (!n) x = dpo_net_params(dpo_model_unet(m), &n);
+    for (int i = 0; i < n; i++) {
+        out.v = (float *)realloc(out.v, (size_t)(out.n + dpo_count(x[i])) * sizeof(float));
+        dpo_read(x[i], out.v + out.n);
+        out.n += dpo_count(x[i]);
+    }
+    return out;
+}
+
+static int same(numbers a, numbers b) { return a.n > 0 && a.n == b.n && !memcmp(a.v, b.v, (size_t)a.n * sizeof(float)); }
+
+/* Open, make the model, train as d says, return the weights. */
+static numbers trained(int threads, dpo_train_desc d, dpo_progress *last)
+{
+    numbers      out = { NULL, 0 };
+    dpo_ctx     *c = open_threads(threads);
+    dpo_model   *m = dpo_model_create(c, TINY, 3);
+    dpo_pairs   *p = some_pairs(c, 7);
+    dpo_trainer *t = dpo_train_begin(m, p, &d);
+    dpo_progress e;
+    memset(&e, 0, sizeof e);
+    while (dpo_train_step(t, &e)) { }
+    CHECK(dpo_train_end(t), "training failed: %s", why(c));
+    if (!dpo_error(c)) out = weights_of(m);
+    if (last) *last = e;
+    dpo_close(c);
+    return out;
+}
+
+/* ---- noise ------------------------------------------------------------------------------------------------------ */
+
+static void test_schedules(dpo_ctx *c)
+{
+    dpo_schedule s = dpo_schedule_sd();
+    float        a[1000];
+    CHECK(dpo_schedule_alphas(c, &s, a), "%s", why(c));
+    CHECK_CLOSE(a[0], 0.999149978, 1e-7);                 /* formats.md, section 3 */
+    CHECK_CLOSE(a[499], 0.27766943, 1e-7);
+    CHECK(fabs(a[999] / 0.00466009509 - 1) < 1e-6, "abar[999] = %.9g", a[999]);
+    s.zero_terminal_snr = 1;
+    CHECK(dpo_schedule_alphas(c, &s, a), "%s", why(c));
+    CHECK_CLOSE(a[500], 0.241018549, 1e-7);
+    CHECK(fabs(a[998] / 1.968e-7 - 1) < 1e-3 && a[999] == 0, "abar ends %.9g, %.9g", a[998], a[999]);
+    s.T = 1;
+    CHECK(!dpo_schedule_alphas(c, &s, a) && dpo_error(c), "a schedule of one step was accepted");
+    dpo_clear_error(c);
+}
+
+/* The answer of a network that knows x0, for a state of `noise` parts of noise. */
+static dpo_tensor *oracle(dpo_ctx *c, const dpo_schedule *s, dpo_tensor *x, double signal, double noise, const float *x0)
+{
+    float v[48];
+    dpo_read(x, v);
+    for (int i = 0; i < 48; i++) {
+        double eps = (v[i] - signal*x0[i]) / noise;
+        v[i] = (float)(s->prediction == DPO_EPSILON ? eps : signal*eps - noise*x0[i]);
+    }
+    return dpo_tensor_from(c, DPO_F32, x->rank, x->shape, v);
+}
+
+/* Whatever the sampler, spacing and prediction: with a network that knows x0 the end is x0. */
+static void check_sampler(dpo_ctx *c, const dpo_schedule *s, const dpo_sampler_desc *d)
+{
+    dpo_sampler *p = dpo_sampler_new(c, s, d);
+    float        x0[48], a[1000], y[48];
+    int64_t      shape[4] = { 1, 4, 4, 3 }, scope = dpo_scope(c);
+    uint64_t     state = 5;
+    dpo_tensor  *x, *key, *z;
+    int32_t      zero = 0;
+    double       worst = 0;
+    for (int i = 0; i < 48; i++) x0[i] = (float)(0.9 * sin(i));
+    dpo_schedule_alphas(c, s, a);
+    for (int i = 0; i < 48; i++) y[i] = (float)test_normal(&state) * (p ? p->init_sigma : 0);
+    x = dpo_tensor_from(c, DPO_F32, 4, shape, y);
+    key = dpo_tensor_from(c, DPO_I32, 1, shape, &zero);
+    for (int k = 0; p && k < p->steps; k++) {
+        dpo_tensor *in = dpo_sampler_input(p, k, x);
+        double      abar = a[(int)(p->t[k] + 0.5f)], signal = sqrt(abar), noise = sqrt(1 - abar);
+        if (p->rows[0] && in != x && s->spacing == DPO_LINSPACE) {       /* Euler between two timesteps */
+            float  t = p->t[k], low = a[(int)t], high = a[(int)t < 999 ? (int)t + 1 : 999];
+            double sigma = sqrt((1 - low) / low) + (t - (int)t) * (sqrt((1 - high) / high) - sqrt((1 - low) / low));
+            signal = 1 / sqrt(sigma*sigma + 1);
+            noise = sigma * signal;
+        }
+        z = p->wants_noise ? dpo_randn(c, 3, 9, (uint32_t)k, key, 3, shape + 1) : NULL;
+        x = dpo_sampler_step(p, k, x, oracle(c, s, in, signal, noise, x0), z);
+    }
+    CHECK(x && dpo_read(x, y), "sampler %d: %s", d->sampler, why(c));
+    for (int i = 0; i < 48; i++) if (fabs(y[i] - x0[i]) > worst) worst = fabs(y[i] - x0[i]);
+    CHECK(worst < 2e-4, "sampler %d, spacing %d, prediction %d, eta %g: %g off", d->sampler, s->spacing, s->prediction, d->eta, worst);
+    dpo_scope_end(c, scope, NULL);
+    dpo_sampler_free(p);
+}
+
+static void test_samplers(dpo_ctx *c)
+{
+    dpo_schedule     s = dpo_schedule_sd();
+    dpo_sampler_desc d;
+    dpo_sampler     *p;
+    memset(&d, 0, sizeof d);
+    d.steps = 20;
+    p = dpo_sampler_new(c, &s, &d);
+    CHECK(p && p->t[0] == 951 && p->t[19] == 1 && p->init_sigma == 1, "DDIM's timesteps, leading");
+    dpo_sampler_free(p);
+    d.sampler = DPO_EULER;
+    p = dpo_sampler_new(c, &s, &d);
+    CHECK(p && fabs(p->init_sigma - 11.07358) < 1e-5, "Euler starts from %g", p ? p->init_sigma : 0);
+    dpo_sampler_free(p);
+    s.spacing = DPO_TRAILING;
+    p = dpo_sampler_new(c, &s, &d);
+    CHECK(p && p->t[0] == 999 && p->t[19] == 49 && fabs(p->init_sigma - 14.61465) < 1e-5, "Euler, trailing");
+    dpo_sampler_free(p);
+    s.set_alpha_to_one = 1;
+    d.steps = 8;                          /* divides 1000: else trailing DDIM ends at timestep 0, not before it */
+    for (s.spacing = DPO_LEADING; s.spacing <= DPO_LINSPACE; s.spacing++)
+        for (s.prediction = DPO_EPSILON; s.prediction <= DPO_V_PREDICTION; s.prediction++)
+            for (d.sampler = DPO_DDIM; d.sampler <= DPO_EULER; d.sampler++) {
+                d.eta = 0;
+                check_sampler(c, &s, &d);
+                d.eta = 1;
+                if (d.sampler == DPO_DDIM) check_sampler(c, &s, &d);
+            }
+    s.clip_sample = 1;
+    s.spacing = DPO_LEADING;
+    s.prediction = DPO_V_PREDICTION;
+    d.sampler = DPO_DDIM;
+    check_sampler(c, &s, &d);
+    s.zero_terminal_snr = 1;
+    s.prediction = DPO_EPSILON;
+    s.spacing = DPO_TRAILING;
+    CHECK(!dpo_sampler_new(c, &s, &d) && dpo_status(c) == DPO_UNSUPPORTED, "epsilon prediction without signal was accepted");
+    dpo_clear_error(c);
+}
+
+static int config_says(dpo_ctx *c, const char *text, dpo_schedule *s)
+{
+    int ok = put(FOLDER, "scheduler.json", text) && dpo_schedule_load(c, FOLDER "/scheduler.json", s);
+    dpo_clear_error(c);
+    return ok;
+}
+
+static void test_configs(dpo_ctx *c)
+{
+    dpo_schedule s, u;
+    CHECK(config_says(c, "{\"_class_name\": \"DDIMScheduler\"}", &s) && s.T == 1000 && s.clip_sample && s.set_alpha_to_one &&
+          s.beta_schedule == DPO_LINEAR && s.beta_start == 0.0001 && s.spacing == DPO_LEADING, "DDIM's defaults");
+    CHECK(config_says(c, "{\"_class_name\": \"PNDMScheduler\", \"steps_offset\": 1}", &s) && !s.set_alpha_to_one && !s.clip_sample &&
+          s.steps_offset == 1 && s.sampler == DPO_DDIM, "PNDM's defaults");
+    CHECK(config_says(c, "{\"_class_name\": \"DPMSolverMultistepScheduler\", \"lambda_min_clipped\": -Infinity}", &s) &&
+          s.spacing == DPO_LINSPACE && s.sampler == DPO_EULER, "DPM-Solver's, with Python's infinity");
+    CHECK(!config_says(c, "{\"_class_name\": \"DDIMScheduler\", \"prediction_type\": \"sample\"}", &s), "prediction_type sample");
+    CHECK(!config_says(c, "{\"_class_name\": \"FlowMatchEulerDiscreteScheduler\"}", &s), "another scheduler");
+    CHECK(!config_says(c, "{\"_class_name\": \"DDIMScheduler\", \"beta_start\": 2}", &s), "beta_start 2");
+    CHECK(!config_says(c, "{\"_class_name\": \"DDIMScheduler\", \"trained_betas\": [0.1]}", &s), "trained_betas");
+    s = dpo_schedule_sd();
+    s.prediction = DPO_V_PREDICTION;
+    s.clip_sample = 1;
+    memset(&u, 0, sizeof u);
+    CHECK(dpo_schedule_save(c, FOLDER "/saved.json", &s) && dpo_schedule_load(c, FOLDER "/saved.json", &u) &&
+          !memcmp(&s, &u, sizeof s), "a schedule that was saved is read the same: %s", why(c));
+}
+
+/* ---- images ----------------------------------------------------------------------------------------------------- */
+
+static void test_images(dpo_ctx *c)
+{
+    dpo_image   x, y, z;
+    dpo_tensor *t;
+    int64_t     scope = dpo_scope(c);
+    uint8_t    *png;
+    size_t      bytes = 0;
+    CHECK(dpo_image_new(c, 31, 17, &x), "%s", why(c));
+    fill_picture(&x, 1, 0);
+    t = dpo_from_rgb(c, x.rgb, 1, 17, 31);
+    CHECK(dpo_image_new(c, 31, 17, &y) && dpo_to_rgb(t, y.rgb) && !memcmp(x.rgb, y.rgb, 31*17*3), "bytes to a tensor and back");
+    dpo_image_free(c, &y);
+    CHECK(dpo_image_fit(c, &x, 31, 17, &y) && !memcmp(x.rgb, y.rgb, 31*17*3), "fitting to its own size changes nothing");
+    dpo_image_free(c, &y);
+    memset(x.rgb, 77, 31*17*3);
+    CHECK(dpo_image_fit(c, &x, 8, 12, &y) && y.width == 8 && y.height == 12 && y.rgb[0] == 77 && y.rgb[8*12*3 - 1] == 77, "grey stays grey");
+    CHECK(!dpo_image_new(c, 100000, 2, &z) && dpo_error(c), "a picture 100000 wide");
+    dpo_clear_error(c);
+    png = dpo_png_encode(c, &y, &bytes);
+    if (dpo_status(c) == DPO_UNSUPPORTED) {
+        SKIP("images in files: no stb");
+        dpo_clear_error(c);
+    } else {
+        CHECK(png && bytes > 50 && !memcmp(png + 1, "PNG", 3), "PNG in memory: %s", why(c));
+        CHECK(dpo_image_save(c, FOLDER "/y.png", &y) && dpo_image_load(c, FOLDER "/y.png", &z) && z.width == 8 &&
+              !memcmp(y.rgb, z.rgb, 8*12*3), "PNG to disk and back: %s", why(c));
+        CHECK(put(FOLDER, "bad.png", "not a picture") && !dpo_image_load(c, FOLDER "/bad.png", &z) && strstr(dpo_error(c), "bad.png"),
+              "text as a picture: %s", why(c));
+        dpo_clear_error(c);
+        CHECK(put(FOLDER, "huge.ppm", "P6 40000 40000 255\n") && !dpo_image_load(c, FOLDER "/huge.ppm", &z) &&
+              strstr(dpo_error(c), "40000x40000"), "a huge picture: %s", why(c));
+        dpo_clear_error(c);
+    }
+    dpo_png_free(c, png, bytes);
+    dpo_scope_end(c, scope, NULL);
+}
+
+/* ---- losses and optimizer --------------------------------------------------------------------------------------- */
+
+static double preference(int kind, double u, double s)
+{
+    if (kind == DPO_PREF_HINGE) return u < 1 ? 1 - u : 0;
+    if (kind == DPO_PREF_IPO)   return (u - 0.5) * (u - 0.5);
+    return (1 - s) * log(1 + exp(-u)) + s * log(1 + exp(u));
+}
+
+static void test_losses(dpo_ctx *c)
+{
+    float       L[6] = { 0.50f, 0.31f, 0.40f, 0.45f, 0.30f, 0.42f }, R[6] = { 0.52f, 0.30f, 0.40f, 0.44f, 0.33f, 0.38f }, w[3] = { 1, 2, 0.5f };
+    float       got, inside[3], grad[6];
+    int64_t     two[1] = { 6 }, one[1] = { 3 };
+    double      beta = 30, smoothing = 0.1;
+    for (int kind = DPO_PREF_SIGMOID; kind <= DPO_PREF_IPO; kind++) {
+        int64_t     scope = dpo_scope(c);
+        dpo_tensor *policy = dpo_tensor_from(c, DPO_F32, 1, two, L), *reference = dpo_tensor_from(c, DPO_F32, 1, two, R), *in, *loss;
+        double      want = 0, h = 1e-6;
+        policy->needs_grad = 1;
+        loss = dpo_preference_loss(c, policy, reference, dpo_tensor_from(c, DPO_F32, 1, one, w), kind, (float)beta, (float)smoothing, &in);
+        for (int b = 0; b < 3; b++) want += w[b] / 3 * preference(kind, 0.5*beta*((R[b] - L[b]) - (R[3+b] - L[3+b])), smoothing);
+        CHECK(loss && dpo_read(loss, &got) && dpo_read(in, inside) && dpo_backward(loss) && dpo_read(policy->grad, grad), "%s", why(c));
+        CHECK_CLOSE(got, want, 1e-5);
+        for (int b = 0; b < 3; b++) {
+            double u = 0.5*beta*((R[b] - L[b]) - (R[3+b] - L[3+b]));
+            double slope = w[b] / 3 * (preference(kind, u + h, smoothing) - preference(kind, u - h, smoothing)) / (2*h);
+            CHECK_CLOSE(inside[b], u, 1e-5);
+            CHECK_CLOSE(grad[b], -0.5*beta*slope, 1e-4);
+            CHECK_CLOSE(grad[3+b], 0.5*beta*slope, 1e-4);
+        }
+        dpo_scope_end(c, scope, NULL);
+    }
+}
+
+/* y = sum of x * k has the gradient k. */
+static void set_grad(dpo_ctx *c, dpo_tensor *x, const float *k)
+{
+    int64_t     scope = dpo_scope(c);
+    dpo_tensor *y = dpo_sum(c, dpo_binary(c, DPO_MUL, x, dpo_tensor_from(c, DPO_F32, x->rank, x->shape, k)), -1);
+    CHECK(dpo_backward(y), "%s", why(c));
+    dpo_scope_end(c, scope, NULL);
+}
+
+static void test_adamw(dpo_ctx *c)
+{
+    int64_t        shape[1] = { 5 };
+    dpo_tensor    *x = dpo_param_new(c, DPO_F32, 1, shape, "x");
+    dpo_adamw_desc d = { 0.9f, 0.99f, 1e-8f, 0.1f, 1.0f };
+    dpo_optim     *o, *again;
+    double         w[5], m[5] = { 0 }, v[5] = { 0 };
+    float          g[5], got[5], norm, bad[5] = { 1, INFINITY, 1, 1, 1 };
+    int64_t        skipped = -1;
+    for (int i = 0; i < 5; i++) w[i] = got[i] = (float)(i - 2);
+    x->needs_grad = 1;
+    dpo_write(x, got);
+    o = dpo_adamw_new(c, &x, 1, &d);
+    for (int k = 1; k <= 4; k++) {
+        double sum = 0, factor;
+        for (int i = 0; i < 5; i++) { g[i] = (float)sin(k + i) * (k == 2 ? 0.1f : 2); sum += g[i]*g[i]; }
+        factor = sqrt(sum) > 1 ? 1 / (sqrt(sum) + 1e-6) : 1;
+        set_grad(c, x, g);
+        CHECK(dpo_optim_step(o, 0.01f) && dpo_optim_read(o, &norm, &skipped), "%s", why(c));
+        CHECK_CLOSE(norm, sqrt(sum), 1e-5);
+        for (int i = 0; i < 5; i++) {
+            double e = g[i]*factor;
+            m[i] = 0.9*m[i] + 0.1*e;
+            v[i] = 0.99*v[i] + 0.01*e*e;
+            w[i] -= 0.01 * (0.1*w[i] + m[i]/(1 - pow(0.9, k)) / (sqrt(v[i]/(1 - pow(0.99, k))) + 1e-8));
+        }
+        dpo_read(x, got);
+        for (int i = 0; i < 5; i++) CHECK_CLOSE(got[i], w[i], 2e-6);
+        if (k == 2) CHECK(dpo_optim_save(o, FOLDER "/optim.safetensors"), "%s", why(c));
+    }
+    set_grad(c, x, bad);
+    CHECK(dpo_optim_step(o, 0.01f) && dpo_optim_read(o, &norm, &skipped) && skipped == 1, "a step with an infinite gradient: %d skipped", (int)skipped);
+    dpo_read(x, g);
+    CHECK(!memcmp(g, got, sizeof g), "such a step changed weights");
+    again = dpo_adamw_new(c, &x, 1, &d);
+    CHECK(dpo_optim_load(again, FOLDER "/optim.safetensors") && dpo_optim_count(again) == 2, "%s", why(c));
+    for (int k = 3; k <= 4; k++) {
+        for (int i = 0; i < 5; i++) g[i] = (float)sin(k + i) * 2;
+        set_grad(c, x, g);
+        dpo_optim_step(again, 0.01f);
+    }
+    dpo_read(x, g);
+    CHECK(!memcmp(g, got, sizeof g), "an optimizer that was loaded goes on to the bit");
+    dpo_optim_free(again);
+    dpo_optim_free(o);
+    dpo_param_free(x);
+}
+
+static void test_rates(void)
+{
+    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 0), 0.5, 1e-6);
+    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 3), 2, 1e-6);
+    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 99), 2, 1e-6);
+    CHECK_CLOSE(dpo_lr(DPO_LR_LINEAR, 2, 0, 100, 25), 1.5, 1e-6);
+    CHECK_CLOSE(dpo_lr(DPO_LR_COSINE, 2, 0, 100, 50), 1, 1e-6);
+    CHECK_CLOSE(dpo_lr(DPO_LR_COSINE, 2, 0, 100, 100), 0, 1e-6);
+    CHECK_CLOSE(dpo_average_decay(0, 0.99f), 0.1, 1e-6);
+    CHECK_CLOSE(dpo_average_decay(100000, 0.99f), 0.99, 1e-6);
+}
+
+/* ---- pairs ------------------------------------------------------------------------------------------------------ */
+
+typedef struct { int lines, with_place; } log_count;
+
+static void count_lines(void *user, int level, const char *text)
+{
+    log_count *n = (log_count *)user;
+    if (level != DPO_LOG_ERROR) return;
+    n->lines++;
+    n->with_place += strstr(text, "bad.jsonl:") != NULL;
+}
+
+static void test_pairs(void)
+{
+    static const char good[] = "\xef\xbb\xbf{\"prompt\": \"a\", \"chosen\": \"y.png\", \"rejected\": \"y.png\", \"weight\": 2}\r\n\n"
+        "{\"caption\": \"b\", \"image_0\": \"y.png\", \"image_1\": \"bad.png\", \"label_0\": 0}\n"
+        "{\"caption\": \"b\", \"image_0\": \"y.png\", \"image_1\": \"y.png\", \"label_0\": 0.5}\n";
+    static const char bad[] = "{\"prompt\": \"a\", \"chosen\": \"y.png\"\n{\"chosen\": \"y.png\", \"rejected\": \"y.png\"}\n[1]\n"
+        "{\"prompt\": \"a\", \"chosen\": \"nowhere.png\", \"rejected\": \"y.png\"}\n{\"prompt\": \"a\", \"chosen\": \"y.png\", \"rejected\": 3}\n"
+        "{\"prompt\": \"a\", \"image_0\": \"y.png\", \"image_1\": \"y.png\", \"label_0\": 0.7}\n"
+        "{\"prompt\": \"a\", \"chosen\": \"y.png\", \"rejected\": \"y.png\", \"weight\": -1}\n"
+        "{\"prompt\": \"a\", \"chosen\": \"y.png\", \"rejected\": \"y.png\"}\n";
+    log_count      n = { 0, 0 };
+    dpo_desc       d;
+    dpo_ctx       *c;
+    dpo_pairs     *p;
+    const uint8_t *a = NULL, *b = NULL;
+    memset(&d, 0, sizeof d);
+    d.log = count_lines;
+    d.user = &n;
+    d.threads = 1;
+    c = dpo_open(&d);
+    put(FOLDER, "good.jsonl", good);
+    put(FOLDER, "bad.jsonl", bad);
+    put(FOLDER, "y.png", "");             /* only its being there is looked at here, where there is no stb */
+    { dpo_image y; if (dpo_image_new(c, 8, 8, &y)) { fill_picture(&y, 4, 0); dpo_image_save(c, FOLDER "/y.png", &y); } }
+    if (dpo_status(c) == DPO_UNSUPPORTED) dpo_clear_error(c);
+    n.lines = 0;
+    p = dpo_pairs_load(c, FOLDER "/good.jsonl");
+    CHECK(p && dpo_pairs_count(p) == 2 && dpo_pairs_ties(p) == 1 && dpo_pairs_weight(p, 0) == 2 && !strcmp(dpo_pairs_prompt(p, 1), "b"),
+          "a good manifest: %s", why(c));
+    if (dpo_pairs_pixels(p, 0, 8, 8, &a, &b)) CHECK(a && b && !memcmp(a, b, 192), "the same picture twice");
+    dpo_clear_error(c);
+    CHECK(!dpo_pairs_check(p) && strstr(dpo_error(c), "bad.png"), "a picture that is none: %s", why(c));
+    dpo_clear_error(c);
+    n.lines = n.with_place = 0;
+    CHECK(!dpo_pairs_load(c, FOLDER "/bad.jsonl") && n.with_place >= 7, "seven bad rows, %d errors, %d with a place", n.lines, n.with_place);
+    CHECK(dpo_error(c) && strstr(dpo_error(c), "bad.jsonl:1") && strstr(dpo_error(c), "6 more"), "%s", why(c));
+    dpo_clear_error(c);
+    CHECK(!dpo_pairs_load(c, FOLDER "/nowhere.jsonl") && dpo_error(c), "no manifest");
+    dpo_close(c);
+}
+
+/* ---- the trainer ------------------------------------------------------------------------------------------------ */
+
+static void test_threads(void)
+{
+    for (int rank = 0; rank <= 4; rank += 4) {
+        dpo_progress e, f;
+        numbers a = trained(1, small_run(rank), &e), b = trained(2, small_run(rank), &f), k;
+        dpo_train_desc d = small_run(rank);
+        CHECK(same(a, b) && e.loss == f.loss && e.grad_norm == f.grad_norm, "rank %d: one and two threads differ", rank);
+        CHECK(e.step == 4 && e.steps == 4 && e.pairs == 16 && e.skipped == 0 && e.loss < 0.7f && e.loss > 0, "rank %d: loss %g", rank, e.loss);
+        d.checkpoint = 1;
+        k = trained(1, d, &f);
+        CHECK(fabs(e.loss - f.loss) < 1e-4, "rank %d: gradient checkpointing changed the loss from %g to %g", rank, e.loss, f.loss);
+        d.seed++;
+        free(k.v);
+        k = trained(1, d, NULL);
+        CHECK(!same(a, k), "rank %d: the seed changed nothing", rank);
+        free(a.v); free(b.v); free(k.v);
+    }
+}
+
+typedef struct { int rank; numbers out; } job;
+
+static void train_job(void *arg)
+{
+    job *j = (job *)arg;
+    j->out = trained(1, small_run(j->rank), NULL);
+}
+
+static void test_two_contexts(void)
+{
+#ifdef DPOI_THREADS
+    job               j[2] = { { 0, { NULL, 0 } }, { 3, { NULL, 0 } } };
+    dpoi_thread_start s[2];
+    dpoi_thread       t[2];
+    int               on[2];
+    for (int i = 0; i < 2; i++) { s[i].fn = train_job; s[i].arg = &j[i]; on[i] = dpoi_thread_open(&t[i], &s[i]); }
+    for (int i = 0; i < 2; i++) if (on[i]) dpoi_thread_join(&t[i]);
+    for (int i = 0; i < 2; i++) {
+        numbers alone = trained(1, small_run(j[i].rank), NULL);
+        CHECK(same(alone, j[i].out), "context %d of two at once differs from the one alone", i);
+        free(alone.v); free(j[i].out.v);
+    }
+#else
+    SKIP("two contexts in two threads: no threads");
+#endif
+}
+
+static int stop_at_two(void *user, const dpo_progress *p) { (void)user; return p->step == 2; }
+
+/* Stop after two steps of four, go on in another context. */
+static void test_resume(void)
+{
+    for (int kind = 0; kind < 3; kind++) {
+        char           folder[64];
+        dpo_train_desc d = small_run(kind == 0 ? 3 : 0);
+        numbers        whole, half, rest;
+        if (kind == 2) { d.objective = DPO_SFT; d.train_text = 1; d.average = 0.9f; }
+        whole = trained(1, d, NULL);
+        snprintf(folder, sizeof folder, FOLDER "/run-%d-%llu", kind, (unsigned long long)(dpo_seconds() * 1e6));
+        d.output = folder;
+        d.resume = 1;
+        d.on_step = stop_at_two;
+        half = trained(2, d, NULL);
+        d.on_step = NULL;
+        rest = trained(1, d, NULL);
+        CHECK(!same(whole, half) && same(whole, rest), "kind %d: a run that was resumed differs", kind);
+        d.seed++;
+        {
+            dpo_ctx   *c = open_threads(1);
+            dpo_model *m = dpo_model_create(c, TINY, 3);
+            CHECK(!dpo_train_begin(m, some_pairs(c, 7), &d) && dpo_error(c) && strstr(dpo_error(c), "seed"), "another seed resumed: %s", why(c));
+            dpo_close(c);
+        }
+        free(whole.v); free(half.v); free(rest.v);
+    }
+}
+
+static int cancel_now(void *user, const dpo_progress *p) { (void)p; dpo_cancel((dpo_ctx *)user); return 0; }
+
+static void test_limits(void)
+{
+    dpo_ctx       *c = open_threads(1);
+    dpo_model     *m = dpo_model_create(c, TINY, 3);
+    dpo_pairs     *p = some_pairs(c, 3);
+    dpo_train_desc d = small_run(2);
+    d.on_step = cancel_now;
+    d.user = c;
+    CHECK(!dpo_train(m, p, &d) && dpo_status(c) == DPO_CANCELLED, "cancelled: %s", why(c));
+    dpo_clear_error(c);
+    d.on_step = NULL;
+    CHECK(dpo_train(m, p, &d), "after a cancelled run the next one works: %s", why(c));
+    d.lr = -1;
+    CHECK(!dpo_train(m, p, &d) && dpo_error(c), "a negative learning rate");
+    dpo_clear_error(c);
+    d = small_run(2);
+    CHECK(!dpo_train(m, dpo_pairs_new(c), &d) && dpo_error(c), "no pairs");
+    dpo_clear_error(c);
+    d.steps = 0;
+    CHECK(dpo_train(m, p, &d), "no steps is no error: %s", why(c));
+    CHECK(!dpo_train_begin(NULL, NULL, NULL) && !dpo_train_step(NULL, NULL) && !dpo_train_end(NULL), "NULL in, NULL out");
+    dpo_close(c);
+}
+
+/* The same noise whatever the batch; the base beside the aligned model; reward and preference agree in sign. */
+static void test_sampling(void)
+{
+    const char     *prompts[5] = { "a", "b", "c", "thing 1", "" };
+    uint8_t         one[5*192], two[5*192];
+    float           reward[2];
+    dpo_ctx        *c = open_threads(2);
+    dpo_model      *m = dpo_model_create(c, TINY, 3);
+    dpo_pairs      *p = some_pairs(c, 1);
+    dpo_train_desc  t = small_run(4);
+    dpo_sample_desc d;
+    dpo_reward_desc r;
+    const uint8_t  *w = NULL, *l = NULL;
+    memset(&d, 0, sizeof d);
+    d.n = 5;
+    d.prompts = prompts;
+    d.steps = 4;
+    d.seed = 11;
+    d.guidance = 3;
+    CHECK(dpo_sample(m, &d, one), "%s", why(c));
+    d.batch = 2;
+    CHECK(dpo_sample(m, &d, two) && !memcmp(one, two, sizeof one), "a picture depends on its batch");
+    d.sampler = DPO_EULER;
+    CHECK(dpo_sample(m, &d, two) && memcmp(one, two, sizeof one), "the sampler changes nothing");
+    d.sampler = DPO_DDIM;
+    t.steps = 20;
+    t.lr = 5e-3f;
+    t.empty_prompts = 0;
+    t.flip = 0;
+    CHECK(dpo_train(m, p, &t) && dpo_sample(m, &d, two) && memcmp(one, two, sizeof one), "training changed nothing: %s", why(c));
+    d.adapters_off = 1;
+    CHECK(dpo_sample(m, &d, two) && !memcmp(one, two, sizeof one), "without its adapters the model is not the old one");
+    memset(&r, 0, sizeof r);
+    r.beta = 200;
+    prompts[0] = prompts[1] = dpo_pairs_prompt(p, 0);
+    CHECK(dpo_pairs_pixels(p, 0, 8, 8, &w, &l), "%s", why(c));
+    memcpy(one, w, 192);
+    memcpy(one + 192, l, 192);
+    CHECK(dpo_implicit_reward(m, &r, prompts, one, 2, reward) && reward[0] > reward[1], "reward %g of the chosen, %g of the rejected",
+          reward[0], reward[1]);
+    dpo_close(c);
+}
+
+/* Every objective makes its own loss smaller on one pair that it sees again and again. */
+static void test_objectives(void)
+{
+    for (int kind = -1; kind <= DPO_PREF_IPO; kind++) {
+        dpo_train_desc d = small_run(4);
+        dpo_progress   e, first;
+        dpo_ctx       *c = open_threads(2);
+        dpo_trainer   *t;
+        double         sum = 0;
+        d.steps = 40;
+        d.lr = 5e-3f;
+        if (kind < 0) d.objective = DPO_SFT; else d.kind = kind;
+        t = dpo_train_begin(dpo_model_create(c, TINY, 3), some_pairs(c, 1), &d);
+        memset(&first, 0, sizeof first);
+        dpo_train_step(t, &first);
+        while (dpo_train_step(t, &e)) if (e.step > 30) sum += e.loss / 10;
+        CHECK(dpo_train_end(t) && sum < first.loss, "kind %d: loss from %g to %g: %s", kind, first.loss, sum, why(c));
+        dpo_close(c);
+    }
+}
+
+/* Peak and held bytes of a few steps; held after the first and after the last. */
+static void footprint(dpo_backend *b, int checkpoint, size_t out[3])
+{
+    dpo_desc       desc;
+    dpo_ctx       *c;
+    dpo_train_desc d = small_run(0);
+    dpo_trainer   *t;
+    memset(&desc, 0, sizeof desc);
+    desc.threads = 1;
+    desc.backend = b;
+    c = dpo_open(&desc);
+    d.checkpoint = checkpoint;
+    t = dpo_train_begin(dpo_model_create(c, TINY, 3), some_pairs(c, 7), &d);
+    dpo_train_step(t, NULL);
+    out[0] = dpo_memory(c);
+    while (dpo_train_step(t, NULL)) { }
+    out[1] = dpo_memory(c);
+    out[2] = dpo_memory_peak(c, 0);
+    CHECK(dpo_train_end(t), "%s", why(c));
+    dpo_close(c);
+}
+
+/* The dry backend says what a run will take, to the byte; after its first step a run takes nothing new. */
+static void test_memory(void)
+{
+    dpo_desc     d;
+    dpo_backend *cpu;
+    memset(&d, 0, sizeof d);
+    d.threads = 1;
+    cpu = dpo_cpu_open(&d);
+    for (int checkpoint = 0; checkpoint < 2; checkpoint++) {
+        size_t real[3], dry[3];
+        footprint(NULL, checkpoint, real);
+        footprint(dpo_dry_open(cpu), checkpoint, dry);
+        CHECK(real[0] == real[1], "%zu bytes held after one step, %zu after four", real[0], real[1]);
+        CHECK(!memcmp(real, dry, sizeof real), "%zu bytes at most, the dry run said %zu", real[2], dry[2]);
+    }
+    cpu->close(cpu->self);
+}
+
+/* ---- failing allocations ---------------------------------------------------------------------------------------- */
+
+typedef struct { long calls, fail_at; size_t live; } allocator;
+
+static void *counted(void *user, void *old, size_t old_size, size_t new_size)
+{
+    allocator *a = (allocator *)user;
+    void      *p;
+    if (!new_size) {
+        if (old) a->live -= old_size;
+        free(old);
+        return NULL;
+    }
+    if (++a->calls == a->fail_at) return NULL;
+    if (!(p = realloc(old, new_size))) return NULL;
+    a->live += new_size - (old ? old_size : 0);
+    return p;
+}
+
+/* A short run from nothing to a picture.  Returns the status; *model_at says at which call the model was there. */
+static int short_run(allocator *a, long *model_at, uint8_t *rgb)
+{
+    const char      *prompt = "thing";
+    dpo_desc         d;
+    dpo_ctx         *c;
+    dpo_model       *m;
+    dpo_train_desc   t = small_run(2);
+    dpo_sample_desc  s;
+    int              status;
+    memset(&d, 0, sizeof d);
+    memset(&s, 0, sizeof s);
+    d.alloc = counted;
+    d.user = a;
+    d.threads = 1;
+    if (!(c = dpo_open(&d))) return DPO_OUT_OF_MEMORY;
+    m = dpo_model_create(c, TINY, 3);
+    if (model_at) *model_at = a->calls;
+    t.steps = 2;
+    t.batch = 1;
+    t.average = 0.5f;
+    s.n = 1;
+    s.prompts = &prompt;
+    s.steps = 2;
+    s.guidance = 2;
+    if (dpo_train(m, some_pairs(c, 2), &t)) dpo_sample(m, &s, rgb);
+    status = dpo_status(c);
+    dpo_close(c);
+    return status;
+}
+
+static void test_allocations(int every)
+{
+    allocator a = { 0, 0, 0 };
+    uint8_t   want[192], got[192];
+    long      model = 0, total;
+    int       bad = 0, tried = 0;
+    CHECK(short_run(&a, &model, want) == DPO_OK && a.live == 0, "the run itself: %ld bytes left", (long)a.live);
+    total = a.calls;
+    for (long k = 1; k <= total; k += every || k >= model ? 1 : 11) {
+        int status;
+        memset(&a, 0, sizeof a);
+        a.fail_at = k;
+        memset(got, 0, sizeof got);
+        status = short_run(&a, NULL, got);
+        tried++;
+        /* Few allocations may fail without harm: then the result must be the usual one. */
+        if (a.live || (status != DPO_OUT_OF_MEMORY && (status != DPO_OK || memcmp(got, want, sizeof got))))
+            if (bad++ < 5) printf("allocation %ld of %ld: status %d, %ld bytes left\n", k, total, status, (long)a.live);
+    }
+    CHECK(!bad, "%d of %d failing allocations ended badly", bad, tried);
+}
+
+int main(int argc, char **argv)
+{
+    dpo_ctx *c = open_threads(2);
+    CHECK(dpo_make_folder(c, TINY) && make(c, TINY), "%s", why(c));
+    test_schedules(c);
+    test_samplers(c);
+    test_configs(c);
+    test_images(c);
+    test_losses(c);
+    test_adamw(c);
+    test_rates();
+    CHECK(!dpo_error(c), "%s", why(c));
+    dpo_close(c);
+    test_pairs();
+    test_threads();
+    test_two_contexts();
+    test_resume();
+    test_limits();
+    test_sampling();
+    test_objectives();
+    test_memory();
+    test_allocations(argc > 1 && !strcmp(argv[1], "every"));
+    return test_report();
+}
