@@ -479,13 +479,17 @@ typedef struct dpo_net dpo_net;
 typedef struct dpo_model dpo_model;       /* a pipeline: text encoder, tokenizer, UNet, schedule, perhaps a VAE */
 
 /* Parameters of a network, in the order of its forward pass.  *count receives how many; the array and the tensors
-   belong to the network.  A trained parameter has needs_grad set. */
+   belong to the network.  A trained parameter has needs_grad set.  A copy is frozen and has no adapters: the reference
+   of full fine-tuning, or an average. */
 DPO_DEF dpo_tensor **dpo_net_params(dpo_net *n, int *count);
-DPO_DEF dpo_tensor  *dpo_net_param(dpo_net *n, const char *name);            /* NULL, without an error, if there is none */
-DPO_DEF void         dpo_net_trainable(dpo_net *n, int yes);                 /* sets needs_grad of all its parameters */
-DPO_DEF dpo_net     *dpo_net_copy(dpo_net *n, int dtype);                    /* frozen: the reference of full fine-tuning */
-DPO_DEF int          dpo_net_assign(dpo_net *to, dpo_net *from);             /* copies all values; same shapes */
-DPO_DEF int          dpo_net_save(dpo_net *n, const char *folder, int dtype);/* config.json and safetensors, as diffusers saves */
+DPO_DEF dpo_tensor  *dpo_net_param(dpo_net *n, const char *name);        /* NULL, without an error, if there is none */
+DPO_DEF void         dpo_net_trainable(dpo_net *n, int yes);             /* sets needs_grad of all its parameters */
+DPO_DEF dpo_net     *dpo_net_copy(dpo_net *n, int dtype);
+DPO_DEF int          dpo_net_assign(dpo_net *to, dpo_net *from);         /* copies all values; same shapes */
+
+/* config.json, as it was read, and the weights without adapters, as diffusers saves them.  dtype: DPO_F32, DPO_F16 or
+   DPO_BF16 in the file. */
+DPO_DEF int          dpo_net_save(dpo_net *n, const char *folder, int dtype);
 
 /* Load a pipeline folder as diffusers writes it.  dtype: how frozen weights are kept (DPO_F32 to train them).  A folder
    without a VAE is a model of pixels.  dpo_model_create makes the same from the folder's configuration files alone,
@@ -495,7 +499,7 @@ DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t see
 DPO_DEF int        dpo_model_save  (dpo_model *m, const char *folder, int dtype);   /* the whole pipeline */
 DPO_DEF dpo_net   *dpo_model_unet(dpo_model *m);
 DPO_DEF dpo_net   *dpo_model_text(dpo_model *m, int which);                  /* 0, or 1 for SDXL's second encoder */
-DPO_DEF void       dpo_model_set_unet(dpo_model *m, dpo_net *unet);          /* sample with another set of weights (EMA) */
+DPO_DEF void       dpo_model_set_unet(dpo_model *m, dpo_net *unet);          /* another set of weights (an average) */
 
 typedef struct dpo_model_info {
     int channels;                         /* of what is diffused: 3 pixels, 4 latents */
@@ -503,13 +507,15 @@ typedef struct dpo_model_info {
     int size;                             /* default width and height in pixels */
     int tokens, width;                    /* of the text embedding [tokens,width] */
     float latent_scale;                   /* VAE scaling_factor; 1 for pixels */
-    int pooled, time_ids;                 /* SDXL: width of the pooled text, numbers in a row of time_ids (5: refiner); else 0 */
+    int pooled, time_ids;                 /* SDXL: width of the pooled text, numbers in a row of time_ids; else 0 */
 } dpo_model_info;
 DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m);
 
-/* Text to embeddings.  dpo_tokens gives I32 [n,tokens]; dpo_text_forward runs one encoder: the hidden state after the
-   final norm, or (skip = 1) the one before the last layer, without it; *pooled (or NULL) gets [n,width] (projected
-   where the model projects).  dpo_encode_text does all that the family needs: [n,tokens,width]. */
+/* Text to embeddings, F32.  dpo_tokens gives I32 [n,tokens]; dpo_text_forward runs one encoder: the hidden state
+   after the final norm, or (skip = 1) the one before the last layer, without it; *pooled (or NULL) gets [n,width],
+   the state at the first end token, projected where the model projects.  dpo_encode_text does all that the family
+   needs: [n,tokens,width], and *pooled (or NULL) for SDXL, else NULL.  A prompt that is NULL is absent: zeros where
+   the pipeline has force_zeros_for_empty_prompt (SDXL), else the empty text. */
 DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *prompts, int n);
 DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, dpo_tensor **pooled);
 DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, int n, dpo_tensor **pooled);
@@ -525,13 +531,19 @@ typedef struct dpo_unet_in {
 } dpo_unet_in;
 DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in);          /* prediction, the shape of x */
 
-/* Low-rank adapters: w + scale * up*down at each chosen linear layer or 1x1 convolution, scale = alpha/rank.  One set a
-   network.  targets: name endings separated by commas, NULL for "to_q,to_k,to_v,to_out.0".  down ~ N(0, 1/rank), up = 0.
-   arXiv 2106.09685. */
+/* Low-rank adapters: w + scale * up*down at each chosen linear layer or convolution, scale = alpha/rank (alpha 0:
+   rank). One set a network; dpo_adapter_new puts a fresh one in the old one's place.  targets: endings of module
+   names, separated by commas, NULL for "to_q,to_k,to_v,to_out.0".  down ~ N(0, 1/rank^2), up = 0.  arXiv 2106.09685.
+   */
 typedef struct dpo_adapter_desc { int rank; float alpha; const char *targets; uint64_t seed; } dpo_adapter_desc;
 DPO_DEF int          dpo_adapter_new (dpo_net *n, const dpo_adapter_desc *d);
-DPO_DEF int          dpo_adapter_load(dpo_net *n, const char *path);         /* kohya's or peft's naming */
-DPO_DEF int          dpo_adapter_save(dpo_net *n, const char *path, int dtype);   /* kohya's naming */
+
+/* Files in kohya's, peft's and diffusers' older naming; kohya's is written.  A set that is there keeps its tensors
+   where ranks agree, and its scale where the file has no alpha; layers that the file does not name lose theirs. */
+DPO_DEF int          dpo_adapter_load(dpo_net *n, const char *path);
+DPO_DEF int          dpo_adapter_save(dpo_net *n, const char *path, int dtype);
+
+/* down, up, down, up ... in the order of the network; they need gradients. */
 DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count);
 DPO_DEF void         dpo_adapter_strength(dpo_net *n, float strength);       /* multiplies every sample's; 0: off */
 /* ==========================================================================================================
@@ -979,6 +991,10 @@ extern dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in di
 #include <string.h>
 #include <time.h>
 
+/* complex.h calls the imaginary unit I, which is a shape here; it is given back at >>end. */
+#pragma push_macro("I")
+#undef I
+
 #ifdef __FAST_MATH__
 #error "diffdpo.h needs IEEE arithmetic: its guards against NaN do not work under -ffast-math"
 #endif
@@ -988,10 +1004,7 @@ extern dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in di
 
 /* The only place beside >>impl platform that asks which system it is.  DPOI_THREADS is defined where threads of our
    own are possible; without it the library still computes everything, on the caller's thread. */
-#if !defined(DIFFDPO_NO_THREADS) && !defined(__wasm__) && !defined(__CUDA_ARCH__)
-#if defined(_WIN32) && (defined(__GNUC__) || defined(_WIN64))
-#define DPOI_THREADS
-#define DPOI_THREADS_WIN32
+#ifdef _WIN32                             /* for the clock, too */
 #ifndef WIN32_LEAN_AND_MEAN
 #define WIN32_LEAN_AND_MEAN
 #endif
@@ -999,6 +1012,12 @@ extern dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in di
 #define NOMINMAX
 #endif
 #include <windows.h>
+#endif
+
+#if !defined(DIFFDPO_NO_THREADS) && !defined(__wasm__) && !defined(__CUDA_ARCH__)
+#if defined(_WIN32) && (defined(__GNUC__) || defined(_WIN64))
+#define DPOI_THREADS
+#define DPOI_THREADS_WIN32
 #elif defined(__unix__) || defined(__APPLE__)
 #define DPOI_THREADS
 #include <pthread.h>
@@ -1056,6 +1075,7 @@ typedef struct dpoi_thread_start {        /* must live until the thread was join
     void *arg;
 } dpoi_thread_start;
 
+/* Windows: slim locks and conditions need no closing. */
 #ifdef DPOI_THREADS_WIN32
 typedef HANDLE             dpoi_thread;
 typedef SRWLOCK            dpoi_lock;
@@ -1067,6 +1087,7 @@ static DWORD WINAPI dpoi_thread_main(LPVOID p)
     s->fn(s->arg);
     return 0;
 }
+/* Each of the _open functions returns 0 where the system refuses. */
 static int dpoi_thread_open(dpoi_thread *t, dpoi_thread_start *s)
 {
     *t = CreateThread(NULL, 0, dpoi_thread_main, s, 0, NULL);
@@ -1079,9 +1100,11 @@ static void dpoi_lock_take(dpoi_lock *l)         { AcquireSRWLockExclusive(l); }
 static void dpoi_lock_give(dpoi_lock *l)         { ReleaseSRWLockExclusive(l); }
 static int  dpoi_cond_open(dpoi_cond *c)         { InitializeConditionVariable(c); return 1; }
 static void dpoi_cond_close(dpoi_cond *c)        { (void)c; }
+/* Gives the lock while it waits; may wake without reason. */
 static void dpoi_cond_wait(dpoi_cond *c, dpoi_lock *l) { SleepConditionVariableSRW(c, l, INFINITE, 0); }
 static void dpoi_cond_wake(dpoi_cond *c)         { WakeAllConditionVariable(c); }
 static void dpoi_thread_yield(void)              { SwitchToThread(); }
+/* Cores that are running, at least one. */
 static int  dpoi_cores(void)
 {
     SYSTEM_INFO info;
@@ -1089,6 +1112,7 @@ static int  dpoi_cores(void)
     return info.dwNumberOfProcessors > 0 ? (int)info.dwNumberOfProcessors : 1;
 }
 #else
+/* POSIX. */
 typedef pthread_t       dpoi_thread;
 typedef pthread_mutex_t dpoi_lock;
 typedef pthread_cond_t  dpoi_cond;
@@ -1110,9 +1134,11 @@ static void dpoi_lock_take(dpoi_lock *l)         { pthread_mutex_lock(l); }
 static void dpoi_lock_give(dpoi_lock *l)         { pthread_mutex_unlock(l); }
 static int  dpoi_cond_open(dpoi_cond *c)         { return pthread_cond_init(c, NULL) == 0; }
 static void dpoi_cond_close(dpoi_cond *c)        { pthread_cond_destroy(c); }
+/* Gives the lock while it waits; may wake without reason. */
 static void dpoi_cond_wait(dpoi_cond *c, dpoi_lock *l) { pthread_cond_wait(c, l); }
 static void dpoi_cond_wake(dpoi_cond *c)         { pthread_cond_broadcast(c); }
 static void dpoi_thread_yield(void)              { sched_yield(); }
+/* Cores that are running, at least one. */
 static int  dpoi_cores(void)
 {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
@@ -1285,7 +1311,7 @@ DPOI_UNUSED static void dpoi_log(const dpo_ctx *c, int level, const char *fmt, .
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    c->log(c->mem.user, level, text);
+    (c->log)(c->mem.user, level, text);   /* tgmath.h has a macro of this name */
 }
 
 /* Keep the first error.  Returns 0, for `return dpoi_fail(...)`. */
@@ -1297,7 +1323,7 @@ static int dpoi_fail(dpo_ctx *c, int status, const char *fmt, ...)
     vsnprintf(c->error, sizeof c->error, fmt, args);
     va_end(args);
     c->status = status;
-    if (c->log) c->log(c->mem.user, DPO_LOG_ERROR, c->error);
+    if (c->log) (c->log)(c->mem.user, DPO_LOG_ERROR, c->error);
     return 0;
 }
 
@@ -1729,20 +1755,20 @@ enum { DPOI_PATH_NONE, DPOI_PATH_FILE, DPOI_PATH_FOLDER, DPOI_PATH_OTHER };   /*
 #if defined(DPOI_FILES_WINDOWS)
 /* Windows' own calls, in their wide form: the narrow ones would read the path in the code page of the day.  Paths of
    more than 2047 characters are refused. */
-enum { DPOI_WIDE = 2048 };
+enum { DPOI_WIN_PATH = 2048 };
 #define DPOI_ERROR_EXISTS ERROR_FILE_EXISTS
 #define DPOI_ERROR_KIND   ERROR_INVALID_NAME
 
 /* path as UTF-16; 0 if it is not UTF-8 or too long. */
 static int dpoi_wide(const char *path, WCHAR *out)
 {
-    return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, out, DPOI_WIDE) > 0;
+    return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, out, DPOI_WIN_PATH) > 0;
 }
 
 /* DPOI_PATH_: a link counts as what it leads to. */
 static int dpoi_sys_kind(const char *path)
 {
-    WCHAR w[DPOI_WIDE];
+    WCHAR w[DPOI_WIN_PATH];
     DWORD a = dpoi_wide(path, w) ? GetFileAttributesW(w) : INVALID_FILE_ATTRIBUTES;
     if (a == INVALID_FILE_ATTRIBUTES) return DPOI_PATH_NONE;
     if (a & FILE_ATTRIBUTE_DIRECTORY) return DPOI_PATH_FOLDER;
@@ -1752,7 +1778,7 @@ static int dpoi_sys_kind(const char *path)
 /* All kinds of sharing are allowed, as POSIX does: a file that is open here can be renamed and deleted by others. */
 static int dpoi_sys_open(dpoi_fd *f, const char *path, int how)
 {
-    WCHAR w[DPOI_WIDE];
+    WCHAR w[DPOI_WIN_PATH];
     DWORD access = how == DPOI_OPEN_READ ? GENERIC_READ : how == DPOI_OPEN_NEW ? GENERIC_WRITE : FILE_APPEND_DATA;
     DWORD make = how == DPOI_OPEN_READ ? OPEN_EXISTING : how == DPOI_OPEN_NEW ? CREATE_NEW : OPEN_ALWAYS;
     if (!dpoi_wide(path, w)) return ERROR_INVALID_NAME;
@@ -1798,7 +1824,7 @@ static void dpoi_sys_sync_folder(const char *folder) { (void)folder; }        /*
    told as such. */
 static int dpoi_sys_rename(const char *from, const char *to)
 {
-    WCHAR a[DPOI_WIDE], b[DPOI_WIDE];
+    WCHAR a[DPOI_WIN_PATH], b[DPOI_WIN_PATH];
     if (!dpoi_wide(from, a) || !dpoi_wide(to, b)) return ERROR_INVALID_NAME;
     return MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : (int)GetLastError();
 }
@@ -1806,14 +1832,14 @@ static int dpoi_sys_rename(const char *from, const char *to)
 /* Best effort: what cannot be removed stays as a .tmp file. */
 static void dpoi_sys_remove(const char *path)
 {
-    WCHAR w[DPOI_WIDE];
+    WCHAR w[DPOI_WIN_PATH];
     if (dpoi_wide(path, w)) DeleteFileW(w);
 }
 
 /* One level; dpoi_mkdirs walks the path. */
 static int dpoi_sys_mkdir(const char *path)
 {
-    WCHAR w[DPOI_WIDE];
+    WCHAR w[DPOI_WIN_PATH];
     if (!dpoi_wide(path, w)) return ERROR_INVALID_NAME;
     return CreateDirectoryW(w, NULL) ? 0 : (int)GetLastError();
 }
@@ -2186,6 +2212,7 @@ static int dpoi_map_open(dpo_ctx *c, const char *path, dpoi_map *m)
     dpoi_fd f;
     int     ok = 1;
     m->data = NULL;
+    m->borrowed = 0;
     if (!dpoi_open_sized(c, path, &f, &m->size)) return 0;
 #ifdef DIFFDPO_NO_MMAP
     m->data = (unsigned char *)dpoi_calloc(c, m->size, 1);
@@ -3154,6 +3181,12 @@ DPOI_UNUSED static int dpoi_text_number(dpoi_text *t, double x)
    >>impl safetensors                                                        strict reading, identical writing
    ========================================================================================================== */
 
+/* Reading: a shard is mapped, its header parsed as JSON, each member becomes a dpo_entry, and the
+   entries are proved to tile the data without gaps, overlaps or a tail.  After that every
+   dpo_entry.data lies inside the map, and no later code checks again.  Several shards form one
+   dpo_file; a sorted array of indices finds a tensor by name.  Writing: a writer collects names and
+   shapes first, since the header with all offsets stands in front; then it asks for the values in the
+   file's order. */
 /* A file: 8 bytes N, little-endian; N bytes of JSON {"name":{"dtype":..,"shape":[..],"data_offsets":[begin,end]}, ..,
    "__metadata__":{..}}, offsets counted from byte 8+N; the data.  The checks and their order are those of the reference
    reader, huggingface/safetensors tensor.rs. */
@@ -3171,8 +3204,10 @@ DPOI_UNUSED static int dpoi_text_number(dpoi_text *t, double x)
 #define DPOI_ST_ENUM(name, bits) DPOI_ST_##name,
 enum { DPOI_ST_TYPES(DPOI_ST_ENUM) DPOI_ST_COUNT };
 
+/* bits: 4 and 6 occur, so that sizes are counted in bits. */
 typedef struct dpoi_st_type { const char *name; int bits; } dpoi_st_type;
 
+/* A table inside its function: no mutable or visible global. */
 static const dpoi_st_type *dpoi_st_info(int type)
 {
 #define DPOI_ST_ROW(name, bits) { #name, bits },
@@ -3193,7 +3228,9 @@ DPOI_UNUSED static const char *dpoi_st_dtype(int dtype)
     return dtype == DPO_BF16 ? "BF16" : dtype == DPO_F16 ? "F16" : dtype == DPO_I32 ? "I32" : "F32";
 }
 
-/* count = product of shape, bytes = count*bits/8; 0 if either does not fit or the bytes are not whole. */
+/* count = product of shape, bytes = count*bits/8; 0 if either does not fit or the bytes are not whole.
+   Rank 0 is one number, and an axis of 0 makes an empty tensor: both are in use.  Division before each
+   product. */
 static int dpoi_st_size(int type, int rank, const int64_t *shape, int64_t *count, uint64_t *bytes)
 {
     uint64_t n = 1, bits = (uint64_t)dpoi_st_info(type)->bits;
@@ -3211,12 +3248,14 @@ static int dpoi_st_size(int type, int rank, const int64_t *shape, int64_t *count
 
 #define DPOI_ST_HEADER 100000000u         /* bytes of header that the reference allows */
 
+/* Entries point into header's strings and into map: both live as long as the file. */
 typedef struct dpoi_shard {
     char     *path;
     dpoi_map  map;
     dpo_json *header;                     /* holds the names; its document is the shard's own */
 } dpoi_shard;
 
+/* named: how many slots by_name has, 0 until it exists. */
 struct dpo_file {
     dpo_ctx    *c;
     char       *path;
@@ -3226,7 +3265,8 @@ struct dpo_file {
     int64_t     shard_count, shard_room, count, room, named;
 };
 
-/* For dpoi_own, and for a file that failed to open half-way: whatever is there is given back. */
+/* For dpoi_own, and for a file that failed to open half-way: whatever is there is given back.
+   shards and entries may be NULL while their counts are 0. */
 static void dpoi_file_destroy(dpo_ctx *c, void *object)
 {
     dpo_file *f = (dpo_file *)object;
@@ -3243,12 +3283,15 @@ static void dpoi_file_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, f, sizeof *f);
 }
 
+/* One line for a shell, with weights_only=True, which refuses the code that a pickle could carry. */
 #define DPOI_CONVERT \
     "convert it in Python: import torch, safetensors.torch as s; d = torch.load(\"IN\", \"cpu\", weights_only=True); " \
     "d = d.get(\"state_dict\", d); s.save_file({k: v.clone().contiguous() for k, v in d.items() " \
     "if hasattr(v, \"shape\")}, \"OUT.safetensors\")"
 
-/* What people name .safetensors or hand over instead of one, by its first bytes.  Returns 0 and an error, or 1. */
+/* What people name .safetensors or hand over instead of one, by its first bytes.  Returns 0 and an error, or 1.
+   A zip archive begins "PK\3\4" (PyTorch since 1.6), a bare pickle with 0x80 and its protocol, 1 to 5.
+   A length of header can begin with those bytes too; the '{' at byte 8 tells. */
 static int dpoi_st_recognise(dpo_ctx *c, const char *path, const unsigned char *p, size_t n)
 {
     if (!n) return dpoi_fail(c, DPO_BAD_FILE, "%.200s: the file is empty", path);
@@ -3268,14 +3311,17 @@ static int dpoi_st_recognise(dpo_ctx *c, const char *path, const unsigned char *
     return 1;
 }
 
-/* "file: tensor name: what".  Returns 0. */
+/* "file: tensor name: what".  Returns 0.
+   The name comes from the file and is cleaned by dpoi_shown. */
 static int dpoi_st_wrong(dpo_file *f, const dpoi_shard *s, const char *name, const char *what)
 {
     char shown[128];
     return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: tensor \"%s\": %s", s->path, dpoi_shown(shown, name), what);
 }
 
-/* One member of the header into an entry; data holds the offset until the order is checked. */
+/* One member of the header into an entry; data holds the offset until the order is checked.
+   range = [begin, end) as the header has it, checked by dpoi_st_tile.  Whole numbers only: 1.5 and
+   1e30 are refused by dpo_json_int. */
 static int dpoi_st_entry(dpo_file *f, const dpoi_shard *s, const dpo_json *m, dpo_entry *e, uint64_t range[2])
 {
     const dpo_json *shape = dpo_json_get(m, "shape"), *offsets = dpo_json_get(m, "data_offsets");
@@ -3308,6 +3354,7 @@ static int dpoi_st_entry(dpo_file *f, const dpoi_shard *s, const dpo_json *m, dp
     return 1;
 }
 
+/* Bytes, counted from the end of the header. */
 typedef struct dpoi_st_place { uint64_t begin, end; } dpoi_st_place;
 
 /* by (begin, end): an empty tensor comes before the one that begins at the same byte */
@@ -3318,7 +3365,10 @@ static int dpoi_st_before(const void *arg, uint32_t a, uint32_t b)
 }
 
 /* In order of place, tensors must tile the data: the first begins at 0, each where the one before ends, each as long as
-   its shape says, the last ends with the file. */
+   its shape says, the last ends with the file.
+   The tests come in this order so that each may rely on those before: begin == at keeps p->begin below
+   left, end >= begin makes the difference a size, the size is compared before it is used.  An overlap
+   would let one tensor be read as another, a gap could hide data. */
 static int dpoi_st_tile(dpo_file *f, dpoi_shard *s, const dpo_entry *read, const dpoi_st_place *place,
                         const uint32_t *order, int64_t n, size_t start)
 {
@@ -3355,7 +3405,9 @@ static int dpoi_st_tile(dpo_file *f, dpoi_shard *s, const dpo_entry *read, const
                      (unsigned long long)(left - at));
 }
 
-/* Tensors of a parsed header into f->entries. */
+/* Tensors of a parsed header into f->entries.
+   One block for three arrays of `members` each, the sorting's spare behind them.  `each` is a multiple
+   of what the arrays need for alignment, in falling order of it. */
 static int dpoi_st_entries(dpo_file *f, dpoi_shard *s, size_t start)
 {
     int64_t        n = 0, members = dpo_json_count(s->header);
@@ -3372,7 +3424,7 @@ static int dpoi_st_entries(dpo_file *f, dpoi_shard *s, size_t start)
         for (int64_t i = 0; ok && i < members; i++) {
             const dpo_json *m = dpo_json_at(s->header, i);
             uint64_t        range[2];
-            if (!strcmp(dpo_json_key(m), "__metadata__")) continue;
+            if (!strcmp(dpo_json_key(m), "__metadata__")) continue;  /* not a tensor */
             if (!(ok = dpoi_st_entry(f, s, m, &read[n], range))) break;
             place[n].begin = range[0];
             place[n].end = range[1];
@@ -3387,7 +3439,9 @@ static int dpoi_st_entries(dpo_file *f, dpoi_shard *s, size_t start)
     return ok;
 }
 
-/* __metadata__, if it is there: strings only. */
+/* __metadata__, if it is there: strings only.
+   The reference's type for it is a map of strings; another type there would break other readers of the
+   file. */
 static int dpoi_st_metadata(dpo_file *f, dpoi_shard *s)
 {
     const dpo_json *m = dpo_json_get(s->header, "__metadata__");
@@ -3401,7 +3455,9 @@ static int dpoi_st_metadata(dpo_file *f, dpoi_shard *s)
     return 1;
 }
 
-/* A shard without its bytes yet, or NULL. */
+/* A shard without its bytes yet, or NULL.
+   Counted only when its path is there, so that destroy finds whole shards.  Shards move while their
+   array grows; entries keep s->path and pointers into the map, which do not. */
 static dpoi_shard *dpoi_st_new_shard(dpo_file *f, const char *path)
 {
     void       *p = f->shards;
@@ -3416,7 +3472,9 @@ static dpoi_shard *dpoi_st_new_shard(dpo_file *f, const char *path)
     return s;
 }
 
-/* Read the header in s->map and add its tensors. */
+/* Read the header in s->map and add its tensors.
+   n > size - 8 cannot wrap: the file has 8 bytes at least.  The header must begin with '{' by the
+   format's own rule. */
 static int dpoi_st_read(dpo_file *f, dpoi_shard *s)
 {
     const unsigned char *p = s->map.data;
@@ -3444,13 +3502,15 @@ static int dpoi_st_shard(dpo_file *f, const char *path)
     return s && dpoi_map_open(f->c, path, &s->map) && dpoi_st_read(f, s);
 }
 
+/* Names were decoded by the reader and hold no zero byte. */
 static int dpoi_st_name_less(const void *arg, uint32_t a, uint32_t b)
 {
     const dpo_entry *e = (const dpo_entry *)arg;
     return strcmp(e[a].name, e[b].name) < 0;
 }
 
-/* by_name, when all shards are read; a name in two shards is an error. */
+/* by_name, when all shards are read; a name in two shards is an error.
+   Inside one shard the JSON reader has refused twins already. */
 static int dpoi_st_index(dpo_file *f)
 {
     size_t    n = (size_t)f->count;
@@ -3472,15 +3532,19 @@ static int dpoi_st_index(dpo_file *f)
 
 /* ------------------------------------------------------------------------------------------ shards */
 
+/* Real models have up to a hundred; the bound keeps a hostile index from opening every file of a
+   folder. */
 enum { DPOI_ST_SHARDS = 1000 };
 
-/* A shard's name must be a bare file name: the index comes from outside. */
+/* A shard's name must be a bare file name: the index comes from outside.
+   No slashes, no drive, no "..": nothing outside the index's own folder can be opened by it. */
 static int dpoi_st_plain_name(const char *s)
 {
     return *s && !strpbrk(s, "/\\:") && strcmp(s, ".") && !strstr(s, "..");
 }
 
-/* Open every file that the weight_map names, each once, beside the index. */
+/* Open every file that the weight_map names, each once, beside the index.
+   The search is linear in shards, of which there are few. */
 static int dpoi_st_shards(dpo_file *f, const dpo_json *map)
 {
     size_t prefix = dpoi_folder_length(f->path);
@@ -3507,7 +3571,8 @@ static int dpoi_st_shards(dpo_file *f, const dpo_json *map)
     return 1;
 }
 
-/* Every tensor that the index promises must be in the shard it names. */
+/* Every tensor that the index promises must be in the shard it names.
+   An index whose shards were mixed up from two downloads fails here, by the tensor's name. */
 static int dpoi_st_promised(dpo_file *f, const dpo_json *map)
 {
     size_t prefix = dpoi_folder_length(f->path);
@@ -3522,7 +3587,9 @@ static int dpoi_st_promised(dpo_file *f, const dpo_json *map)
     return 1;
 }
 
-/* {"weight_map": {tensor: shard, ..}}; the rest of an index is of no use here. */
+/* {"weight_map": {tensor: shard, ..}}; the rest of an index is of no use here.
+   The document is freed before returning: entries point into the shards' headers, never into the
+   index. */
 static int dpoi_st_open_index(dpo_file *f)
 {
     dpo_json       *index = dpo_json_load(f->c, f->path);
@@ -3546,7 +3613,8 @@ static dpo_file *dpoi_file_new(dpo_ctx *c, const char *path)
     return NULL;
 }
 
-/* Hand f to the context if all went well, else take it back. */
+/* Hand f to the context if all went well, else take it back.
+   dpoi_own destroys f itself if it fails. */
 static dpo_file *dpoi_file_opened(dpo_file *f, int ok)
 {
     if (!ok) { dpoi_file_destroy(f->c, f); return NULL; }
@@ -3561,6 +3629,7 @@ DPO_DEF dpo_file *dpo_safetensors_open(dpo_ctx *c, const char *path)
     return dpoi_file_opened(f, dpoi_st_shard(f, path) && dpoi_st_index(f));
 }
 
+/* Nothing is copied: the host's bytes must stay until dpo_file_close. */
 DPO_DEF dpo_file *dpo_safetensors_memory(dpo_ctx *c, const void *bytes, size_t n, const char *name)
 {
     dpo_file   *f = dpoi_file_new(c, name ? name : "memory");
@@ -3574,7 +3643,9 @@ DPO_DEF dpo_file *dpo_safetensors_memory(dpo_ctx *c, const void *bytes, size_t n
     return dpoi_file_opened(f, s && dpoi_st_read(f, s) && dpoi_st_index(f));
 }
 
-/* Full precision is preferred to half, one file to shards; both spellings of a half-precision index exist. */
+/* Full precision is preferred to half, one file to shards; both spellings of a half-precision index exist.
+   diffusers' names, in its order; the two .bin are looked at last, to say what they are rather than
+   that nothing is there. */
 DPO_DEF dpo_file *dpo_safetensors_open_folder(dpo_ctx *c, const char *folder, const char *stem)
 {
     static const char *const ends[] = { ".safetensors", ".fp16.safetensors", ".safetensors.index.json",
@@ -3604,6 +3675,7 @@ DPO_DEF void        dpo_file_close(dpo_file *f) { if (f) dpoi_disown(f->c, f); }
 DPO_DEF int64_t     dpo_file_count(const dpo_file *f) { return f ? f->count : 0; }
 DPO_DEF const char *dpo_file_path(const dpo_file *f) { return f ? f->path : NULL; }
 
+/* Order of place: reading entries in this order reads the disk forward. */
 DPO_DEF dpo_entry *dpo_file_entry(dpo_file *f, int64_t i)
 {
     return f && i >= 0 && i < f->count ? &f->entries[i] : NULL;
@@ -3634,6 +3706,7 @@ DPO_DEF const char *dpo_file_metadata(const dpo_file *f, const char *key)
     return dpo_json_text(dpo_json_get(dpoi_file_tags(f), key), NULL);
 }
 
+/* For listings; i counts from 0 in the order of the text. */
 DPO_DEF const char *dpo_file_metadata_at(const dpo_file *f, int64_t i, const char **value)
 {
     const dpo_json *m = dpo_json_at(dpoi_file_tags(f), i);
@@ -3643,7 +3716,9 @@ DPO_DEF const char *dpo_file_metadata_at(const dpo_file *f, int64_t i, const cha
 
 /* ------------------------------------------------------------------------------------------ values */
 
-/* s eeee mmm, bias 7, no infinity, 0x7F and 0xFF are NaN.  arXiv 2209.05433. */
+/* s eeee mmm, bias 7, no infinity, 0x7F and 0xFF are NaN.  arXiv 2209.05433.
+   x = (-1)^s 2^(e-7) (1 + m/8), or (-1)^s 2^-6 m/8 = m/512 for e = 0.  The F32 exponent is e - 7 + 127
+   = e + 120, and m moves to the top of 23 bits. */
 static float dpoi_e4m3_to_f32(uint8_t b)
 {
     uint32_t e = b >> 3 & 15, m = b & 7;
@@ -3678,6 +3753,7 @@ static int dpoi_st_floats(int type, const unsigned char *p, int64_t count, float
     }
 }
 
+/* Types of whole numbers only: a float that happens to be whole is not silently accepted as an id. */
 static int dpoi_st_ints(int type, const unsigned char *p, int64_t count, int64_t *out)
 {
     switch (type) {
@@ -3691,7 +3767,9 @@ static int dpoi_st_ints(int type, const unsigned char *p, int64_t count, int64_t
     }
 }
 
-/* The first byte of the wanted range, or NULL and an error. */
+/* The first byte of the wanted range, or NULL and an error.
+   first <= count is tested before count - first is formed.  Types below 8 bits are never read, so that
+   bits/8 is whole where it matters. */
 static const unsigned char *dpoi_st_range(const dpo_entry *e, int64_t first, int64_t count)
 {
     char shown[128];
@@ -3717,12 +3795,14 @@ DPO_DEF int dpo_entry_floats(const dpo_entry *e, int64_t first, int64_t count, f
     return p && (dpoi_st_floats(e->type, p, count, out) || dpoi_st_cannot(e, "numbers"));
 }
 
+/* No rounding anywhere. */
 DPO_DEF int dpo_entry_ints(const dpo_entry *e, int64_t first, int64_t count, int64_t *out)
 {
     const unsigned char *p = dpoi_st_range(e, first, count);
     return p && (dpoi_st_ints(e->type, p, count, out) || dpoi_st_cannot(e, "whole numbers"));
 }
 
+/* One mapping serves all shards or none: a file from memory has one shard, which is borrowed. */
 DPO_DEF void dpo_entry_done(const dpo_entry *e)
 {
 #ifdef DIFFDPO_NO_MMAP
@@ -3734,6 +3814,7 @@ DPO_DEF void dpo_entry_done(const dpo_entry *e)
 
 /* ------------------------------------------------------------------------------------------ writing */
 
+/* `tag` is the caller's and comes back to its fill function. */
 typedef struct dpoi_planned {             /* a tensor to be written */
     char    *name;
     int      type, rank;
@@ -3742,8 +3823,10 @@ typedef struct dpoi_planned {             /* a tensor to be written */
     void    *tag;
 } dpoi_planned;
 
+/* Both strings are the writer's. */
 typedef struct dpoi_tag { char *key, *value; } dpoi_tag;
 
+/* now and left are set for one tensor at a time, in the order of the file. */
 struct dpo_writer {
     dpo_ctx      *c;
     char         *path;
@@ -3769,6 +3852,7 @@ static void dpoi_writer_destroy(dpo_ctx *c, void *object)
 
 DPO_DEF void dpo_writer_free(dpo_writer *w) { if (w) dpoi_disown(w->c, w); }
 
+/* "format": "pt" is what transformers looks for before it loads a file. */
 DPO_DEF dpo_writer *dpo_writer_new(dpo_ctx *c, const char *path)
 {
     dpo_writer *w;
@@ -3807,7 +3891,8 @@ DPO_DEF int dpo_writer_metadata(dpo_writer *w, const char *key, const char *valu
     return 1;
 }
 
-/* Checked here, so that a bad tensor is named before a byte is written. */
+/* Checked here, so that a bad tensor is named before a byte is written.
+   "__metadata__" is the header's own member and no name for a tensor. */
 DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, int rank, const int64_t *shape,
                            void *tag)
 {
@@ -3840,13 +3925,16 @@ static int dpoi_writer_by_name(const void *arg, uint32_t a, uint32_t b)
     return strcmp(p[a].name, p[b].name) < 0;
 }
 
+/* Larger types first, as the reference sorts, so that each tensor is aligned to its element: the data
+   begins at a multiple of 8. */
 static int dpoi_writer_by_type(const void *arg, uint32_t a, uint32_t b)
 {
     const dpoi_planned *p = (const dpoi_planned *)arg;
     return p[a].type > p[b].type;
 }
 
-/* The header's text, spaces at its end so that the data begins at a multiple of 8. */
+/* The header's text, spaces at its end so that the data begins at a multiple of 8.
+   at: where the next tensor's data begins, counted from the end of the header. */
 static int dpoi_writer_header(dpo_writer *w, const uint32_t *order, dpoi_text *t)
 {
     uint64_t at = 0;
@@ -3875,7 +3963,8 @@ static int dpoi_writer_header(dpo_writer *w, const uint32_t *order, dpoi_text *t
     return !t->failed;
 }
 
-/* `order` of the tensors in the file: larger types first, then names in byte order.  Two of one name are an error. */
+/* `order` of the tensors in the file: larger types first, then names in byte order.  Two of one name are an error.
+   Sorting by name first makes twins neighbours. */
 static int dpoi_writer_order(dpo_writer *w, uint32_t *order, uint32_t *spare)
 {
     size_t n = (size_t)w->count;
@@ -3890,7 +3979,9 @@ static int dpoi_writer_order(dpo_writer *w, uint32_t *order, uint32_t *spare)
     return 1;
 }
 
-/* Header, then every tensor's values, into w->out. */
+/* Header, then every tensor's values, into w->out.
+   After each fill nothing may be left: a short tensor would shift all that follow.  The last dpoi_fail
+   speaks only where fill returned 0 without an error of its own, for the first error is kept. */
 static int dpoi_writer_body(dpo_writer *w, const uint32_t *order, dpo_fill_fn fill, void *user)
 {
     dpoi_text text;
@@ -3914,7 +4005,8 @@ static int dpoi_writer_body(dpo_writer *w, const uint32_t *order, dpo_fill_fn fi
     return ok;
 }
 
-/* order[n] and as much again to sort in. */
+/* order[n] and as much again to sort in.
+   The order array exists before the file does, so that a failure there leaves no trace on the disk. */
 DPO_DEF int dpo_writer_save(dpo_writer *w, dpo_fill_fn fill, void *user)
 {
     size_t    n = w ? (size_t)w->count : 0;
@@ -3930,7 +4022,8 @@ DPO_DEF int dpo_writer_save(dpo_writer *w, dpo_fill_fn fill, void *user)
     return ok;
 }
 
-/* `left` counts down what the header promised: no more, and in the end no less. */
+/* `left` counts down what the header promised: no more, and in the end no less.
+   Bytes are counted before they are written: too many is an error of the caller, not a damaged file. */
 DPO_DEF int dpo_writer_bytes(dpo_writer *w, const void *bytes, size_t n)
 {
     char shown[128];
@@ -3942,7 +4035,9 @@ DPO_DEF int dpo_writer_bytes(dpo_writer *w, const void *bytes, size_t n)
     return dpoi_out_write(w->out, bytes, n);
 }
 
-/* x in a file's type at p; returns its bytes, 0 for a type that floats are not rounded to. */
+/* x in a file's type at p; returns its bytes, 0 for a type that floats are not rounded to.
+   Whole numbers round half up; what does not fit, NaN too, is stored as 0 rather than by an undefined
+   conversion. */
 static size_t dpoi_st_put(int type, float x, unsigned char *p)
 {
     uint16_t h = type == DPOI_ST_F16 ? dpoi_f32_to_f16(x) : type == DPOI_ST_BF16 ? dpoi_f32_to_bf16(x) : 0;
@@ -3959,7 +4054,8 @@ static size_t dpoi_st_put(int type, float x, unsigned char *p)
     }
 }
 
-/* F32 goes through as it is; the others are converted a few KB at a time. */
+/* F32 goes through as it is; the others are converted a few KB at a time.
+   The buffer has 8 bytes to spare when it is tested, the largest element's size. */
 DPO_DEF int dpo_writer_floats(dpo_writer *w, const float *values, int64_t count)
 {
     unsigned char buffer[4096];
@@ -4142,7 +4238,9 @@ static const char *const dpoi_uni_exclusions[] = {
 
 typedef struct dpoi_uni_in { const char *const *row; const char *at; } dpoi_uni_in;   /* reads a packed table */
 
-/* The next number, -1 at the end. */
+/* The next number, -1 at the end.
+   'a'..'z' are 0 to 25, '(' to '-' 26 to 31; the last digit ends the number.  A row's end is a zero
+   byte, the table's a NULL. */
 static int64_t dpoi_uni_next(dpoi_uni_in *in)
 {
     int64_t v = 0;
@@ -4161,13 +4259,16 @@ static int64_t dpoi_uni_next(dpoi_uni_in *in)
     return v;
 }
 
-/* 0 1 2 3 4 -> 0 -1 1 -2 2 */
+/* 0 1 2 3 4 -> 0 -1 1 -2 2
+   Even numbers are v = n/2, odd ones v = -(n+1)/2. */
 static int32_t dpoi_uni_signed(int64_t v) { return (int32_t)(v & 1 ? -(v + 1) / 2 : v / 2); }
 
+/* stride 2 serves alphabets where capital and small letters alternate. */
 typedef struct dpoi_span { uint32_t from, to, stride; int32_t value; } dpoi_span;     /* from, from + stride, ... to */
 typedef struct dpoi_spans { dpoi_span *at; int64_t count, room; } dpoi_spans;         /* in order */
 typedef struct dpoi_composite { uint32_t whole, first, second; int apart; } dpoi_composite;  /* second 0: none */
 
+/* About 60 KB for each tokenizer; all arrays are sorted by code point, for search by halves. */
 typedef struct dpoi_unicode {             /* the tables, unpacked */
     dpoi_spans      letters, numbers, lower, classes, exclusions;
     dpoi_composite *composites;           /* by whole */
@@ -4177,7 +4278,9 @@ typedef struct dpoi_unicode {             /* the tables, unpacked */
 
 enum { DPOI_UNI_RANGES, DPOI_UNI_CLASSES, DPOI_UNI_LOWER };  /* how an entry of a span table is packed */
 
-/* Unpack a table of spans. */
+/* Unpack a table of spans.
+   RANGES: (gap, length - 1); CLASSES: and the combining class; LOWER: (gap, 2*(length - 1) + stride -
+   1, signed distance). */
 static int dpoi_uni_spans(dpo_ctx *c, const char *const *rows, int kind, dpoi_spans *s)
 {
     dpoi_uni_in in = { rows, NULL };
@@ -4201,7 +4304,8 @@ static int dpoi_uni_spans(dpo_ctx *c, const char *const *rows, int kind, dpoi_sp
     return 1;
 }
 
-/* The value of the span that holds cp, 0 if none does. */
+/* The value of the span that holds cp, 0 if none does.
+   The first span that ends at or behind cp is the only one that can hold it. */
 static int32_t dpoi_uni_value(const dpoi_spans *s, uint32_t cp)
 {
     int64_t low = 0, high = s->count;
@@ -4213,6 +4317,7 @@ static int32_t dpoi_uni_value(const dpoi_spans *s, uint32_t cp)
     return s->at[low].value;
 }
 
+/* Composites that stay apart are sorted in too and skipped when they are found. */
 static int dpoi_uni_parts_less(const void *arg, uint32_t a, uint32_t b)
 {
     const dpoi_composite *x = (const dpoi_composite *)arg + a, *y = (const dpoi_composite *)arg + b;
@@ -4220,7 +4325,9 @@ static int dpoi_uni_parts_less(const void *arg, uint32_t a, uint32_t b)
 }
 
 /* Unpack the decompositions, and sort them by their parts for the way back.  Apart stay: twins, what the standard
-   excludes, and composites that are marks themselves or begin with one. */
+   excludes, and composites that are marks themselves or begin with one.
+   An entry: the gap to the composite, the signed distance of its first part from the one before, and
+   its second part less 0x2FF, or 0 where it has one part only. */
 static int dpoi_uni_composites(dpo_ctx *c, dpoi_unicode *u)
 {
     dpoi_uni_in in = { dpoi_uni_decompositions, NULL };
@@ -4261,6 +4368,7 @@ static int dpoi_uni_open(dpo_ctx *c, dpoi_unicode *u)
            dpoi_uni_spans(c, dpoi_uni_exclusions, DPOI_UNI_RANGES, &u->exclusions) && dpoi_uni_composites(c, u);
 }
 
+/* A tokenizer that failed half-way has NULLs here, which dpoi_release takes. */
 static void dpoi_uni_close(dpo_ctx *c, dpoi_unicode *u)
 {
     dpoi_spans *s[] = { &u->letters, &u->numbers, &u->lower, &u->classes, &u->exclusions };
@@ -4275,6 +4383,7 @@ static int dpoi_uni_letter(const dpoi_unicode *u, uint32_t cp)
     return cp < 128 ? (cp | 32) >= 'a' && (cp | 32) <= 'z' : dpoi_uni_value(&u->letters, cp) != 0;
 }
 
+/* Category N: digits, and numbers such as Roman numerals and fractions. */
 static int dpoi_uni_number(const dpoi_unicode *u, uint32_t cp)
 {
     return cp < 128 ? cp >= '0' && cp <= '9' : dpoi_uni_value(&u->numbers, cp) != 0;
@@ -4292,6 +4401,7 @@ static int dpoi_uni_white(uint32_t cp)                     /* property White_Spa
    Unicode Standard Annex 15: take every character apart, sort marks behind their base by class, put together again. */
 typedef struct dpoi_points { dpo_ctx *c; uint32_t *at; int64_t count, room; } dpoi_points;  /* a text as code points */
 
+/* Scratch grows by doubling and is kept. */
 static int dpoi_points_add(dpoi_points *p, uint32_t cp)
 {
     void *at = p->at;
@@ -4301,6 +4411,7 @@ static int dpoi_points_add(dpoi_points *p, uint32_t cp)
     return ok;
 }
 
+/* p->c stays, so that the list can be used again. */
 static void dpoi_points_free(dpoi_points *p)
 {
     dpoi_release(p->c, p->at, (size_t)p->room * sizeof *p->at);
@@ -4312,7 +4423,9 @@ static void dpoi_points_free(dpoi_points *p)
 enum { DPOI_HANGUL = 0xAC00, DPOI_HANGUL_L = 0x1100, DPOI_HANGUL_V = 0x1161, DPOI_HANGUL_T = 0x11A7,
        DPOI_HANGULS = 11172, DPOI_HANGUL_VS = 21, DPOI_HANGUL_TS = 28 };
 
-/* cp taken apart, each piece with its combining class above bit 24.  Nests at most four deep. */
+/* cp taken apart, each piece with its combining class above bit 24.  Nests at most four deep.
+   s = cp - 0xAC00 wraps for smaller code points and is above 11,171 then.  Nothing below 0xC0 has
+   parts.  The class is needed only until composing is done; code points have 21 bits. */
 static int dpoi_uni_apart(const dpoi_unicode *u, uint32_t cp, dpoi_points *out)
 {
     uint32_t s = cp - DPOI_HANGUL, t = s % DPOI_HANGUL_TS;
@@ -4331,7 +4444,9 @@ static int dpoi_uni_apart(const dpoi_unicode *u, uint32_t cp, dpoi_points *out)
     return dpoi_points_add(out, cp | (uint32_t)dpoi_uni_value(&u->classes, cp) << 24);
 }
 
-/* The character that a and b make together, 0 if none. */
+/* The character that a and b make together, 0 if none.
+   l, v, s, t are unsigned: what lies below its base wraps and fails its test.  t - 1 < 27 keeps t = 0,
+   no final, out. */
 static uint32_t dpoi_uni_together(const dpoi_unicode *u, uint32_t a, uint32_t b)
 {
     uint32_t l = a - DPOI_HANGUL_L, v = b - DPOI_HANGUL_V, s = a - DPOI_HANGUL, t = b - DPOI_HANGUL_T;
@@ -4353,7 +4468,9 @@ static uint32_t dpoi_uni_together(const dpoi_unicode *u, uint32_t a, uint32_t b)
 
 static int dpoi_uni_class_less(const void *arg, uint32_t a, uint32_t b) { (void)arg; return a >> 24 < b >> 24; }
 
-/* Each run of marks (class above 0) sorted by class; as many steps as n log n even for a text of nothing but marks. */
+/* Each run of marks (class above 0) sorted by class; as many steps as n log n even for a text of nothing but marks.
+   Stable, as the standard demands: marks of one class keep their order.  A starter (class 0) ends a
+   run. */
 static int dpoi_uni_sort_marks(dpoi_points *p)
 {
     uint32_t *spare = (uint32_t *)dpoi_calloc(p->c, (size_t)p->count, sizeof *spare);
@@ -4367,7 +4484,9 @@ static int dpoi_uni_sort_marks(dpoi_points *p)
 }
 
 /* Put together in place.  A mark reaches the starter before it unless a mark of its class or a higher one, or another
-   starter, stands between. */
+   starter, stands between.
+   n - 1 == starter: nothing stands between.  Else the mark before it has a class, and blocks unless
+   that is lower. */
 static void dpoi_uni_compose(const dpoi_unicode *u, dpoi_points *p)
 {
     int64_t n = 0, starter = -1;
@@ -4383,6 +4502,7 @@ static void dpoi_uni_compose(const dpoi_unicode *u, dpoi_points *p)
     for (int64_t i = 0; i < n; i++) p->at[i] &= 0xFFFFFF;
 }
 
+/* Structs, not contents. */
 static void dpoi_points_swap(dpoi_points *a, dpoi_points *b) { dpoi_points t = *a; *a = *b; *b = t; }
 
 /* Lower case character by character (so a final sigma is a sigma, as in the reference).  U+0130 alone becomes two. */
@@ -4399,7 +4519,8 @@ static int dpoi_uni_lower_case(const dpoi_unicode *u, const dpoi_points *in, dpo
     return ok;
 }
 
-/* out = text[n] in NFC and lower case; spare is overwritten. */
+/* out = text[n] in NFC and lower case; spare is overwritten.
+   A broken byte counts as one U+FFFD, as in the reference, and reading goes on at the next byte. */
 static int dpoi_uni_normalise(const dpoi_unicode *u, const char *text, size_t n, dpoi_points *out, dpoi_points *spare)
 {
     uint32_t cp = 0, high = 0;
@@ -4424,11 +4545,18 @@ static int dpoi_uni_normalise(const dpoi_unicode *u, const char *text, size_t n,
    >>impl tokenizer                                                              CLIP's byte-pair encoding
    ========================================================================================================== */
 
+/* Opening reads the two files into tables of ids and forgets the names: merges become a sorted array
+   of (a, b) -> (rank, id), and the 512 symbols that a byte can start as become ids at once.
+   Tokenizing is one pass: special tokens cut the text, each piece is normalised and cut into words,
+   each word is merged and emitted.  Scratch lies in the tokenizer and is kept from call to call, so
+   that a step of training allocates nothing; one tokenizer serves one thread at a time, as its context
+   does. */
 /* text -> special tokens cut out -> NFC, lower case -> words by the pattern
      <|startoftext|> | <|endoftext|> | 's 't 're 've 'm 'll 'd | letters+ | number | other+     (white space separates)
    -> UTF-8 bytes, each a symbol, the last one with "</w>" -> the merge that merges.txt lists first is done first, the
    leftmost of equals, until none applies -> ids.  Sennrich et al., arXiv 1508.07909; transformers CLIPTokenizer 5. */
 
+/* rank: the number of its line among the merges, from 0; the lower rank is merged first. */
 typedef struct dpoi_tok_pair { uint32_t a, b, rank, id; } dpoi_tok_pair;            /* ids a b -> id */
 
 typedef struct dpoi_special {             /* a token that is found in the text as it stands */
@@ -4438,12 +4566,14 @@ typedef struct dpoi_special {             /* a token that is found in the text a
     dpoi_points points;                   /* text normalised */
 } dpoi_special;
 
+/* A list inside an array: indices stay valid while it grows. */
 typedef struct dpoi_symbol { uint32_t id; int32_t before, after; } dpoi_symbol;  /* after -1: the last; -2: gone */
 typedef struct dpoi_chance { uint32_t rank, id; int32_t at; } dpoi_chance;  /* symbol at and the next may become id */
 
 /* bos, eos, unk, pad; ids below 2^24, for an embedding table has one row for each */
 enum { DPOI_SPECIALS = 4, DPOI_IDS = 1 << 24 };
 
+/* ids points into the caller's array and only while dpo_tokenize runs. */
 struct dpo_tokenizer {
     dpo_ctx       *c;
     dpo_token_info info;
@@ -4478,7 +4608,8 @@ static void dpoi_tok_destroy(dpo_ctx *c, void *object)
 
 /* ------------------------------------------------------------------------------------------ the two files */
 
-/* The id of a token, -1 if the vocabulary lacks it. */
+/* The id of a token, -1 if the vocabulary lacks it.
+   Ids were checked to fit by dpoi_tok_vocab before any of them is used as an index. */
 static int32_t dpoi_tok_id(const dpo_json *vocab, const char *token)
 {
     int64_t id = -1;
@@ -4486,7 +4617,8 @@ static int32_t dpoi_tok_id(const dpo_json *vocab, const char *token)
 }
 
 /* A byte as the vocabulary writes it: printable Latin-1 characters stand for themselves, the others, in order, for
-   U+0100 and up (GPT-2's bytes_to_unicode). */
+   U+0100 and up (GPT-2's bytes_to_unicode).
+   So that a vocabulary is printable text: a space would be U+0120, byte 0 is U+0100. */
 static uint32_t dpoi_tok_symbol(int byte)
 {
     uint32_t n = 0;
@@ -4496,7 +4628,8 @@ static uint32_t dpoi_tok_symbol(int byte)
 }
 
 /* Check every id, and look the 512 symbols up that words begin as.  A small vocabulary may lack some: they become the
-   unknown token. */
+   unknown token.
+   info.vocab = the largest id + 1: ids may have holes, and an embedding table must still cover them. */
 static int dpoi_tok_vocab(dpo_tokenizer *t, const dpo_json *vocab, const char *name)
 {
     char    symbol[16], shown[128];
@@ -4521,14 +4654,16 @@ static int dpoi_tok_vocab(dpo_tokenizer *t, const dpo_json *vocab, const char *n
     return 1;
 }
 
-/* by (a, b), then the order of the lines */
+/* by (a, b), then the order of the lines
+   The order of lines last, so that twins come in the order of the file. */
 static int dpoi_tok_merge_less(const void *arg, uint32_t a, uint32_t b)
 {
     const dpoi_tok_pair *x = (const dpoi_tok_pair *)arg + a, *y = (const dpoi_tok_pair *)arg + b;
     return x->a != y->a ? x->a < y->a : x->b != y->b ? x->b < y->b : x->rank < y->rank;
 }
 
-/* Sort t->merges for dpoi_tok_merge.  Of a pair that is listed twice the later line holds, as in the reference. */
+/* Sort t->merges for dpoi_tok_merge.  Of a pair that is listed twice the later line holds, as in the reference.
+   After this dpoi_tok_merge can search by halves; ranks are kept as they were. */
 static int dpoi_tok_sort(dpo_tokenizer *t)
 {
     size_t      n = (size_t)t->merge_count;
@@ -4552,7 +4687,9 @@ static int dpoi_tok_sort(dpo_tokenizer *t)
     return sorted != NULL;
 }
 
-/* One line "a b"; token holds a, b and then ab in turn. */
+/* One line "a b"; token holds a, b and then ab in turn.
+   1 done, 0 no memory, -1 a line that is not a merge: exactly one space, both sides and their
+   concatenation in the vocabulary, no zero byte, which would cut a lookup short. */
 static int dpoi_tok_merge_line(dpo_tokenizer *t, const dpo_json *vocab, const char *line, size_t n, dpoi_text *token)
 {
     const char *gap = (const char *)memchr(line, ' ', n);
@@ -4578,7 +4715,8 @@ static int dpoi_tok_merge_line(dpo_tokenizer *t, const dpo_json *vocab, const ch
     return ok;
 }
 
-/* merges.txt: a line "#version: ..", then a merge a line.  A merge can begin with '#' too. */
+/* merges.txt: a line "#version: ..", then a merge a line.  A merge can begin with '#' too.
+   Either line ending.  An empty line is skipped, as the reference does. */
 static int dpoi_tok_merges(dpo_tokenizer *t, const dpo_json *vocab, const char *text, size_t n, const char *name)
 {
     dpoi_text token;
@@ -4600,7 +4738,8 @@ static int dpoi_tok_merges(dpo_tokenizer *t, const dpo_json *vocab, const char *
 
 /* ------------------------------------------------------------------------------------------ special tokens */
 
-/* A token's text in a configuration: a string, or an object with "content" and "normalized". */
+/* A token's text in a configuration: a string, or an object with "content" and "normalized".
+   "normalized": true means that the token is looked for after lower case and NFC. */
 static const char *dpoi_tok_named(const dpo_json *config, const char *key, const char *otherwise, int *late)
 {
     const dpo_json *m = dpo_json_get(config, key);
@@ -4609,7 +4748,9 @@ static const char *dpoi_tok_named(const dpo_json *config, const char *key, const
     return text ? text : otherwise;
 }
 
-/* Look up one special token and keep it; a role named later decides when an equal token is looked for. */
+/* Look up one special token and keep it; a role named later decides when an equal token is looked for.
+   Its text is kept in both forms, as it stands and normalised.  The bound of 63 bytes is far above any
+   token in use. */
 static int dpoi_tok_special(dpo_tokenizer *t, const dpo_json *vocab, const char *text, int late, int32_t *id)
 {
     int  k = 0;
@@ -4628,7 +4769,9 @@ static int dpoi_tok_special(dpo_tokenizer *t, const dpo_json *vocab, const char 
     return dpoi_uni_normalise(&t->uni, text, strlen(text), &t->specials[k].points, &t->spare);
 }
 
-/* config, map: tokenizer_config.json and special_tokens_map.json, or NULL. */
+/* config, map: tokenizer_config.json and special_tokens_map.json, or NULL.
+   tokenizer_config.json is asked first, then special_tokens_map.json, then CLIP's own names; unk and
+   pad default to eos. SDXL's second tokenizer pads with "!", id 0, which its configuration says. */
 static int dpoi_tok_specials(dpo_tokenizer *t, const dpo_json *vocab, const dpo_json *config, const dpo_json *map)
 {
     static const char *const keys[] = { "bos_token", "eos_token", "unk_token", "pad_token" };
@@ -4657,7 +4800,8 @@ typedef struct dpoi_tok_files {
     const dpo_json *config, *map;
 } dpoi_tok_files;
 
-/* The vocabulary is needed while opening only: afterwards ids are all that is left of its names. */
+/* The vocabulary is needed while opening only: afterwards ids are all that is left of its names.
+   On any failure what was built is destroyed and the context says why. */
 static dpo_tokenizer *dpoi_tok_open(dpo_ctx *c, const dpoi_tok_files *files)
 {
     dpo_tokenizer *t = (dpo_tokenizer *)dpoi_calloc(c, 1, sizeof *t);
@@ -4673,6 +4817,7 @@ static dpo_tokenizer *dpoi_tok_open(dpo_ctx *c, const dpoi_tok_files *files)
     return dpoi_own(c, t, dpoi_tok_destroy) ? t : NULL;
 }
 
+/* Without configuration files: CLIP's defaults. */
 DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t vocab_bytes, const char *merges,
                                          size_t merges_bytes)
 {
@@ -4684,7 +4829,8 @@ DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t v
     return dpoi_tok_open(c, &f);
 }
 
-/* folder/name parsed if it is there; *path must be given back. */
+/* folder/name parsed if it is there; *path must be given back.
+   A missing file is no error, a broken one is. */
 static dpo_json *dpoi_tok_optional(dpo_ctx *c, const char *folder, const char *name)
 {
     char     *path = dpoi_ok(c) ? dpoi_join(c, folder, name) : NULL;
@@ -4693,6 +4839,7 @@ static dpo_json *dpoi_tok_optional(dpo_ctx *c, const char *folder, const char *n
     return j;
 }
 
+/* 256 MB a file at most; CLIP's have one. */
 DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder)
 {
     dpo_json      *config, *map;
@@ -4741,7 +4888,8 @@ static void dpoi_tok_emit(dpo_tokenizer *t, uint32_t id)
     if (t->id_count < t->id_max) t->ids[t->id_count++] = (int32_t)id;
 }
 
-/* What a and b become, or NULL. */
+/* What a and b become, or NULL.
+   Lower bound by (a, b). */
 static const dpoi_tok_pair *dpoi_tok_merge(const dpo_tokenizer *t, uint32_t a, uint32_t b)
 {
     int64_t low = 0, high = t->merge_count;
@@ -4759,7 +4907,8 @@ static int dpoi_tok_sooner(const dpoi_chance *x, const dpoi_chance *y)
     return x->rank != y->rank ? x->rank < y->rank : x->at < y->at;
 }
 
-/* Symbol `at` and the one after it: into the heap if they merge. */
+/* Symbol `at` and the one after it: into the heap if they merge.
+   at < 0 stands for "no neighbour" and does nothing.  Up-heap: parents move down until e fits. */
 static int dpoi_tok_push(dpo_tokenizer *t, int32_t at)
 {
     int32_t              next = at < 0 ? -1 : t->symbols[at].after;
@@ -4779,7 +4928,8 @@ static int dpoi_tok_push(dpo_tokenizer *t, int32_t at)
     return 1;
 }
 
-/* The best out, the last one sifted down from the top. */
+/* The best out, the last one sifted down from the top.
+   e is the last entry; children move up until it fits. */
 static dpoi_chance dpoi_tok_pop(dpo_tokenizer *t)
 {
     dpoi_chance best = t->heap[0], e = t->heap[--t->heap_count];
@@ -4793,7 +4943,10 @@ static dpoi_chance dpoi_tok_pop(dpo_tokenizer *t)
     return best;
 }
 
-/* t->symbols merged as far as they go, then emitted. */
+/* t->symbols merged as far as they go, then emitted.
+   An entry of the heap is stale if the pair at its place would now make another token, or none.  The
+   symbol at the right of a merge is marked -2: dpoi_tok_merge is never asked about it, since after <
+   0. */
 static int dpoi_tok_merge_word(dpo_tokenizer *t)
 {
     dpoi_symbol *s = t->symbols;
@@ -4815,7 +4968,9 @@ static int dpoi_tok_merge_word(dpo_tokenizer *t)
     return 1;
 }
 
-/* One word, points[from..to), as bytes, and merged. */
+/* One word, points[from..to), as bytes, and merged.
+   At most four bytes a character; the last byte of the last character takes its "</w>" form, which
+   tells "art" in "part" from the word "art".  The bound keeps indices within int32. */
 static int dpoi_tok_word(dpo_tokenizer *t, int64_t from, int64_t to)
 {
     void   *p = t->symbols;
@@ -4842,7 +4997,8 @@ static int dpoi_tok_word(dpo_tokenizer *t, int64_t from, int64_t to)
 
 /* ------------------------------------------------------------------------------------------ words */
 
-/* Does `what` stand at points[i..to)? */
+/* Does `what` stand at points[i..to)?
+   Returns its length, or 0.  ASCII only, one code point a byte. */
 static int dpoi_tok_is(const dpo_tokenizer *t, int64_t i, int64_t to, const char *what)
 {
     int64_t n = (int64_t)strlen(what);
@@ -4850,7 +5006,9 @@ static int dpoi_tok_is(const dpo_tokenizer *t, int64_t i, int64_t to, const char
     return (int)n;
 }
 
-/* Code points of 's, 't, 're, 've, 'm, 'll or 'd at i, 0 if none. */
+/* Code points of 's, 't, 're, 've, 'm, 'll or 'd at i, 0 if none.
+   Case has been folded, so that 'S counts as well.  First hit in this order, as the pattern's
+   alternatives are tried. */
 static int dpoi_tok_contraction(const dpo_tokenizer *t, int64_t i, int64_t to)
 {
     static const char *const ends[] = { "'s", "'t", "'re", "'ve", "'m", "'ll", "'d" };
@@ -4861,7 +5019,8 @@ static int dpoi_tok_contraction(const dpo_tokenizer *t, int64_t i, int64_t to)
 
 enum { DPOI_WHITE, DPOI_LETTER, DPOI_NUMBER, DPOI_OTHER };
 
-/* The three classes of the pattern, and white space. */
+/* The three classes of the pattern, and white space.
+   Marks, punctuation, symbols and emoji are DPOI_OTHER. */
 static int dpoi_tok_kind(const dpo_tokenizer *t, uint32_t cp)
 {
     if (dpoi_uni_white(cp)) return DPOI_WHITE;
@@ -4869,7 +5028,9 @@ static int dpoi_tok_kind(const dpo_tokenizer *t, uint32_t cp)
     return dpoi_uni_number(&t->uni, cp) ? DPOI_NUMBER : DPOI_OTHER;
 }
 
-/* Where the word that starts at i ends; *kind: DPOI_WHITE for what is skipped. */
+/* Where the word that starts at i ends; *kind: DPOI_WHITE for what is skipped.
+   Letters and others run on, a number is one digit.  Contractions are tried before letters, as in the
+   pattern. */
 static int64_t dpoi_tok_word_end(const dpo_tokenizer *t, int64_t i, int64_t to, int *kind)
 {
     int64_t end = i + 1;
@@ -4882,7 +5043,8 @@ static int64_t dpoi_tok_word_end(const dpo_tokenizer *t, int64_t i, int64_t to, 
 }
 
 /* points[from..to), no special token inside.  The pattern's two literals, which come up where a text spells them in
-   capitals, are cut by the byte-level step into three words: <|, the letters, |>. */
+   capitals, are cut by the byte-level step into three words: <|, the letters, |>.
+   Stops when the array is full: the rest of a long prompt costs nothing. */
 static int dpoi_tok_words(dpo_tokenizer *t, int64_t from, int64_t to)
 {
     for (int64_t i = from, end; i < to && t->id_count < t->id_max; i = end) {
@@ -4897,7 +5059,8 @@ static int dpoi_tok_words(dpo_tokenizer *t, int64_t from, int64_t to)
 
 /* ------------------------------------------------------------------------------------------ a whole text */
 
-/* text[n] between special tokens: normalised, then the late ones are looked for, the longest at each place. */
+/* text[n] between special tokens: normalised, then the late ones are looked for, the longest at each place.
+   `from` is where the text not yet cut into words begins. */
 static int dpoi_tok_plain(dpo_tokenizer *t, const char *text, size_t n)
 {
     int64_t from = 0;
@@ -4918,7 +5081,8 @@ static int dpoi_tok_plain(dpo_tokenizer *t, const char *text, size_t n)
     return dpoi_tok_words(t, from, t->points.count);
 }
 
-/* The tokens that are looked for in the text as it stands cut it; what is between them is normalised on its own. */
+/* The tokens that are looked for in the text as it stands cut it; what is between them is normalised on its own.
+   The longest of the tokens that match at a place wins. */
 static int dpoi_tok_text(dpo_tokenizer *t, const char *text)
 {
     size_t from = 0, n = strlen(text);
@@ -4937,6 +5101,8 @@ static int dpoi_tok_text(dpo_tokenizer *t, const char *text)
     return t->id_count >= t->id_max || dpoi_tok_plain(t, text + from, n - from);
 }
 
+/* One place is kept back for eos, which stands at the end even of a text that was cut.  For max = 77
+   at most 75 tokens of the text remain. */
 DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int max)
 {
     int n;
@@ -5771,7 +5937,8 @@ DPO_DEF dpo_tensor *dpo_checkpoint(dpo_ctx *c, dpo_segment_fn fn, void *user, dp
    that it does not care about taken together ([R,D]), so that a kernel has one loop nest and not one for each
    rank.  All checks are here: a kernel trusts its arguments.  An op that fails has recorded nothing and returns
    NULL, which every other op takes without complaint. */
-/* A view as [a,b,d], or [a,b] where d is 1, for kernels that do not care about more axes. */
+/* A view as [a,b,d], or [a,b] where d is 1, for kernels that do not care about more axes.
+   d == 1 gives rank 2: kernels index the last axis they know, and shape[2] is 1 in both cases. */
 static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
 {
     v->rank = d == 1 ? 2 : 3;
@@ -5812,7 +5979,8 @@ static const char *dpoi_tensor_text(const dpo_tensor *x, char *text, size_t size
 }
 
 /* 'op "name": [..] and [..]: rule', name being b's if it has one: b is the weight where there is one.  Returns
-   0. */
+   0.
+   96 characters hold four axes of 19 digits; the error line is cut by dpoi_fail if the rule is long. */
 static int dpoi_bad_shapes(dpo_ctx *c, const char *op, const dpo_tensor *a, const dpo_tensor *b, const char *rule)
 {
     char sa[96], sb[96];
@@ -5820,7 +5988,8 @@ static int dpoi_bad_shapes(dpo_ctx *c, const char *op, const dpo_tensor *a, cons
                      b->name ? "\"" : "", dpoi_tensor_text(a, sa, sizeof sa), dpoi_tensor_text(b, sb, sizeof sb), rule);
 }
 
-/* A vector [C], or a tensor that holds as many numbers. */
+/* A vector [C], or a tensor that holds as many numbers.
+   NULL passes: bias, gamma and beta are each optional somewhere. */
 static int dpoi_check_vector(dpo_ctx *c, const char *op, const dpo_tensor *x, const dpo_tensor *v, int64_t C)
 {
     return !v || dpo_count(v) == C ? 1 : dpoi_bad_shapes(c, op, x, v, "the second must hold one number a channel");
@@ -5841,7 +6010,9 @@ static int dpoi_check_weight(dpo_ctx *c, const char *op, const dpo_tensor *x, co
 
 /* The optional inputs, against the result's shape k->a.out [N,H',W',O].
    Counts are compared, not ranks: a vector [O] may come as [1,1,1,O].  strength without an adapter is allowed
-   and unused. */
+   and unused.
+   The result's shape must be set before: vec, residual and strength are checked against it.  act and
+   scale go into the call here, with e NULL meaning no activation; scale matters only with an adapter. */
 static int dpoi_check_extra(dpo_ctx *c, const char *op, dpoi_call *k, const dpo_extra *e)
 {
     const dpo_view   *y = &k->a.out;
@@ -5864,7 +6035,9 @@ static int dpoi_check_extra(dpo_ctx *c, const char *op, dpoi_call *k, const dpo_
 
 /* Where the activation's input will be needed by backward, it runs as an op of its own.
    For an adapter, stat u = x*down is [N,H',W',r] in F32: what d up needs, and cheaper to keep than to compute
-   again. */
+   again.
+   Fusing the activation saves one pass over y, but backward of the activation needs its input, which a
+   fused product never stores: so it is fused only where no gradient will come. */
 static dpo_tensor *dpoi_product(dpo_ctx *c, dpoi_call *k)
 {
     int         act = k->a.p.conv.act;
@@ -5924,7 +6097,8 @@ DPO_DEF dpo_tensor *dpo_linear(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
 }
 
 /* H' = (H + pad[0] + pad[1] - kh)/stride + 1, rounded down.  The kernel knows only the padding above and to the
-   left: what lies below and to the right follows from H', W'. */
+   left: what lies below and to the right follows from H', W'.
+   pad is not bounded above: rows of nothing but padding are computed as such. */
 DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, int stride, const int pad[4],
                                const dpo_extra *extra)
 {
@@ -5954,7 +6128,8 @@ DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
 
 /* ------------------------------------------------------------------------------------------ norms, attention */
 
-/* P = all axes between the first and the last.  !(eps > 0) refuses NaN too. */
+/* P = all axes between the first and the last.  !(eps > 0) refuses NaN too.
+   stat is 2 numbers for each group of each sample: all that backward keeps beside the inputs. */
 DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups, float eps, int act)
 {
     dpoi_call   k;
@@ -5979,7 +6154,8 @@ DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
     return dpoi_apply(c, &k);
 }
 
-/* R = all axes but the last; stat [R,2] = mean, 1/sqrt(var + eps). */
+/* R = all axes but the last; stat [R,2] = mean, 1/sqrt(var + eps).
+   eps <= 0 is not refused: rows of equal numbers then give infinities, as in PyTorch. */
 DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, float eps)
 {
     dpoi_call   k;
@@ -5998,7 +6174,8 @@ DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
 }
 
 /* The scale is taken in double and rounded once.  Self-attention passes one tensor three times:
-   dpoi_kernel_backward sees to that. */
+   dpoi_kernel_backward sees to that.
+   k and v [N,S,D] are alike; S may differ from T in cross-attention. */
 DPO_DEF dpo_tensor *dpo_attention(dpo_ctx *c, dpo_tensor *q, dpo_tensor *k, dpo_tensor *v, int heads, int causal)
 {
     dpoi_call   call;
@@ -6044,7 +6221,8 @@ DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x)
     return dpoi_apply(c, &k);
 }
 
-/* DPO_NONE is refused: it would be a copy that nobody asked for. */
+/* DPO_NONE is refused: it would be a copy that nobody asked for.
+   The activations and their slopes are listed in >>impl rows. */
 DPO_DEF dpo_tensor *dpo_act(dpo_ctx *c, dpo_tensor *x, int act)
 {
     dpoi_call k;
@@ -6084,7 +6262,8 @@ DPO_DEF dpo_tensor *dpo_cast(dpo_ctx *c, dpo_tensor *x, int dtype)
     return dpoi_apply(c, &k);
 }
 
-/* Right-aligned: missing axes in front are 1. */
+/* Right-aligned: missing axes in front are 1.
+   v's memory is x's: only the shape is read with leading ones. */
 static void dpoi_view_right(dpo_view *v, const dpo_tensor *x)
 {
     v->rank = DPO_MAX_RANK;
@@ -6147,7 +6326,8 @@ static dpo_tensor *dpoi_sum(dpo_ctx *c, dpo_tensor *x, int axis, int mean)
 DPO_DEF dpo_tensor *dpo_sum (dpo_ctx *c, dpo_tensor *x, int axis) { return dpoi_sum(c, x, axis, 0); }
 DPO_DEF dpo_tensor *dpo_mean(dpo_ctx *c, dpo_tensor *x, int axis) { return dpoi_sum(c, x, axis, 1); }
 
-/* The result's shape, with the joined axis set back to a's, must be a's shape. */
+/* The result's shape, with the joined axis set back to a's, must be a's shape.
+   Types must agree too: kernels copy bytes. */
 DPO_DEF dpo_tensor *dpo_concat(dpo_ctx *c, dpo_tensor *a, dpo_tensor *b, int axis)
 {
     dpoi_call   k;
@@ -6189,7 +6369,9 @@ DPO_DEF dpo_tensor *dpo_slice(dpo_ctx *c, dpo_tensor *x, int axis, int64_t from,
 }
 
 /* A second tensor on the same block, with a row of its own: no kernel runs, and the gradient comes back by
-   sharing.  Panels have no plain order of elements, so that weights cannot be reshaped. */
+   sharing.  Panels have no plain order of elements, so that weights cannot be reshaped.
+   dpoi_temp has made y on x's block before the counts are compared; on failure y stays empty-handed in
+   its scope. */
 DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64_t *shape)
 {
     dpoi_call   k;
@@ -6215,7 +6397,8 @@ DPO_DEF dpo_tensor *dpo_detach(dpo_ctx *c, dpo_tensor *x)
 
 /* ------------------------------------------------------------------------------------------ pictures, tables */
 
-/* To a size, not by a factor: the skip connection that follows may be odd. */
+/* To a size, not by a factor: the skip connection that follows may be odd.
+   Never smaller: nearest neighbour downwards would drop pixels without a word. */
 DPO_DEF dpo_tensor *dpo_upsample(dpo_ctx *c, dpo_tensor *x, int64_t height, int64_t width)
 {
     dpoi_call k;
@@ -6230,7 +6413,8 @@ DPO_DEF dpo_tensor *dpo_upsample(dpo_ctx *c, dpo_tensor *x, int64_t height, int6
     return dpoi_apply(c, &k);
 }
 
-/* V is not checked against the ids, which lie on the device: the kernel checks each. */
+/* V is not checked against the ids, which lie on the device: the kernel checks each.
+   ids [..] -> [..,D]: the result has one axis more, so that ids may have three at most. */
 DPO_DEF dpo_tensor *dpo_embed(dpo_ctx *c, dpo_tensor *table, dpo_tensor *ids)
 {
     dpoi_call   k;
@@ -6262,7 +6446,8 @@ DPO_DEF dpo_tensor *dpo_timestep_embedding(dpo_ctx *c, dpo_tensor *t, int dim)
 }
 
 /* K is the length of the tables; index picks a row for each sample, so that one call serves any mix of
-   timesteps. */
+   timesteps.
+   x and z [N,P]; index [N] chooses a[k], b[k] on the device. */
 DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor *a, dpo_tensor *b, dpo_tensor *index)
 {
     dpoi_call   k;
@@ -6281,7 +6466,8 @@ DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor
     return dpoi_apply(c, &k);
 }
 
-/* The shape is of one sample; N comes from the keys. */
+/* The shape is of one sample; N comes from the keys.
+   P = product of shape; the sum of checks that fails for P = 0 or too large is dpoi_temp's. */
 DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank, const int64_t *shape)
 {
     dpoi_call k;
@@ -6347,7 +6533,8 @@ static void *dpoi_dry_alloc(void *self, size_t bytes)
 /* Addresses are not reused: there are more than any run needs. */
 static void dpoi_dry_release(void *self, void *data, size_t bytes) { (void)self; (void)data; (void)bytes; }
 
-/* What comes back from the device is zeros. */
+/* What comes back from the device is zeros.
+   A host that reads a loss from a dry run reads 0. */
 static int dpoi_dry_copy(void *self, void *to, const void *from, size_t bytes, int direction)
 {
     (void)self; (void)from;
@@ -6359,6 +6546,7 @@ static int dpoi_dry_zero(void *self, void *data, size_t bytes) { (void)self; (vo
 static int dpoi_dry_run (void *self, const dpo_args *a) { (void)self; (void)a; return DPO_OK; }
 static int dpoi_dry_sync(void *self) { (void)self; return DPO_OK; }
 static const char *dpoi_dry_explain(void *self) { (void)self; return NULL; }
+/* The model stays open: it is the caller's. */
 static void dpoi_dry_close(void *self) { free(self); }
 
 /* The model's own answer, since scratch is a part of the peak. */
@@ -6434,12 +6622,14 @@ static int dpoi_check_copy(void *self, void *to, const void *from, size_t bytes,
     return t->copy(t->self, to, from, bytes, direction);
 }
 
+/* Results of `zero` are not compared; a kernel that reads them is. */
 static int dpoi_check_zero(void *self, void *data, size_t bytes)
 {
     dpo_backend *t = ((dpoi_check *)self)->tested;
     return t->zero(t->self, data, bytes);
 }
 
+/* The tested backend's, for its own call; see dpoi_check_both. */
 static size_t dpoi_check_workspace(void *self, const dpo_args *a)
 {
     dpo_backend *t = ((dpoi_check *)self)->tested;
@@ -6468,10 +6658,12 @@ static void dpoi_check_close(void *self)
     free(k);
 }
 
+/* Elements in plain order, without the padding of panels. */
 static int64_t dpoi_view_count(const dpo_view *v) { return v->shape[0] * v->shape[1] * v->shape[2] * v->shape[3]; }
 
 /* The values of a view in plain order on the host, 4 bytes each; NULL if there is no memory or the copy failed.
-   Reordering to plain order lets two backends with different panels be compared.  The caller frees it. */
+   Reordering to plain order lets two backends with different panels be compared.  The caller frees it.
+   I32 and F32 values come as they are, narrow ones widened, so that both sides are compared as floats. */
 static void *dpoi_fetch(dpo_backend *b, const dpo_view *v)
 {
     size_t bytes = dpoi_view_bytes(v);
@@ -6507,7 +6699,9 @@ static int dpoi_check_mirror(dpoi_check *k, const dpo_view *from, dpo_view *to)
 }
 
 /* max |a-b| <= tolerance * max |b| over a view that both wrote.
-   !(d <= worst) holds for NaN too, which ends the search: any later d would look better than a NaN. */
+   !(d <= worst) holds for NaN too, which ends the search: any later d would look better than a NaN.
+   Relative to the largest number of the whole view: single elements near zero may differ by rounding
+   of the sums. */
 static int dpoi_check_compare(dpoi_check *k, int i, const dpo_view *ours, const dpo_view *theirs)
 {
     float  *x = (float *)dpoi_fetch(k->tested, ours), *y = (float *)dpoi_fetch(k->oracle, theirs);
@@ -6530,7 +6724,8 @@ static int dpoi_check_compare(dpoi_check *k, int i, const dpo_view *ours, const 
     return ok;
 }
 
-/* Each backend gets the scratch that it asks for itself; the tested one has its own already. */
+/* Each backend gets the scratch that it asks for itself; the tested one has its own already.
+   A failure of the tested backend is told as its own, with its words. */
 static int dpoi_check_both(dpoi_check *k, dpo_args *mine, dpo_args *other)
 {
     dpo_backend *t = k->tested, *o = k->oracle;
@@ -6672,6 +6867,7 @@ typedef struct dpoi_pool {
 #endif
 } dpoi_pool;
 
+/* Takes tasks until there are none. */
 static void dpoi_pool_work(dpoi_pool *p)
 {
     intptr_t left;
@@ -6689,12 +6885,11 @@ enum { DPOI_SPINS = 64 };                 /* looks between two readings of the c
 static int dpoi_pool_spin(dpoi_pool *p)
 {
     double until = dpo_seconds() + 50e-6;
-    do {
-        for (int i = 0; i < DPOI_SPINS; i++) {
-            if (dpoi_word_load(&p->left) > 0 || dpoi_word_load(&p->stop)) return 1;
-            dpoi_pause();
-        }
-    } while (dpo_seconds() < until);
+    for (int looks = 0; looks < DPOI_SPINS*1024; looks++) {       /* the clock may be set back meanwhile */
+        if (dpoi_word_load(&p->left) > 0 || dpoi_word_load(&p->stop)) return 1;
+        if (looks % DPOI_SPINS == 0 && dpo_seconds() > until) return 0;
+        dpoi_pause();
+    }
     return 0;
 }
 
@@ -6707,6 +6902,7 @@ static void dpoi_pool_sleep(dpoi_pool *p)
     dpoi_lock_give(&p->lock);
 }
 
+/* Costs nothing while nobody sleeps. */
 static void dpoi_pool_wake(dpoi_pool *p)
 {
     if (!dpoi_word_load(&p->sleeping)) return;
@@ -6715,6 +6911,7 @@ static void dpoi_pool_wake(dpoi_pool *p)
     dpoi_lock_give(&p->lock);
 }
 
+/* A worker's life. */
 static void dpoi_pool_main(void *arg)
 {
     dpoi_pool *p = (dpoi_pool *)arg;
@@ -6724,6 +6921,7 @@ static void dpoi_pool_main(void *arg)
     }
 }
 
+/* The caller works too, then waits for the tasks that others hold: a moment, unless the system took a core away. */
 static void dpoi_pool_run(dpoi_pool *p, int64_t n, void (*task)(void *arg, int64_t i), void *arg)
 {
     p->n = (intptr_t)n;  p->task = task;  p->arg = arg;
@@ -6735,6 +6933,7 @@ static void dpoi_pool_run(dpoi_pool *p, int64_t n, void (*task)(void *arg, int64
         if (i < 4096) dpoi_pause(); else dpoi_thread_yield();
 }
 
+/* Wakes all, ends all. */
 static void dpoi_pool_close(const dpoi_mem *mem, dpoi_pool *p)
 {
     if (!p) return;
@@ -6818,6 +7017,7 @@ static void dpoi_parallel(dpoi_cpu *cpu, int64_t n, void (*task)(void *arg, int6
 /* Work is cut into pieces of this many floats (64 KiB, half of a small second-level cache), whatever the threads. */
 enum { DPOI_PIECE = 16384 };
 
+/* n/piece rounded up, and the smaller one. */
 static int64_t dpoi_pieces(int64_t n, int64_t piece)       { return (n + piece - 1) / piece; }
 static int64_t dpoi_least(int64_t a, int64_t b)            { return a < b ? a : b; }
 
@@ -6887,6 +7087,7 @@ static float dpoi_log_sigmoid(float x)    { return x < 0 ? x - log1pf(expf(x)) :
 static float dpoi_normal(float x)         { return 0.5f*erfcf(-0.70710678f*x); }
 static float dpoi_density(float x)        { return 0.39894228f*expf(-0.5f*x*x); }
 
+/* act(x) */
 DPOI_INLINE float dpoi_act(int act, float x)
 {
     switch (act) {
@@ -6927,6 +7128,7 @@ DPOI_INLINE float dpoi_act_slope(int act, float x)
     }
 }
 
+/* f(a, b, c; s): the list above, line by line. */
 DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s)
 {
     if (op < DPO_ACTS)        return dpoi_act(op, a);
@@ -6956,8 +7158,8 @@ DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s
 }
 
 /* Unused operands are read, but not used: `a` stands in for them. */
-DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
-                               int add)
+DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
+                               float *y, int add)
 {
     for (int64_t i = 0; i < n; i++) {
         float f = dpoi_map_one(op, a[i], b[i], c[i], s);
@@ -6965,6 +7167,7 @@ DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b
     }
 }
 
+/* dpoi_rows.map */
 #define DPOI_MAP_CASE(op) case op: dpoi_map_loop(op, n, a, b, c, s, y, add); break;
 static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
                            int add)
@@ -6976,6 +7179,7 @@ static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, co
     }
 }
 
+/* The sum of f over a row, in double. */
 DPOI_INLINE double dpoi_sum_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
 {
     double sum = 0;
@@ -6993,6 +7197,7 @@ static double dpoi_sum_plain(int op, int64_t n, const float *a, const float *b, 
     }
 }
 
+/* x [rows,C] -> sum [C]; rows are few enough for floats. */
 static void dpoi_columns_plain(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
@@ -7003,6 +7208,7 @@ static void dpoi_columns_plain(int64_t rows, int64_t C, const float *x, const fl
         }
 }
 
+/* y = act(z), x and y [rows,C], t [DPOI_NORM_ROWS,C]. */
 static void dpoi_norm_plain(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
 {
     const float *mean = t + DPOI_NORM_MEAN*C, *scale = t + DPOI_NORM_SCALE*C, *beta = t + DPOI_NORM_BETA*C;
@@ -7028,6 +7234,7 @@ static void dpoi_norm_sums_plain(int64_t rows, int64_t C, const float *x, const 
         }
 }
 
+/* dx = scale dz - k1 - (x - mean) k2 */
 static void dpoi_norm_back_plain(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
                                  float *dx, int add)
 {
@@ -7054,6 +7261,7 @@ static void dpoi_adamw_plain(int64_t n, const float *g, float *m, float *v, floa
     }
 }
 
+/* The set as a table. */
 static dpoi_rows dpoi_rows_plain(void)
 {
     dpoi_rows r;
@@ -7101,6 +7309,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_load_256(const float *p, int64_t left)
 {
     return left >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, dpoi_lanes_256(left));
 }
+/* Writes as many. */
 DPOI_AVX2 DPOI_INLINE void dpoi_store_256(float *p, int64_t left, __m256 x)
 {
     if (left >= 8) _mm256_storeu_ps(p, x);
@@ -7119,6 +7328,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_scale_256(__m256 y, __m256 n)              /* 
     __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(k, half), bias), 23));
     return _mm256_mul_ps(_mm256_mul_ps(y, a), b);
 }
+/* `yes` where x < 0, else `no`, also for a NaN. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_where_negative_256(__m256 x, __m256 yes, __m256 no)
 {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
@@ -7133,6 +7343,7 @@ DPOI_AVX2 DPOI_INLINE double dpoi_total_256(__m256d x)
     return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
 }
 
+/* 8 BF16 or F16. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_widen_256(int dtype, const uint16_t *h)
 {
     __m128i k = _mm_loadu_si128((const __m128i *)(const void *)h);
@@ -7152,10 +7363,11 @@ DPOI_AVX2 DPOI_INLINE void dpoi_narrow_256(int dtype, __m256 x, uint16_t *h)
     _mm_storeu_si128((__m128i *)(void *)h, dtype == DPO_F16 ? _mm256_cvtps_ph(x, 0) : _mm256_castsi256_si128(r));
 }
 
+/* e^x of 8 numbers, relative error 1e-7.  max and min return their second operand where one is NaN: it stays. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_256(__m256 x)
 {
     __m256 n, r, y;
-    x = _mm256_max_ps(_mm256_set1_ps(DPOI_EXP_LOW), x);           /* the second operand where one is NaN */
+    x = _mm256_max_ps(_mm256_set1_ps(DPOI_EXP_LOW), x);
     x = _mm256_min_ps(_mm256_set1_ps(DPOI_EXP_HIGH), x);
     n = dpoi_round_256(_mm256_mul_ps(x, _mm256_set1_ps(DPOI_LOG2E)));
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(DPOI_LN2_LOW), _mm256_fnmadd_ps(n, _mm256_set1_ps(DPOI_LN2_HIGH), x));
@@ -7169,13 +7381,14 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_256(__m256 x)
     return dpoi_scale_256(y, n);
 }
 
+/* 1/(1 + exp(-x)): for x << 0 the exponential is infinite and the result 0, as it should. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_sigmoid_256(__m256 x)
 {
     __m256 one = _mm256_set1_ps(1), e = dpoi_exp_256(_mm256_sub_ps(_mm256_setzero_ps(), x));
     return _mm256_div_ps(one, _mm256_add_ps(one, e));
 }
 
-/* P(x), and its density exp(-x^2/2)/sqrt(2 pi). */
+/* P(x), and its density exp(-x^2/2)/sqrt(2 pi), which shares the exponential.  P(x) = 1 - P(-x) for x > 0. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_normal_256(__m256 x, __m256 *density)
 {
     __m256 one = _mm256_set1_ps(1), u = dpoi_abs_256(x), q = _mm256_set1_ps(dpoi_normal_q[8]);
@@ -7193,13 +7406,14 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_silu_slope_256(__m256 x, float k)
     __m256 one = _mm256_set1_ps(1), z = _mm256_mul_ps(x, _mm256_set1_ps(k)), s = dpoi_sigmoid_256(z);
     return _mm256_mul_ps(s, _mm256_fmadd_ps(z, _mm256_sub_ps(one, s), one));
 }
+/* d x P(x) / dx = P(x) + x P'(x) */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_gelu_slope_256(__m256 x)
 {
     __m256 density, P = dpoi_normal_256(x, &density);
     return _mm256_fmadd_ps(x, density, P);
 }
 
-/* The four formulas of layer norm. */
+/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_norm_256(int op, __m256 a, __m256 b, __m256 c, const float *s)
 {
     __m256 h = _mm256_mul_ps(_mm256_sub_ps(a, _mm256_set1_ps(s[0])), _mm256_set1_ps(s[1]));
@@ -7210,7 +7424,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_norm_256(int op, __m256 a, __m256 b, __m25
     return _mm256_mul_ps(h, _mm256_set1_ps(s[1]));
 }
 
-/* The formulas of dpoi_map_one. */
+/* The formulas of dpoi_map_one for 8 numbers; `op` is a constant wherever this is inlined. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_256(int op, __m256 a, __m256 b, __m256 c, const float *s)
 {
     __m256 t;
@@ -7251,6 +7465,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_at_256(int op, int64_t i, int64_t left, co
     return dpoi_map_256(op, dpoi_load_256(a + i, left), dpoi_load_256(b + i, left), dpoi_load_256(c + i, left), s);
 }
 
+/* The loop of one formula: whole vectors, then what is left under a mask. */
 DPOI_AVX2 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
                                              const float *s, float *y, int add)
 {
@@ -7265,11 +7480,12 @@ DPOI_AVX2 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, 
     }
 }
 
+/* dpoi_rows.map: one loop a formula, plain C for those that are not in DPOI_MAPS. */
 #define DPOI_MAP_CASE_256(op) case op: dpoi_map_loop_256(op, n, a, b, c, s, y, add); break;
 DPOI_AVX2 static void dpoi_map_avx2(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
                                     float *y, int add)
 {
-    b = b ? b : a;  c = c ? c : a;        /* read, but not used */
+    b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
     switch (op) {
     DPOI_MAPS(DPOI_MAP_CASE_256)
     default: dpoi_map_plain(op, n, a, b, c, s, y, add);
@@ -7299,6 +7515,7 @@ DPOI_AVX2 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a
     return dpoi_total_256(total);
 }
 
+/* dpoi_rows.sum */
 #define DPOI_SUM_CASE_256(op) case op: return dpoi_sum_loop_256(op, n, a, b, c, s);
 DPOI_AVX2 static double dpoi_sum_avx2(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
 {
@@ -7309,7 +7526,7 @@ DPOI_AVX2 static double dpoi_sum_avx2(int op, int64_t n, const float *a, const f
     }
 }
 
-/* x, or (x - centre)^2. */
+/* What a column adds up: x, or (x - centre)^2. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const float *x, int64_t left, __m256 centre, int square)
 {
     __m256 d = dpoi_load_256(x, left);
@@ -7318,7 +7535,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const float *x, int64_t left, __m25
     return _mm256_mul_ps(d, d);
 }
 
-/* Four rows at a time, added in pairs. */
+/* x [rows,C] -> sum [C], four rows at a time, added in pairs: a quarter of the traffic to `sum`. */
 DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(int64_t rows, int64_t C, const float *x, const float *centre,
                                                  float *sum, int square)
 {
@@ -7333,6 +7550,7 @@ DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(int64_t rows, int64_t C, const 
             dpoi_store_256(sum + c, C - c, _mm256_add_ps(dpoi_load_256(sum + c, C - c), _mm256_add_ps(f, g)));
         }
 }
+/* dpoi_rows.columns */
 DPOI_AVX2 static void dpoi_columns_avx2(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
 {
     if (centre) dpoi_columns_loop_256(rows, C, x, centre, sum, 1);
@@ -7352,6 +7570,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t 
     return _mm256_fmadd_ps(*d, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_256(t, C, DPOI_NORM_BETA, c));
 }
 
+/* y = act(z), x and y [rows,C]. */
 DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(int64_t rows, int64_t C, const float *x, const float *t, int silu,
                                               float *y)
 {
@@ -7361,12 +7580,14 @@ DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(int64_t rows, int64_t C, const flo
             dpoi_store_256(y + c, C - c, silu ? _mm256_mul_ps(z, dpoi_sigmoid_256(z)) : z);
         }
 }
+/* dpoi_rows.norm */
 DPOI_AVX2 static void dpoi_norm_avx2(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
 {
     if (silu) dpoi_norm_loop_256(rows, C, x, t, 1, y);
     else      dpoi_norm_loop_256(rows, C, x, t, 0, y);
 }
 
+/* dz = dy act'(z), h = d rs: sums [2,C] of dz and of dz h over the rows. */
 DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(int64_t rows, int64_t C, const float *x, const float *dy,
                                                    const float *t, int silu, float *sums)
 {
@@ -7380,6 +7601,7 @@ DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(int64_t rows, int64_t C, cons
             dpoi_store_256(sums + C + c, C - c, _mm256_fmadd_ps(dz, h, dpoi_load_256(sums + C + c, C - c)));
         }
 }
+/* dpoi_rows.norm_sums */
 DPOI_AVX2 static void dpoi_norm_sums_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
                                           int silu, float *sums)
 {
@@ -7387,6 +7609,7 @@ DPOI_AVX2 static void dpoi_norm_sums_avx2(int64_t rows, int64_t C, const float *
     else      dpoi_norm_sums_loop_256(rows, C, x, dy, t, 0, sums);
 }
 
+/* dx = scale dz - k1 - d k2, all [rows,C]. */
 DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(int64_t rows, int64_t C, const float *x, const float *dy,
                                                    const float *t, int silu, float *dx, int add)
 {
@@ -7400,6 +7623,7 @@ DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(int64_t rows, int64_t C, cons
             dpoi_store_256(dx + c, C - c, add ? _mm256_add_ps(dpoi_load_256(dx + c, C - c), f) : f);
         }
 }
+/* dpoi_rows.norm_back */
 DPOI_AVX2 static void dpoi_norm_back_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
                                           int silu, float *dx, int add)
 {
@@ -7407,6 +7631,7 @@ DPOI_AVX2 static void dpoi_norm_back_avx2(int64_t rows, int64_t C, const float *
     else      dpoi_norm_back_loop_256(rows, C, x, dy, t, 0, dx, add);
 }
 
+/* dpoi_rows.adamw: four streams in, three out; memory is what it costs. */
 DPOI_AVX2 static void dpoi_adamw_avx2(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
     __m256 b1 = _mm256_set1_ps(s[DPOI_ADAMW_BETA1]), c1 = _mm256_set1_ps(1 - s[DPOI_ADAMW_BETA1]);
@@ -7425,6 +7650,7 @@ DPOI_AVX2 static void dpoi_adamw_avx2(int64_t n, const float *g, float *m, float
     }
 }
 
+/* dpoi_rows.widen and .narrow: whole vectors here, the rest in plain C, which rounds the same. */
 DPOI_AVX2 static void dpoi_widen_avx2(int dtype, int64_t n, const void *x, float *y)
 {
     const uint16_t *h = (const uint16_t *)x;
@@ -7442,6 +7668,7 @@ DPOI_AVX2 static void dpoi_narrow_avx2(int dtype, int64_t n, const float *x, voi
     dpoi_narrow(dtype, n - i, x + i, i ? (void *)(h + i) : y);
 }
 
+/* The set as a table. */
 static dpoi_rows dpoi_rows_avx2(void)
 {
     dpoi_rows r;
@@ -7458,6 +7685,7 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_load_512(const float *p, int64_t left)
 {
     return left >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), p);
 }
+/* Writes as many. */
 DPOI_AVX512 DPOI_INLINE void dpoi_store_512(float *p, int64_t left, __m512 x)
 {
     if (left >= 16) _mm512_storeu_ps(p, x);
@@ -7470,6 +7698,7 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_first_512(__m512 x, int64_t left)        /* 
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_abs_512(__m512 x)                        { return _mm512_abs_ps(x); }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_round_512(__m512 x)                      { return _mm512_roundscale_ps(x, 8); }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_scale_512(__m512 y, __m512 n)            { return _mm512_scalef_ps(y, n); }
+/* `yes` where x < 0, else `no`, also for a NaN. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_where_negative_512(__m512 x, __m512 yes, __m512 no)
 {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), no, yes);
@@ -7480,6 +7709,7 @@ DPOI_AVX512 DPOI_INLINE __m512d dpoi_doubles_512(__m512 x)                   /* 
 }
 DPOI_AVX512 DPOI_INLINE double dpoi_total_512(__m512d x)                     { return _mm512_reduce_add_pd(x); }
 
+/* 16 BF16 or F16. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_widen_512(int dtype, const uint16_t *h)
 {
     __m256i k = _mm256_loadu_si256((const __m256i *)(const void *)h);
@@ -7497,10 +7727,11 @@ DPOI_AVX512 DPOI_INLINE void dpoi_narrow_512(int dtype, __m512 x, uint16_t *h)
     _mm256_storeu_si256((__m256i *)(void *)h, dtype == DPO_F16 ? _mm512_cvtps_ph(x, 0) : _mm512_cvtepi32_epi16(r));
 }
 
+/* e^x of 16 numbers, relative error 1e-7.  max and min return their second operand where one is NaN: it stays. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_512(__m512 x)
 {
     __m512 n, r, y;
-    x = _mm512_max_ps(_mm512_set1_ps(DPOI_EXP_LOW), x);           /* the second operand where one is NaN */
+    x = _mm512_max_ps(_mm512_set1_ps(DPOI_EXP_LOW), x);
     x = _mm512_min_ps(_mm512_set1_ps(DPOI_EXP_HIGH), x);
     n = dpoi_round_512(_mm512_mul_ps(x, _mm512_set1_ps(DPOI_LOG2E)));
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(DPOI_LN2_LOW), _mm512_fnmadd_ps(n, _mm512_set1_ps(DPOI_LN2_HIGH), x));
@@ -7514,13 +7745,14 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_512(__m512 x)
     return dpoi_scale_512(y, n);
 }
 
+/* 1/(1 + exp(-x)): for x << 0 the exponential is infinite and the result 0, as it should. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_sigmoid_512(__m512 x)
 {
     __m512 one = _mm512_set1_ps(1), e = dpoi_exp_512(_mm512_sub_ps(_mm512_setzero_ps(), x));
     return _mm512_div_ps(one, _mm512_add_ps(one, e));
 }
 
-/* P(x), and its density exp(-x^2/2)/sqrt(2 pi). */
+/* P(x), and its density exp(-x^2/2)/sqrt(2 pi), which shares the exponential.  P(x) = 1 - P(-x) for x > 0. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_normal_512(__m512 x, __m512 *density)
 {
     __m512 one = _mm512_set1_ps(1), u = dpoi_abs_512(x), q = _mm512_set1_ps(dpoi_normal_q[8]);
@@ -7538,13 +7770,14 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_silu_slope_512(__m512 x, float k)
     __m512 one = _mm512_set1_ps(1), z = _mm512_mul_ps(x, _mm512_set1_ps(k)), s = dpoi_sigmoid_512(z);
     return _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one));
 }
+/* d x P(x) / dx = P(x) + x P'(x) */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_gelu_slope_512(__m512 x)
 {
     __m512 density, P = dpoi_normal_512(x, &density);
     return _mm512_fmadd_ps(x, density, P);
 }
 
-/* The four formulas of layer norm. */
+/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_norm_512(int op, __m512 a, __m512 b, __m512 c, const float *s)
 {
     __m512 h = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_set1_ps(s[0])), _mm512_set1_ps(s[1]));
@@ -7555,7 +7788,7 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_norm_512(int op, __m512 a, __m512 b, __m
     return _mm512_mul_ps(h, _mm512_set1_ps(s[1]));
 }
 
-/* The formulas of dpoi_map_one. */
+/* The formulas of dpoi_map_one for 16 numbers; `op` is a constant wherever this is inlined. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_512(int op, __m512 a, __m512 b, __m512 c, const float *s)
 {
     __m512 t;
@@ -7596,6 +7829,7 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_at_512(int op, int64_t i, int64_t left, 
     return dpoi_map_512(op, dpoi_load_512(a + i, left), dpoi_load_512(b + i, left), dpoi_load_512(c + i, left), s);
 }
 
+/* The loop of one formula: whole vectors, then what is left under a mask. */
 DPOI_AVX512 DPOI_INLINE void dpoi_map_loop_512(int op, int64_t n, const float *a, const float *b, const float *c,
                                                const float *s, float *y, int add)
 {
@@ -7610,11 +7844,12 @@ DPOI_AVX512 DPOI_INLINE void dpoi_map_loop_512(int op, int64_t n, const float *a
     }
 }
 
+/* dpoi_rows.map: one loop a formula, plain C for those that are not in DPOI_MAPS. */
 #define DPOI_MAP_CASE_512(op) case op: dpoi_map_loop_512(op, n, a, b, c, s, y, add); break;
 DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
                                         const float *s, float *y, int add)
 {
-    b = b ? b : a;  c = c ? c : a;        /* read, but not used */
+    b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
     switch (op) {
     DPOI_MAPS(DPOI_MAP_CASE_512)
     default: dpoi_map_plain(op, n, a, b, c, s, y, add);
@@ -7644,6 +7879,7 @@ DPOI_AVX512 DPOI_INLINE double dpoi_sum_loop_512(int op, int64_t n, const float 
     return dpoi_total_512(total);
 }
 
+/* dpoi_rows.sum */
 #define DPOI_SUM_CASE_512(op) case op: return dpoi_sum_loop_512(op, n, a, b, c, s);
 DPOI_AVX512 static double dpoi_sum_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
                                           const float *s)
@@ -7655,7 +7891,7 @@ DPOI_AVX512 static double dpoi_sum_avx512(int op, int64_t n, const float *a, con
     }
 }
 
-/* x, or (x - centre)^2. */
+/* What a column adds up: x, or (x - centre)^2. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_column_512(const float *x, int64_t left, __m512 centre, int square)
 {
     __m512 d = dpoi_load_512(x, left);
@@ -7664,7 +7900,7 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_column_512(const float *x, int64_t left, __m
     return _mm512_mul_ps(d, d);
 }
 
-/* Four rows at a time, added in pairs. */
+/* x [rows,C] -> sum [C], four rows at a time, added in pairs: a quarter of the traffic to `sum`. */
 DPOI_AVX512 DPOI_INLINE void dpoi_columns_loop_512(int64_t rows, int64_t C, const float *x, const float *centre,
                                                    float *sum, int square)
 {
@@ -7679,6 +7915,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_columns_loop_512(int64_t rows, int64_t C, cons
             dpoi_store_512(sum + c, C - c, _mm512_add_ps(dpoi_load_512(sum + c, C - c), _mm512_add_ps(f, g)));
         }
 }
+/* dpoi_rows.columns */
 DPOI_AVX512 static void dpoi_columns_avx512(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
 {
     if (centre) dpoi_columns_loop_512(rows, C, x, centre, sum, 1);
@@ -7698,6 +7935,7 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_z_512(const float *t, int64_t C, int64_
     return _mm512_fmadd_ps(*d, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_512(t, C, DPOI_NORM_BETA, c));
 }
 
+/* y = act(z), x and y [rows,C]. */
 DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(int64_t rows, int64_t C, const float *x, const float *t, int silu,
                                                 float *y)
 {
@@ -7707,12 +7945,14 @@ DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(int64_t rows, int64_t C, const f
             dpoi_store_512(y + c, C - c, silu ? _mm512_mul_ps(z, dpoi_sigmoid_512(z)) : z);
         }
 }
+/* dpoi_rows.norm */
 DPOI_AVX512 static void dpoi_norm_avx512(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
 {
     if (silu) dpoi_norm_loop_512(rows, C, x, t, 1, y);
     else      dpoi_norm_loop_512(rows, C, x, t, 0, y);
 }
 
+/* dz = dy act'(z), h = d rs: sums [2,C] of dz and of dz h over the rows. */
 DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(int64_t rows, int64_t C, const float *x, const float *dy,
                                                      const float *t, int silu, float *sums)
 {
@@ -7726,6 +7966,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(int64_t rows, int64_t C, co
             dpoi_store_512(sums + C + c, C - c, _mm512_fmadd_ps(dz, h, dpoi_load_512(sums + C + c, C - c)));
         }
 }
+/* dpoi_rows.norm_sums */
 DPOI_AVX512 static void dpoi_norm_sums_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
                                               int silu, float *sums)
 {
@@ -7733,6 +7974,7 @@ DPOI_AVX512 static void dpoi_norm_sums_avx512(int64_t rows, int64_t C, const flo
     else      dpoi_norm_sums_loop_512(rows, C, x, dy, t, 0, sums);
 }
 
+/* dx = scale dz - k1 - d k2, all [rows,C]. */
 DPOI_AVX512 DPOI_INLINE void dpoi_norm_back_loop_512(int64_t rows, int64_t C, const float *x, const float *dy,
                                                      const float *t, int silu, float *dx, int add)
 {
@@ -7746,6 +7988,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_norm_back_loop_512(int64_t rows, int64_t C, co
             dpoi_store_512(dx + c, C - c, add ? _mm512_add_ps(dpoi_load_512(dx + c, C - c), f) : f);
         }
 }
+/* dpoi_rows.norm_back */
 DPOI_AVX512 static void dpoi_norm_back_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
                                               int silu, float *dx, int add)
 {
@@ -7753,6 +7996,7 @@ DPOI_AVX512 static void dpoi_norm_back_avx512(int64_t rows, int64_t C, const flo
     else      dpoi_norm_back_loop_512(rows, C, x, dy, t, 0, dx, add);
 }
 
+/* dpoi_rows.adamw: four streams in, three out; memory is what it costs. */
 DPOI_AVX512 static void dpoi_adamw_avx512(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
     __m512 b1 = _mm512_set1_ps(s[DPOI_ADAMW_BETA1]), c1 = _mm512_set1_ps(1 - s[DPOI_ADAMW_BETA1]);
@@ -7771,6 +8015,7 @@ DPOI_AVX512 static void dpoi_adamw_avx512(int64_t n, const float *g, float *m, f
     }
 }
 
+/* dpoi_rows.widen and .narrow: whole vectors here, the rest in plain C, which rounds the same. */
 DPOI_AVX512 static void dpoi_widen_avx512(int dtype, int64_t n, const void *x, float *y)
 {
     const uint16_t *h = (const uint16_t *)x;
@@ -7788,6 +8033,7 @@ DPOI_AVX512 static void dpoi_narrow_avx512(int dtype, int64_t n, const float *x,
     dpoi_narrow(dtype, n - i, x + i, i ? (void *)(h + i) : y);
 }
 
+/* The set as a table. */
 static dpoi_rows dpoi_rows_avx512(void)
 {
     dpoi_rows r;
@@ -7798,6 +8044,7 @@ static dpoi_rows dpoi_rows_avx512(void)
 }
 #endif
 
+/* The loops for an instruction set. */
 static dpoi_rows dpoi_cpu_rows(int isa)
 {
 #ifdef DPOI_SIMD_X86
@@ -7824,6 +8071,7 @@ typedef struct dpoi_job {
     void (*fn)(const struct dpoi_job *j, int64_t from, int64_t to);
 } dpoi_job;
 
+/* Task i of dpoi_parallel: its step of units, the last one shorter. */
 static void dpoi_job_task(void *arg, int64_t i)
 {
     const dpoi_job *j = (const dpoi_job *)arg;
@@ -7840,22 +8088,26 @@ static void dpoi_cut(dpoi_cpu *cpu, const dpo_args *a, int64_t n, int64_t size, 
     dpoi_parallel(cpu, dpoi_pieces(n, j.step), dpoi_job_task, &j);
 }
 
+/* The tensors of a call as floats, and whether gradient i is added to what is there. */
 static float       *dpoi_a_out (const dpo_args *a)        { return (float *)a->out.data; }
 static float       *dpoi_a_din (const dpo_args *a, int i) { return (float *)a->din[i].data; }
 static const float *dpoi_a_in  (const dpo_args *a, int i) { return (const float *)a->in[i].data; }
 static const float *dpoi_a_dout(const dpo_args *a)        { return (const float *)a->dout.data; }
 static int          dpoi_a_adds(const dpo_args *a, int i) { return (int)(a->add >> i & 1); }
 
+/* C or D: the size of the last axis. */
 static int64_t dpoi_channels(const dpo_view *v)           { return v->shape[v->rank > 0 ? v->rank - 1 : 0]; }
 
 /* --------------------------------------------------------------------------------------- element by element */
 
+/* One formula of >>impl rows over flat arrays; b and c are NULL where it does not use them. */
 typedef struct dpoi_each_of {
     int op, add;
     const float *a, *b, *c;
     float s[4], *y;
 } dpoi_each_of;
 
+/* Units are single floats: a task gets DPOI_PIECE of them. */
 static void dpoi_each_piece(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_each_of *e = (const dpoi_each_of *)j->more;
@@ -7874,6 +8126,7 @@ static int dpoi_each(dpoi_cpu *cpu, int op, int64_t n, const float *a, const flo
     return DPO_OK;
 }
 
+/* x [..] -> y [..] = act(x);   dx = dy act'(x), made again from x */
 static int dpoi_cpu_act(dpoi_cpu *cpu, const dpo_args *a)
 {
     return dpoi_each(cpu, a->p.act.act, dpoi_stored(&a->out), dpoi_a_in(a, 0), NULL, 0, 0, dpoi_a_out(a), 0);
@@ -7885,6 +8138,7 @@ static int dpoi_cpu_act_backward(dpoi_cpu *cpu, const dpo_args *a)
                      dpoi_a_din(a, 0), dpoi_a_adds(a, 0));
 }
 
+/* y = scale x + shift;   dx = scale dy, which needs nothing of forward's */
 static int dpoi_cpu_affine(dpoi_cpu *cpu, const dpo_args *a)
 {
     return dpoi_each(cpu, DPOI_MAP_AFFINE, dpoi_stored(&a->out), dpoi_a_in(a, 0), NULL, a->p.affine.scale,
@@ -7897,6 +8151,7 @@ static int dpoi_cpu_affine_backward(dpoi_cpu *cpu, const dpo_args *a)
                      dpoi_a_din(a, 0), dpoi_a_adds(a, 0));
 }
 
+/* y = min(max(x, low), high);   dx = dy where low <= x <= high, both ends with it, as in PyTorch */
 static int dpoi_cpu_clamp(dpoi_cpu *cpu, const dpo_args *a)
 {
     return dpoi_each(cpu, DPOI_MAP_CLAMP, dpoi_stored(&a->out), dpoi_a_in(a, 0), NULL, a->p.clamp.low, a->p.clamp.high,
@@ -7909,6 +8164,7 @@ static int dpoi_cpu_clamp_backward(dpoi_cpu *cpu, const dpo_args *a)
                      a->p.clamp.high, dpoi_a_din(a, 0), dpoi_a_adds(a, 0));
 }
 
+/* y <- y + rate (x - y): a running average, in place */
 static int dpoi_cpu_lerp(dpoi_cpu *cpu, const dpo_args *a)
 {
     return dpoi_each(cpu, DPOI_MAP_LERP, dpoi_stored(&a->out), dpoi_a_in(a, 0), dpoi_a_out(a), a->p.lerp.rate, 0,
@@ -7922,7 +8178,7 @@ static void dpoi_copy_piece(const dpoi_job *j, int64_t from, int64_t to)
     const char *p = (const char *)x->data;
     char *q = (char *)y->data;
     int xs = (int)dpoi_dtype_size(x->dtype), ys = (int)dpoi_dtype_size(y->dtype);
-    float tmp[256];
+    float tmp[256];                       /* between two narrow types, or from F32 */
     if (x->dtype == y->dtype) {
         memmove(q + from*ys, p + from*xs, (size_t)((to - from)*xs));
         return;
@@ -7937,6 +8193,7 @@ static void dpoi_copy_piece(const dpoi_job *j, int64_t from, int64_t to)
         j->cpu->rows.narrow(y->dtype, n, tmp, q + i*ys);
     }
 }
+/* x [..] -> y [..] of the same layout; panels are repacked by the host, never here. */
 static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
 {
     if (a->in[0].panel != a->out.panel || (a->out.dtype == DPO_I32 && a->in[0].dtype != DPO_I32)) {
@@ -7962,6 +8219,7 @@ static void dpoi_geglu_rows(const dpoi_job *j, int64_t from, int64_t to)
         j->cpu->rows.map(DPOI_MAP_GEGLU, D, x, x + D, NULL, NULL, dpoi_a_out(j->a) + r*D, 0);
     }
 }
+/* A row of dx [2D] is da and db side by side, both from b's half of x. */
 static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t D = dpoi_channels(&j->a->dout);
@@ -7973,6 +8231,7 @@ static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to
         j->cpu->rows.map(DPOI_MAP_GEGLU_BACK, D, x, x + D, dy, NULL, dx + D, add);
     }
 }
+/* A unit is one row of 2D floats. */
 static int dpoi_cpu_geglu(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t D = dpoi_channels(&a->out);
@@ -7993,11 +8252,14 @@ static int dpoi_cpu_geglu_backward(dpoi_cpu *cpu, const dpo_args *a)
 
 enum { DPOI_TILE = 256 };                 /* floats that a unit keeps on the stack */
 
+/* y's axes after joining, and how far each operand moves along them. */
 typedef struct dpoi_spread {
     int64_t d[4], step[2][4];             /* outermost first */
     int     which;                        /* backward: the operand that gets its gradient */
 } dpoi_spread;
 
+/* Walks from the innermost axis out.  An axis joins the one inside it if both operands go on where that one ends:
+   step = step inside * size inside, which for an operand that repeats along both is 0 = 0. */
 static dpoi_spread dpoi_spread_of(const dpo_view *y, const dpo_view *in)
 {
     dpoi_spread s;
@@ -8006,7 +8268,7 @@ static dpoi_spread dpoi_spread_of(const dpo_view *y, const dpo_view *in)
     s.which = 0;
     for (int i = 3; i >= 0; i--) {
         int64_t step[2];
-        if (y->shape[i] == 1) continue;
+        if (y->shape[i] == 1) continue;   /* nobody moves */
         for (int w = 0; w < 2; w++) {
             step[w] = in[w].shape[i] == 1 ? 0 : 1;
             for (int j = i + 1; j < 4 && step[w]; j++) step[w] *= in[w].shape[j];
@@ -8035,6 +8297,7 @@ static const float *dpoi_spread_values(const dpoi_spread *s, int w, const float 
     return tile;
 }
 
+/* Unit (o, part): up to DPOI_PIECE floats of row o of y, in tiles where an operand has to be repeated. */
 static void dpoi_binary_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_spread *s = (const dpoi_spread *)j->more;
@@ -8051,6 +8314,7 @@ static void dpoi_binary_rows(const dpoi_job *j, int64_t from, int64_t to)
         }
     }
 }
+/* a, b -> y = a fn b, of rank 4. */
 static int dpoi_cpu_binary(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_spread s = dpoi_spread_of(&a->out, a->in);
@@ -8099,7 +8363,7 @@ static void dpoi_binary_units(const dpoi_job *j, int64_t from, int64_t to)
     const dpoi_spread *s = (const dpoi_spread *)j->more;
     int w = s->which, inner = s->step[w][3] != 0, add = dpoi_a_adds(j->a, w);
     int64_t L = s->d[3], parts = inner ? dpoi_pieces(L, DPOI_TILE) : 1, again = 1;
-    for (int i = 0; i < 3; i++) again *= s->step[w][i] ? 1 : s->d[i];
+    for (int i = 0; i < 3; i++) again *= s->step[w][i] ? 1 : s->d[i];   /* rows of y for one row of the operand */
     for (int64_t u = from; u < to; u++) {
         int64_t k = u/parts, first = u % parts*DPOI_TILE, n = dpoi_least(DPOI_TILE, L - first);
         float *dx = dpoi_a_din(j->a, w) + (inner ? k*L + first : k), g[DPOI_TILE];
@@ -8114,6 +8378,7 @@ static void dpoi_binary_units(const dpoi_job *j, int64_t from, int64_t to)
         for (int64_t c = 0; c < (inner ? n : 1); c++) dx[c] = (float)(add ? dx[c] + sum[c] : sum[c]);
     }
 }
+/* da = dy b, db = dy a for a product, and so on, each summed over the axes along which its operand repeats. */
 static int dpoi_cpu_binary_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_spread s = dpoi_spread_of(&a->dout, a->in);
@@ -8131,6 +8396,7 @@ static int dpoi_cpu_binary_backward(dpoi_cpu *cpu, const dpo_args *a)
 
    partial [A, ceil(n/DPOI_PIECE)] doubles in work: the sum of f(a,b;0) over a piece of each of A rows of n. */
 
+/* a, b [A,n], b NULL where f does not use it; sum [A,pieces]. */
 typedef struct dpoi_partial {
     int op;
     int64_t n, pieces;
@@ -8138,11 +8404,13 @@ typedef struct dpoi_partial {
     double *sum;
 } dpoi_partial;
 
+/* Scratch for it. */
 static size_t dpoi_partial_bytes(int64_t A, int64_t n)
 {
     return (size_t)(A*dpoi_pieces(n, DPOI_PIECE))*sizeof(double);
 }
 
+/* Unit (row, piece). */
 static void dpoi_partial_units(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_partial *p = (const dpoi_partial *)j->more;
@@ -8153,6 +8421,7 @@ static void dpoi_partial_units(const dpoi_job *j, int64_t from, int64_t to)
     }
 }
 
+/* Fills work; dpoi_partial_total then adds a row's pieces. */
 static void dpoi_partial_sums(dpoi_cpu *cpu, const dpo_args *a, int op, int64_t A, int64_t n, const float *x,
                               const float *y)
 {
@@ -8186,6 +8455,7 @@ static void dpoi_sum_columns(const dpoi_job *j, int64_t from, int64_t to)
         for (int64_t b = 0; b < m; b++) y[b] = (float)(j->a->p.sum.scale*sum[b]);
     }
 }
+/* y = scale * sum over n of x [A,n,B].  With B = 1 a row's numbers lie side by side and are cut into pieces. */
 static int dpoi_cpu_sum(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t A = a->in[0].shape[0], n = a->in[0].shape[1], B = a->in[0].shape[2];
@@ -8219,6 +8489,7 @@ static void dpoi_sum_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
         else for (int64_t i = 0; i < n; i++) j->cpu->rows.map(DPOI_MAP_AFFINE, B, dy, NULL, NULL, s, dx + i*B, add);
     }
 }
+/* A unit is one a: n rows of B floats. */
 static int dpoi_cpu_sum_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     const int64_t *d = a->din[0].shape;
@@ -8233,6 +8504,7 @@ static int64_t dpoi_sample_size(const dpo_view *v)         /* P: all axes but th
 {
     return v->shape[1]*v->shape[2]*v->shape[3];
 }
+/* Pieces start anew with each sample, so that its sums and its noise are the same in every batch. */
 static dpoi_sample_piece dpoi_sample_piece_of(int64_t u, int64_t P)
 {
     int64_t pieces = dpoi_pieces(P, DPOI_PIECE), first = u % pieces*DPOI_PIECE;
@@ -8240,6 +8512,7 @@ static dpoi_sample_piece dpoi_sample_piece_of(int64_t u, int64_t P)
     s.n = u/pieces;  s.at = s.n*P + first;  s.count = dpoi_least(DPOI_PIECE, P - first);
     return s;
 }
+/* All pieces of all samples of v [N,P]. */
 static void dpoi_cut_samples(dpoi_cpu *cpu, const dpo_args *a, const dpo_view *v,
                              void (*fn)(const dpoi_job *j, int64_t from, int64_t to))
 {
@@ -8260,12 +8533,13 @@ static size_t dpoi_cpu_mse_workspace(const dpoi_cpu *cpu, const dpo_args *a)
     (void)cpu;
     return a->backward ? 0 : dpoi_partial_bytes(a->in[0].shape[0], dpoi_sample_size(&a->in[0]));
 }
+/* The difference is taken before it is scaled: 2/P pred - 2/P target would cancel badly where they agree. */
 static void dpoi_mse_units_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t P = dpoi_sample_size(&j->a->in[0]);
     for (int64_t u = from; u < to; u++) {
         dpoi_sample_piece s = dpoi_sample_piece_of(u, P);
-        float scale = (float)(2*(double)dpoi_a_dout(j->a)[s.n]/(double)P);
+        float scale = (float)(2*(double)dpoi_a_dout(j->a)[s.n]/(double)P);       /* turns its sign for the target */
         for (int i = 0; i < 2; i++, scale = -scale)
             if (j->a->din[i].data)
                 j->cpu->rows.map(DPOI_MAP_DIFF, s.count, dpoi_a_in(j->a, 0) + s.at, dpoi_a_in(j->a, 1) + s.at, NULL,
@@ -8284,6 +8558,7 @@ static int64_t dpoi_mix_index(const dpo_args *a, int64_t n)
     int64_t k = ((const int32_t *)a->in[4].data)[n], K = a->in[2].shape[0];
     return k < 0 ? 0 : k >= K ? K - 1 : k;
 }
+/* Tables are read by the kernel, so that a step needs no number from the host. */
 static void dpoi_mix_units(const dpoi_job *j, int64_t from, int64_t to)
 {
     for (int64_t u = from; u < to; u++) {
@@ -8300,6 +8575,7 @@ static int dpoi_cpu_mix(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_cut_samples(cpu, a, &a->out, dpoi_mix_units);
     return DPO_OK;
 }
+/* No gradient goes to the tables. */
 static void dpoi_mix_units_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     for (int64_t u = from; u < to; u++) {
@@ -8336,6 +8612,7 @@ static int dpoi_cpu_concat(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_cut(cpu, a, a->out.shape[0], a->out.shape[1]*a->out.shape[2], NULL, dpoi_concat_rows);
     return DPO_OK;
 }
+/* dy [A,n+m,B] falls apart into da and db. */
 static void dpoi_concat_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t all = j->a->dout.shape[1]*j->a->dout.shape[2];
@@ -8365,6 +8642,7 @@ static int dpoi_cpu_slice(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_cut(cpu, a, a->out.shape[0], a->out.shape[1]*a->out.shape[2], NULL, dpoi_slice_rows);
     return DPO_OK;
 }
+/* dx is 0 outside the slice. */
 static void dpoi_slice_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t B = j->a->in[0].shape[2], n = j->a->in[0].shape[1]*B, m = j->a->dout.shape[1]*B;
@@ -8399,6 +8677,7 @@ static int dpoi_cpu_upsample(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_cut(cpu, a, d[0]*d[1], d[2]*d[3], NULL, dpoi_upsample_rows);
     return DPO_OK;
 }
+/* dx[n,h,w] = sum of dy over the pixels that read it: rows i from ceil(h H'/H) up to the next h's first. */
 static void dpoi_upsample_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     const int64_t *xs = j->a->in[0].shape, *ys = j->a->dout.shape;
@@ -8456,7 +8735,8 @@ static void dpoi_embed_columns_backward(const dpoi_job *j, int64_t from, int64_t
     for (int64_t u = from; u < to; u++) {
         int64_t n = dpoi_least(64, D - u*64);
         float *dx = dpoi_a_din(j->a, 0) + u*64;
-        for (int64_t v = 0; v < V && !dpoi_a_adds(j->a, 0); v++) memset(dx + v*D, 0, (size_t)n*sizeof *dx);
+        for (int64_t v = 0; v < V && !dpoi_a_adds(j->a, 0); v++)             /* rows that no id names get 0 */
+            memset(dx + v*D, 0, (size_t)n*sizeof *dx);
         for (int64_t r = 0; r < R; r++)
             if (ids[r] >= 0 && ids[r] < V)
                 j->cpu->rows.map(DPO_NONE, n, dpoi_a_dout(j->a) + r*D + u*64, NULL, NULL, NULL, dx + ids[r]*D, 1);
@@ -8498,6 +8778,7 @@ static size_t dpoi_group_norm_layout(dpoi_group_norm *g, char *work)
     return at;
 }
 
+/* Reads the shapes; din[0] may be NULL, then y is. */
 static dpoi_group_norm dpoi_group_norm_of(const dpoi_cpu *cpu, const dpo_args *a)
 {
     const dpo_view *x = &a->in[0];
@@ -8514,6 +8795,7 @@ static dpoi_group_norm dpoi_group_norm_of(const dpoi_cpu *cpu, const dpo_args *a
     return g;
 }
 
+/* The same for forward and backward. */
 static size_t dpoi_cpu_group_norm_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_group_norm g = dpoi_group_norm_of(cpu, a);
@@ -8522,11 +8804,14 @@ static size_t dpoi_cpu_group_norm_workspace(const dpoi_cpu *cpu, const dpo_args 
 
 enum { DPOI_FLUSH = 64 };                 /* rows that are added in float before they go to a double */
 
+/* to[i] += from[i]: floats into doubles, every DPOI_FLUSH rows. */
 static void dpoi_flush(int64_t n, const float *from, double *to)
 {
     for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
+/* Of a chunk [count,C], for every channel: the sum, then the sum of squares about the chunk's own mean.  The second
+   reading finds the chunk in the cache. */
 static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8546,6 +8831,7 @@ static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u
     }
 }
 
+/* What the loops want to know of the channels of one group, see DPOI_NORM_MEAN. */
 static void dpoi_group_norm_table(const dpoi_group_norm *g, int64_t n, int64_t group, float mean, float rs)
 {
     int64_t C = g->C, size = C/g->G;
@@ -8558,6 +8844,7 @@ static void dpoi_group_norm_table(const dpoi_group_norm *g, int64_t n, int64_t g
     }
 }
 
+/* mean = sum/M and rs = 1/sqrt(M2/M + eps) of one group from all chunks, M = P C/G numbers. */
 static void dpoi_group_norm_fold(void *arg, int64_t u)                      /* u = (n, group) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8570,7 +8857,7 @@ static void dpoi_group_norm_fold(void *arg, int64_t u)                      /* u
         double count = (double)dpoi_least(g->step, g->P - k*g->step);
         const double *sum = g->partial + (n*g->chunks + k)*2*C;
         for (int64_t c = group*size; c < (group + 1)*size; c++) {
-            double d = sum[c]/count - mean;
+            double d = sum[c]/count - mean;               /* mean_k - mean */
             square += sum[C + c] + count*d*d;
         }
     }
@@ -8579,6 +8866,7 @@ static void dpoi_group_norm_fold(void *arg, int64_t u)                      /* u
     dpoi_group_norm_table(g, n, group, (float)mean, (float)rs);
 }
 
+/* y = act((x - mean) scale + beta) of a chunk. */
 static void dpoi_group_norm_apply(void *arg, int64_t u)                     /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8608,6 +8896,7 @@ static void dpoi_group_norm_fold_backward(void *arg, int64_t u)             /* u
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
     int64_t C = g->C, n = u/g->G, group = u % g->G, size = C/g->G;
+    /* e = <gamma dz>, eh = <gamma dz h> */
     double M = (double)(size*g->P), e = 0, eh = 0, rs = g->stat[u*2 + 1], *total = g->total + n*2*C;
     float *t = g->table + n*DPOI_NORM_ROWS*C;
     for (int64_t c = group*size; c < (group + 1)*size; c++) {
@@ -8625,11 +8914,12 @@ static void dpoi_group_norm_fold_backward(void *arg, int64_t u)             /* u
     }
 }
 
+/* dx of a chunk; z and act'(z) are made again, which costs less than to keep them. */
 static void dpoi_group_norm_apply_backward(void *arg, int64_t u)            /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
     int64_t n = u/g->chunks, first = u % g->chunks*g->step, at = (n*g->P + first)*g->C;
-    if (!g->y) return;
+    if (!g->y) return;                    /* only the parameters' gradients are wanted */
     g->rows->norm_back(dpoi_least(g->step, g->P - first), g->C, g->x + at, g->dy + at, g->table + n*DPOI_NORM_ROWS*g->C,
                        g->silu, g->y + at, g->add);
 }
@@ -8645,6 +8935,8 @@ static void dpoi_group_norm_sample(void *arg, int64_t n)
         (back ? dpoi_group_norm_apply_backward : dpoi_group_norm_apply)(arg, n*g->chunks + k);
 }
 
+/* Small samples one a task, all three readings; large ones a chunk a task, with a barrier between the readings.  Which
+   of them is a matter of speed alone. */
 static void dpoi_group_norm_run(dpoi_cpu *cpu, dpoi_group_norm *g)
 {
     int back = g->a->backward;
@@ -8654,6 +8946,7 @@ static void dpoi_group_norm_run(dpoi_cpu *cpu, dpoi_group_norm *g)
     dpoi_parallel(cpu, g->N*g->chunks, back ? dpoi_group_norm_apply_backward : dpoi_group_norm_apply, g);
 }
 
+/* What this kernel cannot do. */
 static int dpoi_group_norm_bad(dpoi_cpu *cpu, const dpoi_group_norm *g)
 {
     if (g->G > 0 && g->C % g->G == 0 && (g->a->p.norm.act == DPO_NONE || g->silu)) return 0;
@@ -8661,6 +8954,7 @@ static int dpoi_group_norm_bad(dpoi_cpu *cpu, const dpoi_group_norm *g)
     return 1;
 }
 
+/* x [N,..,C] -> y, stat [N,G,2] */
 static int dpoi_cpu_group_norm(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_group_norm g = dpoi_group_norm_of(cpu, a);
@@ -8680,6 +8974,7 @@ static void dpoi_norm_param(float *d, int add, int64_t C, int64_t N, const doubl
     }
 }
 
+/* dgamma[c] = sum_n sum dz h, dbeta[c] = sum_n sum dz: the totals that dx needs anyway. */
 static int dpoi_cpu_group_norm_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_group_norm g = dpoi_group_norm_of(cpu, a);
@@ -8703,6 +8998,7 @@ typedef struct dpoi_layer_norm {
     float  *scratch;                      /* [chunks,2,C] */
 } dpoi_layer_norm;
 
+/* Reads the shapes and splits work; returns its bytes.  The sums are there only if a parameter wants its gradient. */
 static size_t dpoi_layer_norm_of(const dpo_args *a, dpoi_layer_norm *g, char *work)
 {
     const dpo_view *x = &a->in[0];
@@ -8722,6 +9018,7 @@ static size_t dpoi_layer_norm_of(const dpo_args *a, dpoi_layer_norm *g, char *wo
     return at;
 }
 
+/* Asked before there is any work. */
 static size_t dpoi_cpu_layer_norm_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_layer_norm g;
@@ -8729,6 +9026,7 @@ static size_t dpoi_cpu_layer_norm_workspace(const dpoi_cpu *cpu, const dpo_args 
     return dpoi_layer_norm_of(a, &g, NULL);
 }
 
+/* A row is short enough to be read three times: mean, squares about it, result. */
 static void dpoi_layer_norm_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_layer_norm *g = (const dpoi_layer_norm *)j->more;
@@ -8742,6 +9040,7 @@ static void dpoi_layer_norm_rows(const dpoi_job *j, int64_t from, int64_t to)
         if (stat) { stat[r*2] = s[0];  stat[r*2 + 1] = s[1]; }
     }
 }
+/* x [R,C] -> y, stat [R,2] = mean, rs */
 static int dpoi_cpu_layer_norm(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_layer_norm g;
@@ -8758,11 +9057,14 @@ static void dpoi_layer_norm_dx(const dpoi_job *j, const dpoi_layer_norm *g, int6
     const float *stat = (const float *)j->a->stat.data + r*2;
     float s[4];
     s[0] = stat[0];  s[1] = stat[1];
+    /* s = mean, rs, <gamma dy>, <gamma dy h> */
     s[2] = (float)(rows->sum(DPOI_MAP_BINARY + DPO_MUL, g->C, dy, g->gamma, NULL, s)/(double)g->C);
     s[3] = (float)(rows->sum(DPOI_MAP_NORM_DOT, g->C, x, dy, g->gamma, s)/(double)g->C);
     rows->map(DPOI_MAP_NORM_BACK, g->C, x, dy, g->gamma, s, dpoi_a_din(j->a, 0) + r*g->C, dpoi_a_adds(j->a, 0));
 }
 
+/* A task is one chunk of rows: their dx, and the chunk's share of dgamma = sum_r dy h and dbeta = sum_r dy, in float
+   for DPOI_FLUSH rows and then in double. */
 static void dpoi_layer_norm_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_layer_norm *g = (const dpoi_layer_norm *)j->more;
@@ -8780,6 +9082,7 @@ static void dpoi_layer_norm_rows_backward(const dpoi_job *j, int64_t from, int64
         if ((r - from) % DPOI_FLUSH == DPOI_FLUSH - 1 || r == to - 1) dpoi_flush(2*C, part, sum);
     }
 }
+/* dx [R,C], dgamma [C], dbeta [C] */
 static int dpoi_cpu_layer_norm_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_layer_norm g;
@@ -8809,6 +9112,8 @@ static int dpoi_cpu_timestep(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
+/* key [N] -> y [N,P]: element e of a sample is number e%4 of quad e/4.  Scalar code on every instruction set, so that
+   all give the same bits. */
 static void dpoi_randn_units(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t P = dpoi_sample_size(&j->a->out);
@@ -8825,6 +9130,7 @@ static void dpoi_randn_units(const dpoi_job *j, int64_t from, int64_t to)
         }
     }
 }
+/* A unit is a piece of one sample. */
 static int dpoi_cpu_randn(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_cut_samples(cpu, a, &a->out, dpoi_randn_units);
@@ -8866,6 +9172,7 @@ static int dpoi_cpu_preference(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_a_out(a)[0] = (float)loss;
     return DPO_OK;
 }
+/* dL_w = dloss stat[1], dL_l = -dL_w; the reference gets no gradient. */
 static int dpoi_cpu_preference_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t B = a->in[0].shape[0]/2;
@@ -8880,6 +9187,7 @@ static int dpoi_cpu_preference_backward(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
+/* g [..] -> [1], over panels' zeros too. */
 static int dpoi_cpu_sum_squares(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t n = dpoi_stored(&a->in[0]);
@@ -8901,7 +9209,7 @@ static int dpoi_cpu_clip(dpoi_cpu *cpu, const dpo_args *a)
     float *record = dpoi_a_out(a);
     double sum = 0, norm, most = a->p.clip.max_norm, factor = 1;
     (void)cpu;
-    for (int64_t i = 0; i < P; i++) sum += dpoi_a_in(a, 0)[i];
+    for (int64_t i = 0; i < P; i++) sum += dpoi_a_in(a, 0)[i];               /* in the order of the parameters */
     norm = sqrt(sum);
     if (most > 0 && norm + 1e-6 > most) factor = most/(norm + 1e-6);
     if (!(sum <= DBL_MAX)) { factor = 0;  record[DPO_REC_SKIPPED] += 1; }   /* infinity or NaN */
@@ -8910,6 +9218,7 @@ static int dpoi_cpu_clip(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
+/* One pass over g, m, v and w; the step record is read here, by the kernel, so that the host need not know it. */
 typedef struct dpoi_adamw { float s[DPOI_ADAMW_COUNT]; } dpoi_adamw;
 
 static void dpoi_adamw_piece(const dpoi_job *j, int64_t from, int64_t to)
@@ -8929,6 +9238,7 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
     w.s[DPOI_ADAMW_RATE]   = record[DPO_REC_LR]/record[DPO_REC_BIAS1];
     w.s[DPOI_ADAMW_ROOT]   = (float)(1/sqrt((double)record[DPO_REC_BIAS2]));
     w.s[DPOI_ADAMW_EPS]    = a->p.adamw.eps;
+    /* a skipped step leaves weights and moments as they are */
     if (record[DPO_REC_FACTOR] != 0) dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, &w, dpoi_adamw_piece);
     return DPO_OK;
 }
@@ -9169,6 +9479,8 @@ static void dpoi_plain_backward(dpoi_cpu *cpu, dpoi_conv *g)
     if (a->din[6].data) dpoi_parallel(cpu, g->r, dpoi_plain_dup_task, g);
 }
 
+static int64_t dpoi_most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 /* ------------------------------------------------------------------------------------------ the tile kernel
 
    All fast products are sums of outer products of a few rows with a few panels, held in registers from first to last:
@@ -9194,11 +9506,11 @@ typedef struct dpoi_tile {
     int64_t panel, shift;                 /* the first panel; floats added to every row pointer */
     int64_t to_step;
     float  *to[DPOI_TILE_ROWS];
-    const float *from[DPOI_TILE_ROWS], *vec[DPOI_TILE_ROWS], *bias;       /* NULL: nothing to add */
+    const float *from[DPOI_TILE_ROWS], *vec[DPOI_TILE_ROWS], *bias;       /* all rows or none; NULL: nothing to add */
 } dpoi_tile;
 
 #ifdef __GNUC__
-#define DPOI_FETCH(p) __builtin_prefetch(p)
+#define DPOI_FETCH(p) __builtin_prefetch(p)                 /* an address beyond the end does no harm */
 #else
 #define DPOI_FETCH(p) ((void)(p))
 #endif
@@ -9209,11 +9521,11 @@ typedef struct dpoi_tile {
 #define DPOI_ROWS8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define DPOI_ROWS6(X) X(0) X(1) X(2) X(3) X(4) X(5)
 
-DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int i, int j, __mmask16 lanes, __m512 c)
+DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int extras, int i, int j, __mmask16 lanes, __m512 c)
 {
-    if (t->from[i]) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->from[i] + j*t->to_step));
-    if (t->bias)    c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->bias + j*16));
-    if (t->vec[i])  c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->vec[i] + j*16));
+    if (extras == 1 || (extras && t->from[i])) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->from[i] + j*t->to_step));
+    if (extras > 1 && t->bias)   c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->bias + j*16));
+    if (extras > 1 && t->vec[i]) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->vec[i] + j*16));
     _mm512_mask_storeu_ps(t->to[i] + j*t->to_step, lanes, c);
 }
 
@@ -9231,6 +9543,9 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, const int P)
 #define DPOI_ROW(i) const float *r##i = g->row[i] + t->shift;
         DPOI_ROWS8(DPOI_ROW)
         for (int64_t k = 0; k != last; k += a_step, b += b_step) {
+            DPOI_FETCH(b + 8*b_step);
+            if (P > 1) DPOI_FETCH(b + 8*b_step + step);
+            if (P > 2) DPOI_FETCH(b + 8*b_step + 2*step);
             __m512 a, b0 = P == 1 ? _mm512_maskz_loadu_ps(end, b) : _mm512_loadu_ps(b), b1 = zero, b2 = zero;
             if (P > 1) b1 = P == 2 ? _mm512_maskz_loadu_ps(end, b + step) : _mm512_loadu_ps(b + step);
             if (P > 2) b2 = _mm512_maskz_loadu_ps(end, b + 2*step);
@@ -9241,10 +9556,19 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, const int P)
         }
     }
 #define DPOI_STORE(i) if (i < t->rows) { \
-        dpoi_store_avx512(t, i, 0, P == 1 ? lanes : all, c##i##0); \
-        if (P > 1) dpoi_store_avx512(t, i, 1, P == 2 ? lanes : all, c##i##1); \
-        if (P > 2) dpoi_store_avx512(t, i, 2, lanes, c##i##2); }
-    DPOI_ROWS8(DPOI_STORE)
+        dpoi_store_avx512(t, extras, i, 0, P == 1 ? lanes : all, c##i##0); \
+        if (P > 1) dpoi_store_avx512(t, extras, i, 1, P == 2 ? lanes : all, c##i##1); \
+        if (P > 2) dpoi_store_avx512(t, extras, i, 2, lanes, c##i##2); }
+    if (t->bias || t->vec[0]) {           /* once, in place of three questions an element */
+        const int extras = 2;
+        DPOI_ROWS8(DPOI_STORE)
+    } else if (t->from[0]) {
+        const int extras = 1;
+        DPOI_ROWS8(DPOI_STORE)
+    } else {
+        const int extras = 0;
+        DPOI_ROWS8(DPOI_STORE)
+    }
 #undef DPOI_ZERO
 #undef DPOI_ROW
 #undef DPOI_FMA
@@ -9311,7 +9635,40 @@ DPOI_AVX2 static void dpoi_tile_run_avx2(const dpoi_tile *t, int panels)
         else if (t->b_lanes == DPOI_PANEL) dpoi_tile_avx2(t, j, DPOI_PANEL, t->to_lanes, 0);
         else dpoi_tile_avx2(t, j, t->b_lanes, t->to_lanes, 1);
 }
+/* y[c*y_step + r] = x[r*x_step + c] of 8 by 8: pairs, then fours, then halves change places. */
+DPOI_AVX2 static void dpoi_transpose_avx2(const float *x, int64_t x_step, float *y, int64_t y_step)
+{
+    __m256 r[8], p[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(x + i*x_step);
+    for (int i = 0; i < 8; i += 2) {
+        p[i]     = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i]     = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(y + i*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4)*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
 #endif /* DPOI_SIMD_X86 */
+
+/* y[c*y_step + r] = x[r*x_step + c] for all r < rows, c < columns. */
+static void dpoi_transpose(int64_t rows, int64_t columns, const float *x, int64_t x_step, float *y, int64_t y_step)
+{
+    int64_t r8 = 0, c8 = 0;
+#ifdef DPOI_SIMD_X86
+    r8 = rows/8*8;  c8 = columns/8*8;
+    for (int64_t r = 0; r < r8; r += 8)
+        for (int64_t c = 0; c < c8; c += 8) dpoi_transpose_avx2(x + r*x_step + c, x_step, y + c*y_step + r, y_step);
+#endif
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = r < r8 ? c8 : 0; c < columns; c++) y[c*y_step + r] = x[r*x_step + c];
+}
 
 /* Rows that an instruction set holds in registers.  NEON would have 6 (by one panel, as AVX2), AMX 32 of BF16. */
 static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa == DPO_ISA_AVX512 ? 8 : 6; }
@@ -9554,12 +9911,13 @@ static dpoi_source dpoi_source_pixel(const dpoi_conv *g, const float *x, const f
 /* ------------------------------------------------------------------------------------------ gradient of weights
 
    dw[k][o] = sum_m x[m,k] dy[m][o], a tile at a time: rows are channels i of x, k of the tile kernel runs over the pixels
-   m of an image row that have x under the kernel's place (ky,kx).  x is read where it lies, dy of a few panels and
-   pixels is packed on the stack, and what a tile writes is already a piece of a panel. */
+   m of an image row that have x under the kernel's place (ky,kx).  x and dy of a few
+   channels and pixels are packed on the stack, and what a tile writes is already a piece of a panel. */
 
 enum {
     DPOI_PIXELS = 128,                    /* pixels between two visits to dw: 48 channels of dy fill 24 KiB */
-    DPOI_RUNS   = 64,                     /* image rows in them */
+    DPOI_RUNS   = 32,                     /* image rows in them */
+    DPOI_ROOM   = 8192,                   /* floats of packed x */
     DPOI_WIDE   = DPOI_TILE_PANELS*DPOI_PANEL,
     DPOI_PARTS  = 64                      /* jobs wanted: fewer tiles than these, and pixels are cut into parts */
 };
@@ -9570,15 +9928,23 @@ typedef struct dpoi_outer {
     float  *dw, *sums;                    /* sums [parts, panels of dw]: where parts wait to be added up */
     int     add;
     int64_t N, H, W, I, Y, X, O, kh, kw, stride, top, left, K;
-    int64_t pieces, units, chunk;         /* an image row in pieces, pieces in all, pieces a chunk */
-    int64_t panels, groups, tiles, span, parts;            /* span: tiles of i a job */
+    int64_t piece, pieces, units, chunk;  /* pixels a piece of an image row, pieces a row, in all, and a chunk */
+    int64_t panels, groups, tiles, parts; /* of dy, of x, of pixels */
+    int64_t wide, span, x_size;           /* a job: groups of panels, tiles of i; floats of packed x a tile */
 } dpoi_outer;
+
+/* What a job has at hand: a chunk of pixels of dy and of x, packed.  56 KiB, on its stack. */
+typedef struct dpoi_outer_job {
+    float   dy[DPOI_PIXELS*DPOI_WIDE], x[DPOI_ROOM];
+    dpoi_segment seg[DPOI_RUNS];
+    int64_t first, last, x_size;
+} dpoi_outer_job;
 
 /* Channels o.. of dy's rows first..end-1: b [pixels][48], zeros beyond O. */
 static void dpoi_outer_pack(const dpoi_outer *p, int64_t o, int64_t width, int64_t first, int64_t end, float *b)
 {
     for (int64_t u = first; u < end; u++) {
-        int64_t from = u % p->pieces*DPOI_PIXELS, to = dpoi_least(p->X, from + DPOI_PIXELS);
+        int64_t from = u % p->pieces*p->piece, to = dpoi_least(p->X, from + p->piece);
         const float *dy = p->dy + (u/p->pieces*p->X + from)*p->O + o;
         for (; from < to; from++, dy += p->O, b += DPOI_WIDE) {
             memcpy(b, dy, (size_t)width*sizeof(float));
@@ -9587,75 +9953,88 @@ static void dpoi_outer_pack(const dpoi_outer *p, int64_t o, int64_t width, int64
     }
 }
 
-/* The packed rows for place (ky,kx): one segment a row with any x under it. */
-static int dpoi_outer_segments(const dpoi_outer *p, int64_t ky, int64_t kx, int64_t first, int64_t end, const float *b,
+/* Columns of x that the pixels from..to-1 of a row of dy see. */
+static int64_t dpoi_outer_seen(const dpoi_outer *p, int64_t from, int64_t to) { return (to - from - 1)*p->stride + p->kw; }
+
+/* What pixels first..end-1 see of x through row ky of the kernel, channels i0.. of one tile: to [columns][8], zeros
+   outside of the image. */
+static void dpoi_outer_pack_x(const dpoi_outer *p, int64_t i0, int64_t ky, int64_t first, int64_t end, float *to)
+{
+    int64_t valid = dpoi_least(DPOI_TILE_ROWS, p->I - i0);
+    for (int64_t u = first; u < end; u++) {
+        int64_t y = u/p->pieces % p->Y, n = u/(p->pieces*p->Y), h = y*p->stride + ky - p->top;
+        int64_t from = u % p->pieces*p->piece, last = dpoi_least(p->X, from + p->piece);
+        int64_t seen = dpoi_outer_seen(p, from, last), v = from*p->stride - p->left;
+        const float *x = p->x + ((n*p->H + h)*p->W + v)*p->I + i0;
+        for (int64_t j = 0; j < seen; j++, v++, x += p->I, to += DPOI_TILE_ROWS) {
+            int in = h >= 0 && h < p->H && v >= 0 && v < p->W;
+            if (in && valid == DPOI_TILE_ROWS) memcpy(to, x, DPOI_TILE_ROWS*sizeof(float));
+            else for (int64_t i = 0; i < DPOI_TILE_ROWS; i++) to[i] = in && i < valid ? x[i] : 0;
+        }
+    }
+}
+
+/* Segments for place kx, one a row of dy, over packed x and dy. */
+static int dpoi_outer_segments(const dpoi_outer *p, int64_t kx, int64_t first, int64_t end, const float *x, const float *b,
                                dpoi_segment *seg)
 {
     int count = 0;
-    for (int64_t u = first, begin, next; u < end; u++, b += (next - begin)*DPOI_WIDE) {
-        int64_t y = u/p->pieces % p->Y, n = u/(p->pieces*p->Y), h = y*p->stride + ky - p->top;
-        int64_t from = u % p->pieces*DPOI_PIXELS, to = dpoi_least(p->X, from + DPOI_PIXELS);
-        int64_t low = p->left - kx, high = p->W - 1 + low;            /* low <= x*stride <= high */
-        begin = from;  next = to;
-        if (h < 0 || h >= p->H || high < 0) continue;
-        if (low > from*p->stride) from = dpoi_pieces(low, p->stride);
-        to = dpoi_least(to, high/p->stride + 1);
-        if (from >= to) continue;
+    for (int64_t u = first; u < end; u++) {
+        int64_t from = u % p->pieces*p->piece, to = dpoi_least(p->X, from + p->piece);
         dpoi_segment *g = seg + count++;
-        g->len = to - from;  g->a_step = p->stride*p->I;  g->b_step = DPOI_WIDE;  g->panel_step = DPOI_PANEL;
-        g->b = b + (from - begin)*DPOI_WIDE;
-        g->row[0] = p->x + ((n*p->H + h)*p->W + from*p->stride - low)*p->I;
+        g->len = to - from;  g->a_step = p->stride*DPOI_TILE_ROWS;  g->b_step = DPOI_WIDE;  g->panel_step = DPOI_PANEL;
+        g->b = b;
+        for (int i = 0; i < DPOI_TILE_ROWS; i++) g->row[i] = x + kx*DPOI_TILE_ROWS + i;
+        b += (to - from)*DPOI_WIDE;
+        x += dpoi_outer_seen(p, from, to)*DPOI_TILE_ROWS;
     }
     return count;
 }
 
-/* Rows of a tile at channel 0: `valid` channels, of which the last stands in for those beyond it. */
-static void dpoi_outer_rows(dpoi_segment *seg, int segs, int rows, int valid)
-{
-    for (int s = 0; s < segs; s++)
-        for (int i = 1; i < rows; i++) seg[s].row[i] = seg[s].row[0] + (i < valid ? i : valid - 1);
-}
-
-/* One place of the kernel, one chunk of pixels: the tiles from `tile` on, and one group of panels. */
-static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_tile *t, dpoi_segment *seg, int64_t tap, int64_t tile, int64_t group,
+/* One chunk of pixels at row ky of the kernel: the tiles tile..end-1 of i by one group of panels. */
+static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t ky, int64_t tile, int64_t end, int64_t group,
                              float *dw, const float *from)
 {
-    int rows = dpoi_tile_rows(p->cpu);
-    int64_t panel = p->panels*group/p->groups, end = p->panels*(group + 1)/p->groups;
-    t->rows = rows;
-    dpoi_outer_rows(seg, t->segs, rows, rows);
-    for (int64_t last = dpoi_least(p->tiles, tile + p->span); tile < last; tile++) {
-        int64_t i0 = tile*rows, place = (panel*p->K + tap*p->I + i0)*DPOI_PANEL;
-        t->shift = i0;
-        if (p->I - i0 < rows) dpoi_outer_rows(seg, t->segs, rows, t->rows = (int)(p->I - i0));
-        for (int i = 0; i < t->rows; i++) {
-            t->to[i] = dw + place + i*DPOI_PANEL;
-            t->from[i] = from ? from + place + i*DPOI_PANEL : NULL;
+    int64_t panel = p->panels*group/p->groups, next = p->panels*(group + 1)/p->groups, rows = dpoi_tile_rows(p->cpu);
+    dpoi_tile t;
+    memset(&t, 0, sizeof t);
+    t.seg = j->seg;  t.b_lanes = t.to_lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
+    for (int64_t kx = 0; kx < p->kw; kx++) {
+        t.segs = dpoi_outer_segments(p, kx, j->first, j->last, j->x, j->dy, j->seg);
+        for (int64_t i = tile; i < end; i++) {
+            int64_t place = (panel*p->K + (ky*p->kw + kx)*p->I + i*rows)*DPOI_PANEL;
+            t.shift = (i - tile)*j->x_size;
+            t.rows = (int)dpoi_least(rows, p->I - i*rows);
+            for (int r = 0; r < t.rows; r++) {
+                t.to[r] = dw + place + r*DPOI_PANEL;
+                t.from[r] = from ? from + place + r*DPOI_PANEL : NULL;
+            }
+            dpoi_tile_run(p->cpu, &t, (int)(next - panel));
         }
-        dpoi_tile_run(p->cpu, t, (int)(end - panel));
     }
 }
 
-/* A job: `span` tiles of i at every place of the kernel, one group of panels, one part of the pixels. */
+/* A job: `span` tiles of i at every place of the kernel, `wide` groups of panels, one part of the pixels. */
 static void dpoi_outer_task(void *arg, int64_t i)
 {
     const dpoi_outer *p = (const dpoi_outer *)arg;
-    int64_t spans = dpoi_pieces(p->tiles, p->span), part = i/(spans*p->groups), chunks = dpoi_pieces(p->units, p->chunk);
-    int64_t chunk = chunks*part/p->parts, end = chunks*(part + 1)/p->parts;
+    int64_t spans = dpoi_pieces(p->tiles, p->span), wides = dpoi_pieces(p->groups, p->wide), part = i/(spans*wides);
+    int64_t chunks = dpoi_pieces(p->units, p->chunk), chunk = chunks*part/p->parts, end = chunks*(part + 1)/p->parts;
+    int64_t tile = i % spans*p->span, tiles = dpoi_least(p->tiles, tile + p->span), rows = dpoi_tile_rows(p->cpu);
+    int64_t group = i/spans % wides*p->wide, groups = dpoi_least(p->groups, group + p->wide);
     float *dw = p->parts == 1 ? p->dw : p->sums + part*p->panels*p->K*DPOI_PANEL;
     const float *from = p->parts == 1 && p->add ? p->dw : NULL;
-    int64_t group = i/spans % p->groups, o = p->panels*group/p->groups*DPOI_PANEL;
-    float b[DPOI_PIXELS*DPOI_WIDE];
-    dpoi_segment seg[DPOI_RUNS];
-    dpoi_tile t;
-    memset(&t, 0, sizeof t);
-    t.seg = seg;  t.b_lanes = t.to_lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
+    dpoi_outer_job j;
+    j.x_size = p->x_size;
     for (; chunk < end; chunk++, from = dw) {
-        int64_t first = chunk*p->chunk, last = dpoi_least(p->units, first + p->chunk);
-        dpoi_outer_pack(p, o, dpoi_least(DPOI_WIDE, p->O - o), first, last, b);
-        for (int64_t tap = 0; tap < p->kh*p->kw; tap++) {
-            t.segs = dpoi_outer_segments(p, tap/p->kw, tap % p->kw, first, last, b, seg);
-            dpoi_outer_tiles(p, &t, seg, tap, i % spans*p->span, group, dw, from);
+        j.first = chunk*p->chunk;  j.last = dpoi_least(p->units, j.first + p->chunk);
+        for (int64_t ky = 0; ky < p->kh; ky++) {
+            for (int64_t t = tile; t < tiles; t++) dpoi_outer_pack_x(p, t*rows, ky, j.first, j.last, j.x + (t - tile)*j.x_size);
+            for (int64_t g = group; g < groups; g++) {
+                int64_t o = p->panels*g/p->groups*DPOI_PANEL;
+                if (!ky || p->wide > 1) dpoi_outer_pack(p, o, dpoi_least(DPOI_WIDE, p->O - o), j.first, j.last, j.dy);
+                dpoi_outer_tiles(p, &j, ky, tile, tiles, g, dw, from);
+            }
         }
     }
 }
@@ -9682,15 +10061,21 @@ static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
         p.X = p.W = g->M;
         p.N = p.H = p.Y = 1;
     }
-    p.pieces = dpoi_pieces(p.X, DPOI_PIXELS);
+    p.piece  = dpoi_most(1, dpoi_least(DPOI_PIXELS, (DPOI_ROOM/DPOI_TILE_ROWS - p.kw)/p.stride + 1));
+    p.pieces = dpoi_pieces(p.X, p.piece);
     p.units  = p.N*p.Y*p.pieces;
-    p.chunk  = p.X > DPOI_PIXELS ? 1 : dpoi_least(DPOI_RUNS, DPOI_PIXELS/p.X);
+    p.chunk  = p.X > p.piece ? 1 : dpoi_least(DPOI_RUNS, DPOI_PIXELS/p.X);
+    p.x_size = dpoi_outer_seen(&p, 0, dpoi_least(p.X, p.piece))*DPOI_TILE_ROWS;
+    p.chunk  = dpoi_most(1, dpoi_least(p.chunk, DPOI_ROOM/p.x_size));
+    p.x_size *= p.chunk;
     p.panels = dpoi_pieces(O, DPOI_PANEL);
     p.groups = dpoi_tile_groups(O);
     p.tiles  = dpoi_pieces(p.I, dpoi_tile_rows(cpu));
-    p.span   = dpoi_pieces(16, p.kh*p.kw);
+    p.span   = dpoi_most(1, dpoi_least(dpoi_pieces(16, p.kh*p.kw), DPOI_ROOM/p.x_size));
     p.span   = dpoi_pieces(p.tiles, dpoi_pieces(p.tiles, p.span));
-    jobs     = p.groups*dpoi_pieces(p.tiles, p.span);
+    p.wide   = p.kh*p.kw == 1 ? 4 : 1;    /* one place of the kernel alone would not make up for packing x */
+    p.wide   = dpoi_pieces(p.groups, dpoi_pieces(p.groups, p.wide));
+    jobs     = dpoi_pieces(p.groups, p.wide)*dpoi_pieces(p.tiles, p.span);
     p.parts  = dpoi_least(dpoi_pieces(DPOI_PARTS, jobs), dpoi_pieces(p.units, p.chunk));
     p.parts  = dpoi_least(p.parts, 2*g->M*p.K*O/(DPOI_JOB*jobs) + 1);
     return p;
@@ -9705,7 +10090,7 @@ static int64_t dpoi_outer_work(const dpoi_outer *p)
 static void dpoi_outer_run(dpoi_outer *p, const float *x, const float *dy, float *dw, int add, float *work)
 {
     p->x = x;  p->dy = dy;  p->dw = dw;  p->add = add;  p->sums = work;
-    dpoi_parallel(p->cpu, p->parts*p->groups*dpoi_pieces(p->tiles, p->span), dpoi_outer_task, p);
+    dpoi_parallel(p->cpu, p->parts*dpoi_pieces(p->groups, p->wide)*dpoi_pieces(p->tiles, p->span), dpoi_outer_task, p);
     if (p->parts > 1)
         dpoi_parallel(p->cpu, dpoi_pieces(p->panels*p->K*DPOI_PANEL, DPOI_PIECE), dpoi_outer_combine_task, p);
 }
@@ -9749,8 +10134,8 @@ static void dpoi_flip_task(void *arg, int64_t task)
     for (int64_t o = 0; o < p->O; o += DPOI_PANEL, to += DPOI_PANEL*DPOI_PANEL) {
         const float *w = p->w + o*p->K + ((ky*p->kw + kx)*p->I + i0)*DPOI_PANEL;
         int64_t no = dpoi_least(DPOI_PANEL, p->O - o);
-        for (int64_t r = 0; r < no; r++)
-            for (int64_t i = 0; i < DPOI_PANEL; i++) to[r*DPOI_PANEL + i] = i < ni ? w[i*DPOI_PANEL + r] : 0;
+        if (ni < DPOI_PANEL) memset(to, 0, (size_t)(no*DPOI_PANEL)*sizeof(float));
+        dpoi_transpose(ni, no, w, DPOI_PANEL, to, DPOI_PANEL);
     }
 }
 
@@ -9826,8 +10211,6 @@ typedef struct dpoi_conv_plan {
     int64_t chunks;
 } dpoi_conv_plan;
 
-static int64_t dpoi_most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 /* The linear layer that takes u [M,r] to the output: for up's gradient. */
 static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
 {
@@ -9900,7 +10283,10 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     p.source[0] = dpoi_flip_run(cpu, &u, one, one, g->dy, g->up, g->O, step);
     dpoi_product_run(&p);
     dpoi_conv_strength(g, du, du);
-    if (a->din[5].data) dpoi_outer_run(&plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
+    if (a->din[5].data && g->kw*DPOI_TILE_ROWS > DPOI_ROOM)
+        dpoi_plain_weights(cpu, g, du, g->r, (float *)a->din[5].data, (int)(a->add >> 5 & 1));
+    else if (a->din[5].data)
+        dpoi_outer_run(&plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
     if (a->din[6].data) {
         dpoi_conv_strength(g, g->u, step);
         dpoi_outer_run(&plan->up, step, g->dy, (float *)a->din[6].data, (int)(a->add >> 6 & 1),
@@ -9918,7 +10304,10 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
     if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
         dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
-    if (a->din[1].data) dpoi_outer_run(&plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
+    if (a->din[1].data && g->kw*DPOI_TILE_ROWS > DPOI_ROOM)
+        dpoi_plain_weights(cpu, g, g->dy, g->O, (float *)a->din[1].data, (int)(a->add >> 1 & 1));
+    else if (a->din[1].data)
+        dpoi_outer_run(&plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
         dpoi_sums s;
         s.cpu = cpu;  s.dy = g->dy;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
@@ -10260,13 +10649,13 @@ static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backw
 
 typedef struct dpoi_unit {
     int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
-    int64_t far_at, far;                  /* offset of the other axis' first row, how many rows */
+    int64_t across_at, across;                /* offset of the other axis' first row, how many rows */
     float  *s, *ds;                       /* [96][48] */
     float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
 } dpoi_unit;
 
-/* Lanes first.. of the axis of `length` rows (unit number i of its head), far rows on the other. */
-static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head, int64_t i, int64_t length, int64_t far)
+/* Lanes first.. of the axis of `length` rows (unit number i of its head), `across` rows on the other. */
+static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head, int64_t i, int64_t length, int64_t across)
 {
     dpoi_unit u;
     int64_t n = head/g->heads, slice = head % g->heads*g->d, panels = dpoi_pieces(length, DPOI_PANEL);
@@ -10274,8 +10663,8 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
     u.wide   = (panels*(i + 1)/units - panel)*DPOI_PANEL;
     u.lanes  = dpoi_least(u.wide, length - panel*DPOI_PANEL);
     u.at     = (n*length + panel*DPOI_PANEL)*g->D + slice;
-    u.far    = far;
-    u.far_at = n*far*g->D + slice;
+    u.across = across;
+    u.across_at = n*across*g->D + slice;
     u.s = work;                          u.ds    = u.s + DPOI_FAR*DPOI_LANES;
     u.pack = u.ds + DPOI_FAR*DPOI_LANES; u.pack2 = u.pack + size;
     u.to = u.pack2 + size;               u.to2   = u.to + size;
@@ -10285,20 +10674,22 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
 /* Panels of the unit's rows of x: to[panel][c][lane] = x[lane][c], zeros in lanes that are not used. */
 static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const float *x, float *to)
 {
-    for (int64_t lane = 0; lane < u->wide; lane++) {
-        float *column = to + lane/DPOI_PANEL*g->d*DPOI_PANEL + lane % DPOI_PANEL;
-        const float *row = x + u->at + lane*g->D;
-        if (lane < u->lanes) for (int64_t c = 0; c < g->d; c++) column[c*DPOI_PANEL] = row[c];
-        else                 for (int64_t c = 0; c < g->d; c++) column[c*DPOI_PANEL] = 0;
-    }
+    int64_t size = g->d*DPOI_PANEL;
+    if (u->lanes < u->wide) memset(to + (u->wide/DPOI_PANEL - 1)*size, 0, (size_t)size*sizeof(float));
+    for (int64_t lane = 0; lane < u->lanes; lane += DPOI_PANEL)
+        dpoi_transpose(dpoi_least(DPOI_PANEL, u->lanes - lane), g->d, x + u->at + lane*g->D, g->D,
+                       to + lane/DPOI_PANEL*size, DPOI_PANEL);
 }
 
-/* The unit's rows of y = factor[lane] times its results, which are transposed. */
+/* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed. */
 static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const float *to, const float *factor, float *y, int add)
 {
+    dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
     for (int64_t lane = 0; lane < u->lanes; lane++) {
+        const float *x = u->pack + lane*g->d;
         float *row = y + u->at + lane*g->D, f = factor ? factor[lane] : 1;
-        for (int64_t c = 0; c < g->d; c++) row[c] = f*to[c*DPOI_LANES + lane] + (add ? row[c] : 0);
+        if (add) for (int64_t c = 0; c < g->d; c++) row[c] += f*x[c];
+        else     for (int64_t c = 0; c < g->d; c++) row[c] = f*x[c];
     }
 }
 
@@ -10307,7 +10698,7 @@ static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const 
                              int64_t rows, float *s)
 {
     dpoi_block_product p;
-    p.a = x + u->far_at + from*g->D;  p.b = pack;  p.from = NULL;  p.to = s;
+    p.a = x + u->across_at + from*g->D;  p.b = pack;  p.from = NULL;  p.to = s;
     p.rows = rows;  p.width = u->wide;  p.len = g->d;
     p.a_row = g->D;  p.a_step = 1;  p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &p);
@@ -10318,7 +10709,7 @@ static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const flo
                           int64_t rows, float *to, int add)
 {
     dpoi_block_product b;
-    b.a = x + u->far_at + from*g->D;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
+    b.a = x + u->across_at + from*g->D;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
     b.rows = g->d;  b.width = u->wide;  b.len = rows;
     b.a_row = 1;  b.a_step = g->D;  b.b_step = DPOI_LANES;  b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &b);
@@ -10501,6 +10892,7 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
    >>impl open                                                             table of kernels, other types, opening
    ========================================================================================================== */
 
+/* What one op is made of; NULL: no backward, no scratch. */
 typedef struct dpoi_kernel {
     int    (*forward)  (dpoi_cpu *cpu, const dpo_args *a);
     int    (*backward) (dpoi_cpu *cpu, const dpo_args *a);
@@ -10539,6 +10931,7 @@ static const dpoi_kernel dpoi_kernels[DPO_OP_COUNT] = {                     /* i
    Kernels compute in F32.  A call with narrower views gets F32 copies of what it reads, in work, and its result is
    narrowed after it; copies and table look-ups move narrow values themselves. */
 
+/* Is there something to widen? */
 static int dpoi_narrow_view(const dpo_view *v)
 {
     return v->data && (v->dtype == DPO_BF16 || v->dtype == DPO_F16);
@@ -10552,11 +10945,11 @@ static size_t dpoi_widened(const dpo_args *a, dpo_args *w, char *work)
     size_t at = 0;
     int n = 0;
     *w = *a;
-    if (!a->backward && (a->op == DPO_OP_COPY || a->op == DPO_OP_EMBED)) return 0;
+    if (!a->backward && (a->op == DPO_OP_COPY || a->op == DPO_OP_EMBED)) return 0;       /* they convert themselves */
     for (int i = 0; i < DPO_MAX_INPUTS; i++)
         if (!a->backward || (dpoi_ops[a->op].keeps >> i & 1)) views[n++] = &w->in[i];
     if (!a->backward || (dpoi_ops[a->op].keeps & DPOI_OUT)) views[n++] = &w->out;
-    views[n++] = &w->dout;
+    views[n++] = &w->dout;                /* NULL in forward; stat and din are F32 always */
     for (int i = 0; i < n; i++) {
         if (!dpoi_narrow_view(views[i])) continue;
         if (work) views[i]->data = work + at;
@@ -10577,6 +10970,7 @@ static void dpoi_cpu_convert(dpoi_cpu *cpu, const dpo_view *from, const dpo_view
     dpoi_cpu_copy(cpu, &a);
 }
 
+/* Widen, run, narrow; at once where all is F32. */
 static int dpoi_cpu_run_wide(dpoi_cpu *cpu, const dpo_args *a)
 {
     const dpoi_kernel *k = &dpoi_kernels[a->op];
@@ -10587,7 +10981,7 @@ static int dpoi_cpu_run_wide(dpoi_cpu *cpu, const dpo_args *a)
     for (int i = 0; i < DPO_MAX_INPUTS; i++) dpoi_cpu_convert(cpu, &a->in[i], &w.in[i]);
     if (a->backward || a->op == DPO_OP_LERP) dpoi_cpu_convert(cpu, &a->out, &w.out);    /* read, too */
     dpoi_cpu_convert(cpu, &a->dout, &w.dout);
-    w.work = (char *)a->work + used;
+    w.work = (char *)a->work + used;      /* the kernel's own scratch follows */
     w.work_size = a->work_size - used;
     status = (a->backward ? k->backward : k->forward)(cpu, &w);
     if (status == DPO_OK && !a->backward) dpoi_cpu_convert(cpu, &w.out, &a->out);
@@ -10596,6 +10990,7 @@ static int dpoi_cpu_run_wide(dpoi_cpu *cpu, const dpo_args *a)
 
 /* ------------------------------------------------------------------------------------------ the backend */
 
+/* Of the shapes and the instruction set alone: `dry` counts the same bytes. */
 static size_t dpoi_cpu_workspace(void *self, const dpo_args *a)
 {
     const dpoi_cpu *cpu = (const dpoi_cpu *)self;
@@ -10606,6 +11001,7 @@ static size_t dpoi_cpu_workspace(void *self, const dpo_args *a)
     return used + (dpoi_kernels[a->op].workspace ? dpoi_kernels[a->op].workspace(cpu, &w) : 0);
 }
 
+/* The one way in: what cannot be done is refused here, before a kernel sees it. */
 static int dpoi_cpu_run(void *self, const dpo_args *a)
 {
     dpoi_cpu *cpu = (dpoi_cpu *)self;
@@ -10634,6 +11030,7 @@ static void *dpoi_cpu_alloc(void *self, size_t bytes)
     memcpy(data - sizeof(void *), &p, sizeof p);
     return data;
 }
+/* `bytes` as they were asked for: the allocator's hook is told the size that it gave. */
 static void dpoi_cpu_release(void *self, void *data, size_t bytes)
 {
     dpoi_cpu *cpu = (dpoi_cpu *)self;
@@ -10643,6 +11040,7 @@ static void dpoi_cpu_release(void *self, void *data, size_t bytes)
     cpu->mem.fn(cpu->mem.user, p, bytes + 64 + sizeof(void *), 0);
 }
 
+/* Device memory is host memory: the direction does not matter. */
 static int dpoi_cpu_copy_bytes(void *self, void *to, const void *from, size_t bytes, int direction)
 {
     (void)self; (void)direction;
@@ -10655,9 +11053,11 @@ static int dpoi_cpu_zero(void *self, void *data, size_t bytes)
     if (bytes) memset(data, 0, bytes);
     return DPO_OK;
 }
+/* Every call has ended when it returns. */
 static int         dpoi_cpu_sync(void *self)      { (void)self; return DPO_OK; }
 static const char *dpoi_cpu_explain(void *self)   { return ((dpoi_cpu *)self)->why; }
 
+/* Ends the threads; memory that was not released is the caller's leak. */
 static void dpoi_cpu_close(void *self)
 {
     dpoi_cpu *cpu = (dpoi_cpu *)self;
@@ -10666,6 +11066,7 @@ static void dpoi_cpu_close(void *self)
     dpoi_free(&mem, cpu, sizeof *cpu);
 }
 
+/* The struct as hosts see it. */
 static void dpoi_cpu_fill(dpoi_cpu *cpu)
 {
     dpo_backend *b = &cpu->backend;
@@ -10677,13 +11078,14 @@ static void dpoi_cpu_fill(dpoi_cpu *cpu)
     b->sync = dpoi_cpu_sync;             b->explain = dpoi_cpu_explain;  b->close = dpoi_cpu_close;
 }
 
+/* NULL only without memory; a missing pool means one thread, not a failure. */
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
 {
     dpoi_mem mem = dpoi_mem_of(desc);
     dpoi_cpu *cpu = (dpoi_cpu *)dpoi_alloc(&mem, sizeof *cpu);
     int threads = desc ? desc->threads : 0, most = desc ? desc->isa : DPO_ISA_BEST;
     if (!cpu) return NULL;
-    cpu->mem = mem;
+    cpu->mem = mem;                       /* a copy: desc need not live on */
     cpu->isa = dpoi_isa_best();
     if (most != DPO_ISA_BEST && most < cpu->isa) cpu->isa = most;
     cpu->rows = dpoi_cpu_rows(cpu->isa);
@@ -10710,7 +11112,7 @@ DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
      h = dpoi_nn_conv_same(r, "conv1", dpo_last(h), O, 3, &e);   [O,3,3,I], I from h
      dpoi_leave(r, before);
 
-   So the life of a network is: read config.json; declare; match the names and shapes against the file; take memory; fill
+   So the life of a network is: read config.json; declare; match names and shapes against the file; take memory; fill
    it.  Nothing large is allocated for a configuration that its weights do not fit. */
 
 enum { DPOI_PATH = 192 };                 /* bytes of a parameter's name */
@@ -10730,6 +11132,7 @@ enum {
     DPOI_CONV                             /* [O,kh,kw,I] here, [O,I,kh,kw] there */
 };
 
+/* A parameter of a network, and what there is to know about it. */
 typedef struct dpoi_param {
     char       *name;
     dpo_tensor *t;                        /* NULL while the network is only declared */
@@ -10746,6 +11149,7 @@ typedef struct dpoi_adapter {             /* w + scale * up*down */
     float       scale;                    /* alpha / r */
 } dpoi_adapter;
 
+/* All adapters of a network. */
 typedef struct dpoi_adapter_set {
     dpoi_adapter *a;
     int64_t       count, room;
@@ -10791,6 +11195,7 @@ struct dpoi_pass {
     char        path[DPOI_PATH];          /* "down_blocks.0.resnets.1." */
 };
 
+/* A pass that stands at the root, with adapters. */
 static dpoi_pass dpoi_pass_of(dpo_net *n)
 {
     dpoi_pass r;
@@ -11024,6 +11429,7 @@ static dpo_tensor *dpoi_nn_norm(dpoi_pass *r, const char *name, dpo_tensor *x, i
     return groups ? dpo_group_norm(r->c, x, gamma, beta, groups, eps, act) : dpo_layer_norm(r->c, x, gamma, beta, eps);
 }
 
+/* The group count comes from a file, so that it may not fit the channels. */
 static dpo_tensor *dpoi_nn_group_norm(dpoi_pass *r, const char *name, dpo_tensor *x, int groups, float eps, int act)
 {
     if (x && (groups < 1 || x->shape[x->rank - 1] % groups)) {
@@ -11034,6 +11440,7 @@ static dpo_tensor *dpoi_nn_group_norm(dpoi_pass *r, const char *name, dpo_tensor
     return dpoi_nn_norm(r, name, x, groups, eps, act);
 }
 
+/* Over the last axis: no groups, no activation. */
 static dpo_tensor *dpoi_nn_layer_norm(dpoi_pass *r, const char *name, dpo_tensor *x, float eps)
 {
     return dpoi_nn_norm(r, name, x, 0, eps, DPO_NONE);
@@ -11061,6 +11468,7 @@ static dpo_tensor *dpoi_attend(dpoi_pass *r, const dpoi_attention_names *names, 
 
 /* ------------------------------------------------------------------------------------------ making networks */
 
+/* Give a set back with its tensors; it is empty then. */
 static void dpoi_adapters_free(dpo_ctx *c, dpoi_adapter_set *s)
 {
     for (int64_t i = 0; i < s->count; i++) {
@@ -11072,6 +11480,7 @@ static void dpoi_adapters_free(dpo_ctx *c, dpoi_adapter_set *s)
     memset(s, 0, sizeof *s);
 }
 
+/* Also what is left of a network whose making failed half-way. */
 static void dpoi_net_destroy(dpo_ctx *c, void *object)
 {
     dpo_net *n = (dpo_net *)object;
@@ -11363,7 +11772,7 @@ static int dpoi_net_fill(dpo_net *n, dpo_file *f)
     return 1;
 }
 
-/* Hand one tensor to a writer, in PyTorch's order. */
+/* Hand one tensor to a writer, in PyTorch's order: what dpoi_load_entry reads. */
 static int dpoi_save_entry(dpo_writer *w, dpo_tensor *t, int form)
 {
     dpoi_order b;
@@ -11605,8 +12014,11 @@ DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, d
      - an odd size does not survive halving and doubling, so an up block enlarges to the size of the next skip.
    arXiv 2112.10752; names and details after diffusers' UNet2DConditionModel. */
 
+/* Far above any published network; they bound the arrays here and the skips. */
 enum { DPOI_LEVELS = 8, DPOI_LAYERS = 16, DPOI_SKIPS = DPOI_LEVELS * (DPOI_LAYERS + 1) + 1 };
 
+/* Arrays run from the largest picture to the smallest, but for `up`.  Read from config.json by
+   dpoi_unet_read and checked there: every number is bounded before it sizes anything. */
 typedef struct dpoi_unet_config {
     int levels, in, out, groups, kernel_in, kernel_out, down_pad;
     int mid;                              /* 1: there is a middle block */
@@ -11647,7 +12059,8 @@ static const char *const dpoi_unet_known[] = {
     "projection_class_embeddings_input_dim", "addition_embed_type_num_heads"
 };
 
-/* Does v hold what `value`, a piece of JSON, says?  A field that is not there does; null and false say the same. */
+/* Does v hold what `value`, a piece of JSON, says?  A field that is not there does; null and false say the same.
+   Only what the table needs: null, booleans, one-digit numbers, strings. */
 static int dpoi_json_is(const dpo_json *v, const char *value)
 {
     double      number;
@@ -11664,7 +12077,8 @@ static int dpoi_json_is(const dpo_json *v, const char *value)
     }
 }
 
-/* Refuse what is not supported by name; tell of fields that nobody knows. */
+/* Refuse what is not supported by name; tell of fields that nobody knows.
+   Fields beginning with '_' are diffusers' own notes (_class_name, _diffusers_version). */
 static int dpoi_unet_check(dpo_net *n, const dpo_json *v)
 {
     const int fixed = (int)(sizeof dpoi_unet_fixed / sizeof dpoi_unet_fixed[0]);
@@ -11685,7 +12099,8 @@ static int dpoi_unet_check(dpo_net *n, const dpo_json *v)
     return 1;
 }
 
-/* A field that is one number for all levels, or a list with one for each; 1 to high. */
+/* A field that is one number for all levels, or a list with one for each; 1 to high.
+   `otherwise` is the class's default; a list of the wrong length is an error rather than cut. */
 static void dpoi_unet_list(dpo_net *n, const dpo_json *v, const char *key, int levels, int otherwise, int high,
                            int *out)
 {
@@ -11705,7 +12120,8 @@ static void dpoi_unet_list(dpo_net *n, const dpo_json *v, const char *key, int l
     }
 }
 
-/* Block types: 1 where the block has attention, 0 where not. */
+/* Block types: 1 where the block has attention, 0 where not.
+   diffusers' class defaults to attention everywhere but at the lowest level. */
 static void dpoi_unet_blocks(dpo_net *n, const dpo_json *v, const char *key, int levels, const char *plain,
                              const char *cross, int *out)
 {
@@ -11729,7 +12145,9 @@ static void dpoi_unet_blocks(dpo_net *n, const dpo_json *v, const char *key, int
     }
 }
 
-/* Everything that is given level by level, from the largest picture to the smallest. */
+/* Everything that is given level by level, from the largest picture to the smallest.
+   attention_head_dim means the number of heads, by an old mistake in the field's name that files have
+   kept. */
 static void dpoi_unet_levels(dpo_net *n, const dpo_json *v, dpoi_unet_config *g)
 {
     static const int usual[4] = { 320, 640, 1280, 1280 };
@@ -11754,7 +12172,8 @@ static void dpoi_unet_levels(dpo_net *n, const dpo_json *v, dpoi_unet_config *g)
     dpoi_unet_blocks(n, v, "up_block_types", g->levels, "UpBlock2D", "CrossAttnUpBlock2D", g->up);
 }
 
-/* The second condition of SDXL: "text_time". */
+/* The second condition of SDXL: "text_time".
+   add_input = P + n*add_dim, P of pooled and n time ids: how it divides shows when the tensors come. */
 static void dpoi_unet_addition(dpo_net *n, const dpo_json *v, dpoi_unet_config *g)
 {
     const char *type = dpo_json_want_text(v, "addition_embed_type", NULL);
@@ -11770,7 +12189,8 @@ static void dpoi_unet_addition(dpo_net *n, const dpo_json *v, dpoi_unet_config *
                   "do not go together", g->add_dim, g->add_input);
 }
 
-/* What must hold between fields. */
+/* What must hold between fields.
+   What each field allows alone but no network has together. */
 static int dpoi_unet_sane(dpo_net *n, const dpoi_unet_config *g)
 {
     if (!dpoi_ok(n->c)) return 0;         /* then some field holds nothing */
@@ -11791,7 +12211,8 @@ static int dpoi_unet_sane(dpo_net *n, const dpoi_unet_config *g)
     return 1;
 }
 
-/* Missing fields are the defaults of diffusers' class. */
+/* Missing fields are the defaults of diffusers' class.
+   norm_eps may be 0 in the file, and is then refused by the first norm. */
 static int dpoi_unet_read(dpo_net *n, const dpo_json *v)
 {
     dpoi_unet_config *g = (dpoi_unet_config *)n->config;
@@ -11821,7 +12242,8 @@ static int dpoi_unet_read(dpo_net *n, const dpo_json *v)
 
 /* ------------------------------------------------------------------------------------------ blocks */
 
-/* What every block of one pass sees. */
+/* What every block of one pass sees.
+   A copy of it goes into each piece that is recomputed. */
 typedef struct dpoi_unet_pass {
     dpoi_pass   r;                        /* first: a pass like any other */
     const dpoi_unet_config *g;
@@ -11830,7 +12252,10 @@ typedef struct dpoi_unet_pass {
 } dpoi_unet_pass;
 
 /* y = shortcut(x) + conv2(silu(norm2( conv1(silu(norm1(x))) + proj(temb) ))).  x [N,H,W,I] -> [N,H,W,O].
-   own: x is read for the last time here. */
+   The shortcut is x itself, or a 1x1 convolution where the channels change.  Four passes over the picture instead of
+   nine: the norms take silu along, conv1 the time embedding [N,O], conv2 the shortcut.
+   own: x is read for the last time here.
+   `proj(temb)` [N,O] is the same for every pixel: it enters conv1 as its added vector. */
 static dpo_tensor *dpoi_resnet(dpoi_unet_pass *u, int i, dpo_tensor *x, int own, int64_t O)
 {
     dpoi_pass  *r = &u->r;
@@ -11850,7 +12275,11 @@ static dpo_tensor *dpoi_resnet(dpoi_unet_pass *u, int i, dpo_tensor *x, int own,
     return h;
 }
 
-/* h += attention(norm1(h));  h += attention(norm2(h), emb);  h += net2(geglu(net0(norm3(h)))).  h [N,T,C]. */
+/* h += attention(norm1(h));  h += attention(norm2(h), emb);  h += net2(geglu(net0(norm3(h)))).  h [N,T,C].
+   Pixels look at each other, then at the text [N,S,D], then each is worked on alone, 4C wide.  Every sum rides on the
+   product before it, as its residual.
+   norm's result is read by three products, so that dpoi_attend ends it and not the caller.  own: h
+   ends here. */
 static dpo_tensor *dpoi_transformer_block(dpoi_unet_pass *u, dpo_tensor *h, int own, int heads)
 {
     static const dpoi_attention_names self  = { "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", 0 };
@@ -11885,7 +12314,8 @@ typedef struct dpoi_unet_part {
     int         own, skip;                /* the inputs are read for the last time here; there is a skip */
 } dpoi_unet_part;
 
-/* The piece itself: x [N,T,C] for a block; x [N,H,W,C] and, on the way up, skip [N,H,W,D] for a layer. */
+/* The piece itself: x [N,T,C] for a block; x [N,H,W,C] and, on the way up, skip [N,H,W,D] for a layer.
+   concat [N,H,W,C] and [N,H,W,D] -> [N,H,W,C+D]: from then on x is the piece's own. */
 static dpo_tensor *dpoi_unet_part_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tensor *skip)
 {
     int own = p->own;
@@ -11898,7 +12328,8 @@ static dpo_tensor *dpoi_unet_part_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tens
     return p->depth ? dpoi_transformer(&p->u, p->index, x, p->heads, p->depth) : x;
 }
 
-/* The dpo_segment_fn: x[] = x, skip, temb, emb, strength, as far as the piece has them. */
+/* The dpo_segment_fn: x[] = x, skip, temb, emb, strength, as far as the piece has them.  The record that `user`
+   points to may serve several times, so that it is copied before the tensors of this run are put into it. */
 static dpo_tensor *dpoi_unet_segment(dpo_ctx *c, void *user, dpo_tensor **x)
 {
     dpoi_unet_part p = *(const dpoi_unet_part *)user;
@@ -11913,7 +12344,9 @@ static dpo_tensor *dpoi_unet_segment(dpo_ctx *c, void *user, dpo_tensor **x)
     return dpoi_unet_part_run(&p, x[0], skip);
 }
 
-/* Run a piece, so that backward keeps its inputs alone if that is wanted. */
+/* Run a piece, so that backward keeps its inputs alone if that is wanted.  Without gradients nothing is kept anyway.
+   The caller's x and skip may be read elsewhere unless own; stand-ins protect them in the recorded
+   run. */
 static dpo_tensor *dpoi_unet_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tensor *skip)
 {
     dpoi_unet_part *kept;
@@ -11933,7 +12366,8 @@ static dpo_tensor *dpoi_unet_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tensor *s
     return dpo_checkpoint(c, dpoi_unet_segment, kept, inputs, n);
 }
 
-/* x + proj_out(blocks(proj_in(norm(x)))) with pixels as tokens.  x [N,H,W,C]; it ends here. */
+/* x + proj_out(blocks(proj_in(norm(x)))).  x [N,H,W,C]; it is read for the last time here.  With channels last,
+   pixels are tokens [N,H*W,C] without a copy, and a 1x1 convolution is the product that a linear layer is. */
 static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, int i, dpo_tensor *x, int heads, int depth)
 {
     dpoi_pass  *r = &u->r;
@@ -11983,7 +12417,8 @@ static dpo_tensor *dpoi_unet_layer(dpoi_unet_pass *u, int i, dpo_tensor *x, int 
 
 /* ------------------------------------------------------------------------------------------ the whole network */
 
-/* Sinusoids [N,dim] of t [N], in the order that the configuration asks for. */
+/* Sinusoids [N,dim] of t [N]: cosines first, or sines first where flip_sin_to_cos is false.
+   t [N] -> [N,dim], dim/2 of each kind. */
 static dpo_tensor *dpoi_unet_waves(dpoi_unet_pass *u, dpo_tensor *t, int dim)
 {
     dpo_tensor *w = dpo_timestep_embedding(u->r.c, t, dim), *a, *b;
@@ -11993,7 +12428,8 @@ static dpo_tensor *dpoi_unet_waves(dpoi_unet_pass *u, dpo_tensor *t, int dim)
     return dpo_concat(u->r.c, dpo_last(a), dpo_last(b), 1);
 }
 
-/* linear_2(silu(linear_1(x))), the last with what e adds. */
+/* linear_2(silu(linear_1(x))), the second with what e adds to it.  x [N,I] -> [N,temb].
+   temb wide in both layers: 4*C0 unless time_embedding_dim says otherwise. */
 static dpo_tensor *dpoi_unet_mlp(dpoi_unet_pass *u, const char *name, dpo_tensor *x, const dpo_extra *e)
 {
     dpo_extra first = dpoi_extra_of(NULL);
@@ -12005,7 +12441,8 @@ static dpo_tensor *dpoi_unet_mlp(dpoi_unet_pass *u, const char *name, dpo_tensor
     return x;
 }
 
-/* SDXL: pooled [N,P] beside the sinusoids of time_ids [N,n], pooled first -> [N,P+n*dim]. */
+/* SDXL: pooled [N,P] beside the sinusoids of time_ids [N,n], pooled first -> [N,P+n*dim].
+   time_ids [N,n] are six numbers in SDXL: original size, crop, target size, height before width. */
 static dpo_tensor *dpoi_unet_added(dpoi_unet_pass *u, const dpo_unet_in *in)
 {
     dpo_ctx    *c = u->r.c;
@@ -12030,7 +12467,8 @@ static dpo_tensor *dpoi_unet_time(dpoi_unet_pass *u, const dpo_unet_in *in)
     return dpoi_unet_mlp(u, "add_embedding", dpoi_unet_added(u, in), &e);
 }
 
-/* Level i on the way down.  Every result is read again on the way up, so that nothing ends here. */
+/* Level i on the way down.  Every result is read again on the way up, so that nothing ends here.
+   Down blocks keep the channels of their level; the first resnet changes them. */
 static dpo_tensor *dpoi_unet_down(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_tensor **skips, int *n)
 {
     const dpoi_unet_config *g = u->g;
@@ -12048,7 +12486,8 @@ static dpo_tensor *dpoi_unet_down(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_t
     return x;
 }
 
-/* The lowest level once more: resnet, attention, resnet. */
+/* The lowest level once more: resnet, attention, resnet.
+   x is a skip too and must not end in the first layer. */
 static dpo_tensor *dpoi_unet_mid(dpoi_unet_pass *u, dpo_tensor *x)
 {
     const dpoi_unet_config *g = u->g;
@@ -12059,7 +12498,8 @@ static dpo_tensor *dpoi_unet_mid(dpoi_unet_pass *u, dpo_tensor *x)
     return x;
 }
 
-/* Block i on the way up, which undoes level levels-1-i. */
+/* Block i on the way up, which undoes level levels-1-i.
+   One layer more than on the way down: it takes the skip of the downsampler, or of conv_in. */
 static dpo_tensor *dpoi_unet_up(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_tensor **skips, int *n)
 {
     const dpoi_unet_config *g = u->g;
@@ -12076,6 +12516,9 @@ static dpo_tensor *dpoi_unet_up(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_ten
     return x;
 }
 
+/* The whole of it.  Skips are pushed on the way down and popped on the way up: one for conv_in, one a layer, one a
+   downsampler; an up block pops one more than its level has layers.  The last one in is also what the middle reads.
+   skips cannot run empty: pushed are 1 + sum layers + (levels - 1), popped sum (layers + 1). */
 static dpo_tensor *dpoi_unet_forward(dpoi_unet_pass *u, const dpo_unet_in *in)
 {
     const dpoi_unet_config *g = u->g;
@@ -12091,6 +12534,7 @@ static dpo_tensor *dpoi_unet_forward(dpoi_unet_pass *u, const dpo_unet_in *in)
     return dpoi_nn_conv_same(&u->r, "conv_out", dpo_last(x), g->out, g->kernel_out, NULL);
 }
 
+/* A pass over a UNet that stands at the root; the embeddings come later. */
 static dpoi_unet_pass dpoi_unet_pass_of(const dpoi_pass *r)
 {
     dpoi_unet_pass u;
@@ -12100,7 +12544,9 @@ static dpoi_unet_pass dpoi_unet_pass_of(const dpoi_pass *r)
     return u;
 }
 
-/* The smallest picture that can be halved as often as there are levels, one sample, one token. */
+/* The smallest picture that can be halved as often as there are levels, one sample, one token.
+   Runs the network once on zeros, which makes every parameter known by name and shape: one text for
+   both. */
 static int dpoi_unet_declare(dpoi_pass *r)
 {
     dpoi_unet_pass u = dpoi_unet_pass_of(r);
@@ -12125,7 +12571,8 @@ static const dpoi_kind dpoi_unet_kind = {
     dpoi_unet_read, dpoi_unet_declare, NULL
 };
 
-/* What the caller gave must fit the configuration; ops check the rest. */
+/* What the caller gave must fit the configuration; ops check the rest.
+   N, the channels and the widths; H and W are free. */
 static int dpoi_unet_check_input(dpo_net *n, const dpo_unet_in *in)
 {
     const dpoi_unet_config *g = (const dpoi_unet_config *)n->config;
@@ -12187,10 +12634,12 @@ DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
 
 enum { DPOI_MAX_RANK = 4096 };            /* of an adapter */
 
-/* The form of up [O,1,1,r]; down [r,kh,kw,I] has that of the weight itself. */
+/* The form of up [O,1,1,r]; down [r,kh,kw,I] has that of the weight itself.
+   A convolution's up is a 1x1 convolution, whatever the size of its kernel. */
 static int dpoi_up_form(int form) { return form == DPOI_LINEAR ? DPOI_LINEAR : DPOI_LINEAR_1X1; }
 
-/* The name of a parameter without its last part: the module that an adapter sits at. */
+/* The name of a parameter without its last part: the module that an adapter sits at.
+   "to_q.weight" -> the length of "to_q". */
 static size_t dpoi_module_length(const char *name)
 {
     const char *dot = strrchr(name, '.');
@@ -12198,7 +12647,8 @@ static size_t dpoi_module_length(const char *name)
 }
 
 /* Fill in one adapter of zeros, at parameter `param`.  Its tensors are F32 and trained, whatever the weight is kept
-   in. */
+   in.
+   Names are kohya's; if `up` fails, `down` is freed with the set. */
 static int dpoi_adapter_make(dpo_net *n, dpoi_adapter *a, int param, int rank)
 {
     const dpoi_param *p = &n->params[param];
@@ -12218,7 +12668,10 @@ static int dpoi_adapter_make(dpo_net *n, dpoi_adapter *a, int param, int rank)
     return 1;
 }
 
-/* Room for one more at the end of a set, zeroed. */
+/* The next adapter of a set, zeroed.  The first call takes the memory for `room` of them: a parameter has at most
+   one.
+   `room` is the number of parameters, an upper bound: the set never moves, so that pointers into it
+   hold. */
 static dpoi_adapter *dpoi_adapter_push(dpo_ctx *c, dpoi_adapter_set *s, int64_t room)
 {
     if (!s->a) {
@@ -12229,7 +12682,9 @@ static dpoi_adapter *dpoi_adapter_push(dpo_ctx *c, dpoi_adapter_set *s, int64_t 
     return s->list && s->count < s->room ? &s->a[s->count++] : NULL;
 }
 
-/* Make a set the network's own, in place of the one before. */
+/* Make a set the network's own, in place of the one before.  Parameters learn which adapter they have, and the list
+   that dpo_adapter_params hands out is filled.
+   params[].adapter is 1 + the index, 0 for none.  list alternates down and up, as optimizers get it. */
 static void dpoi_adapters_set(dpo_net *n, dpoi_adapter_set *s)
 {
     for (int64_t i = 0; i < n->adapters.count; i++) n->params[n->adapters.a[i].param].adapter = 0;
@@ -12242,7 +12697,8 @@ static void dpoi_adapters_set(dpo_net *n, dpoi_adapter_set *s)
     }
 }
 
-/* Does a module's name end with one of the targets "to_q,to_out.0", as whole parts? */
+/* Does a module's name end with one of the targets "to_q,to_out.0", as whole parts?
+   "to_q" matches "attn1.to_q" but not "xto_q". */
 static int dpoi_adapter_wanted(const char *name, size_t length, const char *targets)
 {
     while (*targets) {
@@ -12254,7 +12710,9 @@ static int dpoi_adapter_wanted(const char *name, size_t length, const char *targ
     return 0;
 }
 
-/* down ~ N(0, (1/r)^2); up stays zero, so that the network starts as it was. */
+/* down ~ N(0, (1/r)^2); up stays zero, so that the network starts as it was.
+   kohya starts down uniformly, diffusers with a normal distribution of deviation 1/r; the latter is
+   taken. */
 static int dpoi_adapter_reset(dpoi_adapter *a, uint64_t seed)
 {
     int64_t n = dpo_count(a->down);
@@ -12267,6 +12725,8 @@ static int dpoi_adapter_reset(dpoi_adapter *a, uint64_t seed)
     return ok;
 }
 
+/* The set is built beside the old one and takes its place when it is whole.
+   The set is complete before it replaces the old one, so that a failure leaves the network as it was. */
 DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
 {
     dpoi_adapter_set s;
@@ -12293,12 +12753,14 @@ DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
     return ok;
 }
 
+/* Two tensors an adapter: down, up. */
 DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count)
 {
     if (count) *count = n ? (int)n->adapters.count * 2 : 0;
     return n ? n->adapters.list : NULL;
 }
 
+/* Multiplies every adapter's scale; 0 is the network without them. */
 DPO_DEF void dpo_adapter_strength(dpo_net *n, float strength) { if (n) n->strength = strength; }
 
 /* ------------------------------------------------------------------------------------------ adapters in files
@@ -12311,6 +12773,7 @@ DPO_DEF void dpo_adapter_strength(dpo_net *n, float strength) { if (n) n->streng
 
 enum { DPOI_ROLE_DOWN, DPOI_ROLE_UP, DPOI_ROLE_ALPHA, DPOI_ROLE_NONE };
 
+/* What a name ends in, and what the tensor is then.  Longer ends come before those that they end in. */
 static const struct { const char *end; int role; } dpoi_adapter_ends[] = {
     { ".lora_down.weight", DPOI_ROLE_DOWN }, { ".lora_up.weight", DPOI_ROLE_UP }, { ".alpha", DPOI_ROLE_ALPHA },
     { ".lora_A.weight", DPOI_ROLE_DOWN }, { ".lora_B.weight", DPOI_ROLE_UP },
@@ -12331,7 +12794,9 @@ static const char *const dpoi_text_prefixes[] = {
     "lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.", NULL
 };
 
-/* The length of the prefix that s starts with, 0 if it starts with none. */
+/* The length of the prefix that s starts with, 0 if it starts with none.
+   Prefixes that begin alike ("lora_te_", "lora_te1_") differ before either ends, so that the first hit
+   is the only one. */
 static size_t dpoi_prefix(const char *s, const char *const *prefixes)
 {
     for (; *prefixes; prefixes++)
@@ -12339,7 +12804,8 @@ static size_t dpoi_prefix(const char *s, const char *const *prefixes)
     return 0;
 }
 
-/* What a tensor of an adapter file is; its module is the first *length bytes of the name. */
+/* What a tensor of an adapter file is; its module is the first *length bytes of the name.
+   Longer endings stand before shorter ones that they end in. */
 static int dpoi_adapter_role(const char *name, size_t *length)
 {
     size_t n = strlen(name);
@@ -12353,7 +12819,8 @@ static int dpoi_adapter_role(const char *name, size_t *length)
 }
 
 /* Do a parameter's module and a file's name it mean the same?  kohya writes '_' for '.', the oldest diffusers files
-   "attn1.processor.to_q" for "attn1.to_q" and "to_out" for "to_out.0". */
+   "attn1.processor.to_q" for "attn1.to_q" and "to_out" for "to_out.0".
+   '.' and '_' are one in the comparison; no two modules of these networks differ in that alone. */
 static int dpoi_adapter_same(const char *module, size_t length, const char *name, size_t n)
 {
     size_t i = 0, j = 0;
@@ -12367,7 +12834,8 @@ static int dpoi_adapter_same(const char *module, size_t length, const char *name
     return length - i == 2 && module[i + 1] == '0' && n >= 6 && strncmp(name + n - 6, "to_out", 6) == 0;
 }
 
-/* The parameter that a module of a file adapts, or -1. */
+/* The parameter that a module of a file adapts, or -1.
+   Linear; a file of a few hundred tensors against a thousand parameters takes a moment once. */
 static int64_t dpoi_adapter_find(const dpo_net *n, const char *name, size_t length)
 {
     for (int64_t i = 0; i < n->count; i++)
@@ -12377,7 +12845,8 @@ static int64_t dpoi_adapter_find(const dpo_net *n, const char *name, size_t leng
 }
 
 /* One tensor of a file to its place in found [count][3], by parameter and role.  One that fits nowhere is left untaken,
-   to be told of; one for another network is passed over. */
+   to be told of; one for another network is passed over.
+   peft's files begin with base_model.model. */
 static int dpoi_adapter_place(dpo_net *n, dpo_entry *e, dpo_entry **found)
 {
     const char *const *own = n->kind == &dpoi_unet_kind ? dpoi_unet_prefixes : dpoi_text_prefixes;
@@ -12404,51 +12873,77 @@ static int dpoi_adapter_place(dpo_net *n, dpo_entry *e, dpo_entry **found)
     return e->taken = 1;
 }
 
-/* One adapter from its three tensors, e [DPOI_ROLE_NONE].  Tensors of the set before are used again where they have the
+/* Are the tensors e [DPOI_ROLE_NONE] a whole adapter that fits parameter p?  up [O,r] has the shape of a weight with r
+   inputs. */
+static int dpoi_adapter_check(dpo_net *n, const dpoi_param *p, dpo_entry **e)
+{
+    dpo_entry *down = e[DPOI_ROLE_DOWN], *up = e[DPOI_ROLE_UP], *alpha = e[DPOI_ROLE_ALPHA];
+    int64_t    shape[4];
+    if (!down || !up)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: only one half of what adapts %s", (down ? down : up)->path, p->name);
+    memcpy(shape, p->shape, sizeof shape);
+    shape[0] = down->rank ? down->shape[0] : 0;
+    if (shape[0] < 1 || shape[0] > DPOI_MAX_RANK)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: the adapter of %s has rank %lld", down->path, p->name,
+                         (long long)shape[0]);
+    if (alpha && alpha->count != 1)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: alpha of %s is not one number", alpha->path, p->name);
+    if (!dpoi_check_entry(n->c, down, shape, p->form)) return 0;
+    shape[3] = shape[0]; shape[0] = p->shape[0]; shape[1] = shape[2] = 1;
+    return dpoi_check_entry(n->c, up, shape, dpoi_up_form(p->form));
+}
+
+/* One adapter from its three tensors, which were checked.  Tensors of the set before are used again where they have the
    rank, so that who holds them (an optimizer) goes on; a file without alpha keeps the scale, which is 1 at first. */
 static int dpoi_adapter_read(dpo_net *n, dpoi_adapter *a, int param, dpo_entry **e)
 {
     const dpoi_param *p = &n->params[param];
     dpoi_adapter     *old = p->adapter ? &n->adapters.a[p->adapter - 1] : NULL;
-    dpo_entry        *down = e[DPOI_ROLE_DOWN], *up = e[DPOI_ROLE_UP], *scale = e[DPOI_ROLE_ALPHA];
-    int64_t           rank = down && down->rank ? down->shape[0] : 0;
+    int64_t           rank = e[DPOI_ROLE_DOWN]->shape[0];
     float             alpha;
-    if (!down || !up) return dpoi_fail(n->c, DPO_BAD_FILE, "an adapter file has only one half of what adapts %s", p->name);
-    if (rank < 1 || rank > DPOI_MAX_RANK)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: the adapter of %s has rank %lld", down->path, p->name, (long long)rank);
     a->scale = old ? old->scale : 1;
     if (old && old->down->shape[0] == rank) {
         *a = *old;
         old->down = old->up = NULL;
     } else if (!dpoi_adapter_make(n, a, param, (int)rank)) return 0;
-    if (scale && scale->count != 1)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: alpha of %s is not one number", scale->path, p->name);
-    if (scale && !dpo_entry_floats(scale, 0, 1, &alpha)) return 0;
-    if (scale) a->scale = alpha / (float)rank;
-    return dpoi_load_entry(a->down, p->form, down) && dpoi_load_entry(a->up, dpoi_up_form(p->form), up);
+    if (e[DPOI_ROLE_ALPHA]) {
+        if (!dpo_entry_floats(e[DPOI_ROLE_ALPHA], 0, 1, &alpha)) return 0;
+        if (!(fabsf(alpha) <= FLT_MAX)) return dpoi_fail(n->c, DPO_BAD_FILE, "alpha of %s is not finite", p->name);
+        a->scale = alpha / (float)rank;
+    }
+    return dpoi_load_entry(a->down, p->form, e[DPOI_ROLE_DOWN])
+        && dpoi_load_entry(a->up, dpoi_up_form(p->form), e[DPOI_ROLE_UP]);
 }
 
-/* The set that the file describes becomes the network's, also after a failure: tensors of the old one moved into it. */
+/* The set that the file describes becomes the network's.  A file that does not fit leaves the old one as it was; if
+   reading fails after that, there is none, since tensors of the old one moved into the new.
+   found [count][3] is the caller's scratch, zeroed. */
 static int dpoi_adapter_load(dpo_net *n, dpo_file *f, dpo_entry **found)
 {
     dpoi_adapter_set s;
-    int              ok = 1;
+    int              ok = 1, any = 0;
     memset(&s, 0, sizeof s);
     for (int64_t i = 0; i < dpo_file_count(f) && ok; i++) ok = dpoi_adapter_place(n, dpo_file_entry(f, i), found);
+    for (int64_t i = 0; i < n->count && ok; i++)
+        if (found[i*3] || found[i*3 + 1]) any = 1, ok = dpoi_adapter_check(n, &n->params[i], &found[i*3]);
+    if (ok && !any)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: none of its %lld tensors adapts a layer of this %s", dpo_file_path(f),
+                         (long long)dpo_file_count(f), n->kind->name);
+    if (!ok) return 0;
     for (int64_t i = 0; i < n->count && ok; i++) {
         dpoi_adapter *a;
-        if (!found[i*3] && !found[i*3 + 1]) continue;
+        if (!found[i*3]) continue;
         a = dpoi_adapter_push(n->c, &s, n->count);
         ok = a && dpoi_adapter_read(n, a, (int)i, &found[i*3]);
     }
-    if (ok && !s.count)
-        ok = dpoi_fail(n->c, DPO_BAD_FILE, "%s: none of its %lld tensors adapts a layer of this %s", dpo_file_path(f),
-                       (long long)dpo_file_count(f), n->kind->name);
+    if (!ok) dpoi_adapters_free(n->c, &s);
+    dpoi_adapters_set(n, &s);
     if (ok) dpoi_net_unknown(n, f);
-    if (s.a) dpoi_adapters_set(n, &s);
     return ok;
 }
 
+/* Entries are sorted by parameter first; an SDXL file holds its 2,166 tensors in any order.
+   On success the file's set has replaced the one before. */
 DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
 {
     dpo_file   *f = n && path && dpoi_ok(n->c) ? dpo_safetensors_open(n->c, path) : NULL;
@@ -12462,6 +12957,8 @@ DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
 /* One tensor to save; the tag of dpo_writer_add. */
 typedef struct dpoi_adapter_item { const dpoi_adapter *a; int role, form; } dpoi_adapter_item;
 
+/* The dpo_fill_fn.  alpha = scale * rank, so that a reader who divides finds the scale again.
+   alpha = scale * rank, so that a reader's alpha/rank is our scale. */
 static int dpoi_adapter_fill(void *user, dpo_writer *w, void *tag)
 {
     const dpoi_adapter_item *item = (const dpoi_adapter_item *)tag;
@@ -12472,7 +12969,8 @@ static int dpoi_adapter_fill(void *user, dpo_writer *w, void *tag)
 }
 
 /* Down, up and alpha of one adapter: "lora_unet_down_blocks_0_..._to_q.lora_down.weight". */
-static int dpoi_adapter_add(dpo_net *n, dpo_writer *w, const dpoi_adapter *a, dpoi_adapter_item *items, const char *dtype)
+static int dpoi_adapter_add(dpo_net *n, dpo_writer *w, const dpoi_adapter *a, dpoi_adapter_item *items,
+                            const char *dtype)
 {
     static const char *const ends[] = { "lora_down.weight", "lora_up.weight", "alpha" };
     const dpoi_param *p = &n->params[a->param];
@@ -12515,6 +13013,8 @@ static void dpoi_adapter_metadata(dpo_net *n, dpo_writer *w)
     dpo_writer_metadata(w, "modelspec.architecture", architecture);
 }
 
+/* Three tensors an adapter; the items live until the file is written.
+   items live until the writer has asked for all of them. */
 DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
 {
     dpo_writer        *w;
@@ -12536,7 +13036,8 @@ DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
 
 /* ------------------------------------------------------------------------------------------ saving networks */
 
-/* config.json beside the weights, which go to path. */
+/* config.json beside the weights, which go to path.
+   n->text is the configuration as it was read. */
 static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int dtype)
 {
     char       *config = dpoi_join(n->c, folder, "config.json");
@@ -12554,13 +13055,15 @@ static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int d
     return 0;
 }
 
+/* stem: diffusion_pytorch_model or model, by the kind of network. */
 DPO_DEF int dpo_net_save(dpo_net *n, const char *folder, int dtype)
 {
     char  name[64], *path;
     int   ok;
     if (!n || !folder || !dpoi_ok(n->c)) return 0;
     if (dtype != DPO_F32 && dtype != DPO_F16 && dtype != DPO_BF16)
-        return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "networks are saved as DPO_F32, DPO_F16 or DPO_BF16, not dtype %d", dtype);
+        return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "weights are saved as DPO_F32, DPO_F16 or DPO_BF16, not dtype %d",
+                         dtype);
     snprintf(name, sizeof name, "%s.safetensors", n->kind->stem);
     if (!dpoi_mkdirs(n->c, folder) || !(path = dpoi_join(n->c, folder, name))) return 0;
     ok = dpoi_net_save(n, folder, path, dtype);
@@ -12589,8 +13092,8 @@ struct dpo_model {
 static const char *const dpoi_text_folders[2] = { "text_encoder", "text_encoder_2" };
 static const char *const dpoi_token_folders[2] = { "tokenizer", "tokenizer_2" };
 static const char *const dpoi_copied[] = {
-    "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer.json", "tokenizer/added_tokens.json",
+    "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json", "tokenizer/tokenizer.json", "tokenizer/added_tokens.json",
     "tokenizer_2/vocab.json", "tokenizer_2/merges.txt", "tokenizer_2/tokenizer_config.json",
     "tokenizer_2/special_tokens_map.json", "tokenizer_2/tokenizer.json", "tokenizer_2/added_tokens.json",
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
@@ -12598,16 +13101,19 @@ static const char *const dpoi_copied[] = {
     "safety_checker/model.fp16.safetensors"
 };
 
+/* Networks and tokenizers are the context's own: they go by themselves.
+   Strings only. */
 static void dpoi_model_destroy(dpo_ctx *c, void *object)
 {
-    dpo_model *m = (dpo_model *)object;   /* its networks and tokenizers are the context's own */
+    dpo_model *m = (dpo_model *)object;
     dpoi_strfree(c, m->folder);
     dpoi_strfree(c, m->index);
     dpoi_strfree(c, m->scheduler);
     dpoi_release(c, m, sizeof *m);
 }
 
-/* A configuration as text that dpoi_strfree frees. */
+/* A configuration as text that dpoi_strfree frees.  A zero byte inside would cut it short unseen, so it is refused.
+   4 MB at most: a configuration is a few KB, and what is larger is something else. */
 static char *dpoi_config_text(dpo_ctx *c, const char *path)
 {
     char  *text, *copy = NULL;
@@ -12627,13 +13133,16 @@ static char *dpoi_join3(dpo_ctx *c, const char *folder, const char *sub, const c
     return b;
 }
 
-/* The class that model_index.json names for a component, NULL if it has none: "unet": ["diffusers", CLASS]. */
+/* The class that model_index.json names for a component, NULL if it has none: "unet": ["diffusers", CLASS].
+   A component that is null or missing gives NULL on the way: each call takes NULL. */
 static const char *dpoi_component(const dpo_json *index, const char *name)
 {
     return dpo_json_text(dpo_json_at(dpo_json_get(index, name), 1), NULL);
 }
 
-/* The network of one sub-folder: zeros, or with `weights` what its files hold. */
+/* The network of one sub-folder: of zeros, or with `weights` what its files hold.  The files are closed again; their
+   values were copied into the order that kernels read.
+   The shapes come from the configuration; the weights' file is then checked against them. */
 static dpo_net *dpoi_model_net(dpo_model *m, const dpoi_kind *kind, const char *sub, int dtype, int weights)
 {
     dpo_ctx  *c = m->c;
@@ -12648,7 +13157,8 @@ static dpo_net *dpoi_model_net(dpo_model *m, const dpoi_kind *kind, const char *
     return dpoi_ok(c) ? n : NULL;
 }
 
-/* Text encoders with their tokenizers. */
+/* Text encoders with their tokenizers.
+   A tokenizer with more ids than the encoder has rows would make prompts read outside its table. */
 static int dpoi_model_texts(dpo_model *m, const dpo_json *index, int dtype, int weights)
 {
     for (int i = 0; i < 2; i++) {
@@ -12666,10 +13176,13 @@ static int dpoi_model_texts(dpo_model *m, const dpo_json *index, int dtype, int 
             return dpoi_fail(m->c, DPO_BAD_FILE, "%s/%s has %d tokens, its text encoder only %d", m->folder,
                              dpoi_token_folders[i], have, vocab);
     }
-    return m->text[0] || m->text[1] ? 1 : dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the pipeline has no text encoder", m->folder);
+    if (m->text[0] || m->text[1]) return 1;
+    return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the pipeline has no text encoder", m->folder);
 }
 
-/* A VAE halves the picture between its levels; without one the pixels themselves are diffused. */
+/* A VAE halves the picture between its levels; without one the pixels themselves are diffused.
+   scaling_factor defaults to 0.18215, Stable Diffusion 1's (AutoencoderKL's own default); SDXL's file
+   says 0.13025. */
 static int dpoi_model_vae(dpo_model *m, const dpo_json *index)
 {
     char     *path;
@@ -12718,7 +13231,8 @@ static int dpoi_model_read(dpo_model *m, const dpo_json *index, int dtype, int w
     return 1;
 }
 
-/* weights 0: zeros, to be filled in. */
+/* weights 0: zeros, to be filled in.
+   The model is owned by the context from the start: after a failure dpo_close frees what was made. */
 static dpo_model *dpoi_model_open(dpo_ctx *c, const char *folder, int dtype, int weights)
 {
     dpo_model *m;
@@ -12743,6 +13257,8 @@ DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *folder, int dtype)
     return dpoi_model_open(c, folder, dtype, 1);
 }
 
+/* The folder needs configurations and tokenizers, no weights.  Each network draws from a purpose of
+   its own. */
 DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed)
 {
     dpo_model *m = dpoi_model_open(c, folder, DPO_F32, 0);
@@ -12753,10 +13269,13 @@ DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t see
 
 DPOI_UNUSED static dpo_ctx *dpoi_model_ctx(const dpo_model *m) { return m ? m->c : NULL; }
 
+/* ------------------------------------------------------------------------------------------ what a pipeline holds */
+
 DPO_DEF dpo_net *dpo_model_unet(dpo_model *m) { return m ? m->unet : NULL; }
 DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which) { return m && (which & ~1) == 0 ? m->text[which] : NULL; }
 DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? &m->schedule : NULL; }
 
+/* Same configuration, so that everything the model says about itself stays true. */
 DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
 {
     if (!m || !unet) return;
@@ -12765,6 +13284,9 @@ DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
     else m->unet = unet;
 }
 
+/* A row of time ids has as many numbers as are left beside the pooled text: (2816 - 1280)/256 = 6 in SDXL, 5 in its
+   refiner.
+   Zeros for NULL.  size: pixels of a side; tokens: T; width: of the text that the UNet reads. */
 DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
 {
     dpo_model_info          d;
@@ -12782,7 +13304,10 @@ DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
     return d;
 }
 
-/* Copy a file, which may be missing, and make the folder that it goes to. */
+/* ------------------------------------------------------------------------------------------ saving a pipeline */
+
+/* Copy a file, which may be missing, and make the folder that it goes to.
+   Mapped, then written whole or not at all: copying a file onto itself is safe. */
 static int dpoi_copy_file(dpo_ctx *c, const char *from, const char *to)
 {
     dpoi_map map;
@@ -12838,6 +13363,8 @@ DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 
 /* ------------------------------------------------------------------------------------------ text */
 
+/* ids I32 [n,T], T as many as the text encoder has positions for, or what the tokenizer gives if that is less.  NULL is
+   the empty prompt. */
 DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *prompts, int n)
 {
     dpo_tensor *t;
@@ -14179,6 +14706,10 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
    >>impl optim                                                          AdamW, clipping, averages, learning rate
    ========================================================================================================== */
 
+/* The optimizer touches weights through kernels alone: squares of every gradient, one clipping factor,
+   one fused update.  The host writes three numbers into the step record and reads none, so that a step
+   can be captured and replayed.  Weights, gradients and moments share one layout, panels and all; the
+   zeros behind a panel's last channel have zero gradients and stay zeros. */
 /* What is kept beside the weights: two moments of every gradient, in the layout of their weight (panels included), so
    that the update runs over plain memory. */
 struct dpo_optim {
@@ -14205,7 +14736,8 @@ static void dpoi_optim_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, o, sizeof *o);
 }
 
-/* Moments of zeros for every parameter, then the two small tensors of the step. */
+/* Moments of zeros for every parameter, then the two small tensors of the step.
+   F32 only: a BF16 weight of 1 cannot move by less than 2^-8, far more than a step. */
 static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
 {
     dpo_ctx *c = o->c;
@@ -14229,7 +14761,8 @@ static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
     return o->sums && o->record;
 }
 
-/* Zeros in d become the defaults of torch.optim.AdamW, all but its weight decay of 0.01: off is off here. */
+/* Zeros in d become the defaults of torch.optim.AdamW, all but its weight decay of 0.01: off is off here.
+   Betas of exactly 0 cannot be asked for: a zero stands for the default. */
 DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
 {
     dpo_optim *o;
@@ -14261,7 +14794,9 @@ DPO_DEF int dpo_optim_clear(dpo_optim *o)
     return 1;
 }
 
-/* sums[i] = sum over parameter i's gradient of g^2; a parameter that no gradient reached keeps its 0. */
+/* sums[i] = sum over parameter i's gradient of g^2; a parameter that no gradient reached keeps its 0.
+   Each parameter has a slot of its own: no order of additions depends on threads or on which gradients
+   are there. */
 static int dpoi_optim_squares(dpo_optim *o)
 {
     if (!dpoi_zero(o->sums)) return 0;
@@ -14279,7 +14814,8 @@ static int dpoi_optim_squares(dpo_optim *o)
     return 1;
 }
 
-/* record <- norm of all gradients, the factor that brings it under max_norm (0: no limit), 0 if it is not finite. */
+/* record <- norm of all gradients, the factor that brings it under max_norm (0: no limit), 0 if it is not finite.
+   norm = sqrt(sum of sums), factor = min(1, max_norm/(norm + 1e-6)), as torch's clip_grad_norm_. */
 static int dpoi_optim_clip(dpo_optim *o)
 {
     dpo_args a;
@@ -14312,7 +14848,8 @@ static int dpoi_optim_update(dpo_optim *o, int i)
     return dpoi_run(o->c, &a);
 }
 
-/* What changes from step to step: the first three numbers of the record. */
+/* What changes from step to step: the first three numbers of the record.
+   The other fields of the record stay: SKIPPED counts through the whole run. */
 static int dpoi_optim_record(dpo_optim *o, float lr)
 {
     dpo_backend *b = o->c->backend;
@@ -14339,7 +14876,8 @@ DPO_DEF int dpo_optim_step(dpo_optim *o, float lr)
     return dpo_optim_clear(o);
 }
 
-/* Copies the record down, which waits for the device. */
+/* Copies the record down, which waits for the device.
+   What it returns belongs to the last step that was handed to the device. */
 DPO_DEF int dpo_optim_read(dpo_optim *o, float *norm, int64_t *skipped)
 {
     float r[DPO_REC_COUNT];
@@ -14372,7 +14910,9 @@ DPO_DEF int dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights, 
     return 1;
 }
 
-/* Early weights are far from the later ones: a short memory first. */
+/* Early weights are far from the later ones: a short memory first.
+   (1 + k)/(10 + k): 0.1 at first, 0.99 after 890 steps; the rule of TensorFlow's moving averages,
+   which diffusers' EMAModel took over with other constants. */
 DPO_DEF float dpo_average_decay(int64_t step, float decay)
 {
     float early = (float)((1.0 + (double)step) / (10.0 + (double)step));
@@ -14380,7 +14920,8 @@ DPO_DEF float dpo_average_decay(int64_t step, float decay)
 }
 
 /* diffusers' get_scheduler, but for its warm-up, which starts at zero and wastes the first step: here it starts at
-   1/warmup. */
+   1/warmup.
+   k = 0 at the first step.  lr(k) = lr * (k+1)/warmup while k < warmup. */
 DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k)
 {
     double u;                             /* how much of the way after the warm-up is done, 0 to 1 */
@@ -14409,7 +14950,8 @@ typedef struct dpoi_state {
     int               metas;              /* so many */
 } dpoi_state;
 
-/* Tensor i of a part; NULL where this run has no such part. */
+/* Tensor i of a part; NULL where this run has no such part.
+   Averages may be missing as a whole, never for single parameters. */
 static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
 {
     dpo_tensor **of[DPOI_STATE_PARTS];
@@ -14428,7 +14970,8 @@ static void dpoi_state_name(const dpoi_state *s, int part, int i, char *out, siz
     snprintf(out, size, "%s.%d.%s", names[part], i, name ? name : "");
 }
 
-/* A tensor's values to the writer, as they lie in plain order. */
+/* A tensor's values to the writer, as they lie in plain order.
+   dpo_read undoes the panels: a checkpoint of one backend can be read by another. */
 static int dpoi_state_put(void *user, dpo_writer *w, void *tag)
 {
     dpo_ctx    *c = (dpo_ctx *)user;
@@ -14440,7 +14983,8 @@ static int dpoi_state_put(void *user, dpo_writer *w, void *tag)
     return ok;
 }
 
-/* Tensors are read from the device one by one, in the order in which the writer asks for them. */
+/* Tensors are read from the device one by one, in the order in which the writer asks for them.
+   Names longer than 255 bytes are cut; the number in front keeps them apart. */
 static int dpoi_state_save(const dpoi_state *s, const char *path)
 {
     dpo_ctx    *c = s->o->c;
@@ -14474,7 +15018,8 @@ static dpo_entry *dpoi_state_entry(dpo_ctx *c, dpo_file *f, const char *name, co
     return NULL;
 }
 
-/* Values of one tensor, from the file to the device. */
+/* Values of one tensor, from the file to the device.
+   x is overwritten only if all of its values could be read. */
 static int dpoi_state_get(dpo_ctx *c, dpo_file *f, const char *name, dpo_tensor *x)
 {
     dpo_entry *e = dpoi_state_entry(c, f, name, x);
@@ -14485,7 +15030,8 @@ static int dpoi_state_get(dpo_ctx *c, dpo_file *f, const char *name, dpo_tensor 
     return ok;
 }
 
-/* Does the file hold this run's tensors and metadata?  Checked before anything is changed. */
+/* Does the file hold this run's tensors and metadata?  Checked before anything is changed.
+   Metadata first: "another seed" helps a user more than "another shape". */
 static int dpoi_state_check(const dpoi_state *s, dpo_file *f)
 {
     char name[256];
@@ -14513,7 +15059,8 @@ static int64_t dpoi_whole(const char *text)
     return text && n && !text[n] ? x : -1;
 }
 
-/* All or nothing as far as a file can be wrong: reading starts after every tensor was found in its right shape. */
+/* All or nothing as far as a file can be wrong: reading starts after every tensor was found in its right shape.
+   Step count and record are set last. */
 static int dpoi_state_take(const dpoi_state *s, dpo_file *f)
 {
     char    name[256];
@@ -14562,6 +15109,11 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path)
    >>impl pairs                                                                       prompts with two pictures
    ========================================================================================================== */
 
+/* A list of duels, a prompt with a chosen and a rejected picture each.  Adding checks what is cheap to
+   check; pictures are opened when a trainer asks for their pixels.  Manifests come from outside: every
+   row is parsed as strict JSON, every field checked for its type and range, and every path must lead
+   to a file that is there. */
+/* width*height*3 bytes, rows from the top, R G B. */
 typedef struct dpoi_bitmap { uint8_t *rgb; int width, height; } dpoi_bitmap;   /* plain memory; NULL: none */
 
 /* One pair.  Index 0 is the chosen picture, 1 the rejected, everywhere below. */
@@ -14574,7 +15126,8 @@ typedef struct dpoi_duel {
     int64_t     line;                     /* in the manifest, 0: not from one */
 } dpoi_duel;
 
-/* Pictures are decoded when they are asked for first, and kept fitted, as bytes: 3 a pixel, where a tensor has 12. */
+/* Pictures are decoded when they are asked for first, and kept fitted, as bytes: 3 a pixel, where a tensor has 12.
+   Invariant: left + the bytes of all `fit` = dpoi_pairs_cache. */
 struct dpo_pairs {
     dpo_ctx    *c;
     char       *path;                     /* of the manifest, or NULL */
@@ -14617,6 +15170,7 @@ static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
     }
 }
 
+/* `room`, not `count`, is what was allocated. */
 static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
 {
     dpo_pairs *p = (dpo_pairs *)object;
@@ -14654,7 +15208,8 @@ DPO_DEF float dpo_pairs_weight(const dpo_pairs *p, int64_t i) { return dpoi_pair
 
 /* ------------------------------------------------------------------------------------------ adding */
 
-/* A place for one more pair, its prompt and weight filled in; it counts once the caller adds 1 to p->count. */
+/* A place for one more pair, its prompt and weight filled in; it counts once the caller adds 1 to p->count.
+   !(weight >= 0) catches NaN; the upper bound catches infinity. */
 static dpoi_duel *dpoi_pairs_next(dpo_pairs *p, const char *prompt, float weight)
 {
     dpoi_duel *x;
@@ -14670,7 +15225,8 @@ static dpoi_duel *dpoi_pairs_next(dpo_pairs *p, const char *prompt, float weight
     return (x->prompt = dpoi_strdup(p->c, prompt)) ? x : NULL;
 }
 
-/* The end of an addition: it counts if nothing failed on the way, else all of it is taken back. */
+/* The end of an addition: it counts if nothing failed on the way, else all of it is taken back.
+   x still lies behind the counted pairs: taking it back leaves no trace. */
 static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
 {
     if (dpo_status(p->c) == DPO_OK) { p->count++; return 1; }
@@ -14678,7 +15234,8 @@ static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
     return 0;
 }
 
-/* Pixels of a host: copied, for the host may change them. */
+/* Pixels of a host: copied, for the host may change them.
+   rejected may be NULL: a picture to imitate rather than to prefer. */
 DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
                           float weight)
 {
@@ -14689,7 +15246,8 @@ DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *cho
     return dpoi_pairs_added(p, x);
 }
 
-/* Whether the files are there and what is in them is found out when they are read, or by dpo_pairs_check. */
+/* Whether the files are there and what is in them is found out when they are read, or by dpo_pairs_check.
+   Paths are relative to the current folder here, to the manifest there. */
 DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
                                 float weight)
 {
@@ -14705,7 +15263,8 @@ DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *ch
    One object a line, so that a file can be appended to while people vote, and a bad line costs one line.  Every row is
    read; what is wrong with each goes to the log as file:line, and the first of it into the context. */
 
-/* Where a row stands, for its errors, and what it says. */
+/* Where a row stands, for its errors, and what it says.
+   The strings are the JSON document's and end with it. */
 typedef struct dpoi_manifest_row {
     dpo_ctx    *c;
     char        where[480];               /* "pairs.jsonl:17" */
@@ -14726,7 +15285,8 @@ static const char *dpoi_row_text(dpoi_manifest_row *r, const dpo_json *v, const 
     return NULL;
 }
 
-/* image_0, image_1 and label_0: 1 prefers image_0, 0 prefers image_1, 0.5 is a tie. */
+/* image_0, image_1 and label_0: 1 prefers image_0, 0 prefers image_1, 0.5 is a tie.
+   Pick-a-Pic's columns; a tie says nothing about a preference and is only counted. */
 static int dpoi_row_labelled(dpoi_manifest_row *r, const dpo_json *v)
 {
     const char *zero = dpoi_row_text(r, v, "image_0", 1), *one = dpoi_row_text(r, v, "image_1", 1);
@@ -14757,7 +15317,9 @@ static int dpoi_row_read(dpoi_manifest_row *r, const dpo_json *v)
     return dpo_status(r->c) == DPO_OK;
 }
 
-/* A picture's path, relative to the manifest unless it is absolute.  The file must be there. */
+/* A picture's path, relative to the manifest unless it is absolute.  The file must be there.
+   A name may lead anywhere that the user's own rights allow: a manifest is as trusted as a command
+   line, but a picture is not, and its decoder checks it. */
 static char *dpoi_row_path(dpoi_manifest_row *r, const char *folder, const char *name)
 {
     char  shown[128];
@@ -14769,7 +15331,8 @@ static char *dpoi_row_path(dpoi_manifest_row *r, const char *folder, const char 
     return NULL;
 }
 
-/* Parse one line and add what it says. */
+/* Parse one line and add what it says.
+   The document is freed before the next line: memory does not grow with the manifest. */
 static int dpoi_pairs_row(dpo_pairs *p, const char *folder, const char *text, size_t n, int64_t line)
 {
     dpoi_manifest_row r;
@@ -14792,10 +15355,12 @@ static int dpoi_pairs_row(dpo_pairs *p, const char *folder, const char *text, si
     return dpo_status(p->c) == DPO_OK;
 }
 
-/* The first of several errors, and how many there were. */
+/* The first of several errors, and how many there were.
+   As long as the context's own error text. */
 typedef struct dpoi_troubles { int64_t count; char first[sizeof ((dpo_ctx *)0)->error]; } dpoi_troubles;
 
-/* After a failure that concerns one row only: remember it, and let the context go on to the next.  0: it must stop. */
+/* After a failure that concerns one row only: remember it, and let the context go on to the next.  0: it must stop.
+   Out of memory and cancelling are no row's fault and end the reading. */
 static int dpoi_trouble(dpo_ctx *c, dpoi_troubles *t)
 {
     if (c->status != DPO_BAD_FILE && c->status != DPO_IO) return 0;
@@ -14814,7 +15379,8 @@ static int dpoi_troubles_end(dpo_ctx *c, const dpoi_troubles *t)
     return dpoi_ok(c);
 }
 
-/* Line by line; blank ones are passed over, a byte order mark and carriage returns are no matter. */
+/* Line by line; blank ones are passed over, a byte order mark and carriage returns are no matter.
+   Lines count from 1, as editors count. */
 static int dpoi_pairs_rows(dpo_pairs *p, const char *folder, const char *text, size_t n)
 {
     dpoi_troubles bad;
@@ -14854,7 +15420,8 @@ DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path)
     return NULL;
 }
 
-/* "pairs.jsonl:17" or "pair 16" */
+/* "pairs.jsonl:17" or "pair 16"
+   For errors that come up after loading, when a picture cannot be read. */
 static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
 {
     if (p->pair[i].line) snprintf(out, size, "%.400s:%lld", p->path, (long long)p->pair[i].line);
@@ -14864,7 +15431,8 @@ static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, siz
 
 /* ------------------------------------------------------------------------------------------ pixels */
 
-/* Take a fitted picture over into plain memory: the cache's while there is room, else the place for the moment. */
+/* Take a fitted picture over into plain memory: the cache's while there is room, else the place for the moment.
+   The place for the moment holds one picture of each side: valid until the next call. */
 static const uint8_t *dpoi_duel_keep(dpo_pairs *p, dpoi_duel *x, int which, const dpo_image *fit)
 {
     size_t       bytes = (size_t)fit->width * (size_t)fit->height * 3;
@@ -14876,7 +15444,8 @@ static const uint8_t *dpoi_duel_keep(dpo_pairs *p, dpoi_duel *x, int which, cons
     return to->rgb;
 }
 
-/* Read, decode and fit one picture of a pair. */
+/* Read, decode and fit one picture of a pair.
+   dpo_image_fit crops to the wanted shape and scales. */
 static const uint8_t *dpoi_duel_fit(dpo_pairs *p, dpoi_duel *x, int which, int width, int height)
 {
     dpo_image      full, fit;
@@ -14943,9 +15512,14 @@ DPO_DEF int dpo_pairs_check(dpo_pairs *p)
    >>impl train                                                                losses, one step, the whole loop
    ========================================================================================================== */
 
+/* Top down in three storeys: losses on tensors, which a host may use without the trainer; a trainer
+   that turns pairs into those tensors and steps an optimizer; checkpoints, which make a stopped run go
+   on as if it had not.  L are the policy's errors, R the reference's, both [2B] with the winners
+   first; w and l mark winner and loser. */
 /* ------------------------------------------------------------------------------------------ losses */
 
-/* inside = beta/2 ((R_w - L_w) - (R_l - L_l)), [B], outside the tape; L, R [2B]. */
+/* inside = beta/2 ((R_w - L_w) - (R_l - L_l)), [B], outside the tape; L, R [2B].
+   Its sign is the whole verdict: above 0 the policy prefers the winner more than the reference does. */
 static dpo_tensor *dpoi_inside(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, float beta)
 {
     int64_t     B = dpo_count(L) / 2;
@@ -14994,7 +15568,9 @@ DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tens
     return dpoi_apply(c, &k);
 }
 
-/* Errors [N] of a network on noisy pictures; off: without its adapters. */
+/* Errors [N] of a network on noisy pictures; off: without its adapters.
+   [N,..] -> [N], the mean over a picture's numbers; with the sum of the paper's equation 14 beta would
+   be P times smaller. */
 static dpo_tensor *dpoi_errors(dpo_net *net, const dpo_draw *d, dpo_tensor *xt, dpo_tensor *time, dpo_tensor *target,
                                int off, int checkpoint)
 {
@@ -15010,7 +15586,8 @@ static dpo_tensor *dpoi_errors(dpo_net *net, const dpo_draw *d, dpo_tensor *xt, 
     return dpo_mse(net->c, dpo_last(dpo_unet(net, &in)), target);
 }
 
-/* The same of the reference: no gradient, nothing kept. */
+/* The same of the reference: no gradient, nothing kept.
+   The scope drops all of its pass but the N errors. */
 static dpo_tensor *dpoi_reference_errors(dpo_net *policy, dpo_net *reference, const dpo_draw *d, dpo_tensor *xt,
                                          dpo_tensor *time, dpo_tensor *target)
 {
@@ -15047,7 +15624,7 @@ DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, cons
         t.reference = dpoi_reference_errors(policy, o->reference, d, xt, time, target);
         if (!t.reference) return NULL;
     }
-    t.policy = dpoi_errors(policy, d, xt, time, target, 0, o->checkpoint);
+    t.policy = dpoi_errors(policy, d, xt, time, target, 0, o->checkpoint);  /* the one pass that goes on the tape */
     if (o->objective == DPO_DPO)
         loss = dpo_preference_loss(c, t.policy, t.reference, d->weight, o->kind, o->beta, o->smoothing, &t.inside);
     else
@@ -15058,7 +15635,8 @@ DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, cons
 
 /* ------------------------------------------------------------------------------------------ implicit reward */
 
-/* One call of dpo_implicit_reward, as its parts see it. */
+/* One call of dpo_implicit_reward, as its parts see it.
+   draws: how many (t, noise) the mean is taken over; all pictures see the same ones. */
 typedef struct dpoi_rewarding {
     dpo_ctx   *c;
     dpo_net   *unet, *reference;
@@ -15073,7 +15651,9 @@ typedef struct dpoi_rewarding {
 static dpo_tensor *dpoi_same_int(dpo_ctx *c, int n, int32_t value) { return dpoi_same_index(c, n, value); }
 
 /* Add draw k's beta/2 (L_ref - L_th)/draws to reward [count].  Timesteps are spread, draw k lies in the k-th share of
-   T: the error differs more between timesteps than between noises, and ten draws must do. */
+   T: the error differs more between timesteps than between noises, and ten draws must do.
+   The noise's key is 1 for every picture: what differs between two rewards is then the picture and not
+   the draw. */
 static int dpoi_reward_draw(const dpoi_rewarding *g, dpo_draw *d, int k, float *reward)
 {
     double      u = (double)dpoi_random_u32(g->seed, DPOI_RANDOM_REWARD, (uint32_t)k, 0, 0) / 4294967296.0;
@@ -15093,7 +15673,8 @@ static int dpoi_reward_draw(const dpoi_rewarding *g, dpo_draw *d, int k, float *
     return 1;
 }
 
-/* Pictures and text once, then draw after draw. */
+/* Pictures and text once, then draw after draw.
+   reward [count] is set, not added to, for each batch anew. */
 static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *const *prompts, const uint8_t *rgb,
                              float *reward)
 {
@@ -15124,7 +15705,8 @@ static int dpoi_needs_pixels(dpo_model *m, const char *what)
 }
 
 /* A log-likelihood ratio in disguise: beta log p_th(x)/p_ref(x) up to a constant, bounded by the denoising errors
-   (arXiv 2311.12908, section 4); the expectation over t and noise becomes a mean over shared draws. */
+   (arXiv 2311.12908, section 4); the expectation over t and noise becomes a mean over shared draws.
+   Zeros in d: ten draws, batches of eight, beta 5000.  reward [n]. */
 DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const char *const *prompts, const uint8_t *rgb,
                                 int n, float *reward)
 {
@@ -15159,7 +15741,9 @@ DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const ch
 
 /* ------------------------------------------------------------------------------------------ recipes */
 
-/* What the scripts below have in common. */
+/* What the scripts below have in common.
+   Each number of a recipe names the flag or the section that it comes from; what has no remark is a
+   default of AdamW. */
 static dpo_train_desc dpoi_recipe(void)
 {
     dpo_train_desc d;
@@ -15237,13 +15821,16 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void)
 
    Nothing else is carried from step to step than weights, moments and averages, which is what a checkpoint holds. */
 
+/* One allocation: T*D numbers, then P. */
 typedef struct dpoi_caption {                /* a distinct prompt */
     const char *prompt;
     float      *emb;                      /* [T*D], then pooled [P]; NULL: not in the cache */
 } dpoi_caption;
 
 /* All that a run holds between steps.  Arrays have one size for the whole run, so that a step allocates nothing but
-   what its ops take from the block cache. */
+   what its ops take from the block cache.
+   Invariants: N = 2B for a preference objective and B for DPO_SFT; `params` and the optimizer's list
+   are the same, in the same order, on which averages and checkpoints rely. */
 struct dpo_trainer {
     dpo_ctx        *c;
     dpo_model      *m;
@@ -15255,7 +15842,7 @@ struct dpo_trainer {
     dpo_optim      *o;
     dpo_tensor    **params, **average;    /* [count]; average may be NULL */
     int             count, B, N;          /* B pairs a micro-batch, N pictures: 2B, or B for DPO_SFT */
-    int             stopped;
+    int             stopped, phase;       /* DPOI_BETWEEN ...: how far a step came that failed */
     int64_t         steps_done, pairs;
     int64_t        *order, epoch;         /* [pairs] which pair comes when, in this epoch; -1: not drawn yet */
 
@@ -15283,7 +15870,8 @@ static size_t dpoi_caption_bytes(const dpo_trainer *t)
     return (size_t)(t->emb_count + t->pooled_count) * sizeof(float);
 }
 
-/* What destroy and begin must agree on: every plain array of the trainer and its size. */
+/* What destroy and begin must agree on: every plain array of the trainer and its size.
+   One list for both directions: what is allocated with a size is released with the same. */
 static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx *, void **, size_t, size_t), int *ok)
 {
     size_t B = (size_t)t->B, N = (size_t)t->N, n = (size_t)t->pairs, wide = (size_t)(t->emb_count + t->pooled_count);
@@ -15314,7 +15902,8 @@ static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
     return 1;
 }
 
-/* The strings are the pairs' own. */
+/* The strings are the pairs' own.
+   A text that was never cached has no emb. */
 static void dpoi_trainer_texts_free(dpo_trainer *t)
 {
     for (int64_t i = 0; t->text && i < t->texts; i++)
@@ -15323,7 +15912,9 @@ static void dpoi_trainer_texts_free(dpo_trainer *t)
     if (t->text_of) dpoi_release(t->c, t->text_of, (size_t)t->pairs * sizeof *t->text_of);
 }
 
-/* Weights stay as they are; gradients, moments and caches go. */
+/* Weights stay as they are; gradients, moments and caches go.
+   The gradients of adapters and weights are parameters themselves and would live until the context
+   closes. */
 static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 {
     dpo_trainer *t = (dpo_trainer *)object;
@@ -15349,7 +15940,8 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 
 /* ------------------------------------------------------------------------------------------ beginning */
 
-/* Ranges, written so that a NaN fails them. */
+/* Ranges, written so that a NaN fails them.
+   timestep_bias, lr and beta are bounded only by what the formulas survive. */
 static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
 {
     if (d->steps < 0 || d->steps > INT32_MAX || d->warmup < 0)
@@ -15371,7 +15963,8 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
     return 1;
 }
 
-/* The caller's description with defaults in place of zeros. */
+/* The caller's description with defaults in place of zeros.
+   width and height default to the model's own size. */
 static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
 {
     dpo_ctx *c = t->c;
@@ -15395,7 +15988,8 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
     return 1;
 }
 
-/* Is every pair one that this objective can use?  The error says where a pair without a loser came from. */
+/* Is every pair one that this objective can use?  The error says where a pair without a loser came from.
+   Numbers of pairs and texts are int32 in the arrays of a step. */
 static int dpoi_train_pairs(dpo_trainer *t)
 {
     char where[480];
@@ -15408,7 +16002,9 @@ static int dpoi_train_pairs(dpo_trainer *t)
     return 1;
 }
 
-/* Number the distinct prompts: an open hash of 1 + index into text. */
+/* Number the distinct prompts: an open hash of 1 + index into text.
+   Linear probing: the hash is at most half full, so that a search is short on average; a manifest made
+   of collisions only costs its owner time. */
 static int dpoi_train_texts(dpo_trainer *t)
 {
     dpo_ctx *c = t->c;
@@ -15433,7 +16029,8 @@ static int dpoi_train_texts(dpo_trainer *t)
     return dpo_status(c) == DPO_OK;
 }
 
-/* The parameters to train, marked as such; the others need no gradient. */
+/* The parameters to train, marked as such; the others need no gradient.
+   Gradients exist before the first step; `dry` counts them at the same moment. */
 static int dpoi_train_params(dpo_trainer *t)
 {
     dpo_net          *unet = dpo_model_unet(t->m), *text = t->d.train_text ? dpo_model_text(t->m, 0) : NULL;
@@ -15459,13 +16056,14 @@ static int dpoi_train_params(dpo_trainer *t)
         dpo_tensor *x = t->params[i] = i < n ? first[i] : second[i - n];
         x->needs_grad = 1;
         /* Now rather than in the first backward: after the first step no step takes new memory. */
-        if (!x->grad && !dpoi_grad_new(x, NULL)) return 0;
+        if (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL)) return 0;
     }
     t->o = dpo_adamw_new(t->c, t->params, t->count, &t->d.adamw);
     return t->o != NULL;
 }
 
-/* Averages start as the weights themselves. */
+/* Averages start as the weights themselves.
+   Averages are made in the weight's own panels, so that both are plain memory of one size. */
 static int dpoi_train_averages(dpo_trainer *t)
 {
     if (t->d.average == 0) return 1;
@@ -15478,7 +16076,8 @@ static int dpoi_train_averages(dpo_trainer *t)
     return 1;
 }
 
-/* The shape of a text's embedding, from the empty one; then everything whose size hangs on it. */
+/* The shape of a text's embedding, from the empty one; then everything whose size hangs on it.
+   T, D and P are properties of the encoders, known for certain only from their output. */
 static int dpoi_train_buffers(dpo_trainer *t)
 {
     dpo_ctx    *c = t->c;
@@ -15515,7 +16114,9 @@ static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 
 static int dpoi_train_resume(dpo_trainer *t);
 
-/* Until it is owned by the context, a failure destroys it here; afterwards the context does. */
+/* Until it is owned by the context, a failure destroys it here; afterwards the context does.
+   A trainer belongs to the context of its model; pairs of another context would outlive or predecease
+   it. */
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 {
     dpo_ctx     *c = dpoi_model_ctx(m);
@@ -15548,7 +16149,9 @@ DPO_DEF int dpo_train_end(dpo_trainer *t)
 
    The host prepares plain arrays and hands them up; from there on all stays on the device. */
 
-/* A new order of the pairs for every epoch, the same for every run with this seed.  Fisher and Yates's shuffle. */
+/* A new order of the pairs for every epoch, the same for every run with this seed.  Fisher and Yates's shuffle.
+   O(pairs) once an epoch, without memory; the order of epoch e can be made at any time, which is all
+   that a resume needs. */
 static void dpoi_train_shuffle(dpo_trainer *t, int64_t epoch)
 {
     for (int64_t i = 0; i < t->pairs; i++) t->order[i] = i;
@@ -15562,7 +16165,8 @@ static void dpoi_train_shuffle(dpo_trainer *t, int64_t epoch)
     t->epoch = epoch;
 }
 
-/* The g-th pair of the run. */
+/* The g-th pair of the run.
+   g = (step * accumulation + micro) * B + b counts pairs over the whole run. */
 static int64_t dpoi_train_pick(dpo_trainer *t, int64_t g)
 {
     /* A micro-batch may hold the end of one epoch and the start of the next. */
@@ -15570,7 +16174,8 @@ static int64_t dpoi_train_pick(dpo_trainer *t, int64_t g)
     return t->order[g % t->pairs];
 }
 
-/* Copy a picture, mirrored if flip. */
+/* Copy a picture, mirrored if flip.
+   Bytes, three a pixel; mirrored left to right. */
 static void dpoi_train_picture(uint8_t *to, const uint8_t *from, int width, int height, int flip)
 {
     for (int64_t i = 0; i < height; i++)
@@ -15578,11 +16183,14 @@ static void dpoi_train_picture(uint8_t *to, const uint8_t *from, int width, int 
             memcpy(to + 3*(i*width + j), from + 3*(i*width + (flip ? width - 1 - j : j)), 3);
 }
 
-/* t of 0 ... T-1 with density t^bias: T u^(1/(1+bias)) for u uniform in 0..1. */
+/* t of 0 ... T-1 with density t^bias: T u^(1/(1+bias)) for u uniform in 0..1.
+   bias 0 is uniform, by the upper half of a 64-bit product, without a division or a double. */
 static int32_t dpoi_train_timestep(uint32_t u, int T, float bias)
 {
+    double x;
     if (bias == 0) return (int32_t)((uint64_t)u * (uint64_t)T >> 32);
-    return (int32_t)((double)T * pow(((double)u + 0.5) / 4294967296.0, 1 / (1 + (double)bias)));
+    x = (double)T * pow(((double)u + 0.5) / 4294967296.0, 1 / (1 + (double)bias));
+    return x < T ? (int32_t)x : T - 1;    /* a large bias rounds the power to 1 */
 }
 
 /* Slot b of a micro-batch: which pair, its text, timestep, noise key, weight and pixels.  Winner and loser share t,
@@ -15609,7 +16217,8 @@ static int dpoi_train_slot(dpo_trainer *t, int micro, int b)
     return 1;
 }
 
-/* Encode the texts that the cache has not, all in one pass, into fresh; keep those that it has room for. */
+/* Encode the texts that the cache has not, all in one pass, into fresh; keep those that it has room for.
+   n texts at once use the encoder's weights once. */
 static int dpoi_train_encode(dpo_trainer *t, int n)
 {
     dpo_ctx    *c = t->c;
@@ -15639,7 +16248,8 @@ static int dpoi_train_encode(dpo_trainer *t, int n)
     return ok;
 }
 
-/* Where text `want` of this micro-batch lies on the host. */
+/* Where text `want` of this micro-batch lies on the host.
+   Linear in the missing texts, of which there are at most B. */
 static const float *dpoi_train_text_at(const dpo_trainer *t, int32_t want, int missing)
 {
     if (t->text[want].emb) return t->text[want].emb;
@@ -15648,7 +16258,8 @@ static const float *dpoi_train_text_at(const dpo_trainer *t, int32_t want, int m
     return NULL;
 }
 
-/* rows [B,..] to the device, once for the winners and once for the losers: [N,..]. */
+/* rows [B,..] to the device, once for the winners and once for the losers: [N,..].
+   `one` is the shape for a single sample, its first axis 1. */
 static dpo_tensor *dpoi_train_rows(dpo_trainer *t, int rank, const int64_t *one, const float *rows)
 {
     int64_t     shape[DPO_MAX_RANK];
@@ -15659,7 +16270,8 @@ static dpo_tensor *dpoi_train_rows(dpo_trainer *t, int rank, const int64_t *one,
     return t->N > t->B ? dpoi_twice(t->c, x) : x;
 }
 
-/* Text embeddings [N,T,D] of a micro-batch, from the cache or encoded now. */
+/* Text embeddings [N,T,D] of a micro-batch, from the cache or encoded now.
+   The cache is asked before the encoder, and a text that two slots want is encoded once. */
 static int dpoi_train_emb(dpo_trainer *t, dpo_draw *d)
 {
     int64_t pooled_shape[2];
@@ -15686,7 +16298,8 @@ static int dpoi_train_emb(dpo_trainer *t, dpo_draw *d)
     return dpoi_ok(t->c);
 }
 
-/* The same with the text encoder's weights on the tape. */
+/* The same with the text encoder's weights on the tape.
+   No cache: the weights change with every step.  Only for DPO_SFT, so that N = B. */
 static int dpoi_train_text_forward(dpo_trainer *t, dpo_draw *d)
 {
     for (int b = 0; b < t->B; b++) t->prompts[b] = t->text[t->want[b]].prompt;
@@ -15695,7 +16308,8 @@ static int dpoi_train_text_forward(dpo_trainer *t, dpo_draw *d)
     return d->emb != NULL;
 }
 
-/* Everything that the loss needs of a micro-batch: x0, noise [N,H,W,3], t [N], text [N,T,D], weight [B]. */
+/* Everything that the loss needs of a micro-batch: x0, noise [N,H,W,3], t [N], text [N,T,D], weight [B].
+   Three uploads of plain arrays; noise never exists on the host. */
 static int dpoi_train_draw(dpo_trainer *t, int micro, dpo_draw *d)
 {
     int64_t shape[3], n[1];
@@ -15714,7 +16328,8 @@ static int dpoi_train_draw(dpo_trainer *t, int micro, dpo_draw *d)
     return t->d.train_text ? dpoi_train_text_forward(t, d) : dpoi_train_emb(t, d);
 }
 
-/* The step's figures stay on the device until it is over: policy, reference, inside, loss. */
+/* The step's figures stay on the device until it is over: policy, reference, inside, loss.
+   Row of metrics: policy [N], reference [N], inside [B], loss [1]. */
 static int dpoi_train_note(dpo_trainer *t, int micro, const dpo_terms *terms, const dpo_tensor *loss)
 {
     int64_t at = (int64_t)micro * t->row; /* what an objective has not stays 0 */
@@ -15725,7 +16340,8 @@ static int dpoi_train_note(dpo_trainer *t, int micro, const dpo_terms *terms, co
 }
 
 /* Forward and backward of one micro-batch; its gradients add to those of the ones before.  Dividing the loss by their
-   number makes the step that of one large batch. */
+   number makes the step that of one large batch.
+   terms->policy and the others are read by the copies before the scope ends. */
 static int dpoi_train_micro(dpo_trainer *t, int micro)
 {
     int64_t       scope = dpo_scope(t->c);
@@ -15752,7 +16368,8 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
 
 /* ------------------------------------------------------------------------------------------ one step */
 
-/* Means over the figures of all micro-batches. */
+/* Means over the figures of all micro-batches.
+   margin = mean of (R_w - L_w) - (R_l - L_l) = 2 inside/beta. */
 static void dpoi_train_means(const dpo_trainer *t, dpo_progress *p)
 {
     double sum[5] = { 0, 0, 0, 0, 0 };    /* policy w, l, reference w, l, loss */
@@ -15777,7 +16394,8 @@ static void dpoi_train_means(const dpo_trainer *t, dpo_progress *p)
     p->margin = t->d.beta > 0 ? (float)(2 * inside / n / t->d.beta) : 0;
 }
 
-/* The one place where a step waits for the device. */
+/* The one place where a step waits for the device.
+   Everything that a progress callback may see; the memory figure is the peak since opening. */
 static int dpoi_train_report(dpo_trainer *t, double started, float lr, dpo_progress *p)
 {
     double now;
@@ -15798,19 +16416,37 @@ static int dpoi_train_report(dpo_trainer *t, double started, float lr, dpo_progr
 
 static int dpoi_train_checkpoint(dpo_trainer *t);
 
-/* The figures are read only after the whole step was handed to the device. */
+/* Cancelled in its gradients, a step can be done again; in its update, some weights have moved and others not. */
+enum { DPOI_BETWEEN, DPOI_GRADIENTS, DPOI_UPDATE };
+
+/* 0 without an error: the run is over or was stopped. */
+static int dpoi_train_ready(dpo_trainer *t)
+{
+    if (!t || !dpoi_ok(t->c)) return 0;
+    if (t->phase == DPOI_UPDATE)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training stopped inside an update: load a checkpoint");
+    if (t->phase == DPOI_GRADIENTS && !dpo_optim_clear(t->o)) return 0;
+    t->phase = DPOI_BETWEEN;
+    return !t->stopped && t->steps_done < t->d.steps;
+}
+
+/* The figures are read only after the whole step was handed to the device.
+   The learning rate is that of the number of steps done before, 0 at the first. */
 DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
     dpo_progress p;
     double       started = dpo_seconds();
     float        lr, decay;
-    if (!t || !dpoi_ok(t->c) || t->stopped || t->steps_done >= t->d.steps) return 0;
+    if (!dpoi_train_ready(t)) return 0;
+    t->phase = DPOI_GRADIENTS;
     lr = dpo_lr(t->d.lr_schedule, t->d.lr, t->d.warmup, t->d.steps, t->steps_done);
     for (int k = 0; k < t->d.accumulation; k++)
         if (!dpoi_train_micro(t, k)) return 0;
+    t->phase = DPOI_UPDATE;
     if (!dpo_optim_step(t->o, lr)) return 0;
     decay = dpo_average_decay(t->steps_done, t->d.average);
     if (t->average && !dpo_average(t->c, t->average, t->params, t->count, decay)) return 0;
+    t->phase = DPOI_BETWEEN;
     t->steps_done++;
     if (!dpoi_train_report(t, started, lr, &p)) return 0;
     if (out) *out = p;                    /* before the callback: both see the same step */
@@ -15839,7 +16475,8 @@ DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 
 enum { DPOI_RUN_KEYS = 5 };
 
-/* What a checkpoint must have in common with the run that loads it: everything that the draws depend on. */
+/* What a checkpoint must have in common with the run that loads it: everything that the draws depend on.
+   31 characters hold any of the numbers. */
 typedef struct dpoi_run_keys { char text[DPOI_RUN_KEYS][32]; const char *meta[DPOI_RUN_KEYS][2]; } dpoi_run_keys;
 
 /* Not among them: learning rate, beta, steps.  A run may go on with others, as people do. */
@@ -15915,7 +16552,10 @@ DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
     s = dpoi_train_state(t, &k);
     ok = dpoi_state_load(&s, path);
     dpoi_strfree(t->c, path);
-    if (ok) t->steps_done = t->o->steps;
+    if (!ok) return 0;
+    t->steps_done = t->o->steps;
+    t->phase = DPOI_GRADIENTS;            /* whatever gradients there are belong to no step of this state */
+    t->stopped = 0;
     return ok;
 }
 
@@ -15967,6 +16607,7 @@ DPO_DEF int dpo_train_average(dpo_trainer *t)
     }
     return 1;
 }
+#pragma pop_macro("I")
 #endif /* DIFFDPO_IMPLEMENTED */
 #endif /* DIFFDPO_IMPLEMENTATION */
 

@@ -5,7 +5,7 @@
    run     build/quickstart [--judge warm|soft|compact] [--seed N] [--steps N]
                             [--model DIR] [--out DIR] [--threads N] [--isa plain|avx2|avx512]
    result  quickstart.html           pictures before and after, curves, win rate, settings: one file
-           quickstart-out/           what it was computed from, numbers are prompt and picture:
+           quickstart-out/           what it was computed from; the numbers are prompt and picture:
              base_000_0.png ...      before                aligned_000_0.png ...  after, from the same noise
              pair_000_0.png ...      what was judged       pairs.jsonl            how, as dpo_pairs_load reads it
              prompts.jsonl           which prompts were for what; those for "eval" stand in the order of their numbers
@@ -15,7 +15,7 @@
    2  Low-rank adapters are trained on the pairs (arXiv 2311.12908); the model's own weights stay as they are.
    3  For 128 prompts that no pair used, the model draws without and with its adapters, and the judge compares.
 
-   To use your own taste, write a judge; to use your own pairs, write a pairs.jsonl and start at train(). */
+   To teach your own taste, write a judge; to use your own pairs, write a pairs.jsonl and start at train(). */
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -33,20 +33,20 @@ enum {
     SHOWN    = 24                       /* prompts that the page shows at once; the others fold away            */
 };
 
+/* The whole experiment: change a number here and run again. */
 typedef struct {
-    const char *model, *out;
-    uint64_t    seed;                   /* of everything: the choice of prompts, noise, adapters, training */
-    int         threads, isa;           /* 0: all cores, the best instructions                             */
-    int         pair_prompts;           /* to make pairs of */
-    int         sample_steps, batch;    /* pictures drawn in one pass */
+    const char *model, *out;            /* folders */
+    uint64_t    seed;                   /* of everything: choice of prompts, noise, adapters, order of the pairs */
+    int         threads, isa;           /* 0: all cores, the best instructions */
+    int         pair_prompts;           /* prompts to make pairs of */
+    int         sample_steps, batch;    /* of drawing; batch: pictures at a time */
     float       guidance;
     int         steps, pairs_a_step;    /* of training */
     int         rank;
-    const char *targets;                /* layers that get adapters */
+    const char *targets;                /* layers that get adapters; NULL: the attention's */
     float       beta, lr;
 } settings;
 
-/* All of it takes some 9 TFLOP, of which pictures are two thirds: they are drawn in as few steps as the model can do. */
 static settings defaults(void)
 {
     settings s;
@@ -55,38 +55,40 @@ static settings defaults(void)
     s.out          = ".";
     s.seed         = 1;
     s.pair_prompts = 128;               /* more would win little: the taste is the same in every pair */
-    s.sample_steps = 10;
+    s.sample_steps = 10;                /* two thirds of the time goes into drawing; fewer blur the pictures */
     s.batch        = 16;
     s.guidance     = 2;                 /* at 1 the prompt is followed loosely, above 3 colours saturate */
     s.steps        = 60;
     s.pairs_a_step = 16;                /* 60 steps of 16 see every pair seven or eight times */
     s.rank         = 16;
-    s.beta         = 2000;              /* how dear it is to leave the model that was: less learns faster, and breaks pictures */
+    s.beta         = 2000;              /* the price of leaving the model that was: less learns faster, and breaks pictures */
     s.lr           = 1e-3f;
     return s;
 }
 
 typedef struct judge judge;
 
+/* What a run knows so far.  All memory in it belongs to the context and goes with it. */
 typedef struct {
     settings     s;
     const judge *j;
     dpo_ctx     *c;
     dpo_model   *m;
     int          size;                  /* pixels a side */
-    double       start;
+    double       start;                 /* dpo_seconds() */
     char         folder[1024];          /* quickstart-out */
-    const char **prompt;                /* in random order: EVAL to compare on, then pair_prompts for pairs */
-    int          pairs;
+    const char **prompt;                /* in random order: EVAL to compare on, then pair_prompts to make pairs of */
+    int          pairs;                 /* that the judge could decide */
     uint8_t     *before, *after;        /* [EVAL*EACH, size, size, 3] */
     double       score_before[EVAL * EACH], score_after[EVAL * EACH];
     float       *loss, *accuracy;       /* [steps] */
     double       seconds[3];            /* what pairs, training and comparing took */
 } run;
 
-/* ---- Words: to the user, and of failure ------------------------------------------------------------------------- */
+/* ---- Words: what goes wrong, and how it goes -------------------------------------------------------------------- */
 
-/* One line for what went wrong.  Returns 0, so that a function can say: return fail(...). */
+/* One line for what went wrong.  Returns 0, so that a function can say: return fail(...).
+   What the library could not do needs no such call: the context keeps it, and main says it, once. */
 static int fail(const char *format, ...)
 {
     va_list args;
@@ -99,7 +101,7 @@ static int fail(const char *format, ...)
     return 0;
 }
 
-/* What the library could not do is kept in the context; it is said once, by main. */
+/* One line of progress, with the time since the start. */
 static void say(const run *r, const char *format, ...)
 {
     va_list args;
@@ -118,7 +120,7 @@ struct judge {
     double    (*score)(dpo_ctx *c, const dpo_image *x);
 };
 
-/* Mean of R - B. */
+/* Mean of R - B.  Whole numbers are summed, so that equal pictures tie exactly. */
 static double warm(dpo_ctx *c, const dpo_image *x)
 {
     int64_t sum = 0, n = (int64_t)x->width * x->height;
@@ -135,13 +137,13 @@ static double soft(dpo_ctx *c, const dpo_image *x)
     for (int64_t y = 0; y < x->height; y++)
         for (int64_t i = 0; i < row; i++) {
             const uint8_t *p = x->rgb + y*row + i;
-            if (i + 3 < row)         { sum += abs(p[0] - p[3]);   n++; }
-            if (y + 1 < x->height)   { sum += abs(p[0] - p[row]); n++; }
+            if (i + 3 < row)       { sum += abs(p[0] - p[3]);   n++; }
+            if (y + 1 < x->height) { sum += abs(p[0] - p[row]); n++; }
         }
     return n ? -(double)sum / (double)n : 0;
 }
 
-/* Minus the bytes of the picture as a PNG: the simpler wins. */
+/* Minus the bytes of the picture as a PNG: the simpler one wins. */
 static double compact(dpo_ctx *c, const dpo_image *x)
 {
     size_t   bytes = 0;
@@ -151,9 +153,9 @@ static double compact(dpo_ctx *c, const dpo_image *x)
 }
 
 static const judge judges[] = {
-    { "warm",    "more red than blue",                warm    },
-    { "soft",    "small steps from pixel to pixel",   soft    },
-    { "compact", "few bytes as a PNG",                compact },
+    { "warm",    "more red than blue",              warm    },
+    { "soft",    "small steps from pixel to pixel", soft    },
+    { "compact", "few bytes as a PNG",              compact },
 };
 enum { JUDGES = sizeof judges / sizeof judges[0] };
 
@@ -164,6 +166,7 @@ static const judge *find_judge(const char *name)
     return NULL;
 }
 
+/* Picture i of rgb [n, size, size, 3], in place. */
 static dpo_image picture(const run *r, uint8_t *rgb, int i)
 {
     dpo_image x = { r->size, r->size, rgb + (size_t)i * 3 * (size_t)r->size * (size_t)r->size };
@@ -190,7 +193,7 @@ static int output_open(output *o, const char *folder, const char *file)
     return o->f ? 1 : fail("cannot write %s: %s", o->name, strerror(errno));
 }
 
-/* A full disk shows when the last bytes leave the buffer, not before: fclose must be asked as well. */
+/* A full disk may show only when the last bytes leave the buffer: fclose must be asked as well. */
 static int output_close(output *o)
 {
     int broken = ferror(o->f), error = errno;
@@ -213,6 +216,7 @@ static void put_json(FILE *f, const char *text)
     fputc('"', f);
 }
 
+/* Picture i of prompt k, as kind_kkk_i.png. */
 static int save_picture(const run *r, const char *kind, int k, int i, uint8_t *rgb)
 {
     char      path[1200];
@@ -242,7 +246,7 @@ static int by_order(const void *a, const void *b)
     return x->order < y->order ? -1 : x->order > y->order ? 1 : strcmp(x->text, y->text);
 }
 
-/* One line of captions.jsonl, {"caption": ...}; the text is kept as long as the context. */
+/* One line of captions.jsonl: {"caption": ...}. */
 static int read_caption(run *r, const char *path, const char *line, caption *out)
 {
     size_t      n = 0;
@@ -259,6 +263,7 @@ static int read_caption(run *r, const char *path, const char *line, caption *out
     return copy != NULL;
 }
 
+/* How many captions the list got; 0 on failure. */
 static int read_captions(run *r, caption *list)
 {
     char  path[1200], line[4096];
@@ -300,6 +305,7 @@ static int save_prompts(const run *r)
 
 /* ---- Step 1: pairs ---------------------------------------------------------------------------------------------- */
 
+/* Called after each step of a batch; only whole batches are worth a line. */
 static int while_drawing(void *user, const dpo_sample_progress *p)
 {
     int done = p->first + p->count;
@@ -308,8 +314,8 @@ static int while_drawing(void *user, const dpo_sample_progress *p)
     return 0;
 }
 
-/* EACH pictures for each of n prompts: [n*EACH, size, size, 3], freed with the context.  A picture's noise comes from
-   the seed and its key alone, so the same prompts drawn twice, without and with adapters, start from the same noise. */
+/* EACH pictures for each of n prompts, [n*EACH, size, size, 3], or NULL.  A picture's noise comes from the seed and its
+   key alone, so the same prompts drawn twice, without and with adapters, start from the same noise. */
 static uint8_t *draw(run *r, int first, int n, int adapters_off)
 {
     int             total = n * EACH;
@@ -322,7 +328,7 @@ static uint8_t *draw(run *r, int first, int n, int adapters_off)
         prompts[i] = r->prompt[first + i/EACH];
         keys[i] = EACH*first + i;
     }
-    memset(&d, 0, sizeof d);
+    memset(&d, 0, sizeof d);            /* zeros are the model's own sampler and size */
     d.n = total;
     d.prompts = prompts;
     d.keys = keys;
@@ -377,48 +383,47 @@ static int make_pairs(run *r)
 
 /* ---- Step 2: training ------------------------------------------------------------------------------------------- */
 
-/* Adapters start as doing nothing, so they may be there from the beginning, and zero steps leave the model as it was. */
+/* Adapters start as doing nothing, so they may be there from the beginning; after zero steps they still do nothing. */
 static int add_adapters(run *r)
 {
     dpo_adapter_desc d;
     memset(&d, 0, sizeof d);
     d.rank = r->s.rank;
-    d.alpha = (float)r->s.rank;
+    d.alpha = (float)r->s.rank;         /* their strength is alpha/rank: 1 */
     d.targets = r->s.targets;
     d.seed = r->s.seed;
     return dpo_adapter_new(dpo_model_unet(r->m), &d);
 }
 
-/* Before the first step every pair is a tie: it counts half, as the judge's do. */
+/* In the first step every pair is still a tie, and counts half, as a tie of the judge's does. */
 static int while_training(void *user, const dpo_progress *p)
 {
-    run *r = (run *)user;
-    int  pairs = r->s.pairs_a_step;
+    run   *r = (run *)user;
+    double pairs_left = (double)(p->steps - p->step) * r->s.pairs_a_step;
     r->loss[p->step - 1] = p->loss;
     r->accuracy[p->step - 1] = p->step == 1 ? 0.5f : p->implicit_acc;
     if (p->step % 5 == 0 || p->step == p->steps)
-        say(r, "  step %d of %d  loss %.3f  implicit accuracy %.2f  %.1f pairs/s  %.0f s left", (int)p->step, (int)p->steps,
-            p->loss, p->implicit_acc, p->pairs_per_second, (double)(p->steps - p->step) * pairs / p->pairs_per_second);
+        say(r, "  step %d of %d  loss %.3f  implicit accuracy %.2f  %.1f pairs/s  %.0f s left", (int)p->step,
+            (int)p->steps, p->loss, p->implicit_acc, p->pairs_per_second, pairs_left / p->pairs_per_second);
     return 0;
 }
 
-/* The recipe names everything; what is changed here is what the quickstart lets you try. */
+/* The library's recipe for small models, and what the settings change in it. */
 static dpo_train_desc recipe(run *r)
 {
     dpo_train_desc t = dpo_recipe_small();
     t.steps   = r->s.steps;
     t.batch   = r->s.pairs_a_step;
-    t.accumulation = 1;
     t.beta    = r->s.beta;
     t.lr      = r->s.lr;
-    t.rank    = 0;                      /* the adapters that the model has */
+    t.rank    = 0;                      /* no new adapters: those that the model has */
     t.seed    = r->s.seed;
     t.on_step = while_training;
     t.user    = r;
     return t;
 }
 
-/* A host with a loop of its own calls step until it says 0; dpo_train would do the three in one call. */
+/* dpo_train would do begin, step and end in one call; this is the loop of a host that keeps its own. */
 static int train(run *r)
 {
     char           path[1200];
@@ -443,6 +448,18 @@ static int save_adapters(run *r)
 
 /* ---- Step 3: before against after ------------------------------------------------------------------------------- */
 
+static int draw_both(run *r)
+{
+    say(r, "drawing %d other prompts, two pictures each, without and with the adapters", (int)EVAL);
+    if (!(r->before = draw(r, 0, EVAL, 1)) || !(r->after = draw(r, 0, EVAL, 0))) return 0;
+    score_all(r, r->before, EVAL*EACH, r->score_before);
+    score_all(r, r->after,  EVAL*EACH, r->score_after);
+    for (int k = 0; k < EVAL; k++)
+        for (int i = 0; i < EACH; i++)
+            if (!save_picture(r, "base", k, i, r->before) || !save_picture(r, "aligned", k, i, r->after)) return 0;
+    return 1;
+}
+
 typedef struct {
     double rate, low, high;             /* win rate and its 95 % interval */
     double before, after, effect;       /* the judge's mean, and how far it moved in standard deviations of `before` */
@@ -465,24 +482,31 @@ static double variance(const double *x, int n)
 /* Wilson's interval for a share p of n tosses; unlike p +- 2 s it is never empty and never leaves 0..1. */
 static void wilson(double p, double n, double *low, double *high)
 {
-    double z = 1.959964, middle = p + z*z/(2*n), half = z * sqrt(p*(1 - p)/n + z*z/(4*n*n)), all = 1 + z*z/n;
-    *low  = fmax(0, (middle - half) / all);
-    *high = fmin(1, (middle + half) / all);
+    double z = 1.959964, half = z * sqrt(p*(1 - p)/n + z*z/(4*n*n)), all = 1 + z*z/n;
+    *low  = fmax(0, (p + z*z/(2*n) - half) / all);
+    *high = fmin(1, (p + z*z/(2*n) + half) / all);
 }
 
-/* A prompt's x is the mean over its pictures of 1 for a win, 1/2 for a tie.  The interval is over prompts, for pictures
-   of one prompt are alike: n prompts of variance v weigh as much as n p(1-p)/v tosses, at least n, at most n*EACH. */
+/* Of a prompt: the share of its pictures that the judge likes better after; a tie counts half. */
+static double share_won(const run *r, int k)
+{
+    double won = 0;
+    for (int i = EACH*k; i < EACH*(k + 1); i++) {
+        if (r->score_after[i] >  r->score_before[i]) won += 1;
+        if (r->score_after[i] == r->score_before[i]) won += 0.5;
+    }
+    return won / EACH;
+}
+
+/* The interval is over prompts, for pictures of one prompt are alike: EVAL shares of variance v, their mean p, say as
+   much as EVAL p(1-p)/v tosses of a coin, but not more than there are pictures. */
 static verdict compare(const run *r)
 {
     verdict v;
-    double  x[EVAL], spread, tosses = EVAL;
-    for (int k = 0; k < EVAL; k++) {
-        x[k] = 0;
-        for (int i = EACH*k; i < EACH*(k + 1); i++)
-            x[k] += (r->score_after[i] > r->score_before[i] ? 1 : r->score_after[i] == r->score_before[i] ? 0.5 : 0) / EACH;
-    }
-    v.rate = mean(x, EVAL);
-    spread = variance(x, EVAL);
+    double  share[EVAL], tosses = EVAL, spread;
+    for (int k = 0; k < EVAL; k++) share[k] = share_won(r, k);
+    v.rate = mean(share, EVAL);
+    spread = variance(share, EVAL);
     if (spread > 0) tosses = fmin(EVAL*EACH, fmax(EVAL, EVAL * v.rate * (1 - v.rate) / spread));
     wilson(v.rate, tosses, &v.low, &v.high);
     v.before = mean(r->score_before, EVAL*EACH);
@@ -490,18 +514,6 @@ static verdict compare(const run *r)
     spread   = sqrt(variance(r->score_before, EVAL*EACH));
     v.effect = spread > 0 ? (v.after - v.before) / spread : 0;
     return v;
-}
-
-static int draw_both(run *r)
-{
-    say(r, "drawing %d other prompts, two pictures each, without and with the adapters", (int)EVAL);
-    if (!(r->before = draw(r, 0, EVAL, 1)) || !(r->after = draw(r, 0, EVAL, 0))) return 0;
-    score_all(r, r->before, EVAL*EACH, r->score_before);
-    score_all(r, r->after,  EVAL*EACH, r->score_after);
-    for (int i = 0; i < EVAL*EACH; i++)
-        if (!save_picture(r, "base", i/EACH, i%EACH, r->before) || !save_picture(r, "aligned", i/EACH, i%EACH, r->after))
-            return 0;
-    return 1;
 }
 
 /* ---- The page --------------------------------------------------------------------------------------------------- */
@@ -518,32 +530,35 @@ static int save_page(const run *r, const verdict *v)
 
 /* ---- The program ------------------------------------------------------------------------------------------------ */
 
-static int whole_number(const char *name, const char *text, int64_t low, int64_t high, int64_t *out)
+static int whole_number(const char *name, const char *text, int64_t high, int64_t *out)
 {
     char *end;
     errno = 0;
     *out = strtoll(text, &end, 10);
-    if (!*text || *end || errno || *out < low || *out > high)
-        return fail("%s wants a whole number from %lld to %lld, not \"%.40s\"", name, (long long)low, (long long)high, text);
-    return 1;
+    if (*text && !*end && !errno && *out >= 0 && *out <= high) return 1;
+    return fail("%s wants a whole number from 0 to %lld, not \"%.40s\"", name, (long long)high, text);
 }
 
 static int find_isa(const char *name, int *isa)
 {
-    *isa = !strcmp(name, "plain") ? DPO_ISA_PLAIN : !strcmp(name, "avx2") ? DPO_ISA_AVX2 : DPO_ISA_AVX512;
-    return *isa != DPO_ISA_AVX512 || !strcmp(name, "avx512") ? 1 : fail("--isa is plain, avx2 or avx512, not \"%.40s\"", name);
+    static const char *const names[] = { "plain", "avx2", "avx512" };
+    static const int         isas[]  = { DPO_ISA_PLAIN, DPO_ISA_AVX2, DPO_ISA_AVX512 };
+    for (int i = 0; i < 3; i++) if (!strcmp(name, names[i])) { *isa = isas[i]; return 1; }
+    return fail("--isa is plain, avx2 or avx512, not \"%.40s\"", name);
 }
 
 static int set_option(run *r, const char *name, const char *value)
 {
-    int64_t n = 0;
+    settings *s = &r->s;
+    int64_t   n = 0;
+    int       ok;
     if (!strcmp(name, "--judge")) return (r->j = find_judge(value)) != NULL;
-    if (!strcmp(name, "--isa"))   return find_isa(value, &r->s.isa);
-    if (!strcmp(name, "--model")) return strlen(r->s.model = value) < 1000 ? 1 : fail("--model: this path is too long");
-    if (!strcmp(name, "--out"))   return strlen(r->s.out = value) < 1000 ? 1 : fail("--out: this path is too long");
-    if (!strcmp(name, "--seed"))    { if (!whole_number(name, value, 0, INT64_MAX, &n)) return 0; r->s.seed = (uint64_t)n; return 1; }
-    if (!strcmp(name, "--steps"))   { if (!whole_number(name, value, 0, 100000, &n)) return 0; r->s.steps = (int)n; return 1; }
-    if (!strcmp(name, "--threads")) { if (!whole_number(name, value, 0, 1024, &n)) return 0; r->s.threads = (int)n; return 1; }
+    if (!strcmp(name, "--isa"))   return find_isa(value, &s->isa);
+    if (!strcmp(name, "--model")) return strlen(s->model = value) < 1000 ? 1 : fail("--model: this path is too long");
+    if (!strcmp(name, "--out"))   return strlen(s->out = value) < 1000 ? 1 : fail("--out: this path is too long");
+    if (!strcmp(name, "--seed"))    { ok = whole_number(name, value, INT64_MAX, &n); s->seed = (uint64_t)n; return ok; }
+    if (!strcmp(name, "--steps"))   { ok = whole_number(name, value, 100000, &n);    s->steps = (int)n;     return ok; }
+    if (!strcmp(name, "--threads")) { ok = whole_number(name, value, 1024, &n);      s->threads = (int)n;   return ok; }
     return fail("unknown option %.40s; there are --judge --seed --steps --model --out --threads --isa", name);
 }
 
@@ -558,10 +573,11 @@ static int read_options(run *r, int argc, char **argv)
     return 1;
 }
 
-/* Everything that may be missing is looked for before the long work starts. */
+/* Whatever may be missing or closed to us is found here, before the long work starts. */
 static int prepare(run *r)
 {
     dpo_desc d;
+    size_t   bytes = ((size_t)r->s.steps + 1) * sizeof(float);
     memset(&d, 0, sizeof d);
     d.threads = r->s.threads;
     d.isa = r->s.isa;
@@ -569,9 +585,9 @@ static int prepare(run *r)
     r->m = dpo_model_load(r->c, r->s.model, DPO_F32);
     if (!r->m || !add_adapters(r) || !choose_prompts(r)) return 0;
     r->size = dpo_model_describe(r->m).size;
+    r->loss = (float *)dpo_scope_alloc(r->c, bytes);
+    r->accuracy = (float *)dpo_scope_alloc(r->c, bytes);
     snprintf(r->folder, sizeof r->folder, "%s/quickstart-out", r->s.out);
-    r->loss = (float *)dpo_scope_alloc(r->c, ((size_t)r->s.steps + 1) * sizeof *r->loss);
-    r->accuracy = (float *)dpo_scope_alloc(r->c, ((size_t)r->s.steps + 1) * sizeof *r->accuracy);
     return r->loss && r->accuracy && dpo_make_folder(r->c, r->folder) && save_prompts(r);
 }
 
@@ -590,11 +606,12 @@ static int quickstart(run *r)
     if (!prepare(r) || !timed(r, 0, make_pairs) || !timed(r, 1, train) || !save_adapters(r) || !timed(r, 2, draw_both)) return 0;
     v = compare(r);
     if (!save_page(r, &v)) return 0;
-    say(r, "the judge's mean moved from %.2f to %.2f: %+.2f standard deviations over the base's pictures", v.before, v.after, v.effect);
+    say(r, "the judge's mean moved from %.2f to %.2f: %+.2f standard deviations over the base's pictures", v.before,
+        v.after, v.effect);
     say(r, "see %s/quickstart.html; what it was computed from is in %s", r->s.out, r->folder);
-    printf("win rate %.2f (95%% CI %.2f-%.2f) over %d held-out prompts, judge %s, %.0f s\n", v.rate, v.low, v.high, (int)EVAL,
-           r->j->name, dpo_seconds() - r->start);
-    return fflush(stdout) == 0 ? 1 : fail("cannot write the output");
+    printf("win rate %.2f (95%% CI %.2f-%.2f) over %d held-out prompts, judge %s, %.0f s\n", v.rate, v.low, v.high,
+           (int)EVAL, r->j->name, dpo_seconds() - r->start);
+    return fflush(stdout) == 0 ? 1 : fail("cannot write the output: %s", strerror(errno));
 }
 
 int main(int argc, char **argv)
@@ -604,6 +621,6 @@ int main(int argc, char **argv)
     r.start = dpo_seconds();
     ok = read_options(&r, argc, argv) && quickstart(&r);
     if (r.c && dpo_error(r.c)) ok = fail("%s", dpo_error(r.c));
-    dpo_close(r.c);
+    dpo_close(r.c);                     /* frees the model, the pairs and all memory of the run */
     return !ok;
 }

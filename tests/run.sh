@@ -31,7 +31,7 @@ source_of() { if [ -f "tests/$1.c" ]; then echo "tests/$1.c"; else echo "example
 build_one() {
     out=$1/$2 src=$(source_of "$2") cc=$CC flags=$CFLAGS libs="-lm -lpthread" log=build/log/build-$2.txt
     case $1 in
-    build/asan) cc=$(sanitizing_compiler) flags="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+    build/asan) cc=$SANITIZING flags="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
                 log=build/log/build-asan-$2.txt ;;
     build/valgrind) flags="-g -O1" log=build/log/build-valgrind-$2.txt ;;
     build/wine) cc=x86_64-w64-mingw32-gcc flags="-O2 -static" libs="-lm" out=$out.exe log=build/log/build-wine-$2.txt ;;
@@ -104,7 +104,7 @@ count() {
     if [ -z "$line" ]; then f=$((f + 1)) died=", no line of counts (exit status $2)"
     elif [ "$2" != 0 ] && [ "$f" = 0 ]; then f=1 died=", exit status $2"; fi
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
-    printf '%-28s %5d passed %3d failed %3d skipped %5d s%s\n' "$1" "$p" "$f" "$s" "$4" "$died"
+    printf '%-36s %5d passed %3d failed %3d skipped %5d s%s\n' "$1" "$p" "$f" "$s" "$4" "$died"
     if [ "$f" != 0 ]; then
         grep -E 'FAIL|ERROR|error|==[0-9]+==' "$3" | head -n 12
         [ -z "$died" ] || tail -n 5 "$3"
@@ -165,7 +165,9 @@ run_parity() {                  # EXE LABEL GOLDEN... -- [WRAPPER...]
 }
 
 run_asan() {
-    if [ -z "$(sanitizing_compiler)" ]; then skip asan "no compiler with sanitizers"; return; fi
+    SANITIZING=$(sanitizing_compiler)
+    export SANITIZING
+    if [ -z "$SANITIZING" ]; then skip asan "no compiler with sanitizers"; return; fi
     # shellcheck disable=SC2046
     build build/asan $(tests) parity
     for t in $(tests); do run_program build/asan "$t" "asan $t"; done
@@ -258,7 +260,7 @@ case ${1:-} in
 --one)     build_one "$2" "$3"; exit ;;
 --list)    tests; scripts; printf '%s\n' parity compile header $LONG full; exit ;;
 --build)   # shellcheck disable=SC2046
-           mkdir -p build; build build $(programs); exit ;;
+           mkdir -p build; build build $(programs) || exit 1; exit 0 ;;
 --install) install_packages; shift ;;
 -*)        sed -n '2,14s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
 esac

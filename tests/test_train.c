@@ -637,6 +637,56 @@ static void test_memory(void)
     cpu->close(cpu->self);
 }
 
+/* An allocator that asks the context to stop at one of its calls, which may be anywhere inside a step. */
+typedef struct { long calls, stop_at; dpo_ctx *c; } stopper;
+
+static void *stopping(void *user, void *old, size_t old_size, size_t new_size)
+{
+    stopper *s = (stopper *)user;
+    (void)old_size;
+    if (!new_size) { free(old); return NULL; }
+    if (s->c && ++s->calls == s->stop_at) dpo_cancel(s->c);
+    return realloc(old, new_size);
+}
+
+/* Cancelled anywhere, a run either goes on to the same weights or says that it cannot. */
+static void test_cancel(void)
+{
+    numbers whole = trained(1, small_run(2), NULL);
+    int     went_on = 0, refused = 0;
+    for (long at = 1; at < 4000; at += 97) {
+        stopper        s = { 0, 0, NULL };
+        dpo_desc       desc;
+        dpo_ctx       *c;
+        dpo_model     *m;
+        dpo_trainer   *t;
+        dpo_train_desc d = small_run(2);
+        memset(&desc, 0, sizeof desc);
+        desc.alloc = stopping;
+        desc.user = &s;
+        desc.threads = 1;
+        c = dpo_open(&desc);
+        m = dpo_model_create(c, TINY, 3);
+        t = dpo_train_begin(m, some_pairs(c, 7), &d);
+        s.stop_at = at;
+        s.c = c;
+        while (dpo_train_step(t, NULL) || dpo_status(c) == DPO_CANCELLED) dpo_clear_error(c);
+        if (dpo_status(c) == DPO_OK && s.calls >= at) {
+            numbers now = weights_of(m);
+            CHECK(same(whole, now), "cancelled at allocation %ld, a run ended elsewhere", at);
+            free(now.v);
+            went_on++;
+        } else if (dpo_status(c) != DPO_OK) {
+            CHECK(strstr(why(c), "load a checkpoint"), "cancelled at allocation %ld: %s", at, why(c));
+            refused++;
+        }
+        dpo_close(c);
+        if (s.calls < at) break;
+    }
+    CHECK(went_on > 3, "%d cancelled runs went on, %d were refused", went_on, refused);
+    free(whole.v);
+}
+
 /* ---- failing allocations ---------------------------------------------------------------------------------------- */
 
 typedef struct { long calls, fail_at; size_t live; } allocator;
@@ -730,6 +780,7 @@ int main(int argc, char **argv)
     test_sampling();
     test_objectives();
     test_memory();
+    test_cancel();
     test_allocations(argc > 1 && !strcmp(argv[1], "every"));
     return test_report();
 }
