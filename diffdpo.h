@@ -1717,6 +1717,7 @@ static void dpoi_random_normals(const uint32_t x[4], float z[4])
    map, and a sentence for each common error.  Reading: a whole file into memory, or mapped.  Writing:
    through a dpoi_out, which makes a file appear whole or not at all.  Nothing above this part calls
    the system for a file. */
+
 /* Three systems: Windows, POSIX, and plain C (WebAssembly without a system, or DIFFDPO_NO_POSIX), which reads where the
    others map.  The dpoi_sys_ functions are all that differs; they return 0 or the system's error number.  Every path
    comes in as UTF-8. */
@@ -1759,7 +1760,8 @@ enum { DPOI_WIN_PATH = 2048 };
 #define DPOI_ERROR_EXISTS ERROR_FILE_EXISTS
 #define DPOI_ERROR_KIND   ERROR_INVALID_NAME
 
-/* path as UTF-16; 0 if it is not UTF-8 or too long. */
+/* path as UTF-16; 0 if it is not UTF-8 or too long.
+   The terminating zero is converted too, hence > 0 for success. */
 static int dpoi_wide(const char *path, WCHAR *out)
 {
     return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, out, DPOI_WIN_PATH) > 0;
@@ -1797,7 +1799,8 @@ static int dpoi_sys_size(dpoi_fd f, uint64_t *size)
 }
 
 /* Reads and writes may move less than n bytes: the loops above them go on.  A call takes at most 1 GB, since its count
-   is a DWORD. */
+   is a DWORD.
+   *got 0 without an error is the end of the file. */
 static int dpoi_sys_read(dpoi_fd f, char *p, size_t n, size_t *got)
 {
     DWORD done = 0;
@@ -2068,7 +2071,8 @@ static const char *dpoi_shown(char out[128], const char *s)
     return out;
 }
 
-/* Compared by bytes: an extension in capitals is another extension. */
+/* Compared by bytes: an extension in capitals is another extension.
+   Used for ".json" and the like. */
 static int dpoi_ends_with(const char *s, const char *end)
 {
     size_t n = strlen(s), m = strlen(end);
@@ -2076,7 +2080,8 @@ static int dpoi_ends_with(const char *s, const char *end)
 }
 
 /* folder/name, to be given back with dpoi_strfree.
-   A folder that ends in a slash gets no second one; "" gives the bare name. */
+   A folder that ends in a slash gets no second one; "" gives the bare name.
+   '/' works on Windows too. */
 static char *dpoi_join(dpo_ctx *c, const char *folder, const char *name)
 {
     size_t n = strlen(folder), m = strlen(name);
@@ -2098,7 +2103,8 @@ static size_t dpoi_folder_length(const char *path)
     return n;
 }
 
-/* The folder that path lies in, "." for a bare name; to be given back with dpoi_strfree. */
+/* The folder that path lies in, "." for a bare name; to be given back with dpoi_strfree.
+   What follows the last slash is dropped; "a/" is the folder "a/". */
 static char *dpoi_folder_of(dpo_ctx *c, const char *path)
 {
     size_t n = dpoi_folder_length(path);
@@ -2132,12 +2138,13 @@ DPOI_UNUSED static int dpoi_mkdirs(dpo_ctx *c, const char *path)
     return e ? dpoi_fail_io(c, "make the folder", path, e) : 1;
 }
 
+/* 1 if the folder is there afterwards. */
 DPO_DEF int dpo_make_folder(dpo_ctx *c, const char *path) { return c && path && dpoi_ok(c) ? dpoi_mkdirs(c, path) : 0; }
 
 /* ------------------------------------------------------------------------------------------ reading */
 
 /* data is NULL for an empty file.  A mapped file that another process cuts while it is read raises a
-   signal: the price of mapping, which the manual tells. */
+   signal, as mapping has it: dpo_file forbids that. */
 typedef struct dpoi_map {                 /* a file's bytes: mapped, read, or the caller's own */
     unsigned char *data;
     size_t         size;
@@ -2193,7 +2200,8 @@ DPOI_UNUSED static int dpoi_read_file(dpo_ctx *c, const char *path, size_t limit
     return ok;
 }
 
-/* Bytes of a file, -1 if it cannot be opened: no error. */
+/* Bytes of a file, -1 if it cannot be opened: no error.
+   A folder or a device has none: -1. */
 DPOI_UNUSED static int64_t dpoi_file_size(const char *path)
 {
     dpoi_fd  f;
@@ -2262,7 +2270,8 @@ typedef struct dpoi_out {
     char     buffer[DPOI_OUT_BUFFER];
 } dpoi_out;
 
-/* The struct and its names; the file is closed before this. */
+/* The struct and its names; the file is closed before this.
+   Neither writes nor removes anything. */
 static void dpoi_out_free(dpoi_out *o)
 {
     dpo_ctx *c = o->c;
@@ -2311,7 +2320,8 @@ static dpoi_out *dpoi_out_open(dpo_ctx *c, const char *path)
     return o;
 }
 
-/* Straight to the system.  The first failure is kept: everything after it is skipped. */
+/* Straight to the system.  The first failure is kept: everything after it is skipped.
+   A write of 0 bytes without an error counts as a failure, or the loop would never end. */
 static int dpoi_out_send(dpoi_out *o, const char *p, size_t n)
 {
     for (size_t at = 0, put = 0; at < n && !o->failed; at += put) {
@@ -2338,7 +2348,8 @@ static int dpoi_out_write(dpoi_out *o, const void *bytes, size_t n)
     return 1;
 }
 
-/* Remove what was written; an older file under the name is untouched.  NULL is allowed. */
+/* Remove what was written; an older file under the name is untouched.  NULL is allowed.
+   Also after a failed write: the temporary file is of no use to anyone. */
 static void dpoi_out_abandon(dpoi_out *o)
 {
     if (!o) return;
@@ -2408,7 +2419,8 @@ DPOI_UNUSED static int dpoi_append_file(dpo_ctx *c, const char *path, const void
 typedef int (*dpoi_less)(const void *arg, uint32_t a, uint32_t b);
 
 /* Sort v[n] by less; stable, n log n whatever the input, for the input may be chosen to be slow.  spare[n].
-   Merge sort, bottom up: runs of w elements become runs of 2w. */
+   Merge sort, bottom up: runs of w elements become runs of 2w.
+   Indices, not elements, change places: they are 4 bytes whatever they stand for. */
 static void dpoi_sort(uint32_t *v, uint32_t *spare, size_t n, dpoi_less less, const void *arg)
 {
     for (size_t w = 1; w < n; w *= 2) {
@@ -2427,8 +2439,7 @@ static void dpoi_sort(uint32_t *v, uint32_t *spare, size_t n, dpoi_less less, co
 /* The code point that starts at p[n], n > 0.  Returns its bytes, 1 to 4, or 0: not UTF-8 (overlong forms, surrogates
    and what lies beyond U+10FFFF are not).
    least[len] is the smallest code point that needs len bytes: what lies below is an overlong form, by
-   which a filter for '/' or '"' could be passed. */
-/*     len =
+   which a filter for '/' or '"' could be passed.
    0xC0 and 0xC1 could only begin overlong forms, 0xF5 and up only what lies beyond U+10FFFF. */
 static int dpoi_utf8_read(const char *p, size_t n, uint32_t *cp)
 {
@@ -2487,14 +2498,17 @@ static dpoi_pair dpoi_pair_sum(double hi, double lo)
     return r;
 }
 
-/* (a.hi + a.lo)(b.hi + b.lo) without the product of the two small parts, which is below the last bit. */
+/* (a.hi + a.lo)(b.hi + b.lo) without the product of the two small parts, which is below the last bit.
+   Relative error about 2^-104. */
 static dpoi_pair dpoi_pair_mul(dpoi_pair a, dpoi_pair b)
 {
     dpoi_pair p = dpoi_two_product(a.hi, b.hi);
     return dpoi_pair_sum(p.hi, p.lo + a.hi * b.lo + a.lo * b.hi);
 }
 
-/* q = a.hi/b.hi, corrected once by what a - q*b leaves over. */
+/* q = a.hi/b.hi, corrected once by what a - q*b leaves over.
+   Relative error about 2^-103: enough for the last rounding to be right but in halfway cases that no
+   file is made of. */
 static dpoi_pair dpoi_pair_div(dpoi_pair a, dpoi_pair b)
 {
     double    q = a.hi / b.hi;
@@ -2517,7 +2531,9 @@ static dpoi_pair dpoi_power10(int e)
 /* m * 10^e, infinite where that is too large.  Steps of 10^150, and a power of two lent until the end, keep the exact
    products away from overflow and from the subnormal numbers.
    m below 2^64 enters as two exact halves of 32 bits.  Zero below 10^-400: m has 20 digits at most,
-   and the smallest subnormal number is 4.9e-324. */
+   and the smallest subnormal number is 4.9e-324.
+   Results are correctly rounded where doubles are normal; a subnormal one is rounded a second time by
+   ldexp. */
 static double dpoi_decimal(uint64_t m, int64_t e)
 {
     int       lent = e > 0 ? -100 : 400;
@@ -2567,14 +2583,16 @@ typedef struct dpoi_json_in {             /* the parser's state */
     int64_t     stacked, stack_room, spare_room;
 } dpoi_json_in;
 
-/* Where reading stopped, and why.  Returns 0. */
+/* Where reading stopped, and why.  Returns 0.
+   Bytes count from 0, a byte order mark included. */
 static int dpoi_json_bad(dpoi_json_in *in, const char *what)
 {
     return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: broken JSON at byte %llu: %s", in->doc->name,
                      (unsigned long long)in->at, what);
 }
 
-/* Only sorts: members of equal hash are told apart by name, so that a text made of collisions is no slower. */
+/* Only sorts: members of equal hash are told apart by name, so that a text made of collisions is no slower.
+   No secret key: hostile names can collide, which dpoi_json_less makes harmless. */
 static uint32_t dpoi_json_hash(const char *s)              /* FNV-1a */
 {
     uint32_t h = 2166136261u;
@@ -2585,14 +2603,16 @@ static uint32_t dpoi_json_hash(const char *s)              /* FNV-1a */
 /* Only for members: key is above 0. */
 static const char *dpoi_json_name(const dpo_json *v) { return v->doc->pool + v->key - 1; }
 
-/* by (hash, name) */
+/* by (hash, name)
+   Twins compare equal in both directions, which is how dpoi_json_index finds them. */
 static int dpoi_json_less(const void *arg, uint32_t a, uint32_t b)
 {
     const dpo_json *x = (const dpo_json *)arg + a, *y = (const dpo_json *)arg + b;
     return x->hash != y->hash ? x->hash < y->hash : strcmp(dpoi_json_name(x), dpoi_json_name(y)) < 0;
 }
 
-/* The four characters that RFC 8259 calls white space, no others. */
+/* The four characters that RFC 8259 calls white space, no others.
+   Not isspace: it would ask the locale, and take vertical tabs. */
 static void dpoi_json_space(dpoi_json_in *in)
 {
     while (in->at < in->n && (in->text[in->at] == ' ' || in->text[in->at] == '\t' || in->text[in->at] == '\n' ||
@@ -2602,6 +2622,7 @@ static void dpoi_json_space(dpoi_json_in *in)
 /* Every look at the text is guarded by at < n: the text need not end in a zero. */
 static int dpoi_json_next_is(dpoi_json_in *in, char ch) { return in->at < in->n && in->text[in->at] == ch; }
 
+/* Not isdigit, for the same reason. */
 static int dpoi_json_digit(dpoi_json_in *in)
 {
     return in->at < in->n && in->text[in->at] >= '0' && in->text[in->at] <= '9';
@@ -2693,7 +2714,6 @@ static int dpoi_json_hex4(dpoi_json_in *in, uint32_t *v)
    Half of a surrogate pair is refused: it has no UTF-8. */
 static int dpoi_json_escape(dpoi_json_in *in, uint32_t *cp)
 {
-    /*       ch =>  0 at the end of the text is no escape */
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     char        ch = in->at < in->n ? in->text[in->at] : 0;
     const char *hit = ch ? strchr(from, ch) : NULL;
@@ -2839,7 +2859,8 @@ static int dpoi_json_container(dpoi_json_in *in, int depth, dpo_json *v, char cl
     return dpoi_json_settle(in, from, v) && (close == ']' || dpoi_json_index(in, v));
 }
 
-/* null, true or false; whatever follows it is the caller's to judge. */
+/* null, true or false; whatever follows it is the caller's to judge.
+   The n of in->n - at >= n is tested first, so that memcmp stays inside the text. */
 static int dpoi_json_word(dpoi_json_in *in, const char *word)
 {
     size_t n = strlen(word);
@@ -2933,13 +2954,15 @@ static dpo_json *dpoi_json_new(dpo_ctx *c, const char *text, size_t n, const cha
 
 /* ------------------------------------------------------------------------------------------ reading values */
 
+/* n may be 0: then "the text ends too early".  `name` is copied. */
 DPO_DEF dpo_json *dpo_json_parse(dpo_ctx *c, const char *text, size_t n, const char *name)
 {
     dpo_json *root = dpoi_ok(c) && text ? dpoi_json_new(c, text, n, name ? name : "JSON") : NULL;
     return root && dpoi_own(c, root->doc, dpoi_json_destroy) ? root : NULL;
 }
 
-/* Up to 1 GB: no configuration, index or vocabulary comes near. */
+/* Up to 1 GB: no configuration, index or vocabulary comes near.
+   The text is freed right away; the document has what it needs. */
 DPO_DEF dpo_json *dpo_json_load(dpo_ctx *c, const char *path)
 {
     char     *text;
@@ -2951,8 +2974,10 @@ DPO_DEF dpo_json *dpo_json_load(dpo_ctx *c, const char *path)
     return root;
 }
 
+/* All values of the document go with its root. */
 DPO_DEF void dpo_json_free(dpo_json *root) { if (root) dpoi_disown(root->doc->c, root->doc); }
 
+/* WHOLE is a private kind of number. */
 DPO_DEF int dpo_json_type(const dpo_json *v)
 {
     return !v ? DPO_JSON_NONE : v->type == DPOI_JSON_WHOLE ? (int)DPO_JSON_NUMBER : (int)v->type;
@@ -2969,7 +2994,8 @@ DPO_DEF const dpo_json *dpo_json_at(const dpo_json *v, int64_t i)
     return i >= 0 && i < dpo_json_count(v) ? v->doc->nodes + v->v.at + i : NULL;
 }
 
-/* By halves through `order`, 16 steps in a vocabulary of 49,408. */
+/* By halves through `order`, 16 steps in a vocabulary of 49,408.
+   Names are unique, so that there is one answer. */
 DPO_DEF const dpo_json *dpo_json_get(const dpo_json *v, const char *key)
 {
     uint32_t hash;
@@ -2996,6 +3022,7 @@ DPO_DEF const char *dpo_json_text(const dpo_json *v, size_t *n)
     return v->doc->pool + v->v.at;
 }
 
+/* A whole number beyond 2^53 is rounded here, and only here. */
 DPO_DEF int dpo_json_double(const dpo_json *v, double *out)
 {
     if (dpo_json_type(v) != DPO_JSON_NUMBER) return 0;
@@ -3013,9 +3040,11 @@ DPO_DEF int dpo_json_int(const dpo_json *v, int64_t *out)
     return 1;
 }
 
+/* A number is no boolean: 1 is not true. */
 DPO_DEF int dpo_json_bool(const dpo_json *v) { return v && v->type == DPO_JSON_BOOL && v->count; }
 
-/* The member, or NULL if it is missing or null: the default holds then. */
+/* The member, or NULL if it is missing or null: the default holds then.
+   null means the default, as Python's configurations use it. */
 static const dpo_json *dpoi_json_given(const dpo_json *v, const char *key)
 {
     const dpo_json *m = dpo_json_get(v, key);
@@ -3062,6 +3091,7 @@ DPO_DEF double dpo_json_want_double(const dpo_json *v, const char *key, double o
     return otherwise;
 }
 
+/* Strings such as "true" are refused. */
 DPO_DEF int dpo_json_want_bool(const dpo_json *v, const char *key, int otherwise)
 {
     const dpo_json *m = dpoi_json_given(v, key);
@@ -3071,6 +3101,7 @@ DPO_DEF int dpo_json_want_bool(const dpo_json *v, const char *key, int otherwise
     return otherwise;
 }
 
+/* NULL after an error; `otherwise` may be NULL too. */
 DPO_DEF const char *dpo_json_want_text(const dpo_json *v, const char *key, const char *otherwise)
 {
     const dpo_json *m = dpoi_json_given(v, key);
@@ -3081,6 +3112,7 @@ DPO_DEF const char *dpo_json_want_text(const dpo_json *v, const char *key, const
 
 /* ------------------------------------------------------------------------------------------ writing */
 
+/* Appending is by n, so that a text may hold zero bytes. */
 typedef struct dpoi_text {                /* a growing text; zero it and set c to start */
     dpo_ctx *c;
     char    *at;                          /* n bytes, a zero after them; NULL while empty */
@@ -3108,7 +3140,8 @@ static int dpoi_text_bytes(dpoi_text *t, const char *p, size_t n)
 DPOI_UNUSED static int dpoi_text_add(dpoi_text *t, const char *s) { return dpoi_text_bytes(t, s, strlen(s)); }
 DPOI_UNUSED static int dpoi_text_format(dpoi_text *t, const char *fmt, ...) DPOI_PRINTF(2, 3);
 
-/* As printf, up to 1023 bytes.  Not for %f, %e, %g, which obey the host's locale: dpoi_text_number does not. */
+/* As printf, up to 1023 bytes.  Not for %f, %e, %g, which obey the host's locale: dpoi_text_number does not.
+   The bound on a line keeps the stack small; longer pieces go through dpoi_text_add. */
 DPOI_UNUSED static int dpoi_text_format(dpoi_text *t, const char *fmt, ...)
 {
     char    line[1024];
@@ -3187,6 +3220,7 @@ DPOI_UNUSED static int dpoi_text_number(dpoi_text *t, double x)
    dpo_file; a sorted array of indices finds a tensor by name.  Writing: a writer collects names and
    shapes first, since the header with all offsets stands in front; then it asks for the values in the
    file's order. */
+
 /* A file: 8 bytes N, little-endian; N bytes of JSON {"name":{"dtype":..,"shape":[..],"data_offsets":[begin,end]}, ..,
    "__metadata__":{..}}, offsets counted from byte 8+N; the data.  The checks and their order are those of the reference
    reader, huggingface/safetensors tensor.rs. */
@@ -3216,13 +3250,15 @@ static const dpoi_st_type *dpoi_st_info(int type)
     return &rows[type];
 }
 
+/* 22 names: a search by halves would not be faster. */
 static int dpoi_st_find(const char *name)                  /* -1 if unknown */
 {
     for (int k = 0; k < DPOI_ST_COUNT; k++) if (!strcmp(dpoi_st_info(k)->name, name)) return k;
     return -1;
 }
 
-/* The name in files of DPO_F32, ... */
+/* The name in files of DPO_F32, ...
+   For writers and for the check of what was read. */
 DPOI_UNUSED static const char *dpoi_st_dtype(int dtype)
 {
     return dtype == DPO_BF16 ? "BF16" : dtype == DPO_F16 ? "F16" : dtype == DPO_I32 ? "I32" : "F32";
@@ -3357,7 +3393,8 @@ static int dpoi_st_entry(dpo_file *f, const dpoi_shard *s, const dpo_json *m, dp
 /* Bytes, counted from the end of the header. */
 typedef struct dpoi_st_place { uint64_t begin, end; } dpoi_st_place;
 
-/* by (begin, end): an empty tensor comes before the one that begins at the same byte */
+/* by (begin, end): an empty tensor comes before the one that begins at the same byte
+   Ties are broken by the end, for an empty tensor shares its begin with the next. */
 static int dpoi_st_before(const void *arg, uint32_t a, uint32_t b)
 {
     const dpoi_st_place *p = (const dpoi_st_place *)arg;
@@ -3495,7 +3532,8 @@ static int dpoi_st_read(dpo_file *f, dpoi_shard *s)
     return dpoi_st_metadata(f, s) && dpoi_st_entries(f, s, 8 + (size_t)n);
 }
 
-/* One file on the disk, mapped and read. */
+/* One file on the disk, mapped and read.
+   On failure the shard stays in f, half made, for dpoi_file_destroy. */
 static int dpoi_st_shard(dpo_file *f, const char *path)
 {
     dpoi_shard *s = dpoi_st_new_shard(f, path);
@@ -3537,7 +3575,8 @@ static int dpoi_st_index(dpo_file *f)
 enum { DPOI_ST_SHARDS = 1000 };
 
 /* A shard's name must be a bare file name: the index comes from outside.
-   No slashes, no drive, no "..": nothing outside the index's own folder can be opened by it. */
+   No slashes, no drive, no "..": nothing outside the index's own folder can be opened by it.
+   ':' keeps out drives and streams of Windows. */
 static int dpoi_st_plain_name(const char *s)
 {
     return *s && !strpbrk(s, "/\\:") && strcmp(s, ".") && !strstr(s, "..");
@@ -3602,7 +3641,8 @@ static int dpoi_st_open_index(dpo_file *f)
     return ok;
 }
 
-/* An empty file object that belongs to nobody yet. */
+/* An empty file object that belongs to nobody yet.
+   shards and entries grow while reading. */
 static dpo_file *dpoi_file_new(dpo_ctx *c, const char *path)
 {
     dpo_file *f = path && dpoi_ok(c) ? (dpo_file *)dpoi_calloc(c, 1, sizeof *f) : NULL;
@@ -3621,6 +3661,8 @@ static dpo_file *dpoi_file_opened(dpo_file *f, int ok)
     return dpoi_own(f->c, f, dpoi_file_destroy) ? f : NULL;
 }
 
+/* By the name's ending alone: an index is a .json, all else is taken for a shard and told apart by its
+   bytes. */
 DPO_DEF dpo_file *dpo_safetensors_open(dpo_ctx *c, const char *path)
 {
     dpo_file *f = dpoi_file_new(c, path);
@@ -3671,6 +3713,7 @@ DPO_DEF dpo_file *dpo_safetensors_open_folder(dpo_ctx *c, const char *folder, co
 
 /* ------------------------------------------------------------------------------------------ what is in it */
 
+/* Entries, names and data end here; the context closes what is still open. */
 DPO_DEF void        dpo_file_close(dpo_file *f) { if (f) dpoi_disown(f->c, f); }
 DPO_DEF int64_t     dpo_file_count(const dpo_file *f) { return f ? f->count : 0; }
 DPO_DEF const char *dpo_file_path(const dpo_file *f) { return f ? f->path : NULL; }
@@ -3681,7 +3724,8 @@ DPO_DEF dpo_entry *dpo_file_entry(dpo_file *f, int64_t i)
     return f && i >= 0 && i < f->count ? &f->entries[i] : NULL;
 }
 
-/* By halves through by_name: 11 steps in SDXL's UNet. */
+/* By halves through by_name: 11 steps in SDXL's UNet.
+   Byte order, as strcmp has it. */
 DPO_DEF dpo_entry *dpo_file_find(dpo_file *f, const char *name)
 {
     int64_t low = 0, high = f && name ? f->count : 0;
@@ -3695,12 +3739,14 @@ DPO_DEF dpo_entry *dpo_file_find(dpo_file *f, const char *name)
     return NULL;
 }
 
-/* All shards carry the same metadata; the first one's is read. */
+/* All shards carry the same metadata; the first one's is read.
+   NULL for a file without any. */
 static const dpo_json *dpoi_file_tags(const dpo_file *f)
 {
     return f && f->shard_count ? dpo_json_get(f->shards[0].header, "__metadata__") : NULL;
 }
 
+/* The text lives as long as the file. */
 DPO_DEF const char *dpo_file_metadata(const dpo_file *f, const char *key)
 {
     return dpo_json_text(dpo_json_get(dpoi_file_tags(f), key), NULL);
@@ -3727,13 +3773,16 @@ static float dpoi_e4m3_to_f32(uint8_t b)
     return b & 0x80 ? -x : x;
 }
 
-/* out[i] = element i of the little-endian array p, as TO */
+/* out[i] = element i of the little-endian array p, as TO
+   One loop for each pair of types; the compiler turns memcpy into a plain load. */
 #define DPOI_ST_EACH(T, TO, value) \
     for (int64_t i = 0; i < count; i++) { T x; memcpy(&x, p + (size_t)i * sizeof x, sizeof x); out[i] = (TO)(value); } \
     return 1
 
 /* Every conversion to float is exact but those of F64, I64 and I32, which round to nearest.  memcpy, for data may begin
-   at any byte. */
+   at any byte.
+   Types that are missing here (F4, F6, C64, unsigned of 16 bits and more) occur in no model of this
+   family. */
 static int dpoi_st_floats(int type, const unsigned char *p, int64_t count, float *out)
 {
     switch (type) {
@@ -3781,7 +3830,8 @@ static const unsigned char *dpoi_st_range(const dpo_entry *e, int64_t first, int
     return NULL;
 }
 
-/* Returns 0. */
+/* Returns 0.
+   The type's name is the file's own word for it. */
 static int dpoi_st_cannot(const dpo_entry *e, const char *as)
 {
     char shown[128];
@@ -3789,6 +3839,7 @@ static int dpoi_st_cannot(const dpo_entry *e, const char *as)
                      dpoi_shown(shown, e->name), e->dtype, as);
 }
 
+/* Range first, so that out is never written beyond count. */
 DPO_DEF int dpo_entry_floats(const dpo_entry *e, int64_t first, int64_t count, float *out)
 {
     const unsigned char *p = dpoi_st_range(e, first, count);
@@ -3838,7 +3889,8 @@ struct dpo_writer {
     uint64_t      left;                   /* and how many bytes of it */
 };
 
-/* For dpoi_own. */
+/* For dpoi_own.
+   An open output is not its business: dpo_writer_save closes it on every path. */
 static void dpoi_writer_destroy(dpo_ctx *c, void *object)
 {
     dpo_writer *w = (dpo_writer *)object;
@@ -3850,6 +3902,7 @@ static void dpoi_writer_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, w, sizeof *w);
 }
 
+/* Safe at any time before dpo_writer_save, which frees by itself. */
 DPO_DEF void dpo_writer_free(dpo_writer *w) { if (w) dpoi_disown(w->c, w); }
 
 /* "format": "pt" is what transformers looks for before it loads a file. */
@@ -3866,7 +3919,8 @@ DPO_DEF dpo_writer *dpo_writer_new(dpo_ctx *c, const char *path)
 }
 
 /* Kept sorted, for the reference's own order of several keys is that of a hash table and changes from run to run.  With
-   one key the bytes are the reference's. */
+   one key the bytes are the reference's.
+   v is made before anything changes: a failure leaves the tags as they were. */
 DPO_DEF int dpo_writer_metadata(dpo_writer *w, const char *key, const char *value)
 {
     int64_t i = 0;
@@ -3919,6 +3973,7 @@ DPO_DEF int dpo_writer_add(dpo_writer *w, const char *name, const char *dtype, i
     return 1;
 }
 
+/* strcmp compares as unsigned bytes, as Rust's strings do. */
 static int dpoi_writer_by_name(const void *arg, uint32_t a, uint32_t b)
 {
     const dpoi_planned *p = (const dpoi_planned *)arg;
@@ -3934,7 +3989,9 @@ static int dpoi_writer_by_type(const void *arg, uint32_t a, uint32_t b)
 }
 
 /* The header's text, spaces at its end so that the data begins at a multiple of 8.
-   at: where the next tensor's data begins, counted from the end of the header. */
+   at: where the next tensor's data begins, counted from the end of the header.
+   Names go through dpoi_text_quote: what is not UTF-8 in them becomes U+FFFD rather than a broken
+   file. */
 static int dpoi_writer_header(dpo_writer *w, const uint32_t *order, dpoi_text *t)
 {
     uint64_t at = 0;
@@ -4084,6 +4141,7 @@ DPO_DEF int dpo_writer_floats(dpo_writer *w, const float *values, int64_t count)
    The figures are facts of the Unicode Character Database, taken at the versions that the reference tokenizer has them
    (huggingface tokenizers 0.23.3, asked for every code point): letters, numbers and lower case of Unicode 17, canonical
    decompositions and combining classes of Unicode 9, where an unassigned character decomposes to itself, class 0. */
+
 /* General category L: (gap, length - 1) of each run of code points. */
 static const char *const dpoi_uni_letters[] = {
     "c1P6PbF0A0405M1U1o94BE47010e141123106012101J1cI1eA8f51b5206b8c7Q43bDbAb311d210F171A220G01TTcOB0Ob091405L409030",
@@ -4266,6 +4324,7 @@ static int32_t dpoi_uni_signed(int64_t v) { return (int32_t)(v & 1 ? -(v + 1) / 
 /* stride 2 serves alphabets where capital and small letters alternate. */
 typedef struct dpoi_span { uint32_t from, to, stride; int32_t value; } dpoi_span;     /* from, from + stride, ... to */
 typedef struct dpoi_spans { dpoi_span *at; int64_t count, room; } dpoi_spans;         /* in order */
+/* apart: 1 if NFC never puts it together again. */
 typedef struct dpoi_composite { uint32_t whole, first, second; int apart; } dpoi_composite;  /* second 0: none */
 
 /* About 60 KB for each tokenizer; all arrays are sorted by code point, for search by halves. */
@@ -4358,7 +4417,8 @@ static int dpoi_uni_composites(dpo_ctx *c, dpoi_unicode *u)
     return 1;
 }
 
-/* All tables, about 60 KB, in a third of a millisecond.  0 and an error if there is no memory. */
+/* All tables, about 60 KB, in a third of a millisecond.  0 and an error if there is no memory.
+   On failure what was unpacked stays for dpoi_uni_close. */
 static int dpoi_uni_open(dpo_ctx *c, dpoi_unicode *u)
 {
     return dpoi_uni_spans(c, dpoi_uni_letters, DPOI_UNI_RANGES, &u->letters) &&
@@ -4389,6 +4449,7 @@ static int dpoi_uni_number(const dpoi_unicode *u, uint32_t cp)
     return cp < 128 ? cp >= '0' && cp <= '9' : dpoi_uni_value(&u->numbers, cp) != 0;
 }
 
+/* Not the C library's isspace, which knows only the locale's. */
 static int dpoi_uni_white(uint32_t cp)                     /* property White_Space */
 {
     return (cp >= 9 && cp <= 13) || cp == 32 || cp == 0x85 || cp == 0xA0 || cp == 0x1680 ||
@@ -4466,6 +4527,7 @@ static uint32_t dpoi_uni_together(const dpoi_unicode *u, uint32_t a, uint32_t b)
     return 0;
 }
 
+/* The code point itself does not take part. */
 static int dpoi_uni_class_less(const void *arg, uint32_t a, uint32_t b) { (void)arg; return a >> 24 < b >> 24; }
 
 /* Each run of marks (class above 0) sorted by class; as many steps as n log n even for a text of nothing but marks.
@@ -4505,7 +4567,8 @@ static void dpoi_uni_compose(const dpoi_unicode *u, dpoi_points *p)
 /* Structs, not contents. */
 static void dpoi_points_swap(dpoi_points *a, dpoi_points *b) { dpoi_points t = *a; *a = *b; *b = t; }
 
-/* Lower case character by character (so a final sigma is a sigma, as in the reference).  U+0130 alone becomes two. */
+/* Lower case character by character (so a final sigma is a sigma, as in the reference).  U+0130 alone becomes two.
+   The stored distance is signed: small letters lie above or below their capitals. */
 static int dpoi_uni_lower_case(const dpoi_unicode *u, const dpoi_points *in, dpoi_points *out)
 {
     int ok = 1;
@@ -4551,6 +4614,7 @@ static int dpoi_uni_normalise(const dpoi_unicode *u, const char *text, size_t n,
    each word is merged and emitted.  Scratch lies in the tokenizer and is kept from call to call, so
    that a step of training allocates nothing; one tokenizer serves one thread at a time, as its context
    does. */
+
 /* text -> special tokens cut out -> NFC, lower case -> words by the pattern
      <|startoftext|> | <|endoftext|> | 's 't 're 've 'm 'll 'd | letters+ | number | other+     (white space separates)
    -> UTF-8 bytes, each a symbol, the last one with "</w>" -> the merge that merges.txt lists first is done first, the
@@ -5230,8 +5294,8 @@ static void dpoi_drop_data(dpo_tensor *t)
     t->data = NULL;
 }
 
-/* `block` is held once more, not taken over. */
-/* A tensor of the current scope, with memory that nobody wrote yet.  block != NULL: share that one. */
+/* A tensor of the current scope, with memory that nobody wrote yet.  block != NULL: share that one.
+   `block` is held once more, not taken over. */
 static dpo_tensor *dpoi_temp(dpo_ctx *c, int dtype, int rank, const int64_t *shape, int panel, dpoi_block *block)
 {
     dpoi_node *n;
@@ -5373,8 +5437,8 @@ DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
 
 /* ------------------------------------------------------------------------------------------ host and device */
 
-/* Row o of [O,K] lies in panel o/P, in column o % P of each of the panel's K lines; P == 0 is plain order. */
-/* Move the k-th value between plain order [O,K] and panels [ceil(O/P)][K][P]. */
+/* Move the k-th value between plain order [O,K] and panels [ceil(O/P)][K][P].
+   Row o of [O,K] lies in panel o/P, in column o % P of each of the panel's K lines; P == 0 is plain order. */
 static int64_t dpoi_panel_index(int64_t k, int64_t K, int64_t P)
 {
     int64_t o = k / K, i = k % K;
@@ -5517,6 +5581,7 @@ DPO_DEF void dpo_close(dpo_ctx *c)
    the rows from the newest down; each hands the gradient of its result to its inputs.  Gradients are F32
    whatever the tensor's type.  A gradient is written by the first row that reaches it and added to by the
    others, so that nothing needs to be cleared first. */
+
 /* `grads`: bits of the inputs that can get a gradient; `keeps`: bits of what backward reads.  See DPO_OPS. */
 typedef struct dpoi_op { const char *name; int inputs, grads, keeps; } dpoi_op;
 
@@ -5937,6 +6002,7 @@ DPO_DEF dpo_tensor *dpo_checkpoint(dpo_ctx *c, dpo_segment_fn fn, void *user, dp
    that it does not care about taken together ([R,D]), so that a kernel has one loop nest and not one for each
    rank.  All checks are here: a kernel trusts its arguments.  An op that fails has recorded nothing and returns
    NULL, which every other op takes without complaint. */
+
 /* A view as [a,b,d], or [a,b] where d is 1, for kernels that do not care about more axes.
    d == 1 gives rank 2: kernels index the last axis they know, and shape[2] is 1 in both cases. */
 static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
@@ -5958,10 +6024,12 @@ static void dpoi_shape_like(dpoi_call *k, const dpo_tensor *x)
 /* The kernel's view of the result; without it dpoi_apply uses the caller's shape. */
 static void dpoi_out_as(dpoi_call *k, int64_t a, int64_t b, int64_t d) { dpoi_view_as(&k->a.out, a, b, d); }
 
-/* The last axis: channels. */
+/* The last axis: channels.
+   Rank is at least 1, which dpoi_set_shape sees to. */
 static int64_t dpoi_width_of(const dpo_tensor *x) { return x->shape[x->rank - 1]; }
 
-/* Axes beyond rank are 1, so that whole arrays can be compared. */
+/* Axes beyond rank are 1, so that whole arrays can be compared.
+   Types are not compared: kernels widen each input by itself. */
 static int dpoi_alike(const dpo_tensor *a, const dpo_tensor *b)
 {
     return a->rank == b->rank && !memcmp(a->shape, b->shape, sizeof a->shape);
@@ -6053,7 +6121,8 @@ static dpo_tensor *dpoi_product(dpo_ctx *c, dpoi_call *k)
     return dpo_act(c, dpo_last(y), act);
 }
 
-/* The order of DPO_OP_CONV's inputs, which the bits of its row in DPO_OPS count. */
+/* The order of DPO_OP_CONV's inputs, which the bits of its row in DPO_OPS count.
+   NULL stands for an input that is left out, all the way to the kernel. */
 static void dpoi_product_inputs(dpo_tensor **in, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, const dpo_extra *e)
 {
     in[0] = x;
@@ -6155,7 +6224,8 @@ DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
 }
 
 /* R = all axes but the last; stat [R,2] = mean, 1/sqrt(var + eps).
-   eps <= 0 is not refused: rows of equal numbers then give infinities, as in PyTorch. */
+   eps <= 0 is not refused: rows of equal numbers then give infinities, as in PyTorch.
+   Tokens [N,T,C] are N*T rows; every row has statistics of its own. */
 DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, float eps)
 {
     dpoi_call   k;
@@ -6208,7 +6278,8 @@ static int dpoi_unary(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *x)
     return 1;
 }
 
-/* D = half of the last axis; the first half is the value, the second the gate, as in diffusers' GEGLU. */
+/* D = half of the last axis; the first half is the value, the second the gate, as in diffusers' GEGLU.
+   The kernel sees [R,2D] -> [R,D]; the check follows dpoi_unary, which needs no even width. */
 DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x)
 {
     dpoi_call k;
@@ -6232,7 +6303,8 @@ DPO_DEF dpo_tensor *dpo_act(dpo_ctx *c, dpo_tensor *x, int act)
     return dpoi_apply(c, &k);
 }
 
-/* Forward scale*x + shift, backward dx = scale*dy: no input is kept. */
+/* Forward scale*x + shift, backward dx = scale*dy: no input is kept.
+   Any shape; a temporary copy is dpo_affine(c, x, 1, 0). */
 DPO_DEF dpo_tensor *dpo_affine(dpo_ctx *c, dpo_tensor *x, float scale, float shift)
 {
     dpoi_call k;
@@ -6242,7 +6314,8 @@ DPO_DEF dpo_tensor *dpo_affine(dpo_ctx *c, dpo_tensor *x, float scale, float shi
     return dpoi_apply(c, &k);
 }
 
-/* dx = dy where low <= x <= high: backward reads x. */
+/* dx = dy where low <= x <= high: backward reads x.
+   low > high is the caller's affair: the kernel then gives low or high. */
 DPO_DEF dpo_tensor *dpo_clamp(dpo_ctx *c, dpo_tensor *x, float low, float high)
 {
     dpoi_call k;
@@ -6252,7 +6325,8 @@ DPO_DEF dpo_tensor *dpo_clamp(dpo_ctx *c, dpo_tensor *x, float low, float high)
     return dpoi_apply(c, &k);
 }
 
-/* The gradient stays F32 on both sides, so that backward of a cast is an addition. */
+/* The gradient stays F32 on both sides, so that backward of a cast is an addition.
+   A cast to the same type is a copy. */
 DPO_DEF dpo_tensor *dpo_cast(dpo_ctx *c, dpo_tensor *x, int dtype)
 {
     dpoi_call k;
@@ -6297,7 +6371,8 @@ DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b)
 /* ------------------------------------------------------------------------------------------ axes */
 
 /* x as [A,n,B] around an axis.
-   A = product of the axes before it, n = its own size, B = product of those behind. */
+   A = product of the axes before it, n = its own size, B = product of those behind.
+   A and B are products of sizes that fit 2^47 together. */
 static int dpoi_around(dpo_ctx *c, const char *op, const dpo_tensor *x, int axis, int64_t *A, int64_t *B)
 {
     if (axis < 0 || axis >= x->rank) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: axis %d of a tensor of rank %d", op, axis, x->rank);
@@ -6350,7 +6425,8 @@ DPO_DEF dpo_tensor *dpo_concat(dpo_ctx *c, dpo_tensor *a, dpo_tensor *b, int axi
     return dpoi_apply(c, &k);
 }
 
-/* from > size - count is from + count > size without the overflow. */
+/* from > size - count is from + count > size without the overflow.
+   The slice is a copy: views with strides do not exist here. */
 DPO_DEF dpo_tensor *dpo_slice(dpo_ctx *c, dpo_tensor *x, int axis, int64_t from, int64_t count)
 {
     dpoi_call k;
@@ -6385,7 +6461,8 @@ DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64
     return y;
 }
 
-/* Like reshape, without the row. */
+/* Like reshape, without the row.
+   x's block lives until both tensors end. */
 DPO_DEF dpo_tensor *dpo_detach(dpo_ctx *c, dpo_tensor *x)
 {
     dpo_tensor *y;
@@ -6432,7 +6509,8 @@ DPO_DEF dpo_tensor *dpo_embed(dpo_ctx *c, dpo_tensor *table, dpo_tensor *ids)
     return dpoi_apply(c, &k);
 }
 
-/* dim/2 cosines, then dim/2 sines. */
+/* dim/2 cosines, then dim/2 sines.
+   t [N] of any rank, taken as N numbers. */
 DPO_DEF dpo_tensor *dpo_timestep_embedding(dpo_ctx *c, dpo_tensor *t, int dim)
 {
     dpoi_call k;
@@ -6822,7 +6900,9 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #endif
 #endif
 
-/* The best set that processor and system support: the system must save the wide registers too (XCR0). */
+/* The best set that processor and system support: the system must save the wide registers too (XCR0).
+   Bits of CPUID: leaf 1 ECX 12 FMA, 27 OSXSAVE, 29 F16C; leaf 7 EBX 5 AVX2, 16 AVX512F, 17 DQ, 30 BW,
+   31 VL.  XCR0: 6 the 256-bit registers, 0xe6 the 512-bit ones and the masks as well. */
 static int dpoi_isa_best(void)
 {
 #if !defined(DPOI_SIMD_X86)
@@ -6867,7 +6947,8 @@ typedef struct dpoi_pool {
 #endif
 } dpoi_pool;
 
-/* Takes tasks until there are none. */
+/* Takes tasks until there are none.
+   The caller and all workers run the same loop. */
 static void dpoi_pool_work(dpoi_pool *p)
 {
     intptr_t left;
@@ -6893,6 +6974,7 @@ static int dpoi_pool_spin(dpoi_pool *p)
     return 0;
 }
 
+/* Whoever sees left > 0 or stop does not sleep; the lock closes the gap between the look and the wait. */
 static void dpoi_pool_sleep(dpoi_pool *p)
 {
     dpoi_lock_take(&p->lock);
@@ -6921,7 +7003,8 @@ static void dpoi_pool_main(void *arg)
     }
 }
 
-/* The caller works too, then waits for the tasks that others hold: a moment, unless the system took a core away. */
+/* The caller works too, then waits for the tasks that others hold: a moment, unless the system took a core away.
+   Only one thread calls it, and never from within a task. */
 static void dpoi_pool_run(dpoi_pool *p, int64_t n, void (*task)(void *arg, int64_t i), void *arg)
 {
     p->n = (intptr_t)n;  p->task = task;  p->arg = arg;
@@ -6995,6 +7078,7 @@ typedef struct dpoi_rows {
     void   (*narrow)(int dtype, int64_t n, const float *x, void *y);
 } dpoi_rows;
 
+/* backend.self points back to this struct. */
 typedef struct dpoi_cpu {
     dpoi_mem        mem;
     int             isa, threads;         /* DPO_ISA_PLAIN ... */
@@ -7006,7 +7090,8 @@ typedef struct dpoi_cpu {
     dpo_backend     backend;
 } dpoi_cpu;
 
-/* Runs task(arg, 0) ... task(arg, n-1), in any order, at once; results must not depend on the order.  Never nests. */
+/* Runs task(arg, 0) ... task(arg, n-1), in any order, at once; results must not depend on the order.  Never nests.
+   One task, or one thread: a plain loop, without a single atomic operation. */
 static void dpoi_parallel(dpoi_cpu *cpu, int64_t n, void (*task)(void *arg, int64_t i), void *arg)
 {
     if (n > 1 && cpu->threads > 1 && cpu->parallel) cpu->parallel(cpu->user, n, task, arg);
@@ -7021,7 +7106,8 @@ enum { DPOI_PIECE = 16384 };
 static int64_t dpoi_pieces(int64_t n, int64_t piece)       { return (n + piece - 1) / piece; }
 static int64_t dpoi_least(int64_t a, int64_t b)            { return a < b ? a : b; }
 
-/* Elements as they lie in memory: panels include the zeros where O ends. */
+/* Elements as they lie in memory: panels include the zeros where O ends.
+   [ceil(O/P)*P] rows of a weight, of its own size otherwise. */
 static int64_t dpoi_stored(const dpo_view *v)
 {
     int64_t inner = v->shape[1]*v->shape[2]*v->shape[3], O = v->shape[0];
@@ -7080,14 +7166,19 @@ enum { DPOI_ADAMW_FACTOR, DPOI_ADAMW_BETA1, DPOI_ADAMW_BETA2, DPOI_ADAMW_DECAY, 
 
 /* ----------------------------------------------------------------------------------------------- plain C */
 
+/* exp(-x) overflows to infinity for x below -88, and 1/(1 + infinity) is the 0 that is wanted. */
 static float dpoi_sigmoid(float x)        { return 1 / (1 + expf(-x)); }
+/* -log(1 + exp(-x)); for x < 0 as x - log(1 + exp(x)), where the exponential cannot overflow. */
 static float dpoi_log_sigmoid(float x)    { return x < 0 ? x - log1pf(expf(x)) : -log1pf(expf(-x)); }
 
-/* gelu(x) = x P(x), P(x) = (1 + erf(x/sqrt 2))/2, the chance that a normal number is below x; P' its density. */
+/* gelu(x) = x P(x), P(x) = (1 + erf(x/sqrt 2))/2, the chance that a normal number is below x; P' its density.
+   erfc keeps its digits where x is far below 0, which 1 + erf would lose. */
 static float dpoi_normal(float x)         { return 0.5f*erfcf(-0.70710678f*x); }
 static float dpoi_density(float x)        { return 0.39894228f*expf(-0.5f*x*x); }
 
-/* act(x) */
+/* act(x)
+   SiLU x s(x); GELU x P(x), the erf form; quick GELU x s(1.702 x), which CLIP's first text encoder
+   uses. */
 DPOI_INLINE float dpoi_act(int act, float x)
 {
     switch (act) {
@@ -7107,7 +7198,8 @@ DPOI_INLINE float dpoi_act(int act, float x)
     }
 }
 
-/* act'(x); 0 where abs and relu have a corner, as PyTorch does. */
+/* act'(x); 0 where abs and relu have a corner, as PyTorch does.
+   s(x)' = s (1 - s), hence (x s)' = s (1 + x (1 - s)).  log and sqrt are what they are at 0: infinite. */
 DPOI_INLINE float dpoi_act_slope(int act, float x)
 {
     float s;
@@ -7128,7 +7220,8 @@ DPOI_INLINE float dpoi_act_slope(int act, float x)
     }
 }
 
-/* f(a, b, c; s): the list above, line by line. */
+/* f(a, b, c; s): the list above, line by line.
+   DIV_BACK takes a, b, c = dividend, divisor, dy. */
 DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s)
 {
     if (op < DPO_ACTS)        return dpoi_act(op, a);
@@ -7157,7 +7250,8 @@ DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s
     }
 }
 
-/* Unused operands are read, but not used: `a` stands in for them. */
+/* Unused operands are read, but not used: `a` stands in for them.
+   y may be a, b or c themselves (LERP runs in place): each number is read before it is written. */
 DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
                                float *y, int add)
 {
@@ -7169,6 +7263,8 @@ DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b
 
 /* dpoi_rows.map */
 #define DPOI_MAP_CASE(op) case op: dpoi_map_loop(op, n, a, b, c, s, y, add); break;
+/* A case for each formula makes a loop of its own, which compilers can turn into vectors where they
+   dare. */
 static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
                            int add)
 {
@@ -7179,7 +7275,8 @@ static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, co
     }
 }
 
-/* The sum of f over a row, in double. */
+/* The sum of f over a row, in double.
+   One chain of additions in double: the oracle for the order-free sums of the other sets. */
 DPOI_INLINE double dpoi_sum_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
 {
     double sum = 0;
@@ -7197,7 +7294,8 @@ static double dpoi_sum_plain(int op, int64_t n, const float *a, const float *b, 
     }
 }
 
-/* x [rows,C] -> sum [C]; rows are few enough for floats. */
+/* x [rows,C] -> sum [C]; rows are few enough for floats.
+   centre NULL: plain sums; else squares about it, the second reading of a variance. */
 static void dpoi_columns_plain(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
@@ -7208,7 +7306,9 @@ static void dpoi_columns_plain(int64_t rows, int64_t C, const float *x, const fl
         }
 }
 
-/* y = act(z), x and y [rows,C], t [DPOI_NORM_ROWS,C]. */
+/* y = act(z), x and y [rows,C], t [DPOI_NORM_ROWS,C].
+   t's rows are [C] each, one after the other; scale = gamma rs is multiplied once a channel, not once
+   a number. */
 static void dpoi_norm_plain(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
 {
     const float *mean = t + DPOI_NORM_MEAN*C, *scale = t + DPOI_NORM_SCALE*C, *beta = t + DPOI_NORM_BETA*C;
@@ -7219,7 +7319,8 @@ static void dpoi_norm_plain(int64_t rows, int64_t C, const float *x, const float
         }
 }
 
-/* sums [2,C]: of dz = dy act'(z), and of dz h with h = (x - mean) rs. */
+/* sums [2,C]: of dz = dy act'(z), and of dz h with h = (x - mean) rs.
+   The caller flushes them into doubles after a few rows. */
 static void dpoi_norm_sums_plain(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
                                  float *sums)
 {
@@ -7234,7 +7335,8 @@ static void dpoi_norm_sums_plain(int64_t rows, int64_t C, const float *x, const 
         }
 }
 
-/* dx = scale dz - k1 - (x - mean) k2 */
+/* dx = scale dz - k1 - (x - mean) k2
+   z and act'(z) are made again from x: keeping them would cost as much memory as x. */
 static void dpoi_norm_back_plain(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
                                  float *dx, int add)
 {
@@ -7248,7 +7350,8 @@ static void dpoi_norm_back_plain(int64_t rows, int64_t C, const float *x, const 
         }
 }
 
-/* m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- decay w - rate m / (root sqrt(v) + eps).  arXiv 1711.05101. */
+/* m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- decay w - rate m / (root sqrt(v) + eps).  arXiv 1711.05101.
+   Decay comes first and does not pass through the moments, which is what the W stands for. */
 static void dpoi_adamw_plain(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
     float b1 = s[DPOI_ADAMW_BETA1], b2 = s[DPOI_ADAMW_BETA2];
@@ -7300,16 +7403,19 @@ enum { DPOI_SUM_BLOCK = 1024 };           /* floats that are added in float befo
 
 static const int32_t dpoi_lanes[16] = { -1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0 };
 
+/* A window over eight ones and eight zeros, for AVX2 has no mask registers. */
 DPOI_AVX2 DPOI_INLINE __m256i dpoi_lanes_256(int64_t left)                   /* the first `left`, below 8 */
 {
     return _mm256_loadu_si256((const __m256i *)(const void *)(dpoi_lanes + 8 - left));
 }
-/* The first `left` floats at p, all 8 if there are more; the others read 0. */
+/* The first `left` floats at p, all 8 if there are more; the others read 0.
+   Masked lanes are not touched: a row may end where memory ends. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_load_256(const float *p, int64_t left)
 {
     return left >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, dpoi_lanes_256(left));
 }
-/* Writes as many. */
+/* Writes as many.
+   The other floats in memory stay as they are. */
 DPOI_AVX2 DPOI_INLINE void dpoi_store_256(float *p, int64_t left, __m256 x)
 {
     if (left >= 8) _mm256_storeu_ps(p, x);
@@ -7321,6 +7427,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_first_256(__m256 x, int64_t left)          /* 
 }
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_abs_256(__m256 x)   { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_round_256(__m256 x) { return _mm256_round_ps(x, 8); }     /* to nearest, silently */
+/* 2^n for n below -126 is no normal float: half of n twice, so that small results become subnormal
+   instead of 0. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_scale_256(__m256 y, __m256 n)              /* y 2^n, in two steps for n < -126 */
 {
     __m256i k = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
@@ -7337,13 +7445,15 @@ DPOI_AVX2 DPOI_INLINE __m256d dpoi_doubles_256(__m256 x)                     /* 
 {
     return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
 }
+/* In a fixed order: (0+2) + (1+3). */
 DPOI_AVX2 DPOI_INLINE double dpoi_total_256(__m256d x)
 {
     __m128d h = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
     return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
 }
 
-/* 8 BF16 or F16. */
+/* 8 BF16 or F16.
+   BF16 is the upper half of an F32: a shift. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_widen_256(int dtype, const uint16_t *h)
 {
     __m128i k = _mm_loadu_si128((const __m128i *)(const void *)h);
@@ -7351,7 +7461,9 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_widen_256(int dtype, const uint16_t *h)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(k), 16));
 }
 
-/* BF16 to nearest even: add half of what is cut off, less one where the kept part is even. */
+/* BF16 to nearest even: add half of what is cut off, less one where the kept part is even.
+   A NaN whose payload lies in the lower half would round to infinity: it keeps its upper half with the
+   quiet bit set. */
 DPOI_AVX2 DPOI_INLINE void dpoi_narrow_256(int dtype, __m256 x, uint16_t *h)
 {
     __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
@@ -7363,7 +7475,9 @@ DPOI_AVX2 DPOI_INLINE void dpoi_narrow_256(int dtype, __m256 x, uint16_t *h)
     _mm_storeu_si128((__m128i *)(void *)h, dtype == DPO_F16 ? _mm256_cvtps_ph(x, 0) : _mm256_castsi256_si128(r));
 }
 
-/* e^x of 8 numbers, relative error 1e-7.  max and min return their second operand where one is NaN: it stays. */
+/* e^x of 8 numbers, relative error 1e-7.  max and min return their second operand where one is NaN: it stays.
+   n ln 2 is taken off in two parts, of which the first has trailing zeros enough for n*LN2_HIGH to be
+   exact. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_256(__m256 x)
 {
     __m256 n, r, y;
@@ -7388,7 +7502,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_sigmoid_256(__m256 x)
     return _mm256_div_ps(one, _mm256_add_ps(one, e));
 }
 
-/* P(x), and its density exp(-x^2/2)/sqrt(2 pi), which shares the exponential.  P(x) = 1 - P(-x) for x > 0. */
+/* P(x), and its density exp(-x^2/2)/sqrt(2 pi), which shares the exponential.  P(x) = 1 - P(-x) for x > 0.
+   1 - q loses no digits that x P(x) would show, since q is at most 1/2. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_normal_256(__m256 x, __m256 *density)
 {
     __m256 one = _mm256_set1_ps(1), u = dpoi_abs_256(x), q = _mm256_set1_ps(dpoi_normal_q[8]);
@@ -7400,7 +7515,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_normal_256(__m256 x, __m256 *density)
     return dpoi_where_negative_256(x, q, _mm256_sub_ps(one, q));
 }
 
-/* d x sigmoid(k x) / dx = s (1 + k x (1 - s)) */
+/* d x sigmoid(k x) / dx = s (1 + k x (1 - s))
+   k = 1 for SiLU, 1.702 for quick GELU. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_silu_slope_256(__m256 x, float k)
 {
     __m256 one = _mm256_set1_ps(1), z = _mm256_mul_ps(x, _mm256_set1_ps(k)), s = dpoi_sigmoid_256(z);
@@ -7413,7 +7529,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_gelu_slope_256(__m256 x)
     return _mm256_fmadd_ps(x, density, P);
 }
 
-/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number. */
+/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number.
+   fma rounds once where plain C rounds twice: the last bit may differ from the oracle's. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_norm_256(int op, __m256 a, __m256 b, __m256 c, const float *s)
 {
     __m256 h = _mm256_mul_ps(_mm256_sub_ps(a, _mm256_set1_ps(s[0])), _mm256_set1_ps(s[1]));
@@ -7424,7 +7541,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_norm_256(int op, __m256 a, __m256 b, __m25
     return _mm256_mul_ps(h, _mm256_set1_ps(s[1]));
 }
 
-/* The formulas of dpoi_map_one for 8 numbers; `op` is a constant wherever this is inlined. */
+/* The formulas of dpoi_map_one for 8 numbers; `op` is a constant wherever this is inlined.
+   RELU: max(0, a) in this order returns a where a is NaN. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_256(int op, __m256 a, __m256 b, __m256 c, const float *s)
 {
     __m256 t;
@@ -7458,7 +7576,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_256(int op, __m256 a, __m256 b, __m256 c, 
     }
 }
 
-/* f at number i of the row, of which `left` are still to do. */
+/* f at number i of the row, of which `left` are still to do.
+   Whole vectors have left = 8, a constant, so that the masked path vanishes from the main loop. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_at_256(int op, int64_t i, int64_t left, const float *a, const float *b,
                                              const float *c, const float *s)
 {
@@ -7492,7 +7611,9 @@ DPOI_AVX2 static void dpoi_map_avx2(int op, int64_t n, const float *a, const flo
     }
 }
 
-/* Four sums of 8 floats each, emptied into doubles after every block. */
+/* Four sums of 8 floats each, emptied into doubles after every block.
+   Four chains, since an addition takes four cycles.  Cut by n alone: the sum of a row is the same
+   wherever the row lies. */
 DPOI_AVX2 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
                                                const float *s)
 {
@@ -7563,7 +7684,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_row_256(const float *t, int64_t C, int ro
     return dpoi_load_256(t + row*C + c, C - c);
 }
 
-/* d = x - mean, and z = d scale + beta. */
+/* d = x - mean, and z = d scale + beta.
+   The table's rows are loaded anew for each row of x; they stay in the first-level cache. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t c, const float *x, __m256 *d)
 {
     *d = _mm256_sub_ps(dpoi_load_256(x + c, C - c), dpoi_norm_row_256(t, C, DPOI_NORM_MEAN, c));
@@ -7609,7 +7731,8 @@ DPOI_AVX2 static void dpoi_norm_sums_avx2(int64_t rows, int64_t C, const float *
     else      dpoi_norm_sums_loop_256(rows, C, x, dy, t, 0, sums);
 }
 
-/* dx = scale dz - k1 - d k2, all [rows,C]. */
+/* dx = scale dz - k1 - d k2, all [rows,C].
+   add is a constant in neither copy: the branch is the same for a whole call and predicted. */
 DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(int64_t rows, int64_t C, const float *x, const float *dy,
                                                    const float *t, int silu, float *dx, int add)
 {
@@ -7631,7 +7754,8 @@ DPOI_AVX2 static void dpoi_norm_back_avx2(int64_t rows, int64_t C, const float *
     else      dpoi_norm_back_loop_256(rows, C, x, dy, t, 0, dx, add);
 }
 
-/* dpoi_rows.adamw: four streams in, three out; memory is what it costs. */
+/* dpoi_rows.adamw: four streams in, three out; memory is what it costs.
+   Masked lanes compute on zeros: 0/(0 + eps) is 0, and nothing of it is stored. */
 DPOI_AVX2 static void dpoi_adamw_avx2(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
     __m256 b1 = _mm256_set1_ps(s[DPOI_ADAMW_BETA1]), c1 = _mm256_set1_ps(1 - s[DPOI_ADAMW_BETA1]);
@@ -7650,7 +7774,8 @@ DPOI_AVX2 static void dpoi_adamw_avx2(int64_t n, const float *g, float *m, float
     }
 }
 
-/* dpoi_rows.widen and .narrow: whole vectors here, the rest in plain C, which rounds the same. */
+/* dpoi_rows.widen and .narrow: whole vectors here, the rest in plain C, which rounds the same.
+   The rest is at most 7 numbers. */
 DPOI_AVX2 static void dpoi_widen_avx2(int dtype, int64_t n, const void *x, float *y)
 {
     const uint16_t *h = (const uint16_t *)x;
@@ -7680,12 +7805,14 @@ static dpoi_rows dpoi_rows_avx2(void)
 
 /* ---- 16 floats */
 
-/* The first `left` floats at p, all 16 if there are more; the others read 0. */
+/* The first `left` floats at p, all 16 if there are more; the others read 0.
+   AVX-512 has mask registers: 1 << left sets one bit above those wanted, less 1 is the mask. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_load_512(const float *p, int64_t left)
 {
     return left >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), p);
 }
-/* Writes as many. */
+/* Writes as many.
+   The other floats in memory stay as they are. */
 DPOI_AVX512 DPOI_INLINE void dpoi_store_512(float *p, int64_t left, __m512 x)
 {
     if (left >= 16) _mm512_storeu_ps(p, x);
@@ -7707,9 +7834,11 @@ DPOI_AVX512 DPOI_INLINE __m512d dpoi_doubles_512(__m512 x)                   /* 
 {
     return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
 }
+/* The compiler's own tree, of fixed shape. */
 DPOI_AVX512 DPOI_INLINE double dpoi_total_512(__m512d x)                     { return _mm512_reduce_add_pd(x); }
 
-/* 16 BF16 or F16. */
+/* 16 BF16 or F16.
+   As for 8. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_widen_512(int dtype, const uint16_t *h)
 {
     __m256i k = _mm256_loadu_si256((const __m256i *)(const void *)h);
@@ -7717,7 +7846,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_widen_512(int dtype, const uint16_t *h)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(k), 16));
 }
 
-/* BF16 to nearest even: add half of what is cut off, less one where the kept part is even. */
+/* BF16 to nearest even: add half of what is cut off, less one where the kept part is even.
+   As for 8, NaNs too; the halves need no sorting here. */
 DPOI_AVX512 DPOI_INLINE void dpoi_narrow_512(int dtype, __m512 x, uint16_t *h)
 {
     __m512i u = _mm512_castps_si512(x), high = _mm512_srli_epi32(u, 16);
@@ -7777,7 +7907,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_gelu_slope_512(__m512 x)
     return _mm512_fmadd_ps(x, density, P);
 }
 
-/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number. */
+/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number.
+   The same formulas and roundings as for 8 numbers. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_norm_512(int op, __m512 a, __m512 b, __m512 c, const float *s)
 {
     __m512 h = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_set1_ps(s[0])), _mm512_set1_ps(s[1]));
@@ -7856,7 +7987,9 @@ DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const
     }
 }
 
-/* Four sums of 16 floats each, emptied into doubles after every block. */
+/* Four sums of 16 floats each, emptied into doubles after every block.
+   16 lanes instead of 8 add in another order: sums differ in the last digits between the sets, never
+   within one. */
 DPOI_AVX512 DPOI_INLINE double dpoi_sum_loop_512(int op, int64_t n, const float *a, const float *b, const float *c,
                                                  const float *s)
 {
@@ -7935,7 +8068,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_z_512(const float *t, int64_t C, int64_
     return _mm512_fmadd_ps(*d, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_512(t, C, DPOI_NORM_BETA, c));
 }
 
-/* y = act(z), x and y [rows,C]. */
+/* y = act(z), x and y [rows,C].
+   C = 320, 640 and 1280 are multiples of 16: no masks there. */
 DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(int64_t rows, int64_t C, const float *x, const float *t, int silu,
                                                 float *y)
 {
@@ -7996,7 +8130,8 @@ DPOI_AVX512 static void dpoi_norm_back_avx512(int64_t rows, int64_t C, const flo
     else      dpoi_norm_back_loop_512(rows, C, x, dy, t, 0, dx, add);
 }
 
-/* dpoi_rows.adamw: four streams in, three out; memory is what it costs. */
+/* dpoi_rows.adamw: four streams in, three out; memory is what it costs.
+   One division and one square root a number: still less than what memory takes. */
 DPOI_AVX512 static void dpoi_adamw_avx512(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
     __m512 b1 = _mm512_set1_ps(s[DPOI_ADAMW_BETA1]), c1 = _mm512_set1_ps(1 - s[DPOI_ADAMW_BETA1]);
@@ -8044,7 +8179,8 @@ static dpoi_rows dpoi_rows_avx512(void)
 }
 #endif
 
-/* The loops for an instruction set. */
+/* The loops for an instruction set.
+   Called once, when the backend opens; the host's processor was asked before (dpoi_isa_best). */
 static dpoi_rows dpoi_cpu_rows(int isa)
 {
 #ifdef DPOI_SIMD_X86
@@ -8062,7 +8198,9 @@ static dpoi_rows dpoi_cpu_rows(int isa)
    double, and the units' sums are added in order by one thread.  din[i] is written, or added to where bit i of `add`
    is set; the loops of >>impl rows take that as their last argument. */
 
-/* One kernel call cut along some axis: fn does units from..to-1. */
+/* One kernel call cut along some axis: fn does units from..to-1.
+   a: the call; n units in tasks of `step`.  It lies on the stack of the thread that waits for all
+   tasks. */
 typedef struct dpoi_job {
     dpoi_cpu *cpu;
     const dpo_args *a;
@@ -8078,7 +8216,8 @@ static void dpoi_job_task(void *arg, int64_t i)
     j->fn(j, i*j->step, dpoi_least(j->n, (i + 1)*j->step));
 }
 
-/* Units 0..n-1, of `size` floats each, so many at a time that a task is worth handing out. */
+/* Units 0..n-1, of `size` floats each, so many at a time that a task is worth handing out.
+   step depends on the units' size alone: the cut is the same for any number of threads. */
 static void dpoi_cut(dpoi_cpu *cpu, const dpo_args *a, int64_t n, int64_t size, const void *more,
                      void (*fn)(const dpoi_job *j, int64_t from, int64_t to))
 {
@@ -8095,7 +8234,8 @@ static const float *dpoi_a_in  (const dpo_args *a, int i) { return (const float 
 static const float *dpoi_a_dout(const dpo_args *a)        { return (const float *)a->dout.data; }
 static int          dpoi_a_adds(const dpo_args *a, int i) { return (int)(a->add >> i & 1); }
 
-/* C or D: the size of the last axis. */
+/* C or D: the size of the last axis.
+   Rank 0 cannot come from a tensor; the guard is for views that were left out. */
 static int64_t dpoi_channels(const dpo_view *v)           { return v->shape[v->rank > 0 ? v->rank - 1 : 0]; }
 
 /* --------------------------------------------------------------------------------------- element by element */
@@ -8115,7 +8255,9 @@ static void dpoi_each_piece(const dpoi_job *j, int64_t from, int64_t to)
                      e->y + from, e->add);
 }
 
-/* y[i] = f(a[i], b[i]; s0, s1) for all of n floats. */
+/* y[i] = f(a[i], b[i]; s0, s1) for all of n floats.
+   All element-wise ops over dense or panelled memory: the zeros behind O are computed along, and stay
+   zeros or go unread. */
 static int dpoi_each(dpoi_cpu *cpu, int op, int64_t n, const float *a, const float *b, float s0, float s1, float *y,
                      int add)
 {
@@ -8193,7 +8335,8 @@ static void dpoi_copy_piece(const dpoi_job *j, int64_t from, int64_t to)
         j->cpu->rows.narrow(y->dtype, n, tmp, q + i*ys);
     }
 }
-/* x [..] -> y [..] of the same layout; panels are repacked by the host, never here. */
+/* x [..] -> y [..] of the same layout; panels are repacked by the host, never here.
+   I32 is only copied as I32. */
 static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
 {
     if (a->in[0].panel != a->out.panel || (a->out.dtype == DPO_I32 && a->in[0].dtype != DPO_I32)) {
@@ -8203,6 +8346,7 @@ static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, NULL, dpoi_copy_piece);
     return DPO_OK;
 }
+/* Gradients are F32 on both sides: a copy or an addition. */
 static int dpoi_cpu_copy_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     if (!a->din[0].data) return DPO_OK;
@@ -8259,7 +8403,8 @@ typedef struct dpoi_spread {
 } dpoi_spread;
 
 /* Walks from the innermost axis out.  An axis joins the one inside it if both operands go on where that one ends:
-   step = step inside * size inside, which for an operand that repeats along both is 0 = 0. */
+   step = step inside * size inside, which for an operand that repeats along both is 0 = 0.
+   [2,1,8,320] and [2,64,8,320], say, become d = [1,2,64,2560] with steps 2560,0,1 and 163840,2560,1. */
 static dpoi_spread dpoi_spread_of(const dpo_view *y, const dpo_view *in)
 {
     dpoi_spread s;
@@ -8280,14 +8425,16 @@ static dpoi_spread dpoi_spread_of(const dpo_view *y, const dpo_view *in)
     return s;
 }
 
-/* Where operand w starts for row o of y, rows being all axes but the innermost. */
+/* Where operand w starts for row o of y, rows being all axes but the innermost.
+   o counts rows of y in order, outermost first. */
 static int64_t dpoi_spread_at(const dpoi_spread *s, int w, int64_t o)
 {
     int64_t i2 = o % s->d[2], i1 = o/s->d[2] % s->d[1], i0 = o/s->d[2]/s->d[1];
     return i0*s->step[w][0] + i1*s->step[w][1] + i2*s->step[w][2];
 }
 
-/* n values of operand w from position i of row o: in place, or one value repeated in `tile`. */
+/* n values of operand w from position i of row o: in place, or one value repeated in `tile`.
+   tile is filled again for each piece; 256 floats of it stay in a register's reach. */
 static const float *dpoi_spread_values(const dpoi_spread *s, int w, const float *x, int64_t o, int64_t i, int64_t n,
                                        float *tile)
 {
@@ -8314,7 +8461,8 @@ static void dpoi_binary_rows(const dpoi_job *j, int64_t from, int64_t to)
         }
     }
 }
-/* a, b -> y = a fn b, of rank 4. */
+/* a, b -> y = a fn b, of rank 4.
+   All four functions, all shapes that repeat: one walk. */
 static int dpoi_cpu_binary(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_spread s = dpoi_spread_of(&a->out, a->in);
@@ -8324,7 +8472,8 @@ static int dpoi_cpu_binary(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* g[0..n-1] = dy times dy/d(operand `which`), at position i of row o. */
+/* g[0..n-1] = dy times dy/d(operand `which`), at position i of row o.
+   add, sub: dy, -dy;  mul: dy times the other operand;  div: da = dy/b, db = -dy a/b^2. */
 static void dpoi_binary_slope(const dpoi_job *j, int64_t o, int64_t i, int64_t n, float *g, int add)
 {
     const dpoi_spread *s = (const dpoi_spread *)j->more;
@@ -8343,7 +8492,8 @@ static void dpoi_binary_slope(const dpoi_job *j, int64_t o, int64_t i, int64_t n
     }
 }
 
-/* Row o of y that belongs to row k of the operand and repetition r of it. */
+/* Row o of y that belongs to row k of the operand and repetition r of it.
+   Axes along which the operand moves take their index from k, the others from r. */
 static int64_t dpoi_spread_row(const dpoi_spread *s, int64_t k, int64_t r)
 {
     int64_t o = 0, scale = 1;
@@ -8404,7 +8554,8 @@ typedef struct dpoi_partial {
     double *sum;
 } dpoi_partial;
 
-/* Scratch for it. */
+/* Scratch for it.
+   Doubles, one a piece. */
 static size_t dpoi_partial_bytes(int64_t A, int64_t n)
 {
     return (size_t)(A*dpoi_pieces(n, DPOI_PIECE))*sizeof(double);
@@ -8421,7 +8572,8 @@ static void dpoi_partial_units(const dpoi_job *j, int64_t from, int64_t to)
     }
 }
 
-/* Fills work; dpoi_partial_total then adds a row's pieces. */
+/* Fills work; dpoi_partial_total then adds a row's pieces.
+   Pieces of a row start at its beginning: a row's sum does not depend on the rows around it. */
 static void dpoi_partial_sums(dpoi_cpu *cpu, const dpo_args *a, int op, int64_t A, int64_t n, const float *x,
                               const float *y)
 {
@@ -8455,7 +8607,8 @@ static void dpoi_sum_columns(const dpoi_job *j, int64_t from, int64_t to)
         for (int64_t b = 0; b < m; b++) y[b] = (float)(j->a->p.sum.scale*sum[b]);
     }
 }
-/* y = scale * sum over n of x [A,n,B].  With B = 1 a row's numbers lie side by side and are cut into pieces. */
+/* y = scale * sum over n of x [A,n,B].  With B = 1 a row's numbers lie side by side and are cut into pieces.
+   B > 1: columns are summed down in double, side by side. */
 static int dpoi_cpu_sum(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t A = a->in[0].shape[0], n = a->in[0].shape[1], B = a->in[0].shape[2];
@@ -8475,7 +8628,8 @@ static size_t dpoi_cpu_sum_workspace(const dpoi_cpu *cpu, const dpo_args *a)
     return dpoi_partial_bytes(a->in[0].shape[0], a->in[0].shape[1]);
 }
 
-/* dx[a,i,b] = scale dy[a,b] */
+/* dx[a,i,b] = scale dy[a,b]
+   The factor is applied once for a row where B = 1. */
 static void dpoi_sum_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t n = j->a->din[0].shape[1], B = j->a->din[0].shape[2];
@@ -8520,7 +8674,8 @@ static void dpoi_cut_samples(dpoi_cpu *cpu, const dpo_args *a, const dpo_view *v
     dpoi_cut(cpu, a, v->shape[0]*dpoi_pieces(P, DPOI_PIECE), dpoi_least(P, DPOI_PIECE), NULL, fn);
 }
 
-/* loss[n] = 1/P sum (pred - target)^2;   dpred = 2/P dloss[n] (pred - target) = -dtarget */
+/* loss[n] = 1/P sum (pred - target)^2;   dpred = 2/P dloss[n] (pred - target) = -dtarget
+   In F32 or better whatever the dtype of the pictures: the sums are double. */
 static int dpoi_cpu_mse(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t N = a->in[0].shape[0], P = dpoi_sample_size(&a->in[0]);
@@ -8552,7 +8707,8 @@ static int dpoi_cpu_mse_backward(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* y[n] = a[k] x[n] + b[k] z[n], k = index[n];   dx = a[k] dy,   dz = b[k] dy */
+/* y[n] = a[k] x[n] + b[k] z[n], k = index[n];   dx = a[k] dy,   dz = b[k] dy
+   Clamped, for the index comes from the device and cannot be refused there. */
 static int64_t dpoi_mix_index(const dpo_args *a, int64_t n)
 {
     int64_t k = ((const int32_t *)a->in[4].data)[n], K = a->in[2].shape[0];
@@ -8598,7 +8754,8 @@ static int dpoi_cpu_mix_backward(dpoi_cpu *cpu, const dpo_args *a)
 
 /* ------------------------------------------------------------------------------------------ moving values */
 
-/* a [A,n,B], b [A,m,B] -> y [A,n+m,B] */
+/* a [A,n,B], b [A,m,B] -> y [A,n+m,B]
+   Joining along the last axis (skips of the UNet) has B = 1 and a row a pixel. */
 static void dpoi_concat_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t n = j->a->in[0].shape[1]*j->a->in[0].shape[2], m = j->a->in[1].shape[1]*j->a->in[1].shape[2];
@@ -8630,7 +8787,8 @@ static int dpoi_cpu_concat_backward(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* x [A,n,B] -> y [A,count,B] */
+/* x [A,n,B] -> y [A,count,B]
+   Rows of count*B floats, n*B apart. */
 static void dpoi_slice_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t B = j->a->in[0].shape[2], n = j->a->in[0].shape[1]*B, m = j->a->out.shape[1]*B;
@@ -8660,7 +8818,8 @@ static int dpoi_cpu_slice_backward(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* y[n,i,j] = x[n, i H/H', j W/W']; a unit is one row of pixels: of y forward, of x backward. */
+/* y[n,i,j] = x[n, i H/H', j W/W']; a unit is one row of pixels: of y forward, of x backward.
+   Whole pixels of C floats move at once, since channels lie innermost. */
 static void dpoi_upsample_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     const int64_t *xs = j->a->in[0].shape, *ys = j->a->out.shape;
@@ -8677,7 +8836,8 @@ static int dpoi_cpu_upsample(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_cut(cpu, a, d[0]*d[1], d[2]*d[3], NULL, dpoi_upsample_rows);
     return DPO_OK;
 }
-/* dx[n,h,w] = sum of dy over the pixels that read it: rows i from ceil(h H'/H) up to the next h's first. */
+/* dx[n,h,w] = sum of dy over the pixels that read it: rows i from ceil(h H'/H) up to the next h's first.
+   A unit owns its row of dx: no two threads add to one pixel. */
 static void dpoi_upsample_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     const int64_t *xs = j->a->in[0].shape, *ys = j->a->dout.shape;
@@ -8727,7 +8887,8 @@ static int dpoi_cpu_embed(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* dtable[ids[r]] += dy[r], r in order; a unit is 64 columns, so that no two threads meet. */
+/* dtable[ids[r]] += dy[r], r in order; a unit is 64 columns, so that no two threads meet.
+   Two ids of one value add to one row: by columns, each sum has one thread and a fixed order. */
 static void dpoi_embed_columns_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t V = j->a->in[0].shape[0], D = j->a->in[0].shape[1], R = dpoi_stored(&j->a->in[1]);
@@ -8756,6 +8917,7 @@ static int dpoi_cpu_embed_backward(dpoi_cpu *cpu, const dpo_args *a)
      M2 = sum_k M2_k + n_k (mean_k - mean)^2       (Chan, Golub, LeVeque 1979), in double,
    which does not cancel as E[x^2] - mean^2 does where |mean| >> deviation.  Backward's sums are joined the same way. */
 
+/* P rows of C channels a sample; size = C/G channels a group. */
 typedef struct dpoi_group_norm {
     const dpo_args *a;
     const dpoi_rows *rows;
@@ -8767,7 +8929,8 @@ typedef struct dpoi_group_norm {
     int     silu, add;
 } dpoi_group_norm;
 
-/* Splits work; returns the bytes. */
+/* Splits work; returns the bytes.
+   With work NULL it only counts. */
 static size_t dpoi_group_norm_layout(dpoi_group_norm *g, char *work)
 {
     size_t sums = (size_t)(g->N*g->chunks*2*g->C), at = 0;
@@ -8778,7 +8941,8 @@ static size_t dpoi_group_norm_layout(dpoi_group_norm *g, char *work)
     return at;
 }
 
-/* Reads the shapes; din[0] may be NULL, then y is. */
+/* Reads the shapes; din[0] may be NULL, then y is.
+   step rows of C floats are about DPOI_PIECE. */
 static dpoi_group_norm dpoi_group_norm_of(const dpoi_cpu *cpu, const dpo_args *a)
 {
     const dpo_view *x = &a->in[0];
@@ -8811,7 +8975,8 @@ static void dpoi_flush(int64_t n, const float *from, double *to)
 }
 
 /* Of a chunk [count,C], for every channel: the sum, then the sum of squares about the chunk's own mean.  The second
-   reading finds the chunk in the cache. */
+   reading finds the chunk in the cache.
+   Flushing every 64 rows keeps the error of a float sum near that of 64 additions, whatever P is. */
 static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8831,7 +8996,8 @@ static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u
     }
 }
 
-/* What the loops want to know of the channels of one group, see DPOI_NORM_MEAN. */
+/* What the loops want to know of the channels of one group, see DPOI_NORM_MEAN.
+   gamma or beta NULL stand for 1 and 0. */
 static void dpoi_group_norm_table(const dpoi_group_norm *g, int64_t n, int64_t group, float mean, float rs)
 {
     int64_t C = g->C, size = C/g->G;
@@ -8844,7 +9010,8 @@ static void dpoi_group_norm_table(const dpoi_group_norm *g, int64_t n, int64_t g
     }
 }
 
-/* mean = sum/M and rs = 1/sqrt(M2/M + eps) of one group from all chunks, M = P C/G numbers. */
+/* mean = sum/M and rs = 1/sqrt(M2/M + eps) of one group from all chunks, M = P C/G numbers.
+   Both sums over chunks in their order: a group's statistics depend on its own numbers alone. */
 static void dpoi_group_norm_fold(void *arg, int64_t u)                      /* u = (n, group) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8866,7 +9033,8 @@ static void dpoi_group_norm_fold(void *arg, int64_t u)                      /* u
     dpoi_group_norm_table(g, n, group, (float)mean, (float)rs);
 }
 
-/* y = act((x - mean) scale + beta) of a chunk. */
+/* y = act((x - mean) scale + beta) of a chunk.
+   The table holds a sample's channels, mean and rs repeated over each group. */
 static void dpoi_group_norm_apply(void *arg, int64_t u)                     /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8875,7 +9043,8 @@ static void dpoi_group_norm_apply(void *arg, int64_t u)                     /* u
                   g->y + at);
 }
 
-/* dz = dy act'(z), h = (x - mean) rs: sums of dz and dz h for every channel. */
+/* dz = dy act'(z), h = (x - mean) rs: sums of dz and dz h for every channel.
+   g->scratch [2,C] of the chunk takes the floats, g->partial [2,C] the doubles. */
 static void dpoi_group_norm_sums(void *arg, int64_t u)                      /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8891,7 +9060,8 @@ static void dpoi_group_norm_sums(void *arg, int64_t u)                      /* u
     }
 }
 
-/* dx = rs (gamma dz - <gamma dz> - h <gamma dz h>) = scale dz - k1 - (x - mean) k2, <.> the mean over the group. */
+/* dx = rs (gamma dz - <gamma dz> - h <gamma dz h>) = scale dz - k1 - (x - mean) k2, <.> the mean over the group.
+   scale = gamma rs, k1 = rs e, k2 = rs^2 eh: so dx needs no h. */
 static void dpoi_group_norm_fold_backward(void *arg, int64_t u)             /* u = (n, group) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
@@ -8946,7 +9116,8 @@ static void dpoi_group_norm_run(dpoi_cpu *cpu, dpoi_group_norm *g)
     dpoi_parallel(cpu, g->N*g->chunks, back ? dpoi_group_norm_apply_backward : dpoi_group_norm_apply, g);
 }
 
-/* What this kernel cannot do. */
+/* What this kernel cannot do.
+   Checked here too: the op may come from a host that calls the backend itself. */
 static int dpoi_group_norm_bad(dpoi_cpu *cpu, const dpoi_group_norm *g)
 {
     if (g->G > 0 && g->C % g->G == 0 && (g->a->p.norm.act == DPO_NONE || g->silu)) return 0;
@@ -8964,7 +9135,8 @@ static int dpoi_cpu_group_norm(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* A parameter's gradient [C]: the sum over n of sums[n*step + c]. */
+/* A parameter's gradient [C]: the sum over n of sums[n*step + c].
+   din NULL: nobody wants it. */
 static void dpoi_norm_param(float *d, int add, int64_t C, int64_t N, const double *sums, int64_t step)
 {
     for (int64_t c = 0; c < C && d; c++) {
@@ -8991,6 +9163,7 @@ static int dpoi_cpu_group_norm_backward(dpoi_cpu *cpu, const dpo_args *a)
 
    Each row of x [R,C] by itself: h = (x - mean) rs, y = gamma h + beta. */
 
+/* step*C is about DPOI_PIECE, as dpoi_cut would cut; dpoi_layer_norm_rows_backward relies on that. */
 typedef struct dpoi_layer_norm {
     int64_t R, C, step, chunks;           /* step rows a chunk */
     const float *gamma, *beta;            /* the caller's, or constants in work */
@@ -9049,7 +9222,8 @@ static int dpoi_cpu_layer_norm(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* dx = rs (gamma dy - <gamma dy> - h <gamma dy h>), <.> the mean over the row. */
+/* dx = rs (gamma dy - <gamma dy> - h <gamma dy h>), <.> the mean over the row.
+   dx = s1 (b c - s2 - (a - s0) s1 s3) with a = x, b = dy, c = gamma: DPOI_MAP_NORM_BACK. */
 static void dpoi_layer_norm_dx(const dpoi_job *j, const dpoi_layer_norm *g, int64_t r)
 {
     const dpoi_rows *rows = &j->cpu->rows;
@@ -9082,7 +9256,8 @@ static void dpoi_layer_norm_rows_backward(const dpoi_job *j, int64_t from, int64
         if ((r - from) % DPOI_FLUSH == DPOI_FLUSH - 1 || r == to - 1) dpoi_flush(2*C, part, sum);
     }
 }
-/* dx [R,C], dgamma [C], dbeta [C] */
+/* dx [R,C], dgamma [C], dbeta [C]
+   dgamma and dbeta from the chunks' sums, in order. */
 static int dpoi_cpu_layer_norm_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_layer_norm g;
@@ -9096,7 +9271,8 @@ static int dpoi_cpu_layer_norm_backward(dpoi_cpu *cpu, const dpo_args *a)
 /* ------------------------------------------------------------------------------------- numbers from nothing */
 
 /* t [N] -> y [N,dim] = (cos(t f_i), sin(t f_i)), f_i = exp(-ln(10000) i/(dim/2)), in floats as the reference does:
-   at t = 999 the phase's rounding is what shows.  An odd dim ends in a 0. */
+   at t = 999 the phase's rounding is what shows.  An odd dim ends in a 0.
+   9.21034 = ln 10000.  diffusers' get_timestep_embedding, flip_sin_to_cos, downscale_freq_shift 0. */
 static int dpoi_cpu_timestep(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t N = a->out.shape[0], dim = dpoi_channels(&a->out), half = dim/2;
@@ -9113,7 +9289,8 @@ static int dpoi_cpu_timestep(dpoi_cpu *cpu, const dpo_args *a)
 }
 
 /* key [N] -> y [N,P]: element e of a sample is number e%4 of quad e/4.  Scalar code on every instruction set, so that
-   all give the same bits. */
+   all give the same bits.
+   Four numbers come from one counter; the last quad of a sample is cut. */
 static void dpoi_randn_units(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t P = dpoi_sample_size(&j->a->out);
@@ -9139,7 +9316,9 @@ static int dpoi_cpu_randn(dpoi_cpu *cpu, const dpo_args *a)
 
 /* --------------------------------------------------------------------------------------- loss and optimizer */
 
-/* loss(inside) and its slope for one pair, see dpo_preference_loss. */
+/* loss(inside) and its slope for one pair, see dpo_preference_loss.
+   Hinge: max(0, 1 - inside); IPO: (inside - 1/2)^2; else -(1-s) log sigmoid(inside) - s log
+   sigmoid(-inside), s the probability that a label is wrong. */
 static double dpoi_preference_one(const dpo_args *a, float inside, double *slope)
 {
     double s = a->p.preference.smoothing, d;
@@ -9154,7 +9333,9 @@ static double dpoi_preference_one(const dpo_args *a, float inside, double *slope
 
 /* policy, reference [2B], winners first -> loss [1] = 1/B sum_b weight_b loss_b(inside_b),
      inside_b = beta/2 ((R_w - L_w) - (R_l - L_l)).
-   stat [2,B]: inside, and d loss / d L_w = -beta/2 weight/B slope; the loser's is minus that. */
+   stat [2,B]: inside, and d loss / d L_w = -beta/2 weight/B slope; the loser's is minus that.
+   Differences of the same pair first: errors near 0.1 that differ by 1e-5 would lose their digits in
+   other orders. */
 static int dpoi_cpu_preference(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t B = a->in[0].shape[0]/2;
@@ -9172,7 +9353,8 @@ static int dpoi_cpu_preference(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_a_out(a)[0] = (float)loss;
     return DPO_OK;
 }
-/* dL_w = dloss stat[1], dL_l = -dL_w; the reference gets no gradient. */
+/* dL_w = dloss stat[1], dL_l = -dL_w; the reference gets no gradient.
+   In order w then l: [2B]. */
 static int dpoi_cpu_preference_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t B = a->in[0].shape[0]/2;
@@ -9187,7 +9369,8 @@ static int dpoi_cpu_preference_backward(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* g [..] -> [1], over panels' zeros too. */
+/* g [..] -> [1], over panels' zeros too.
+   SQUARE takes (a - s0)^2 with s0 = 0. */
 static int dpoi_cpu_sum_squares(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t n = dpoi_stored(&a->in[0]);
@@ -9202,7 +9385,8 @@ static size_t dpoi_cpu_sum_squares_workspace(const dpoi_cpu *cpu, const dpo_args
 }
 
 /* record.factor = min(1, max_norm/(norm + 1e-6)), as torch clip_grad_norm_; 0 and one more skip for a norm that is
-   not a number. */
+   not a number.
+   A sum of squares beyond the range of float is infinite and skips the step as well. */
 static int dpoi_cpu_clip(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t P = dpoi_stored(&a->in[0]);
@@ -9227,6 +9411,7 @@ static void dpoi_adamw_piece(const dpoi_job *j, int64_t from, int64_t to)
     j->cpu->rows.adamw(to - from, dpoi_a_in(j->a, 0) + from, (float *)j->a->in[1].data + from,
                        (float *)j->a->in[2].data + from, dpoi_a_out(j->a) + from, w->s);
 }
+/* The factors that all numbers share are formed in double, once. */
 static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
 {
     const float *record = dpoi_a_in(a, 3);
@@ -9251,7 +9436,9 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
 
    A linear layer is the same with a 1x1 kernel.  Weights lie in panels of 16 output channels, [ceil(O/16)][K][16]. */
 
-/* The sizes and the operands of one call, the same for forward and backward. */
+/* The sizes and the operands of one call, the same for forward and backward.
+   All pointers are F32; a NULL operand is left out.  With panels, w holds [ceil(O/16)][K][16], and
+   down the same with r for O. */
 typedef struct dpoi_conv {
     int64_t N, H, W, I, Y, X, O, r;       /* x [N,H,W,I] -> y [N,Y,X,O]; r: rank of the adapter, 0 without one */
     int64_t kh, kw, K, M;                 /* K = kh*kw*I, M = N*Y*X */
@@ -9265,6 +9452,7 @@ typedef struct dpoi_conv {
     const dpo_args *a;
 } dpoi_conv;
 
+/* dy has the result's shape; a weight of rank 2 is a 1x1 kernel. */
 static dpoi_conv dpoi_conv_of(const dpo_args *a)
 {
     const dpo_view *x = &a->in[0], *w = &a->in[1], *y = a->backward ? &a->dout : &a->out;
@@ -9301,7 +9489,8 @@ static float dpoi_conv_factor(const dpoi_conv *g, int64_t n)
 
 enum { DPOI_PANEL = 16, DPOI_PLAIN_ROWS = 16, DPOI_PLAIN_INPUTS = 8 };
 
-/* sum[o] += sum_k x[m,k] w[k][o] for the 16 channels o of one panel w [K][16]. */
+/* sum[o] += sum_k x[m,k] w[k][o] for the 16 channels o of one panel w [K][16].
+   Pixels outside of the picture are the padding's zeros and are skipped. */
 static void dpoi_plain_product(const dpoi_conv *g, int64_t m, const float *w, double *sum)
 {
     int64_t n = m/(g->Y*g->X), y = m/g->X % g->Y, x = m % g->X;
@@ -9315,6 +9504,8 @@ static void dpoi_plain_product(const dpoi_conv *g, int64_t m, const float *w, do
         }
 }
 
+/* Row m of u first, for all of its q, then row m of y, which reads it.  Sums in double, one rounding
+   at the end; the bias and what else is added come after the products, as in the fast kernels. */
 static void dpoi_plain_forward_row(const dpoi_conv *g, float *u, int64_t m)
 {
     int64_t n = m/(g->Y*g->X);
@@ -9339,6 +9530,7 @@ static void dpoi_plain_forward_row(const dpoi_conv *g, float *u, int64_t m)
     }
 }
 
+/* u goes to stat where backward will want it, else to scratch. */
 static void dpoi_plain_forward_task(void *arg, int64_t i)
 {
     const dpoi_conv *g = (const dpoi_conv *)arg;
@@ -9411,8 +9603,8 @@ static void dpoi_plain_dw_task(void *arg, int64_t task)
     const dpoi_conv *g = t->g;
     int64_t blocks = (g->I + DPOI_PLAIN_INPUTS - 1)/DPOI_PLAIN_INPUTS, i0 = task % blocks*DPOI_PLAIN_INPUTS;
     int64_t tap = task/blocks % (g->kh*g->kw), o0 = task/blocks/(g->kh*g->kw)*DPOI_PANEL;
-    int64_t ni = g->I - i0 < DPOI_PLAIN_INPUTS ? g->I - i0 : DPOI_PLAIN_INPUTS;
-    int64_t no = t->O - o0 < DPOI_PANEL ? t->O - o0 : DPOI_PANEL;
+    int64_t ni = g->I - i0 < DPOI_PLAIN_INPUTS ? g->I - i0 : (int64_t)DPOI_PLAIN_INPUTS;
+    int64_t no = t->O - o0 < DPOI_PANEL ? t->O - o0 : (int64_t)DPOI_PANEL;
     double sum[DPOI_PLAIN_INPUTS][DPOI_PANEL];
     memset(sum, 0, sizeof sum);
     for (int64_t m = 0; m < g->M; m++) {
@@ -9428,6 +9620,7 @@ static void dpoi_plain_dw_task(void *arg, int64_t task)
     }
 }
 
+/* A job owns what it writes, so that no two threads add to one number. */
 static void dpoi_plain_weights(dpoi_cpu *cpu, const dpoi_conv *g, const float *dy, int64_t O, float *dw, int add)
 {
     dpoi_plain_dw t;
@@ -9453,7 +9646,8 @@ static void dpoi_plain_dup_task(void *arg, int64_t q)
     }
 }
 
-/* dvec[n][o] = sum over the pixels of sample n of dy[m][o]; dbias[o] = the same over all samples. */
+/* dvec[n][o] = sum over the pixels of sample n of dy[m][o]; dbias[o] = the same over all samples.
+   One thread: the oracle need not be fast. */
 static void dpoi_plain_sums(const dpoi_conv *g, float *to, int64_t from, int64_t count, int add)
 {
     for (int64_t o = 0; o < g->O; o++) {
@@ -9463,6 +9657,7 @@ static void dpoi_plain_sums(const dpoi_conv *g, float *to, int64_t from, int64_t
     }
 }
 
+/* din[4], the residual's, is not here: its gradient is dy itself, and the tape hands that on. */
 static void dpoi_plain_backward(dpoi_cpu *cpu, dpoi_conv *g)
 {
     const dpo_args *a = g->a;
@@ -9494,11 +9689,14 @@ static int64_t dpoi_most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum { DPOI_TILE_ROWS = 8, DPOI_TILE_PANELS = 3 };         /* the most of any instruction set */
 
+/* row[i][k*a_step] and b[k*b_step] for k < len; panel_step: from one panel of b to the next. */
 typedef struct dpoi_segment {
     const float *row[DPOI_TILE_ROWS], *b;
     int64_t len, a_step, b_step, panel_step;
 } dpoi_segment;
 
+/* to, from and vec are per row, bias and panel steps per channel; a tile is up to 8 rows by 3 panels
+   of 16 channels. */
 typedef struct dpoi_tile {
     const dpoi_segment *seg;
     int     segs, rows;                   /* rows beyond these are computed (their pointers must be valid), not stored */
@@ -9521,6 +9719,8 @@ typedef struct dpoi_tile {
 #define DPOI_ROWS8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define DPOI_ROWS6(X) X(0) X(1) X(2) X(3) X(4) X(5)
 
+/* Reads and writes only the lanes that exist: the last panel of y may end in mid-register.  extras: 0
+   nothing to add, 1 `from` alone, 2 ask for each. */
 DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int extras, int i, int j, __mmask16 lanes, __m512 c)
 {
     if (extras == 1 || (extras && t->from[i])) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->from[i] + j*t->to_step));
@@ -9529,7 +9729,9 @@ DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int extras, i
     _mm512_mask_storeu_ps(t->to[i] + j*t->to_step, lanes, c);
 }
 
-/* 8 rows by P panels: 8*P accumulators, P registers of b and one of a, of 32. */
+/* 8 rows by P panels: 8*P accumulators, P registers of b and one of a, of 32.
+   Each step of k: P loads of b, 8 broadcasts of a, 8*P fused multiply-adds.  P is constant where this
+   is inlined, so that the branches on it vanish. */
 DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, const int P)
 {
     const __mmask16 all = 0xffff, end = (__mmask16)((1u << t->b_lanes) - 1), lanes = (__mmask16)((1u << t->to_lanes) - 1);
@@ -9575,6 +9777,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, const int P)
 #undef DPOI_STORE
 }
 
+/* One copy of the kernel for each number of panels. */
 DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int panels)
 {
     if (panels == 3)      dpoi_tile_avx512(t, 3);
@@ -9582,12 +9785,14 @@ DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int panels)
     else                  dpoi_tile_avx512(t, 1);
 }
 
-/* Lanes 0..n-1 of 8: the sign bits of the result are what AVX2 masks by. */
+/* Lanes 0..n-1 of 8: the sign bits of the result are what AVX2 masks by.
+   n <= 0: none; n >= 8: all. */
 DPOI_AVX2 DPOI_INLINE __m256i dpoi_lanes_avx2(int n)
 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+/* o is 0 or 8: which half of the panel. */
 DPOI_AVX2 DPOI_INLINE void dpoi_store_avx2(const dpoi_tile *t, int i, int j, int o, __m256i lanes, __m256 c)
 {
     int64_t at = j*t->to_step + o;
@@ -9597,7 +9802,9 @@ DPOI_AVX2 DPOI_INLINE void dpoi_store_avx2(const dpoi_tile *t, int i, int j, int
     _mm256_maskstore_ps(t->to[i] + at, lanes, c);
 }
 
-/* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16. */
+/* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16.
+   Masks of b are needed only where b is no panel and may end early; masked loads are slower, hence two
+   copies. */
 DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, int j, int b_lanes, int lanes, const int masked)
 {
     const __m256i low = dpoi_lanes_avx2(b_lanes), high = dpoi_lanes_avx2(b_lanes - 8);
@@ -9628,6 +9835,7 @@ DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, int j, int b_lanes
 #undef DPOI_STORE
 }
 
+/* Panel after panel: 16 registers do not hold more than one. */
 DPOI_AVX2 static void dpoi_tile_run_avx2(const dpoi_tile *t, int panels)
 {
     for (int j = 0; j < panels; j++)
@@ -9657,7 +9865,8 @@ DPOI_AVX2 static void dpoi_transpose_avx2(const float *x, int64_t x_step, float 
 }
 #endif /* DPOI_SIMD_X86 */
 
-/* y[c*y_step + r] = x[r*x_step + c] for all r < rows, c < columns. */
+/* y[c*y_step + r] = x[r*x_step + c] for all r < rows, c < columns.
+   For packing rows of heads as panels, 8 by 8 in registers and the edges one by one. */
 static void dpoi_transpose(int64_t rows, int64_t columns, const float *x, int64_t x_step, float *y, int64_t y_step)
 {
     int64_t r8 = 0, c8 = 0;
@@ -9673,9 +9882,11 @@ static void dpoi_transpose(int64_t rows, int64_t columns, const float *x, int64_
 /* Rows that an instruction set holds in registers.  NEON would have 6 (by one panel, as AVX2), AMX 32 of BF16. */
 static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa == DPO_ISA_AVX512 ? 8 : 6; }
 
-/* Panels go into groups of at most 3, of even sizes; group g is panels first..end-1. */
+/* Panels go into groups of at most 3, of even sizes; group g is panels first..end-1.
+   Even sizes: 4 panels are 2 + 2, not 3 + 1, for a tile of one panel uses the registers badly. */
 static int64_t dpoi_tile_groups(int64_t O) { return dpoi_pieces(dpoi_pieces(O, DPOI_PANEL), DPOI_TILE_PANELS); }
 
+/* Only called where an instruction set is there: the plain path ends before. */
 static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int panels)
 {
 #ifdef DPOI_SIMD_X86
@@ -9694,6 +9905,7 @@ typedef struct dpoi_block_product {
     int64_t rows, width, len, a_row, a_step, b_step, panel_step, to_row;
 } dpoi_block_product;
 
+/* Rows beyond the last repeat the first one of the tile, so that all pointers are valid. */
 static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product *p)
 {
     int rows = dpoi_tile_rows(cpu);
@@ -9722,13 +9934,16 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
 
 /* ------------------------------------------------------------------------------------- products over pixels */
 
-/* One x of a product with its weights: y[m] += sum_{ky,kx,i} x[n, y*stride+ky-top, x*stride+kx-left, i] w[ky,kx,i]. */
+/* One x of a product with its weights: y[m] += sum_{ky,kx,i} x[n, y*stride+ky-top, x*stride+kx-left, i] w[ky,kx,i].
+   H, W: of x; stride, top, left as in dpo_params.conv; K = kh*kw*I. */
 typedef struct dpoi_source {
     const float *x, *w;                   /* [N,H,W,I], panels [K][16] */
     int64_t H, W, I, kh, kw, stride, top, left, K;
 } dpoi_source;
 
-/* y = act(sum over the sources + add + bias + vec).  Pixel (n,y,x) of y lies at n*at_n + y*at_y + x*at_x. */
+/* y = act(sum over the sources + add + bias + vec).  Pixel (n,y,x) of y lies at n*at_n + y*at_y + x*at_x.
+   Two sources: the weights, and the adapter's second half (or in backward its first), summed in the
+   same registers. */
 typedef struct dpoi_cpu_product {
     dpoi_cpu *cpu;
     dpoi_source source[2];
@@ -9765,7 +9980,8 @@ static void dpoi_pixels_at(const dpoi_cpu_product *p, int64_t m, int64_t end, in
     }
 }
 
-/* Whether no pixel of the tile needs columns outside of the image: then a row of the kernel is one segment. */
+/* Whether no pixel of the tile needs columns outside of the image: then a row of the kernel is one segment.
+   A whole row of the kernel is then kw*I numbers side by side, since channels lie innermost. */
 static int dpoi_pixels_inside(const dpoi_source *s, const dpoi_pixels *at, int rows)
 {
     for (int i = 0; i < rows; i++) {
@@ -9775,7 +9991,8 @@ static int dpoi_pixels_inside(const dpoi_source *s, const dpoi_pixels *at, int r
     return 1;
 }
 
-/* Segments for k0 <= k < k1 of one source. */
+/* Segments for k0 <= k < k1 of one source.
+   Returns how many; at most DPOI_TAPS + 2 for a chunk, which the array below has room for. */
 static int dpoi_product_segments(const dpoi_cpu_product *p, const dpoi_source *s, const dpoi_pixels *at, int rows,
                                  int64_t k0, int64_t k1, dpoi_segment *seg)
 {
@@ -9796,7 +10013,8 @@ static int dpoi_product_segments(const dpoi_cpu_product *p, const dpoi_source *s
     return count;
 }
 
-/* Calls for what a tile is going to read of the first source.  Worth it where kernel places hardly overlap. */
+/* Calls for what a tile is going to read of the first source.  Worth it where kernel places hardly overlap.
+   Rows of the next tile, while this one computes. */
 static void dpoi_product_fetch(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t k0, int64_t k1)
 {
     const dpoi_source *s = p->source;
@@ -9807,7 +10025,8 @@ static void dpoi_product_fetch(const dpoi_cpu_product *p, const dpoi_pixels *at,
     }
 }
 
-/* Where the chunk ends that starts at k, on the line of both sources' k one after the other. */
+/* Where the chunk ends that starts at k, on the line of both sources' k one after the other.
+   A chunk never has parts of both sources unless it is the last and takes the whole second one. */
 static int64_t dpoi_product_next(const dpoi_cpu_product *p, int64_t k)
 {
     const dpoi_source *s = p->source + (k >= p->source[0].K);
@@ -9816,7 +10035,9 @@ static int64_t dpoi_product_next(const dpoi_cpu_product *p, int64_t k)
     return next == p->source[0].K && p->source[1].kh*p->source[1].kw <= DPOI_EXTRA ? all : next;
 }
 
-/* One chunk of k for the pixels `at` and all of the job's panels. */
+/* One chunk of k for the pixels `at` and all of the job's panels.
+   The first chunk adds bias, vec and residual, the others what y holds; the last applies the
+   activation, while the tile is still in the first-level cache. */
 static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t group, int64_t groups, int64_t k0, int64_t k1)
 {
     dpoi_segment seg[DPOI_TAPS + 2 + DPOI_EXTRA];
@@ -9843,7 +10064,9 @@ static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, 
     }
 }
 
-/* A job is `block` pixels by `span` groups of panels; jobs that share weights are neighbours. */
+/* A job is `block` pixels by `span` groups of panels; jobs that share weights are neighbours.
+   For each chunk of k all pixels of the job: the chunk's weights stay in the cache while pixels stream
+   by. */
 static void dpoi_product_task(void *arg, int64_t i)
 {
     const dpoi_cpu_product *p = (const dpoi_cpu_product *)arg;
@@ -9866,7 +10089,9 @@ static void dpoi_product_task(void *arg, int64_t i)
 }
 
 /* Panels go into groups as wide as the registers, of even sizes.  A job takes as many groups as leave their weights in
-   the cache, and as many pixels as make it worth its while. */
+   the cache, and as many pixels as make it worth its while.
+   The numbers come from shapes and constants alone, so that sums are the same for any number of
+   threads. */
 static void dpoi_product_run(dpoi_cpu_product *p)
 {
     int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu), wide = DPOI_PANEL*DPOI_TILE_PANELS;
@@ -9899,7 +10124,8 @@ static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const
     return p;
 }
 
-/* The same pixel of x [N,Y,X,I] for each of y, as a linear layer or an adapter's second half does. */
+/* The same pixel of x [N,Y,X,I] for each of y, as a linear layer or an adapter's second half does.
+   H and W are the output's: u and dy lie on its pixels. */
 static dpoi_source dpoi_source_pixel(const dpoi_conv *g, const float *x, const float *w, int64_t I)
 {
     dpoi_source s;
@@ -9922,6 +10148,7 @@ enum {
     DPOI_PARTS  = 64                      /* jobs wanted: fewer tiles than these, and pixels are cut into parts */
 };
 
+/* Rows of a tile are channels i, its columns channels o; it sums over pixels. */
 typedef struct dpoi_outer {
     dpoi_cpu *cpu;
     const float *x, *dy;                  /* [N,H,W,I], [N,Y,X,O] */
@@ -10014,7 +10241,8 @@ static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t ky,
     }
 }
 
-/* A job: `span` tiles of i at every place of the kernel, `wide` groups of panels, one part of the pixels. */
+/* A job: `span` tiles of i at every place of the kernel, `wide` groups of panels, one part of the pixels.
+   from: NULL for the first chunk of a fresh dw, dw itself from the second chunk on. */
 static void dpoi_outer_task(void *arg, int64_t i)
 {
     const dpoi_outer *p = (const dpoi_outer *)arg;
@@ -10039,7 +10267,8 @@ static void dpoi_outer_task(void *arg, int64_t i)
     }
 }
 
-/* dw = the parts, added up in their order, and what dw held before. */
+/* dw = the parts, added up in their order, and what dw held before.
+   In the order of parts, which shapes alone decide. */
 static void dpoi_outer_combine_task(void *arg, int64_t i)
 {
     const dpoi_outer *p = (const dpoi_outer *)arg;
@@ -10087,6 +10316,7 @@ static int64_t dpoi_outer_work(const dpoi_outer *p)
     return p->parts == 1 ? 0 : p->parts*p->panels*p->K*DPOI_PANEL;
 }
 
+/* Two passes with a barrier between them where pixels were cut into parts. */
 static void dpoi_outer_run(dpoi_outer *p, const float *x, const float *dy, float *dw, int add, float *work)
 {
     p->x = x;  p->dy = dy;  p->dw = dw;  p->add = add;  p->sums = work;
@@ -10106,6 +10336,7 @@ typedef struct dpoi_axis {
     int64_t count, low, pad;              /* places low, low+stride, ..; pad: of the convolution that they make */
 } dpoi_axis;
 
+/* Place ky sees pixel h if (h + top - ky) is a multiple of the stride: ky = low, low + stride, ... */
 static dpoi_axis dpoi_axis_of(int64_t a, int64_t pad, int64_t kernel, int64_t stride)
 {
     dpoi_axis s;
@@ -10115,6 +10346,7 @@ static dpoi_axis dpoi_axis_of(int64_t a, int64_t pad, int64_t kernel, int64_t st
     return s;
 }
 
+/* The scratch holds one class at a time. */
 typedef struct dpoi_flip {
     const float *w;                       /* panels of [O,kh,kw,I] */
     float  *to;
@@ -10139,7 +10371,8 @@ static void dpoi_flip_task(void *arg, int64_t task)
     }
 }
 
-/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; fills scratch with its weights. */
+/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; fills scratch with its weights.
+   A class without any place (stride above the kernel) has K = 0 and adds nothing. */
 static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, const float *w,
                                  int64_t O, float *to)
 {
@@ -10151,6 +10384,7 @@ static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y,
     return s;
 }
 
+/* Pixels (a + stride*y, b + stride*x) of dx. */
 static void dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
 {
     dpoi_axis y = dpoi_axis_of(a, g->top, g->kh, g->stride), x = dpoi_axis_of(b, g->left, g->kw, g->stride);
@@ -10172,6 +10406,7 @@ static void dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int
 
 enum { DPOI_SUMS = 512 };                 /* pixels a chunk */
 
+/* dvec or dbias may be NULL. */
 typedef struct dpoi_sums {
     dpoi_cpu *cpu;
     const float *dy;
@@ -10187,6 +10422,7 @@ static void dpoi_sums_task(void *arg, int64_t i)
     p->cpu->rows.columns(rows, p->O, p->dy + (n*p->P + from)*p->O, NULL, p->sums + i*p->O);
 }
 
+/* Chunks in order, then samples in order, in double. */
 static void dpoi_sums_run(dpoi_sums *p)
 {
     dpoi_parallel(p->cpu, p->N*p->chunks, dpoi_sums_task, p);
@@ -10204,7 +10440,8 @@ static void dpoi_sums_run(dpoi_sums *p)
 
 /* ------------------------------------------------------------------------------------------- scratch, and all together */
 
-/* Offsets in floats: zeros, then u or du [M,r], then what one step of backward needs at a time. */
+/* Offsets in floats: zeros, then u or du [M,r], then what one step of backward needs at a time.
+   What one step of backward needs: steps run one after the other and share the room. */
 typedef struct dpoi_conv_plan {
     int64_t u, step, end;
     dpoi_outer w, down, up;
@@ -10219,6 +10456,8 @@ static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
     return u;
 }
 
+/* The plan is made from the same shapes when the size is asked for and when the call runs: both must
+   agree to the byte. */
 static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     dpoi_conv_plan p;
@@ -10255,6 +10494,7 @@ static void dpoi_conv_strength(const dpoi_conv *g, const float *u, float *to)
     }
 }
 
+/* u is kept unscaled for backward; its scaled copy is what `up` is multiplied with. */
 static void dpoi_fast_forward(dpoi_cpu *cpu, dpoi_conv *g)
 {
     dpoi_conv_plan plan = dpoi_conv_plan_of(cpu, g);
@@ -10294,6 +10534,7 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     }
 }
 
+/* du first, for dx and down's gradient both read it. */
 static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
 {
     const dpo_args *a = g->a;
@@ -10318,6 +10559,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
 
 /* ------------------------------------------------------------------------------------------- the ops */
 
+/* The copy drops a const: nothing in the planning writes to it. */
 static size_t dpoi_cpu_conv_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_conv g = dpoi_conv_of(a);
@@ -10352,6 +10594,8 @@ static int dpoi_cpu_conv_backward(dpoi_cpu *cpu, const dpo_args *a)
 
    The T x S scores are never stored: a job keeps those of a few queries or keys, and backward makes them again. */
 
+/* Slice h of sample n starts at n*T*D + h*d (S for keys), its rows are D apart: heads are never moved
+   into place. */
 typedef struct dpoi_attention {
     int64_t N, T, S, D, heads, d, causal;
     float   scale;
@@ -10364,6 +10608,7 @@ typedef struct dpoi_attention {
     void  (*unit)(const struct dpoi_attention *g, float *work, int64_t head, int64_t i);
 } dpoi_attention;
 
+/* stat is lse [N,heads,T]; y and o are the same tensor, written in forward and read in backward. */
 static dpoi_attention dpoi_attention_of(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g;
@@ -10382,8 +10627,10 @@ static dpoi_attention dpoi_attention_of(dpoi_cpu *cpu, const dpo_args *a)
 
 /* ----------------------------------------------------------------------------------------------- plain C */
 
+/* The oracle keeps one row of scores in double, which needs no running maximum. */
 enum { DPOI_PLAIN_PARTS = 8 };            /* jobs a head; each owns two rows of doubles in work */
 
+/* In double: products of floats are exact there. */
 static double dpoi_plain_dot(const float *a, const float *b, int64_t n)
 {
     double sum = 0;
@@ -10421,6 +10668,8 @@ static void dpoi_plain_mix(const dpoi_attention *g, const double *p, int64_t fro
     }
 }
 
+/* The largest score is taken off before exp, so that no score overflows and the largest term is 1; lse
+   = most + log sum. */
 static void dpoi_plain_attention_task(void *arg, int64_t task)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
@@ -10449,6 +10698,7 @@ static void dpoi_plain_scores(const dpoi_attention *g, const dpoi_plain_slice *s
     s->ds[at] = s->p[at]*(dpoi_plain_dot(g->dout + qi, g->v + kj, g->d) - delta);
 }
 
+/* One query at a time against all keys that it sees. */
 static void dpoi_plain_dq_task(void *arg, int64_t task)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
@@ -10461,6 +10711,7 @@ static void dpoi_plain_dq_task(void *arg, int64_t task)
     }
 }
 
+/* One key at a time against all queries that see it: no two jobs add to one row. */
 static void dpoi_plain_dkv_task(void *arg, int64_t task)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
@@ -10482,9 +10733,11 @@ static void dpoi_plain_dkv_task(void *arg, int64_t task)
    Queries (forward, dq) or keys (dk, dv) lie side by side in lanes, up to 48 of them; along the other axis go blocks of
    up to 96 rows.  Scores are s [row][lane], so that a row's work is element by element in whichever role it has. */
 
+/* 96 rows by 48 lanes of scores are 18 KB, twice that in backward: they stay in the first-level cache. */
 enum { DPOI_LANES = DPOI_TILE_PANELS*DPOI_PANEL, DPOI_FAR = 96 };
 
-/* One block of scores.  With causal, a lane sees row j if lane >= j + offset (lanes are queries) or lane <= j + offset. */
+/* One block of scores.  With causal, a lane sees row j if lane >= j + offset (lanes are queries) or lane <= j + offset.
+   In forward s becomes p = exp(s - most); most and sum run along over the blocks. */
 typedef struct dpoi_scores {
     int64_t rows, lanes, offset;          /* lanes: a multiple of 16 */
     int     causal;
@@ -10514,7 +10767,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_score_avx512(__m512 x)
     return _mm512_scalef_ps(e, n);
 }
 
-/* The lanes o..o+15 that see row j. */
+/* The lanes o..o+15 that see row j.
+   A mask instead of a score of minus infinity: masked lanes stay out of the maximum as well. */
 DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_seen_avx512(const dpoi_scores *t, int64_t j, int64_t o, int queries)
 {
     int64_t edge = j + t->offset - o;
@@ -10523,6 +10777,9 @@ DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_seen_avx512(const dpoi_scores *t, int64_t
     return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
 }
 
+/* most' = max(most, scale max s),  shrink = exp(most - most'),  sum' = sum shrink + sum_j exp(scale
+   s[j] - most'). The largest score is found before scaling, which is positive.  In the first block
+   most is minus infinity and shrink exp(-100), times a sum of 0. */
 DPOI_AVX512 static void dpoi_scores_forward_avx512(const dpoi_scores *t)
 {
     __m512 scale = _mm512_set1_ps(t->scale), low = _mm512_set1_ps(-INFINITY);
@@ -10547,7 +10804,8 @@ DPOI_AVX512 static void dpoi_scores_forward_avx512(const dpoi_scores *t)
     }
 }
 
-/* s becomes p, ds (which held do.v) becomes scale ds. */
+/* s becomes p, ds (which held do.v) becomes scale ds.
+   lse makes the softmax known at once: no maximum, no second pass. */
 DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
 {
     __m512 scale = _mm512_set1_ps(t->scale);
@@ -10563,6 +10821,8 @@ DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
         }
 }
 
+/* The same series; 2^n is put together from its bits, so that n must stay within -126..127, hence the
+   tighter bounds. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_score_avx2(__m256 x)
 {
     x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), x));
@@ -10589,6 +10849,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_seen_avx2(const dpoi_scores *t, int64_t j, int
     return _mm256_castsi256_ps(_mm256_xor_si256(all, queries ? _mm256_cmpgt_epi32(at, lane) : _mm256_cmpgt_epi32(lane, at)));
 }
 
+/* As for AVX-512, 8 lanes at a time, with masks as vectors. */
 DPOI_AVX2 static void dpoi_scores_forward_avx2(const dpoi_scores *t)
 {
     __m256 scale = _mm256_set1_ps(t->scale), low = _mm256_set1_ps(-INFINITY);
@@ -10613,6 +10874,7 @@ DPOI_AVX2 static void dpoi_scores_forward_avx2(const dpoi_scores *t)
     }
 }
 
+/* As for AVX-512. */
 DPOI_AVX2 static void dpoi_scores_backward_avx2(const dpoi_scores *t)
 {
     __m256 scale = _mm256_set1_ps(t->scale);
@@ -10629,6 +10891,7 @@ DPOI_AVX2 static void dpoi_scores_backward_avx2(const dpoi_scores *t)
 }
 #endif /* DPOI_SIMD_X86 */
 
+/* Plain C never comes here: it has functions of its own. */
 static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
 {
 #ifdef DPOI_SIMD_X86
@@ -10647,6 +10910,7 @@ static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backw
    order with one block of scores, and keeps its results transposed, [d][lane], until it has seen everything: so both
    products of a block are tiles as wide as registers allow, whatever d is.  All scratch belongs to the job. */
 
+/* wide is a multiple of 16; the lanes behind `lanes` compute on zeros and are not stored. */
 typedef struct dpoi_unit {
     int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
     int64_t across_at, across;                /* offset of the other axis' first row, how many rows */
@@ -10654,7 +10918,8 @@ typedef struct dpoi_unit {
     float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
 } dpoi_unit;
 
-/* Lanes first.. of the axis of `length` rows (unit number i of its head), `across` rows on the other. */
+/* Lanes first.. of the axis of `length` rows (unit number i of its head), `across` rows on the other.
+   Units of a head are of even sizes, as groups of panels are. */
 static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head, int64_t i, int64_t length, int64_t across)
 {
     dpoi_unit u;
@@ -10681,7 +10946,8 @@ static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const fl
                        to + lane/DPOI_PANEL*size, DPOI_PANEL);
 }
 
-/* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed. */
+/* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed.
+   add: the gradient of another reader is there already. */
 static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const float *to, const float *factor, float *y, int add)
 {
     dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
@@ -10704,7 +10970,8 @@ static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const 
     dpoi_block_product_run(g->cpu, &p);
 }
 
-/* to[c][lane] += sum_j x[from + j][c] p[j][lane] */
+/* to[c][lane] += sum_j x[from + j][c] p[j][lane]
+   Rows are channels here, columns lanes: the product whose sum runs over the block's rows. */
 static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *p, int64_t from,
                           int64_t rows, float *to, int add)
 {
@@ -10715,7 +10982,8 @@ static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const flo
     dpoi_block_product_run(g->cpu, &b);
 }
 
-/* One pass over the keys: whenever a block raises a query's largest score, what it has summed shrinks to match. */
+/* One pass over the keys: whenever a block raises a query's largest score, what it has summed shrinks to match.
+   y = to / sum at the end.  causal: keys behind the unit's last query are not even looked at. */
 static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
@@ -10743,6 +11011,7 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
     dpoi_unit_store(g, &u, u.to, sum, g->y, 0);
 }
 
+/* Lanes are queries: lse and delta are one a lane, dq[i] gathers over blocks of keys. */
 static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
@@ -10769,6 +11038,7 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
     dpoi_unit_store(g, &u, u.to, NULL, g->dq, (int)(g->add & 1));
 }
 
+/* Lanes are keys: lse and delta are one a row, dk and dv gather over blocks of queries. */
 static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->S, g->T);
@@ -10800,11 +11070,13 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
 
 enum { DPOI_ATTENTION_JOBS = 64 };
 
+/* s and ds, two packs and two results: floats. */
 static int64_t dpoi_attention_scratch(const dpoi_attention *g)
 {
     return 2*DPOI_FAR*DPOI_LANES + 4*DPOI_LANES*g->d;
 }
 
+/* Bounded by work: a job of less than DPOI_JOB multiplications is not worth a thread. */
 static int64_t dpoi_attention_jobs(const dpoi_attention *g)
 {
     int64_t units = g->N*g->heads*dpoi_tile_groups(g->T > g->S ? g->T : g->S);
@@ -10812,6 +11084,8 @@ static int64_t dpoi_attention_jobs(const dpoi_attention *g)
     return dpoi_least(dpoi_least(units, worth), DPOI_ATTENTION_JOBS);
 }
 
+/* Job j takes units [units*j/jobs, units*(j+1)/jobs): which job a unit falls to changes no result,
+   only its scratch. */
 static void dpoi_attention_task(void *arg, int64_t job)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
@@ -10829,7 +11103,8 @@ static void dpoi_attention_run(dpoi_attention *g, int64_t length,
     dpoi_parallel(g->cpu, g->jobs, dpoi_attention_task, g);
 }
 
-/* delta[i] = do[i].o[i] for all queries of one head. */
+/* delta[i] = do[i].o[i] for all queries of one head.
+   delta[i] = sum_j p[i][j] (do[i].v[j]), the softmax's own term, without a score. */
 static void dpoi_attention_delta_task(void *arg, int64_t head)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
@@ -10841,7 +11116,8 @@ static void dpoi_attention_delta_task(void *arg, int64_t head)
     }
 }
 
-/* Floats of scratch: each job's, and for backward delta. */
+/* Floats of scratch: each job's, and for backward delta.
+   Jobs and scratch follow from the shapes. */
 static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 {
     int64_t size;
@@ -10854,6 +11130,7 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 
 /* ----------------------------------------------------------------------------------------------- the ops */
 
+/* Asked without work, when the pointers are NULL. */
 static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(NULL, a);
@@ -10873,6 +11150,8 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
+/* Scores are made twice, once a role: cheaper than storing T x S of them, or than sums that threads
+   share. */
 static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);
@@ -10892,7 +11171,13 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
    >>impl open                                                             table of kernels, other types, opening
    ========================================================================================================== */
 
-/* What one op is made of; NULL: no backward, no scratch. */
+/* The last part of the CPU backend: the table of its kernels, the widening that lets F32 kernels serve
+   narrow types, and the functions of dpo_backend.  A further op is one more row here, in the order of
+   DPO_OPS; a kernel that is missing is refused by dpoi_cpu_run and never called. */
+
+/* What one op is made of; NULL: no backward, no scratch.
+   forward and backward return a DPO_ status; workspace returns bytes, for the F32 views that the
+   kernel will see. */
 typedef struct dpoi_kernel {
     int    (*forward)  (dpoi_cpu *cpu, const dpo_args *a);
     int    (*backward) (dpoi_cpu *cpu, const dpo_args *a);
@@ -10931,14 +11216,16 @@ static const dpoi_kernel dpoi_kernels[DPO_OP_COUNT] = {                     /* i
    Kernels compute in F32.  A call with narrower views gets F32 copies of what it reads, in work, and its result is
    narrowed after it; copies and table look-ups move narrow values themselves. */
 
-/* Is there something to widen? */
+/* Is there something to widen?
+   I32 indices and F32 stay as they are. */
 static int dpoi_narrow_view(const dpo_view *v)
 {
     return v->data && (v->dtype == DPO_BF16 || v->dtype == DPO_F16);
 }
 
 /* *w = *a with F32 views in place of narrow ones, laid out in work; returns the bytes.  Without work (when only the
-   size is asked for) the views keep their data. */
+   size is asked for) the views keep their data.
+   Backward reads only what DPO_OPS says it keeps: other inputs have no data there. */
 static size_t dpoi_widened(const dpo_args *a, dpo_args *w, char *work)
 {
     dpo_view *views[DPO_MAX_INPUTS + 2];
@@ -10959,7 +11246,8 @@ static size_t dpoi_widened(const dpo_args *a, dpo_args *w, char *work)
     return at;
 }
 
-/* to = from, one of them narrow. */
+/* to = from, one of them narrow.
+   panels are copied with their zeros, in one piece. */
 static void dpoi_cpu_convert(dpoi_cpu *cpu, const dpo_view *from, const dpo_view *to)
 {
     dpo_args a;
@@ -10970,7 +11258,8 @@ static void dpoi_cpu_convert(dpoi_cpu *cpu, const dpo_view *from, const dpo_view
     dpoi_cpu_copy(cpu, &a);
 }
 
-/* Widen, run, narrow; at once where all is F32. */
+/* Widen, run, narrow; at once where all is F32.
+   Inputs that are NULL on both sides are equal in type and skipped. */
 static int dpoi_cpu_run_wide(dpoi_cpu *cpu, const dpo_args *a)
 {
     const dpoi_kernel *k = &dpoi_kernels[a->op];
@@ -10990,7 +11279,8 @@ static int dpoi_cpu_run_wide(dpoi_cpu *cpu, const dpo_args *a)
 
 /* ------------------------------------------------------------------------------------------ the backend */
 
-/* Of the shapes and the instruction set alone: `dry` counts the same bytes. */
+/* Of the shapes and the instruction set alone: `dry` counts the same bytes.
+   Widened copies first, then the kernel's own: the same layout as dpoi_cpu_run_wide's. */
 static size_t dpoi_cpu_workspace(void *self, const dpo_args *a)
 {
     const dpoi_cpu *cpu = (const dpoi_cpu *)self;
@@ -11001,7 +11291,8 @@ static size_t dpoi_cpu_workspace(void *self, const dpo_args *a)
     return used + (dpoi_kernels[a->op].workspace ? dpoi_kernels[a->op].workspace(cpu, &w) : 0);
 }
 
-/* The one way in: what cannot be done is refused here, before a kernel sees it. */
+/* The one way in: what cannot be done is refused here, before a kernel sees it.
+   too little scratch is refused here, since kernels write it unasked. */
 static int dpoi_cpu_run(void *self, const dpo_args *a)
 {
     dpoi_cpu *cpu = (dpoi_cpu *)self;
@@ -11018,7 +11309,8 @@ static int dpoi_cpu_run(void *self, const dpo_args *a)
     return dpoi_cpu_run_wide(cpu, a);
 }
 
-/* Blocks start on cache lines; what the allocator gave stands in the word before them. */
+/* Blocks start on cache lines; what the allocator gave stands in the word before them.
+   64 bytes: a cache line and an AVX-512 register; the context cuts its blocks in multiples of that. */
 static void *dpoi_cpu_alloc(void *self, size_t bytes)
 {
     dpoi_cpu *cpu = (dpoi_cpu *)self;
@@ -11040,7 +11332,8 @@ static void dpoi_cpu_release(void *self, void *data, size_t bytes)
     cpu->mem.fn(cpu->mem.user, p, bytes + 64 + sizeof(void *), 0);
 }
 
-/* Device memory is host memory: the direction does not matter. */
+/* Device memory is host memory: the direction does not matter.
+   memmove: a copy on the device may overlap. */
 static int dpoi_cpu_copy_bytes(void *self, void *to, const void *from, size_t bytes, int direction)
 {
     (void)self; (void)direction;
@@ -11057,7 +11350,8 @@ static int dpoi_cpu_zero(void *self, void *data, size_t bytes)
 static int         dpoi_cpu_sync(void *self)      { (void)self; return DPO_OK; }
 static const char *dpoi_cpu_explain(void *self)   { return ((dpoi_cpu *)self)->why; }
 
-/* Ends the threads; memory that was not released is the caller's leak. */
+/* Ends the threads; memory that was not released is the caller's leak.
+   The context's last call. */
 static void dpoi_cpu_close(void *self)
 {
     dpoi_cpu *cpu = (dpoi_cpu *)self;
@@ -11078,7 +11372,8 @@ static void dpoi_cpu_fill(dpoi_cpu *cpu)
     b->sync = dpoi_cpu_sync;             b->explain = dpoi_cpu_explain;  b->close = dpoi_cpu_close;
 }
 
-/* NULL only without memory; a missing pool means one thread, not a failure. */
+/* NULL only without memory; a missing pool means one thread, not a failure.
+   isa above what the processor has is held to what it has: a description can travel between machines. */
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
 {
     dpoi_mem mem = dpoi_mem_of(desc);
@@ -11132,7 +11427,8 @@ enum {
     DPOI_CONV                             /* [O,kh,kw,I] here, [O,I,kh,kw] there */
 };
 
-/* A parameter of a network, and what there is to know about it. */
+/* A parameter of a network, and what there is to know about it.
+   spread is read only by dpoi_param_reset; loading from a file leaves it unused. */
 typedef struct dpoi_param {
     char       *name;
     dpo_tensor *t;                        /* NULL while the network is only declared */
@@ -11195,7 +11491,8 @@ struct dpoi_pass {
     char        path[DPOI_PATH];          /* "down_blocks.0.resnets.1." */
 };
 
-/* A pass that stands at the root, with adapters. */
+/* A pass that stands at the root, with adapters.
+   strength NULL: 1 for every sample. */
 static dpoi_pass dpoi_pass_of(dpo_net *n)
 {
     dpoi_pass r;
@@ -11243,7 +11540,8 @@ static uint32_t dpoi_hash(const char *s)                  /* FNV-1a */
     return h;
 }
 
-/* The slot of a name, or the free one where it belongs. */
+/* The slot of a name, or the free one where it belongs.
+   The loop ends: the table is never full. */
 static int32_t *dpoi_net_slot(const dpo_net *n, const char *name)
 {
     uint32_t mask = (uint32_t)n->slot_count - 1;
@@ -11253,7 +11551,8 @@ static int32_t *dpoi_net_slot(const dpo_net *n, const char *name)
     }
 }
 
-/* The parameter of that full name, or NULL. */
+/* The parameter of that full name, or NULL.
+   slot_count 0: nothing was declared yet. */
 static dpoi_param *dpoi_net_find(const dpo_net *n, const char *name)
 {
     int32_t *slot = n->slot_count ? dpoi_net_slot(n, name) : NULL;
@@ -11282,7 +11581,8 @@ static dpo_tensor *dpoi_param_tensor(dpo_ctx *c, int dtype, int form, const int6
     return form == DPOI_TABLE ? dpo_param_new(c, dtype, 2, shape, name) : dpo_weight_new(c, dtype, 4, shape, name);
 }
 
-/* Note one more parameter; it has no memory yet. */
+/* Note one more parameter; it has no memory yet.
+   The same name asked for twice is found by dpoi_param_at before it comes here. */
 static dpoi_param *dpoi_net_add(dpo_net *n, int form, const int64_t *shape, const char *name)
 {
     dpoi_param *p;
@@ -11344,7 +11644,9 @@ static dpo_tensor *dpoi_param_table(dpoi_pass *r, const char *name, int64_t V, i
 enum { DPOI_BIAS = 1, DPOI_AS_CONV = 2 };  /* of a linear layer: has a bias; its file holds a 1x1 convolution */
 
 /* The weight [O,k,k,I] and the bias [O] (or none, where bias is NULL) of the module that r stands in.  If an adapter
-   sits here and is not off, the product takes it along in *e, for y = x*W + scale*strength[n]*((x*down)*up). */
+   sits here and is not off, the product takes it along in *e, for y = x*W + scale*strength[n]*((x*down)*up).
+   An adapter's strength of 0 for the whole network skips its two products; 0 for single samples does
+   not. */
 static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int64_t O, int k, int64_t I, dpo_tensor **bias, dpo_extra *e)
 {
     dpo_tensor *w;
@@ -11414,7 +11716,8 @@ static dpo_tensor *dpoi_nn_conv_same(dpoi_pass *r, const char *name, dpo_tensor 
 }
 
 /* gamma * (x - mean)/sqrt(var + eps) + beta over groups of channels and all pixels, or (groups 0) over a row's
-   channels. */
+   channels.
+   gamma starts as ones, beta as zeros. */
 static dpo_tensor *dpoi_nn_norm(dpoi_pass *r, const char *name, dpo_tensor *x, int groups, float eps, int act)
 {
     int64_t     C = x ? x->shape[x->rank - 1] : 0;
@@ -11450,7 +11753,8 @@ static dpo_tensor *dpoi_nn_layer_norm(dpoi_pass *r, const char *name, dpo_tensor
 typedef struct dpoi_attention_names { const char *q, *k, *v, *out; int bias; } dpoi_attention_names;
 
 /* y = residual + out(attention(q(x), k(z), v(z))), z = context, or x itself if that is NULL: self-attention.
-   x [N,T,D], context [N,S,E] -> [N,T,D].  x and residual are read for the last time here. */
+   x [N,T,D], context [N,S,E] -> [N,T,D].  x and residual are read for the last time here.
+   q, k, v and o are temporaries that end at their one use. */
 static dpo_tensor *dpoi_attend(dpoi_pass *r, const dpoi_attention_names *names, dpo_tensor *x, dpo_tensor *context,
                                int heads, int causal, dpo_tensor *residual)
 {
@@ -11518,7 +11822,8 @@ static int dpoi_net_declare(dpo_net *n)
     return dpoi_ok(n->c);
 }
 
-/* Memory for what was declared. */
+/* Memory for what was declared.
+   In the order of declaration, which is the order of the forward pass. */
 static int dpoi_net_build(dpo_net *n)
 {
     if (!(n->list = (dpo_tensor **)dpoi_calloc(n->c, (size_t)n->count, sizeof *n->list))) return 0;
@@ -11571,6 +11876,7 @@ DPO_DEF dpo_tensor *dpo_net_param(dpo_net *n, const char *name)
     return p ? p->t : NULL;
 }
 
+/* Gradients that are there stay: dpo_param_free of the parameter takes them along. */
 DPO_DEF void dpo_net_trainable(dpo_net *n, int yes)
 {
     for (int64_t i = 0; n && i < n->count; i++) n->params[i].t->needs_grad = yes != 0;
@@ -11600,6 +11906,7 @@ DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
     return 1;
 }
 
+/* Adapters are not copied: a reference has none. */
 DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
 {
     dpo_net *copy = n && dpoi_ok(n->c) ? dpoi_net_new(n->c, n->kind, n->text, n->kind->name, dtype, NULL) : NULL;
@@ -11607,7 +11914,8 @@ DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
 }
 
 /* n uniform or normal numbers, see dpoi_param.spread.  Each `key` is a stream of its own, so that a parameter's
-   values do not depend on what was drawn before it.  (word + 1/2) 2^-32 is uniform in 0..1 without its ends. */
+   values do not depend on what was drawn before it.  (word + 1/2) 2^-32 is uniform in 0..1 without its ends.
+   2.3283064e-10 = 2^-32. */
 static void dpoi_random_fill(float *x, int64_t n, float spread, uint64_t seed, uint32_t purpose, uint32_t key)
 {
     for (int64_t i = 0; i < n; i += 4) {
@@ -11634,7 +11942,8 @@ static int dpoi_param_reset(dpoi_param *p, uint64_t seed, uint32_t key)
     return ok;
 }
 
-/* Fresh weights; `which` tells the networks of a pipeline apart, so that no two draw the same numbers. */
+/* Fresh weights; `which` tells the networks of a pipeline apart, so that no two draw the same numbers.
+   A network has fewer than 2^24 parameters. */
 static int dpoi_net_reset(dpo_net *n, uint64_t seed, int which)
 {
     for (int64_t i = 0; i < n->count; i++)
@@ -11654,7 +11963,8 @@ static int dpoi_file_shape(const int64_t *shape, int form, int64_t out[4])
     return form == DPOI_VECTOR ? 1 : form == DPOI_TABLE || form == DPOI_LINEAR ? 2 : 4;
 }
 
-/* Turn O blocks of [I,K] into [K,I] (to_file 0) or back, K = kh*kw.  out and in do not overlap. */
+/* Turn O blocks of [I,K] into [K,I] (to_file 0) or back, K = kh*kw.  out and in do not overlap.
+   For a kernel: PyTorch's [O,I,kh,kw] against [O,kh,kw,I] here. */
 static void dpoi_turn(float *out, const float *in, int64_t O, int64_t I, int64_t K, int to_file)
 {
     int64_t A = to_file ? K : I, B = to_file ? I : K;     /* in [O,A,B] -> out [O,B,A] */
@@ -11690,6 +12000,7 @@ static int dpoi_check_entry(dpo_ctx *c, const dpo_entry *e, const int64_t *shape
    kh*kw of a kernel that must be turned, or 0. */
 typedef struct dpoi_order { float *x, *y; size_t bytes; int64_t O, I, K; } dpoi_order;
 
+/* The caller gives x back with `bytes`. */
 static int dpoi_order_open(dpo_tensor *t, int form, dpoi_order *b)
 {
     int64_t shape[4];
@@ -11703,7 +12014,8 @@ static int dpoi_order_open(dpo_tensor *t, int form, dpoi_order *b)
     return b->x != NULL;
 }
 
-/* Read one tensor of a file into t. */
+/* Read one tensor of a file into t.
+   Its pages may leave memory right after: the weights' one copy is the device's. */
 static int dpoi_load_entry(dpo_tensor *t, int form, dpo_entry *e)
 {
     dpoi_order b;
@@ -11809,6 +12121,7 @@ static int dpoi_net_save_fill(void *user, dpo_writer *w, void *tag)
 
    arXiv 2103.00020; names and details after transformers' CLIPTextModel. */
 
+/* Bounds are checked when it is read: every number sizes something. */
 typedef struct dpoi_clip_config {
     int   vocab, width, inner, layers, heads, tokens;
     int   projection;                     /* width of the pooled state; 0: not projected */
@@ -11853,7 +12166,8 @@ static int dpoi_clip_read(dpo_net *n, const dpo_json *root)
     return 1;
 }
 
-/* Layer i.  x [N,T,W] is read for the last time here. */
+/* Layer i.  x [N,T,W] is read for the last time here.
+   Pre-norm; causal attention even for the text of a picture, as CLIP was trained. */
 static dpo_tensor *dpoi_clip_layer(dpoi_pass *r, const dpoi_clip_config *g, int i, dpo_tensor *x)
 {
     static const dpoi_attention_names names = {
@@ -11893,7 +12207,9 @@ static dpo_tensor *dpoi_clip_embed(dpoi_pass *r, const dpoi_clip_config *g, dpo_
 }
 
 /* Where each prompt ends, as rows of [N*T]: the first end token.  Old configurations carry eos_token_id 2 by mistake;
-   there it is the first of the largest ids, as transformers does it. */
+   there it is the first of the largest ids, as transformers does it.
+   best = 0 where a prompt has no end token.  Reading ids waits for the device; it happens once a batch
+   of text. */
 static dpo_tensor *dpoi_clip_ends(dpoi_pass *r, const dpoi_clip_config *g, dpo_tensor *ids)
 {
     int64_t     N = ids->shape[0], T = ids->shape[1];
@@ -11914,7 +12230,8 @@ static dpo_tensor *dpoi_clip_ends(dpoi_pass *r, const dpoi_clip_config *g, dpo_t
     return ends;
 }
 
-/* The state at the end tokens: last [N,T,W] as a table of N*T rows -> [N,W], or projected [N,P]. */
+/* The state at the end tokens: last [N,T,W] as a table of N*T rows -> [N,W], or projected [N,P].
+   dpo_embed picks rows on the device and passes gradients back to them. */
 static dpo_tensor *dpoi_clip_pool(dpoi_pass *r, const dpoi_clip_config *g, dpo_tensor *last, dpo_tensor *ids)
 {
     dpo_tensor *ends = dpoi_clip_ends(r, g, ids), *y;
@@ -11976,6 +12293,7 @@ static const dpoi_kind dpoi_clip_text = {
     dpoi_clip_fresh
 };
 
+/* Adapters of the text encoder, if any, are on. */
 DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, dpo_tensor **pooled)
 {
     const dpoi_clip_config *g;
@@ -12632,6 +12950,7 @@ DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
 
    They sit at parameters, by index; a product finds its own in dpoi_weights.  arXiv 2106.09685. */
 
+/* Bounds what a hostile file can make us allocate for one layer. */
 enum { DPOI_MAX_RANK = 4096 };            /* of an adapter */
 
 /* The form of up [O,1,1,r]; down [r,kh,kw,I] has that of the weight itself.
@@ -12954,7 +13273,8 @@ DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
     return ok;
 }
 
-/* One tensor to save; the tag of dpo_writer_add. */
+/* One tensor to save; the tag of dpo_writer_add.
+   form: DPOI_LINEAR ..., of down or of up. */
 typedef struct dpoi_adapter_item { const dpoi_adapter *a; int role, form; } dpoi_adapter_item;
 
 /* The dpo_fill_fn.  alpha = scale * rank, so that a reader who divides finds the scale again.
@@ -13125,7 +13445,8 @@ static char *dpoi_config_text(dpo_ctx *c, const char *path)
     return copy;
 }
 
-/* folder/sub/name */
+/* folder/sub/name
+   To be given back with dpoi_strfree. */
 static char *dpoi_join3(dpo_ctx *c, const char *folder, const char *sub, const char *name)
 {
     char *a = dpoi_join(c, folder, sub), *b = a ? dpoi_join(c, a, name) : NULL;
@@ -13201,7 +13522,8 @@ static int dpoi_model_vae(dpo_model *m, const dpo_json *index)
     return dpoi_ok(m->c);
 }
 
-/* The schedule, and its text for saving. */
+/* The schedule, and its text for saving.
+   The parsed form samples and trains, the text is written back by dpo_model_save. */
 static int dpoi_model_scheduler(dpo_model *m)
 {
     char *path = dpoi_join3(m->c, m->folder, "scheduler", "scheduler_config.json");
@@ -13252,6 +13574,7 @@ static dpo_model *dpoi_model_open(dpo_ctx *c, const char *folder, int dtype, int
     return ok ? m : NULL;
 }
 
+/* dtype: of the weights in memory, DPO_F32, DPO_BF16 or DPO_F16; files of any of them are read. */
 DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *folder, int dtype)
 {
     return dpoi_model_open(c, folder, dtype, 1);
@@ -13275,7 +13598,8 @@ DPO_DEF dpo_net *dpo_model_unet(dpo_model *m) { return m ? m->unet : NULL; }
 DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which) { return m && (which & ~1) == 0 ? m->text[which] : NULL; }
 DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? &m->schedule : NULL; }
 
-/* Same configuration, so that everything the model says about itself stays true. */
+/* Same configuration, so that everything the model says about itself stays true.
+   The old one stays in the context: it may be somebody's reference. */
 DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
 {
     if (!m || !unet) return;
@@ -13323,7 +13647,8 @@ static int dpoi_copy_file(dpo_ctx *c, const char *from, const char *to)
     return ok;
 }
 
-/* Write folder/sub/name. */
+/* Write folder/sub/name.
+   sub may be "", for the folder itself. */
 static int dpoi_save_text(dpo_ctx *c, const char *folder, const char *sub, const char *name, const char *text)
 {
     char *into = dpoi_join(c, folder, sub), *path = into ? dpoi_join(c, into, name) : NULL;
@@ -13342,7 +13667,8 @@ static int dpoi_model_save_net(dpo_net *n, const char *folder, const char *sub, 
     return ok;
 }
 
-/* model_index.json comes last: a folder that has it is whole. */
+/* model_index.json comes last: a folder that has it is whole.
+   Weights that were adapted are saved without their adapters, which have a file of their own. */
 DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 {
     if (!m || !folder || !dpoi_ok(m->c)) return 0;
@@ -13425,6 +13751,11 @@ DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, in
    >>impl noise                                                                         schedules and samplers
    ========================================================================================================== */
 
+/* Three layers: schedules, tables of abar by timestep, with the exact float32 values of diffusers;
+   samplers, which are tables of coefficients (rows A to F, P, SCALE) that one formula reads; pictures,
+   the loop around both.  Coefficients lie on the device, so that a sampler's step needs no number from
+   the host. */
+
 /* What random numbers are drawn for: the second part of every Philox counter, so that no two uses share numbers. */
 enum {
     DPOI_RANDOM_START = 0x100,            /* a picture's first latents */
@@ -13440,6 +13771,7 @@ enum {
    A picture is destroyed in T steps: beta[t] is the variance that step t adds, abar[t] what is left of the picture's
    own after it.  Training needs abar alone; samplers walk back along some of the timesteps. */
 
+/* steps_offset 1 makes "leading" timesteps 951, .., 1 instead of 950, .., 0. */
 DPO_DEF dpo_schedule dpo_schedule_sd(void)
 {
     dpo_schedule s;
@@ -13453,7 +13785,8 @@ DPO_DEF dpo_schedule dpo_schedule_sd(void)
     return s;
 }
 
-/* torch.linspace(from, to, n)[i] in float32, which counts the second half from its end, with one rounding a value. */
+/* torch.linspace(from, to, n)[i] in float32, which counts the second half from its end, with one rounding a value.
+   n = 1 gives `from`. */
 static float dpoi_linspace(float from, float to, int n, int i)
 {
     float step = n > 1 ? (to - from) / (float)(n - 1) : 0;
@@ -13461,7 +13794,8 @@ static float dpoi_linspace(float from, float to, int n, int i)
     return (float)(i < n / 2 ? from + (double)step * i : to - (double)step * (n - 1 - i));
 }
 
-/* abar of the cosine schedule at u = t/T before it becomes betas; arXiv 2102.09672, equation 17. */
+/* abar of the cosine schedule at u = t/T before it becomes betas; arXiv 2102.09672, equation 17.
+   s = 0.008 keeps the first beta above nothing, as the paper has it. */
 static double dpoi_cosine_bar(double u)
 {
     double x = cos((u + 0.008) / 1.008 * 1.57079632679489661923);
@@ -13484,7 +13818,8 @@ static float dpoi_beta(const dpo_schedule *s, int t)
 
 /* Shift and stretch sqrt(abar) so that it ends at 0 and still starts where it did; arXiv 2305.08891, algorithm 1.
      r = sqrt(abar)    r' = (r - r_T) r_0/(r_0 - r_T)    abar' = cumprod of r'[t]^2 / r'[t-1]^2
-   The last values are differences of nearly equal ones: each rounding to float32 is where PyTorch rounds. */
+   The last values are differences of nearly equal ones: each rounding to float32 is where PyTorch rounds.
+   first - last is not 0 for any schedule that dpoi_schedule_ok lets pass with T >= 2. */
 static void dpoi_zero_terminal(float *abar, int T)
 {
     float  first = sqrtf(abar[0]), last = sqrtf(abar[T-1]), stretch = first / (first - last), before = 1;
@@ -13554,7 +13889,8 @@ static const char *const dpoi_beta_names[]       = { "linear", "scaled_linear", 
 static const char *const dpoi_prediction_names[] = { "epsilon", "v_prediction", NULL };
 static const char *const dpoi_spacing_names[]    = { "leading", "trailing", "linspace", NULL };
 
-/* The place of a text field in a list of names; -1 and an error that names the file for any other text. */
+/* The place of a text field in a list of names; -1 and an error that names the file for any other text.
+   The first name of a list that matches; the lists' order is that of the enums. */
 static int dpoi_config_choice(dpo_ctx *c, const char *path, const dpo_json *v, const char *key,
                               const char *const *names, int otherwise)
 {
@@ -13613,7 +13949,8 @@ static int dpoi_schedule_read(dpo_ctx *c, const char *path, const dpo_json *v, d
     return dpoi_config_plain(c, path, v) && dpoi_schedule_ok(c, s);
 }
 
-/* Python writes infinities and NaN, which JSON has not, and DPM-Solver's configurations hold one: they become null. */
+/* Python writes infinities and NaN, which JSON has not, and DPM-Solver's configurations hold one: they become null.
+   The text keeps its length: places in errors stay true. */
 static void dpoi_json_without_infinities(char *text, size_t n)
 {
     static const char *const words[] = { "-Infinity", "Infinity", "NaN", NULL };
@@ -13631,7 +13968,8 @@ static void dpoi_json_without_infinities(char *text, size_t n)
     }
 }
 
-/* Parsed from a copy of the text, since infinities are struck out of it first. */
+/* Parsed from a copy of the text, since infinities are struck out of it first.
+   1 MB at most. */
 DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
 {
     char     *text;
@@ -13647,7 +13985,8 @@ DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
     return ok;
 }
 
-/* A number with 17 digits and a point, whatever the locale says. */
+/* A number with 17 digits and a point, whatever the locale says.
+   %.17g brings every double back. */
 static void dpoi_number_text(char out[32], double x)
 {
     snprintf(out, 32, "%.17g", x);
@@ -13681,7 +14020,8 @@ DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *
 
 /* ------------------------------------------------------------------------------------------ forward diffusion */
 
-/* A persistent F32 [n] from host values. */
+/* A persistent F32 [n] from host values.
+   NULL after a failure, with nothing left behind. */
 static dpo_tensor *dpoi_table(dpo_ctx *c, const float *values, int n)
 {
     int64_t     shape[1];
@@ -13702,7 +14042,8 @@ static void dpoi_noise_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, n, sizeof *n);
 }
 
-/* v: room for four tables. */
+/* v: room for four tables.
+   signal = sqrt(abar), noise = sqrt(1 - abar), minus = -noise, time = t: each [T]. */
 static int dpoi_noise_fill(dpo_ctx *c, dpo_noise *n, const dpo_schedule *s, float *v)
 {
     int64_t shape[2];
@@ -13742,7 +14083,8 @@ DPO_DEF dpo_noise *dpo_noise_new(dpo_ctx *c, const dpo_schedule *s)
 
 DPO_DEF void dpo_noise_free(dpo_noise *n) { if (n) dpoi_disown(n->ctx, n); }
 
-/* x_t = signal[t] x0 + noise[t] e */
+/* x_t = signal[t] x0 + noise[t] e
+   t I32 [N]; x0 and noise [N,..]. */
 DPO_DEF dpo_tensor *dpo_noise_add(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
 {
     return n && x0 ? dpo_mix(x0->ctx, x0, noise, n->signal, n->noise, t) : NULL;
@@ -13773,7 +14115,9 @@ enum { DPOI_A, DPOI_B, DPOI_C, DPOI_D, DPOI_E, DPOI_F, DPOI_P, DPOI_SCALE };
 /* Row A, B, ... of the table, [steps]. */
 static float *dpoi_row_of(const dpo_sampler *s, int row) { return s->host + (int64_t)row * s->steps; }
 
-/* Timestep k of n, counted from the noisy end; arXiv 2305.08891, table 2. */
+/* Timestep k of n, counted from the noisy end; arXiv 2305.08891, table 2.
+   Leading counts up from 0 in steps of T/n, trailing down from T, linspace from T-1 to 0 with both
+   ends. */
 static double dpoi_timestep(const dpo_schedule *s, int n, int k)
 {
     if (s->spacing == DPO_LEADING)  return (double)(s->T / n) * (n - 1 - k) + s->steps_offset;     /* 951 ... 51 1 */
@@ -13782,7 +14126,9 @@ static double dpoi_timestep(const dpo_schedule *s, int n, int k)
 }
 
 /* DDIM, arXiv 2010.02502, equation 12, from t to t' = t - T/n (before 0: abar' = 1 or abar[0]):
-     x' = sqrt(a') x0 + sqrt(1 - a' - s^2) noise + s z,   s = eta sqrt((1-a')/(1-a)) sqrt(1 - a/a') */
+     x' = sqrt(a') x0 + sqrt(1 - a' - s^2) noise + s z,   s = eta sqrt((1-a')/(1-a)) sqrt(1 - a/a')
+   A = P E + dir noise_x and B = P F + dir noise_p gather what x and p contribute: x' = A x + B p + D
+   z. */
 static int dpoi_fill_ddim(dpo_sampler *s, const dpo_schedule *h, const float *abar, float eta)
 {
     for (int k = 0; k < s->steps; k++) {
@@ -13820,7 +14166,9 @@ static double dpoi_sigma_at(const float *sigmas, int T, double t)
     return sigmas[i] + (t - i) * ((double)sigmas[i+1] - sigmas[i]);
 }
 
-/* The timestep of a sigma, linear in its logarithm. */
+/* The timestep of a sigma, linear in its logarithm.
+   The inverse of dpoi_sigma_at, as Karras' spacing needs it: sigmas are chosen first, timesteps
+   follow. */
 static double dpoi_time_of(const float *sigmas, int T, double sigma)
 {
     double x = log(sigma > 1e-10 ? sigma : 1e-10), low, high, w;
@@ -13833,7 +14181,8 @@ static double dpoi_time_of(const float *sigmas, int T, double sigma)
     return i + w;
 }
 
-/* Karras et al., arXiv 2206.00364, equation 5, with rho = 7, between the outermost sigmas that the spacing gave. */
+/* Karras et al., arXiv 2206.00364, equation 5, with rho = 7, between the outermost sigmas that the spacing gave.
+   sigma falls from the first to the last: most > least. */
 static void dpoi_karras(double *sigma, int n)
 {
     double most = pow(sigma[0], 1/7.0), least = pow(sigma[n-1], 1/7.0);
@@ -13873,6 +14222,7 @@ static int dpoi_fill_euler(dpo_sampler *s, const dpo_schedule *h, float *abar, d
     return 1;
 }
 
+/* Also for one that was only partly made. */
 static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
 {
     dpo_sampler *s = (dpo_sampler *)object;
@@ -13885,7 +14235,8 @@ static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, s, sizeof *s);
 }
 
-/* Fill the host's table: abar first, then the sampler's own formulas.  The device gets its copy afterwards. */
+/* Fill the host's table: abar first, then the sampler's own formulas.  The device gets its copy afterwards.
+   abar and sigma are scratch, gone with the call. */
 static int dpoi_sampler_rows(dpo_sampler *s, const dpo_schedule *h, const dpo_sampler_desc *d)
 {
     dpo_ctx *c = s->ctx;
@@ -13936,7 +14287,8 @@ DPO_DEF dpo_sampler *dpo_sampler_new(dpo_ctx *c, const dpo_schedule *h, const dp
 
 DPO_DEF void dpo_sampler_free(dpo_sampler *s) { if (s) dpoi_disown(s->ctx, s); }
 
-/* I32 [n], all k: which row of a table every sample takes. */
+/* I32 [n], all k: which row of a table every sample takes.
+   A table look-up in place of a number: kernels take indices from the device alone. */
 static dpo_tensor *dpoi_same_index(dpo_ctx *c, int64_t n, int k)
 {
     int32_t    *v = (int32_t *)dpoi_calloc(c, (size_t)n, sizeof *v);
@@ -13967,7 +14319,8 @@ DPO_DEF dpo_tensor *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x)
     return dpo_mix(s->ctx, x, x, s->rows[DPOI_SCALE], s->rows[DPOI_C], dpoi_same_index(s->ctx, x->shape[0], step));
 }
 
-/* dst[at ...] = src, both of one type and layout, outside the tape. */
+/* dst[at ...] = src, both of one type and layout, outside the tape.
+   `at` counts elements of dst; the caller knows that it is large enough. */
 static int dpoi_copy_into(dpo_tensor *dst, int64_t at, const dpo_tensor *src)
 {
     dpo_backend *b = dst->ctx->backend;
@@ -14023,7 +14376,8 @@ DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dp
    state, the text and one forward pass are held.  A picture's numbers depend on (seed, its key) alone: two models, or
    two batch sizes, start from the same noise and can be compared picture by picture. */
 
-/* One call of dpo_sample, as its parts see it. */
+/* One call of dpo_sample, as its parts see it.
+   All sizes are latents' sizes: pixels divided by info.factor. */
 typedef struct dpoi_sampling {
     dpo_ctx               *c;
     dpo_model             *m;
@@ -14038,7 +14392,8 @@ typedef struct dpoi_sampling {
 
 enum { DPOI_SAMPLING_BATCH = 64 };        /* the most pictures in one pass */
 
-/* The text of this batch; where there are no prompts, what stands for absent ones in this family. */
+/* The text of this batch; where there are no prompts, what stands for absent ones in this family.
+   Absent entries are NULL pointers, an empty prompt is "". */
 static dpo_tensor *dpoi_sampling_text(const dpoi_sampling *g, const char *const *prompts, dpo_tensor **pooled)
 {
     const char *absent[DPOI_SAMPLING_BATCH];              /* NULL: no prompt at all, which SDXL takes for zeros */
@@ -14053,10 +14408,14 @@ static dpo_tensor *dpoi_twice(dpo_ctx *c, dpo_tensor *x) { return dpo_concat(c, 
    five, an aesthetic score of 6 in place of the target. */
 static dpo_tensor *dpoi_time_ids(dpo_ctx *c, int n, int ids, int64_t height, int64_t width)
 {
-    float   one[6], *v = (float *)dpoi_calloc(c, (size_t)n * 6, sizeof *v);
+    float   one[6], *v;
     int64_t shape[2];
     dpo_tensor *x;
-    if (!v) return NULL;
+    if (ids != 5 && ids != 6) {           /* their number follows from a configuration, which may be anything */
+        dpoi_fail(c, DPO_UNSUPPORTED, "a UNet that reads %d time ids; 5 and 6 are supported", ids);
+        return NULL;
+    }
+    if (!(v = (float *)dpoi_calloc(c, (size_t)n * 6, sizeof *v))) return NULL;
     one[0] = one[4] = (float)height;
     one[1] = one[5] = (float)width;
     one[2] = one[3] = 0;
@@ -14100,7 +14459,8 @@ static int dpoi_sampling_prepare(dpoi_sampling *g)
     return g->keys && g->emb && dpoi_ok(c);
 }
 
-/* The network's answer at one step, guided: e = u + g (c - u). */
+/* The network's answer at one step, guided: e = u + g (c - u).
+   One pass over 2 count samples costs less than two over count: the weights are read once. */
 static dpo_tensor *dpoi_sampling_predict(const dpoi_sampling *g, int step, dpo_tensor *x)
 {
     dpo_ctx    *c = g->c;
@@ -14125,7 +14485,8 @@ static dpo_tensor *dpoi_sampling_predict(const dpoi_sampling *g, int step, dpo_t
     return dpo_binary(c, DPO_ADD, u, p);
 }
 
-/* All steps of one batch: the final state [count,h,w,C], in the scope of the caller. */
+/* All steps of one batch: the final state [count,h,w,C], in the scope of the caller.
+   z has the purpose STEP and the step's number, so that no step repeats another's noise. */
 static dpo_tensor *dpoi_sampling_batch(dpoi_sampling *g)
 {
     dpo_ctx    *c = g->c;
@@ -14240,6 +14601,10 @@ DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
    >>impl images                                                                  8-bit RGB in files and tensors
    ========================================================================================================== */
 
+/* Pictures are bytes, RGB, rows from the top, three a pixel; tensors are floats in -1 .. 1, [N,H,W,3].
+   Files come from outside: sizes are checked against limits before memory is asked for, and stb sees
+   only bytes that are already in memory. */
+
 /* stb comes as a private, static copy, unless the host included it before: then its declarations are used, and its
    implementation, wherever that is.  Its allocations are malloc's: it offers no place for a context. */
 #ifndef DIFFDPO_NO_STB
@@ -14325,7 +14690,8 @@ enum {
 
 enum { DPOI_IMAGE_HEAD = 64 };            /* more than the word needs: pixels start on a cache line */
 
-/* `object` is the first pixel, which is what the host holds. */
+/* `object` is the first pixel, which is what the host holds.
+   Called by the context, or by dpo_image_free through dpoi_disown. */
 static void dpoi_image_destroy(dpo_ctx *c, void *object)
 {
     unsigned char *base = (unsigned char *)object - DPOI_IMAGE_HEAD;
@@ -14362,7 +14728,8 @@ DPO_DEF int dpo_image_new(dpo_ctx *c, int width, int height, dpo_image *out)
     return 1;
 }
 
-/* Twice is once: the picture is empty afterwards. */
+/* Twice is once: the picture is empty afterwards.
+   The picture must be one that dpo_image_new made: its first pixel is what the context knows it by. */
 DPO_DEF void dpo_image_free(dpo_ctx *c, dpo_image *x)
 {
     if (!c || !x || !x->rgb) return;
@@ -14392,7 +14759,8 @@ static int dpoi_png_fits(dpo_ctx *c, const char *path, const dpoi_map *m)
     return dpoi_image_fits(c, path, side[0], side[1]);
 }
 
-/* Size and channels out of a file's first bytes, within the limits. */
+/* Size and channels out of a file's first bytes, within the limits.
+   INT_MAX, for stb counts bytes in an int. */
 static int dpoi_image_header(dpo_ctx *c, const char *path, const dpoi_map *m, int *w, int *h, int *channels)
 {
     if (m->size < 1 || m->size > INT_MAX)
@@ -14403,7 +14771,8 @@ static int dpoi_image_header(dpo_ctx *c, const char *path, const dpoi_map *m, in
     return dpoi_image_fits(c, path, *w, *h);
 }
 
-/* Lay n pixels of RGBA over white: y = a x + (1 - a) 255. */
+/* Lay n pixels of RGBA over white: y = a x + (1 - a) 255.
+   + 127 and a whole division round to nearest. */
 static void dpoi_over_white(const unsigned char *rgba, int64_t n, uint8_t *rgb)
 {
     for (int64_t i = 0; i < n; i++)
@@ -14461,7 +14830,8 @@ DPO_DEF int dpo_image_size(dpo_ctx *c, const char *path, int *width, int *height
 
 typedef struct dpoi_png { dpo_ctx *c; uint8_t *data; size_t bytes; } dpoi_png;
 
-/* stb hands over the whole PNG at once; a copy in the context's memory is what the caller gets. */
+/* stb hands over the whole PNG at once; a copy in the context's memory is what the caller gets.
+   Runs inside stb, on the same thread. */
 static void dpoi_png_take(void *user, void *data, int size)
 {
     dpoi_png *p = (dpoi_png *)user;
@@ -14483,7 +14853,8 @@ static int dpoi_png_room(dpo_ctx *c, const dpo_image *x)
 }
 
 /* Three channels, 8 bits, stb's own choice of filter a row and its compression level 8: the judge `compact` of the
-   quickstart counts these bytes, so they are not changed here. */
+   quickstart counts these bytes, so they are not changed here.
+   Free with dpo_png_free, giving the same number of bytes. */
 DPO_DEF uint8_t *dpo_png_encode(dpo_ctx *c, const dpo_image *x, size_t *bytes)
 {
     dpoi_png p;
@@ -14546,7 +14917,8 @@ DPO_DEF int dpo_image_save(dpo_ctx *c, const char *path, const dpo_image *x)
 
 enum { DPOI_RESIZE_BITS = 22 };
 
-/* One axis: y[i] = sum over j < count[i] of w[i*room + j] x[first[i] + j], w in units of 2^-22, which sum to one. */
+/* One axis: y[i] = sum over j < count[i] of w[i*room + j] x[first[i] + j], w in units of 2^-22, which sum to one.
+   room: the most weights that a target pixel can have. */
 typedef struct dpoi_filter {
     int      n, room;
     int     *first, *count;
@@ -14710,6 +15082,7 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
    one fused update.  The host writes three numbers into the step record and reads none, so that a step
    can be captured and replayed.  Weights, gradients and moments share one layout, panels and all; the
    zeros behind a panel's last channel have zero gradients and stay zeros. */
+
 /* What is kept beside the weights: two moments of every gradient, in the layout of their weight (panels included), so
    that the update runs over plain memory. */
 struct dpo_optim {
@@ -14737,7 +15110,7 @@ static void dpoi_optim_destroy(dpo_ctx *c, void *object)
 }
 
 /* Moments of zeros for every parameter, then the two small tensors of the step.
-   F32 only: a BF16 weight of 1 cannot move by less than 2^-8, far more than a step. */
+   F32 only: below 1 BF16 values lie 2^-8 apart, far more than a step. */
 static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
 {
     dpo_ctx *c = o->c;
@@ -14912,7 +15285,7 @@ DPO_DEF int dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights, 
 
 /* Early weights are far from the later ones: a short memory first.
    (1 + k)/(10 + k): 0.1 at first, 0.99 after 890 steps; the rule of TensorFlow's moving averages,
-   which diffusers' EMAModel took over with other constants. */
+   and of diffusers' EMAModel. */
 DPO_DEF float dpo_average_decay(int64_t step, float decay)
 {
     float early = (float)((1.0 + (double)step) / (10.0 + (double)step));
@@ -15113,6 +15486,7 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path)
    check; pictures are opened when a trainer asks for their pixels.  Manifests come from outside: every
    row is parsed as strict JSON, every field checked for its type and range, and every path must lead
    to a file that is there. */
+
 /* width*height*3 bytes, rows from the top, R G B. */
 typedef struct dpoi_bitmap { uint8_t *rgb; int width, height; } dpoi_bitmap;   /* plain memory; NULL: none */
 

@@ -3,7 +3,7 @@
    build   cc -O2 examples/pretrain.c -o pretrain -lm -lpthread
    run     ./emoji_data emoji-data --size 16
            ./pretrain emoji-data emoji [--steps 26000] [--batch 8] [--lr 1.5e-3] [--seed 1] [--bias 0]
-                      [--stop STEP] [--minutes M] [--threads N]
+                      [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE]
    result  emoji/            a pipeline folder in the layout of diffusers, F16: tokenizer, text encoder, UNet, schedule
            emoji-state/      the state of the run; called again with the same settings, it goes on from there
 
@@ -176,7 +176,7 @@ static int write_folder(dpo_ctx *c, const vocabulary *v, const char *folder)
 
 /* ---- Data and the run ------------------------------------------------------------------------------------------- */
 
-typedef struct { const char *data, *out; int64_t steps, stop; int batch, threads; float lr, bias; uint64_t seed; double minutes, start; } settings;
+typedef struct { const char *data, *out, *from; int64_t steps, stop; int batch, threads; float lr, bias; uint64_t seed; double minutes, start; } settings;
 
 /* Training rows of captions.jsonl: into the vocabulary (v) or, if v is NULL, with their pictures into the pairs. */
 static int64_t read_captions(dpo_ctx *c, const settings *s, vocabulary *v, dpo_pairs *pairs)
@@ -254,7 +254,7 @@ static int run(dpo_ctx *c, settings *s)
     int ok = write_folder(c, v, s->out);
     free(v);
     if (!ok) return 0;
-    dpo_model *m = dpo_model_create(c, s->out, s->seed);
+    dpo_model *m = s->from ? dpo_model_load(c, s->from, DPO_F32) : dpo_model_create(c, s->out, s->seed);
     dpo_pairs *pairs = dpo_pairs_new(c);
     printf("%lld pictures\n", (long long)read_captions(c, s, NULL, pairs));
     dpo_train_desc t = recipe(s, state);
@@ -269,12 +269,13 @@ static int run(dpo_ctx *c, settings *s)
 
 int main(int argc, char **argv)
 {
-    settings s = { NULL, NULL, 26000, 0, 8, 0, 1.5e-3f, 0, 1, 0, 0 };
+    settings s = { NULL, NULL, NULL, 26000, 0, 8, 0, 1.5e-3f, 0, 1, 0, 0 };
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(argv[i], "--steps"))        { s.steps = atoi(value); i++; }
         else if (!strcmp(argv[i], "--batch"))   { s.batch = atoi(value); i++; }
         else if (!strcmp(argv[i], "--threads")) { s.threads = atoi(value); i++; }
+        else if (!strcmp(argv[i], "--from"))    { s.from = value; i++; }
         else if (!strcmp(argv[i], "--bias"))    { s.bias = (float)atof(value); i++; }
         else if (!strcmp(argv[i], "--stop"))    { s.stop = atoi(value); i++; }
         else if (!strcmp(argv[i], "--lr"))      { s.lr = (float)atof(value); i++; }
@@ -284,7 +285,7 @@ int main(int argc, char **argv)
         else s.out = argv[i];
     }
     if (!s.out) { fprintf(stderr, "usage: pretrain DATA OUT [--steps N] [--batch N] [--lr X] [--seed N]\n"
-            "                [--bias B] [--stop STEP] [--minutes M] [--threads N]\n"); return 2; }
+            "                [--bias B] [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE]\n"); return 2; }
     dpo_desc desc = { 0 };
     desc.log = dpo_log_stderr;
     desc.threads = s.threads;

@@ -61,7 +61,7 @@ static settings defaults(void)
     s.steps        = 60;
     s.pairs_a_step = 16;                /* 60 steps of 16 see every pair seven or eight times */
     s.rank         = 16;
-    s.beta         = 2000;              /* the price of leaving the model that was: less learns faster, and breaks pictures */
+    s.beta         = 2000;              /* what leaving the model that was costs: less learns faster, and breaks more */
     s.lr           = 1e-3f;
     return s;
 }
@@ -271,8 +271,8 @@ static int read_captions(run *r, caption *list)
     FILE *f;
     snprintf(path, sizeof path, "%s/captions.jsonl", r->s.model);
     if (!(f = fopen(path, "rb"))) return fail("cannot read %s: %s", path, strerror(errno));
-    while (ok && fgets(line, sizeof line, f))
-        ok = n < CAPTIONS ? read_caption(r, path, line, &list[n++]) : fail("%s: more than %d lines", path, (int)CAPTIONS);
+    while (ok && n < CAPTIONS && fgets(line, sizeof line, f)) ok = read_caption(r, path, line, &list[n++]);
+    if (ok && fgetc(f) != EOF) ok = fail("%s: more than %d lines", path, (int)CAPTIONS);
     fclose(f);
     return ok ? n : 0;
 }
@@ -603,7 +603,8 @@ static int timed(run *r, int phase, int (*work)(run *r))
 static int quickstart(run *r)
 {
     verdict v;
-    if (!prepare(r) || !timed(r, 0, make_pairs) || !timed(r, 1, train) || !save_adapters(r) || !timed(r, 2, draw_both)) return 0;
+    if (!prepare(r)) return 0;
+    if (!timed(r, 0, make_pairs) || !timed(r, 1, train) || !save_adapters(r) || !timed(r, 2, draw_both)) return 0;
     v = compare(r);
     if (!save_page(r, &v)) return 0;
     say(r, "the judge's mean moved from %.2f to %.2f: %+.2f standard deviations over the base's pictures", v.before,

@@ -17,7 +17,7 @@ fail() { echo "quickstart: $*" >&2; exit 1; }
 have_all() {
     command -v "$cc" >/dev/null 2>&1 || return 1
     for folder in stb/ ''; do
-        printf '#include <stdio.h>\n#include <%s>\n#include <%s>\n' "${folder}stb_image.h" "${folder}stb_image_write.h" |
+        printf '#include <%s>\n' stdio.h "${folder}stb_image.h" "${folder}stb_image_write.h" |
             "$cc" -E - >/dev/null 2>&1 && return 0
     done
     return 1
@@ -25,7 +25,7 @@ have_all() {
 
 # Only root may install, and only where there is apt; everyone else is told the line.
 install_packages() {
-    command -v apt-get >/dev/null 2>&1 || fail "a C compiler and stb (github.com/nothings/stb) are needed; please install them"
+    command -v apt-get >/dev/null 2>&1 || fail "please install a C compiler and stb (github.com/nothings/stb)"
     [ "$(id -u)" = 0 ] || fail "something is missing; please run: sudo apt-get install -y $packages"
     echo "installing $packages" >&2
     export DEBIAN_FRONTEND=noninteractive
@@ -45,8 +45,6 @@ build() {
 }
 
 [ -r "$root/diffdpo.h" ] || fail "$root/diffdpo.h is missing"
-if [ ! -x "$root/build/quickstart" ] ||
-   [ -n "$(find "$root/diffdpo.h" "$root"/examples/quickstart*.[ch] -newer "$root/build/quickstart" 2>/dev/null)" ]; then
-    build
-fi
+newer=$(find "$root/diffdpo.h" "$root"/examples/quickstart*.[ch] -newer "$root/build/quickstart" 2>&1)
+[ -z "$newer" ] || build            # without a program, find complains: that is an answer, too
 exec "$root/build/quickstart" --model "$root/examples/emoji" --out "$root" "$@"

@@ -1,40 +1,56 @@
-/* quickstart_page.h - the second half of quickstart.c: what it found, as one HTML file that needs nothing beside it.
+/* quickstart_page.h - the part of quickstart.c that shows what it found: one HTML file that needs nothing beside it.
 
-   Pictures are PNGs in base64 inside the page, curves are inline SVG; no script, no font, no address outside. */
+   Pictures are PNGs in base64 inside the page, curves are inline SVG; no script, no font, no address outside.  The page
+   follows the reader's choice of light or dark, and folds to one column on a phone.
+
+     facts      win rate with its interval, size of the effect, time
+     cards      one a prompt: its pictures before and after, those that the judge prefers framed
+     curves     loss and implicit accuracy, each step (faint) and the mean of its neighbours
+     settings   what it takes to make the same page again */
 
 static const char STYLE[] =
-    ":root{color-scheme:light dark;--ink:#1b2230;--dim:#626c7c;--line:#dde2ea;--paper:#fff;--card:#f5f6f9;--mark:#d4551c}\n"
-    "@media(prefers-color-scheme:dark){:root{--ink:#e7eaf0;--dim:#97a1b2;--line:#333a47;--paper:#14181f;--card:#1d222c;"
-    "--mark:#ff8a4c}}\n"
+    /* colours, first by day, then by night; --mark is for what the judge prefers, and for the curves */
+    ":root{color-scheme:light dark;--ink:#1b2230;--dim:#626c7c;--line:#dde2ea;--paper:#fff;--card:#f5f6f9;"
+    "--mark:#d4551c}\n"
+    "@media(prefers-color-scheme:dark){:root{--ink:#e7eaf0;--dim:#97a1b2;--line:#333a47;--paper:#14181f;"
+    "--card:#1d222c;--mark:#ff8a4c}}\n"
+    /* text */
     "*{box-sizing:border-box}\n"
     "body{margin:0 auto;max-width:68rem;padding:2.5rem 1.25rem 4rem;background:var(--paper);color:var(--ink);"
     "font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans',sans-serif}\n"
-    "h1{font-size:clamp(1.6rem,5vw,2.3rem);line-height:1.2;text-wrap:balance;margin:0 0 .6rem;letter-spacing:-.02em}\n"
+    "h1{font-size:clamp(1.6rem,5vw,2.3rem);line-height:1.2;text-wrap:balance;margin:0 0 .6rem;"
+    "letter-spacing:-.02em}\n"
     "h2{font-size:1.25rem;margin:3rem 0 .4rem;letter-spacing:-.01em}\n"
     "p{max-width:44rem;margin:.4rem 0 1rem}.dim,figcaption,td:first-child{color:var(--dim)}\n"
+    /* facts: three boxes; .bar is the line from 0 to 1, i the interval on it, u the win rate, s one half */
     ".facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:1rem;margin:1.8rem 0}\n"
-    ".fact{background:var(--card);border-radius:12px;padding:1rem 1.2rem}\n"
+    ".fact{background:var(--card);border-radius:12px;padding:1rem 1.2rem}.fact .dim{font-size:.9rem}\n"
     ".fact b{display:block;font-size:2.2rem;line-height:1.2;font-variant-numeric:tabular-nums}\n"
-    ".fact .dim{font-size:.9rem}\n"
     ".bar{position:relative;height:8px;border-radius:4px;background:var(--line);margin:.6rem 0 .3rem}\n"
     ".bar i{position:absolute;top:0;height:8px;border-radius:4px;background:var(--mark);opacity:.45}\n"
-    ".bar u{position:absolute;top:-3px;width:4px;height:14px;margin-left:-2px;border-radius:2px;background:var(--mark)}\n"
+    ".bar u{position:absolute;top:-3px;width:4px;height:14px;margin-left:-2px;border-radius:2px;"
+    "background:var(--mark)}\n"
     ".bar s{position:absolute;top:-3px;left:50%;width:1px;height:14px;background:var(--dim)}\n"
-    ".curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}\n"
-    ".curves figure{background:var(--card);border-radius:12px;padding:1rem 1rem .6rem;margin:0}\n"
-    "svg{display:block;width:100%;height:auto;font-size:12px;font-variant-numeric:tabular-nums}svg text{fill:var(--dim)}\n"
-    ".axis{stroke:var(--line)}.even{stroke:var(--dim);stroke-dasharray:3 4}\n"
-    "polyline{fill:none;stroke:var(--mark);stroke-linejoin:round}.raw{opacity:.35}.mean{stroke-width:2.5}\n"
+    /* cards: as many beside each other as fit; small pictures keep their pixels */
     ".cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:1rem;margin:1rem 0}\n"
     ".cards figure{margin:0;background:var(--card);border-radius:12px;padding:.6rem}\n"
-    ".four{display:grid;grid-template-columns:1fr 1fr;gap:.4rem;font-size:.72rem;text-align:center;color:var(--dim)}\n"
+    ".four{display:grid;grid-template-columns:1fr 1fr;gap:.4rem;font-size:.72rem;text-align:center;"
+    "color:var(--dim)}\n"
     ".four img{width:100%;height:auto;image-rendering:pixelated;border-radius:6px;background:#fff;display:block}\n"
     ".four .won{outline:2px solid var(--mark);outline-offset:1px}\n"
-    ".cards figcaption{font-size:.85rem;line-height:1.35;margin-top:.5rem;text-align:center;overflow-wrap:anywhere}\n"
+    ".cards figcaption{font-size:.85rem;line-height:1.35;margin-top:.5rem;text-align:center;"
+    "overflow-wrap:anywhere}\n"
     "summary{cursor:pointer;color:var(--mark);padding:.4rem 0}\n"
-    "table{border-collapse:collapse;width:100%;max-width:44rem}td{padding:.4rem 1rem .4rem 0;vertical-align:top;"
-    "border-top:1px solid var(--line);overflow-wrap:anywhere}td:first-child{width:38%}\n";
+    /* curves and settings */
+    ".curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}\n"
+    ".curves figure{background:var(--card);border-radius:12px;padding:1rem 1rem .6rem;margin:0}\n"
+    "svg{display:block;width:100%;height:auto;font-size:12px;font-variant-numeric:tabular-nums}\n"
+    "svg text{fill:var(--dim)}.axis{stroke:var(--line)}.even{stroke:var(--dim);stroke-dasharray:3 4}\n"
+    "polyline{fill:none;stroke:var(--mark);stroke-linejoin:round}.raw{opacity:.35}.mean{stroke-width:2.5}\n"
+    "table{border-collapse:collapse;width:100%;max-width:44rem}td:first-child{width:30%}\n"
+    "td{padding:.4rem 1rem .4rem 0;vertical-align:top;border-top:1px solid var(--line);overflow-wrap:anywhere}\n";
 
+/* Text between tags or in an attribute; prompts come from a file and may hold anything. */
 static void put_html(FILE *f, const char *text)
 {
     for (; *text; text++)
@@ -44,15 +60,19 @@ static void put_html(FILE *f, const char *text)
         else fputc(*text, f);
 }
 
-/* Three bytes are four digits of six bits; '=' fills up what the last three lack. */
+/* Three bytes are four digits of six bits; '=' stands for those that the last three lack. */
 static void put_base64(FILE *f, const uint8_t *p, size_t n)
 {
     static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (size_t i = 0; i < n; i += 3) {
-        uint32_t v = (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) | (i + 2 < n ? p[i + 2] : 0);
+        uint32_t v = (uint32_t)p[i] << 16;
+        if (i + 1 < n) v |= (uint32_t)p[i + 1] << 8;
+        if (i + 2 < n) v |= p[i + 2];
         for (size_t k = 0; k < 4; k++) fputc(i + k > n ? '=' : digit[v >> (18 - 6*k) & 63], f);
     }
 }
+
+/* ---- Cards ------------------------------------------------------------------------------------------------------ */
 
 static void put_picture(const run *r, FILE *f, uint8_t *rgb, int i, const char *when, int won)
 {
@@ -67,6 +87,7 @@ static void put_picture(const run *r, FILE *f, uint8_t *rgb, int i, const char *
     dpo_png_free(r->c, png, bytes);
 }
 
+/* Prompts first ... last-1; each row of a card is one noise, before and after. */
 static void put_cards(const run *r, FILE *f, int first, int last)
 {
     fputs("<div class=\"cards\">\n", f);
@@ -83,19 +104,25 @@ static void put_cards(const run *r, FILE *f, int first, int last)
     fputs("</div>\n", f);
 }
 
-/* A curve's drawing is 480 x 230: steps go from 40 to 470 across, values from 195 (low) up to 15 (top). */
+/* ---- Curves ----------------------------------------------------------------------------------------------------- */
+
+/* Its drawing is 480 x 230: steps go from 40 to 470 across, values from 195 (low) up to 15 (top). */
 typedef struct { const float *y; int n; double low, top; } curve;
 
 static double across(const curve *c, int i) { return 40 + (c->n > 1 ? 430.0 * i / (c->n - 1) : 0); }
-static double above(const curve *c, double y) { return 195 - 180 * (fmax(c->low, fmin(y, c->top)) - c->low) / (c->top - c->low); }
+
+static double above(const curve *c, double y)
+{
+    return 195 - 180 * (fmax(c->low, fmin(y, c->top)) - c->low) / (c->top - c->low);
+}
 
 /* The line through y, each point the mean of those at most `reach` steps away. */
 static void put_line(FILE *f, const char *kind, const curve *c, int reach)
 {
     fprintf(f, "<polyline class=\"%s\" points=\"", kind);
     for (int i = 0; i < c->n; i++) {
+        int from = i > reach ? i - reach : 0, to = i + reach < c->n ? i + reach : c->n - 1;
         double sum = 0;
-        int    from = i > reach ? i - reach : 0, to = i + reach < c->n ? i + reach : c->n - 1;
         for (int k = from; k <= to; k++) sum += c->y[k];
         fprintf(f, "%.1f,%.1f ", across(c, i), above(c, sum / (to - from + 1)));
     }
@@ -110,7 +137,8 @@ static void put_rule(FILE *f, const char *kind, double y)
 /* `even` is where the curve of a model that learned nothing would stay. */
 static void put_curve(FILE *f, const char *title, const curve *c, double even)
 {
-    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" role=\"img\" aria-label=\"%s, step by step\">", title, title);
+    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" role=\"img\" aria-label=\"%s, step by step\">", title,
+            title);
     for (int i = 0; i <= 4; i++) {
         double y = c->low + (c->top - c->low) * i / 4;
         put_rule(f, "axis", above(c, y));
@@ -119,10 +147,11 @@ static void put_curve(FILE *f, const char *title, const curve *c, double even)
     put_rule(f, "even", above(c, even));
     put_line(f, "raw", c, 0);
     put_line(f, "mean", c, 3);
-    fprintf(f, "<text x=\"40\" y=\"218\">1</text><text x=\"470\" y=\"218\" text-anchor=\"end\">step %d</text></svg></figure>\n", c->n);
+    fprintf(f, "<text x=\"40\" y=\"218\">1</text><text x=\"470\" y=\"218\" text-anchor=\"end\">step %d</text>", c->n);
+    fputs("</svg></figure>\n", f);
 }
 
-/* Quarters that hold ln 2 and all losses, up to 4: a loss that ran away shall not flatten the rest. */
+/* The loss is drawn between quarters that hold all of it, up to 4: one that ran away shall not flatten the rest. */
 static void put_curves(const run *r, FILE *f)
 {
     curve loss = { r->loss, r->s.steps, 0.5, 1 }, accuracy = { r->accuracy, r->s.steps, 0, 1 };
@@ -130,24 +159,37 @@ static void put_curves(const run *r, FILE *f)
         while (r->loss[i] < loss.low && loss.low > 0) loss.low -= 0.25;
         while (r->loss[i] > loss.top && loss.top < 4) loss.top += 0.25;
     }
-    fputs("<h2>Training</h2>\n<p>The loss should fall below ln&nbsp;2&nbsp;=&nbsp;0.69, and the share of pairs that the model ranks "
-          "as the judge did should rise above one half: the dashed lines are a model that learned nothing.</p>\n<div class=\"curves\">", f);
+    fputs("<h2>Training</h2>\n<p>The loss should fall below ln&nbsp;2&nbsp;=&nbsp;0.69, and the share of pairs that "
+          "the model ranks as the judge did should rise above one half: the dashed lines are a model that learned "
+          "nothing.</p>\n<div class=\"curves\">", f);
     put_curve(f, "loss", &loss, log(2.0));
     put_curve(f, "implicit accuracy", &accuracy, 0.5);
     fputs("</div>\n", f);
 }
 
+/* ---- Facts and settings ----------------------------------------------------------------------------------------- */
+
+static void put_rate(FILE *f, const verdict *v)
+{
+    fprintf(f, "<div class=\"fact\"><span class=\"dim\">win rate against the model before</span><b>%.2f</b>", v->rate);
+    fprintf(f, "<div class=\"bar\"><i style=\"left:%.1f%%;width:%.1f%%\"></i><s></s>"
+               "<u style=\"left:%.1f%%\"></u></div>", 100 * v->low, 100 * (v->high - v->low), 100 * v->rate);
+    fprintf(f, "<span class=\"dim\">95%% CI %.2f-%.2f over %d held-out prompts</span></div>\n", v->low, v->high,
+            (int)EVAL);
+}
+
+/* A rate says how often, not how much: the second box says that. */
 static void put_facts(const run *r, FILE *f, const verdict *v)
 {
-    fprintf(f, "<div class=\"facts\"><div class=\"fact\"><span class=\"dim\">win rate against the model before</span><b>%.2f</b>"
-               "<div class=\"bar\"><i style=\"left:%.1f%%;width:%.1f%%\"></i><s></s><u style=\"left:%.1f%%\"></u></div>"
-               "<span class=\"dim\">95%% CI %.2f-%.2f over %d held-out prompts</span></div>\n", v->rate, 100 * v->low,
-            100 * (v->high - v->low), 100 * v->rate, v->low, v->high, (int)EVAL);
-    fprintf(f, "<div class=\"fact\"><span class=\"dim\">size of the effect</span><b>%+.2f SD</b><span class=\"dim\">the judge's mean "
-               "moved from %.2f to %.2f, in standard deviations over the pictures before</span></div>\n", v->effect, v->before, v->after);
-    fprintf(f, "<div class=\"fact\"><span class=\"dim\">time on this CPU</span><b>%.0f s</b><span class=\"dim\">%.0f s for the "
-               "pairs, %.0f s to train, %.0f s to compare</span></div></div>\n", r->seconds[0] + r->seconds[1] + r->seconds[2],
-            r->seconds[0], r->seconds[1], r->seconds[2]);
+    const double *t = r->seconds;
+    fputs("<div class=\"facts\">", f);
+    put_rate(f, v);
+    fprintf(f, "<div class=\"fact\"><span class=\"dim\">size of the effect</span><b>%+.2f SD</b><span class=\"dim\">"
+               "the judge's mean moved from %.2f to %.2f, in standard deviations over the pictures before</span>"
+               "</div>\n", v->effect, v->before, v->after);
+    fprintf(f, "<div class=\"fact\"><span class=\"dim\">time on this CPU</span><b>%.0f s</b><span class=\"dim\">"
+               "%.0f s for the pairs, %.0f s to train, %.0f s to compare</span></div></div>\n", t[0] + t[1] + t[2],
+            t[0], t[1], t[2]);
 }
 
 /* One row of the table of settings. */
@@ -163,47 +205,60 @@ static void put_row(FILE *f, const char *name, const char *format, ...)
     fputs("</td></tr>\n", f);
 }
 
+/* In millions. */
 static double weights(dpo_tensor **params, int count)
 {
     double n = 0;
-    for (int i = 0; i < count; i++) n += (double)dpo_count(params[i]);
+    for (int i = 0; i < count; i++) n += (double)dpo_count(params[i]) / 1e6;
     return n;
 }
 
 static void put_settings(const run *r, FILE *f)
 {
     const settings *s = &r->s;
-    int             count = 0, adapters = 0;
-    dpo_tensor    **all = dpo_net_params(dpo_model_unet(r->m), &count), **low = dpo_adapter_params(dpo_model_unet(r->m), &adapters);
+    dpo_net        *unet = dpo_model_unet(r->m);
+    int             n = 0, n_low = 0;
+    dpo_tensor    **all = dpo_net_params(unet, &n), **low = dpo_adapter_params(unet, &n_low);
     fputs("<h2>Settings</h2>\n<table>\n", f);
-    put_row(f, "model", "%s: a UNet of %.2f million weights, pictures of %dx%d pixels", s->model, weights(all, count) / 1e6, r->size, r->size);
+    put_row(f, "model", "%s: a UNet of %.2f million weights, pictures of %dx%d pixels", s->model, weights(all, n),
+            r->size, r->size);
     put_row(f, "judge", "%s: %s", r->j->name, r->j->wants);
     put_row(f, "pairs", "%d, from %d prompts with two pictures each", r->pairs, s->pair_prompts);
-    put_row(f, "pictures", "%d sampling steps, guidance %g", s->sample_steps, s->guidance);
-    put_row(f, "adapters", "rank %d: %.2f million weights", s->rank, weights(low, adapters) / 1e6);
-    put_row(f, "training", "%d steps of %d pairs, beta %g, learning rate %g", s->steps, s->pairs_a_step, s->beta, s->lr);
+    put_row(f, "drawing", "%d steps, guidance %g", s->sample_steps, s->guidance);
+    put_row(f, "adapters", "rank %d: %.2f million weights", s->rank, weights(low, n_low));
+    put_row(f, "training", "%d steps of %d pairs, beta %g, learning rate %g", s->steps, s->pairs_a_step, s->beta,
+            s->lr);
     put_row(f, "seed", "%llu", (unsigned long long)s->seed);
-    put_row(f, "memory", "%.0f MB at most for tensors", (double)dpo_memory_peak(r->c, 0) / 1e6);
+    put_row(f, "memory", "%.0f MB for tensors, at most", (double)dpo_memory_peak(r->c, 0) / 1e6);
     fputs("</table>\n", f);
+}
+
+/* ---- All of it -------------------------------------------------------------------------------------------------- */
+
+static void put_head(const run *r, FILE *f, const verdict *v)
+{
+    fputs("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+          "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n", f);
+    fprintf(f, "<title>Diffusion-DPO: judge %s, win rate %.2f</title>\n<style>\n%s</style></head>\n<body>\n",
+            r->j->name, v->rate, STYLE);
+    fprintf(f, "<h1>A text-to-image model, before and after Diffusion&#8209;DPO</h1>\n<p>The model drew two pictures "
+               "for each of %d prompts, and a judge named <b>%s</b>, who wants %s, picked one of the two. From %d such "
+               "pairs, %d steps of training taught it the judge's taste. What it learned is measured on %d prompts that "
+               "no pair used.</p>\n", r->s.pair_prompts, r->j->name, r->j->wants, r->pairs, r->s.steps, (int)EVAL);
 }
 
 static void put_page(const run *r, FILE *f, const verdict *v)
 {
-    fprintf(f, "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
-               "content=\"width=device-width,initial-scale=1\">\n<title>Diffusion-DPO: judge %s, win rate %.2f</title>\n<style>\n%s"
-               "</style></head>\n<body>\n<h1>A text-to-image model, before and after Diffusion&#8209;DPO</h1>\n", r->j->name, v->rate, STYLE);
-    fprintf(f, "<p>The model drew two pictures for each of %d prompts, and a judge named <b>%s</b>, who wants %s, picked one of "
-               "the two. From %d such pairs, %d steps of training taught it the judge's taste. What it learned is measured on %d "
-               "prompts that no pair used.</p>\n", r->s.pair_prompts, r->j->name, r->j->wants, r->pairs, r->s.steps, (int)EVAL);
+    put_head(r, f, v);
     put_facts(r, f, v);
-    fputs("<h2>Before and after</h2>\n<p>Both pictures of a row start from the same noise; a frame marks the one that the judge "
-          "prefers. The prompts are in random order, not chosen.</p>\n", f);
+    fputs("<h2>Before and after</h2>\n<p>Both pictures of a row start from the same noise; a frame marks the one that "
+          "the judge prefers. The prompts are in random order, not chosen.</p>\n", f);
     put_cards(r, f, 0, SHOWN);
     fprintf(f, "<details><summary>The other %d prompts</summary>\n", EVAL - SHOWN);
     put_cards(r, f, SHOWN, EVAL);
     fputs("</details>\n", f);
     put_curves(r, f);
     put_settings(r, f);
-    fputs("<p class=\"dim\">Made by examples/quickstart.c of diffdpo.h. The pictures, pairs and adapters are in quickstart-out/."
-          "</p>\n</body></html>\n", f);
+    fputs("<p class=\"dim\">Made by examples/quickstart.c of diffdpo.h. The pictures, pairs and adapters are in "
+          "quickstart-out/.</p>\n</body></html>\n", f);
 }
