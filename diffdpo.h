@@ -840,7 +840,9 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void);         /* adapters on a small mo
 
 /* Train the model's UNet on the pairs.  dpo_train does it all; a host that keeps its own loop calls begin, step until
    it returns 0, and end.  Draws depend on (seed, step, sample) alone, so that a resumed run equals an uninterrupted
-   one to the bit, for any number of threads. */
+   one to the bit, for any number of threads.  A step that was cancelled is done
+   again by the next call after dpo_clear_error; one that was cancelled inside its update cannot be: load a
+   checkpoint. */
 typedef struct dpo_trainer dpo_trainer;
 DPO_DEF int          dpo_train      (dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
@@ -1391,17 +1393,18 @@ DPOI_UNUSED static void dpoi_strfree(dpo_ctx *c, char *s) { if (s) dpoi_release(
 
 /* Make room for `want` elements in a growing array.  *room is updated; 0 and an error if there is no memory.
    Doubles, so that n appends cost O(n).  On failure *array is unchanged and still owned. */
-DPOI_UNUSED static int dpoi_grow(dpo_ctx *c, void **array, int64_t *room, int64_t want, size_t size)
+DPOI_UNUSED static int dpoi_grow(dpo_ctx *c, void *array, int64_t *room, int64_t want, size_t size)
 {
-    int64_t now = *room ? *room : 64;     /* 64 elements at first */
+    int64_t now = *room ? *room : 64;
     size_t  bytes;
-    void   *p;
+    void   *p, *old;
     if (want <= *room) return 1;
     while (now < want) now *= 2;
     if (!dpoi_mul((size_t)now, size, &bytes)) return dpoi_no_memory(c, (size_t)-1);
-    p = *array ? dpoi_resize(&c->mem, *array, (size_t)*room * size, bytes) : dpoi_alloc(&c->mem, bytes);
+    memcpy(&old, array, sizeof old);      /* the caller's pointer has a type of its own: a void ** must not alias it */
+    p = old ? dpoi_resize(&c->mem, old, (size_t)*room * size, bytes) : dpoi_alloc(&c->mem, bytes);
     if (!p) return dpoi_no_memory(c, bytes);
-    *array = p;
+    memcpy(array, &p, sizeof p);
     *room = now;
     return 1;
 }
@@ -5301,7 +5304,7 @@ static dpo_tensor *dpoi_temp(dpo_ctx *c, int dtype, int rank, const int64_t *sha
     dpoi_node *n;
     dpo_view   v;
     if (!dpoi_ok(c)) return NULL;
-    if (!dpoi_grow(c, (void **)&c->temps, &c->temp_room, c->temp_count + 1, sizeof *c->temps)) return NULL;
+    if (!dpoi_grow(c, &c->temps, &c->temp_room, c->temp_count + 1, sizeof *c->temps)) return NULL;
     if (!(n = dpoi_node_new(c))) return NULL;
     if (!dpoi_set_shape(c, &n->t, dtype, rank, shape, panel)) { dpoi_node_spare(c, n); return NULL; }
     v = dpoi_view(&n->t);
@@ -5405,7 +5408,7 @@ DPO_DEF int64_t dpo_scope(dpo_ctx *c) { return c ? c->temp_count : 0; }
 DPO_DEF void *dpo_scope_alloc(dpo_ctx *c, size_t bytes)
 {
     dpoi_node *n;
-    if (!dpoi_ok(c) || !dpoi_grow(c, (void **)&c->temps, &c->temp_room, c->temp_count + 1, sizeof *c->temps)) return NULL;
+    if (!dpoi_ok(c) || !dpoi_grow(c, &c->temps, &c->temp_room, c->temp_count + 1, sizeof *c->temps)) return NULL;
     if (!(n = dpoi_node_new(c))) return NULL;
     if (!(n->host = dpoi_calloc(c, bytes, 1))) { dpoi_node_spare(c, n); return NULL; }
     n->host_bytes = bytes;
@@ -5429,7 +5432,7 @@ DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
         if (n->host) dpoi_release(c, n->host, n->host_bytes);  /* dpo_scope_alloc's */
         dpoi_node_spare(c, n);
     }
-    if (!kept) return keep && keep->persistent ? keep : NULL;
+    if (!kept) return keep && keep->ctx == c ? keep : NULL;              /* it is of an outer scope, or persistent */
     kept->t.grad = NULL;
     c->temps[c->temp_count++] = kept;
     return keep;
@@ -5654,6 +5657,12 @@ typedef struct dpoi_call {
     dpo_view    stat;                     /* shape of what forward leaves for backward; rank 0: nothing */
 } dpoi_call;
 
+/* Ids, indices and keys are I32; every other input is a float. */
+static int dpoi_takes_ids(int op, int i)
+{
+    return (op == DPO_OP_EMBED && i == 1) || (op == DPO_OP_MIX && i == 4) || op == DPO_OP_RANDN || op >= DPO_OP_COUNT;
+}
+
 /* Start a call: NULL inputs are left out, released ones are an error.
    The result's dtype is that of the first input, unless the op sets another. */
 static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *in, int n)
@@ -5666,6 +5675,8 @@ static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *
         if (in[i]->ctx != c || !in[i]->data)
             return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: input %d %s", dpoi_row_name(op), i,
                              in[i]->ctx && in[i]->ctx != c ? "belongs to another context" : "was released before");
+        if (in[i]->dtype == DPO_I32 && !dpoi_takes_ids(op, i))
+            return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: input %d holds whole numbers (I32)", dpoi_row_name(op), i);
         k->in[i] = in[i];
         k->a.in[i] = dpoi_view(in[i]);
     }
@@ -5699,7 +5710,7 @@ static unsigned dpoi_kept(const dpoi_call *k, unsigned wanted)
 static dpoi_row *dpoi_record(dpo_ctx *c, const dpoi_call *k, dpo_tensor *out, dpoi_block *stat, unsigned keeps)
 {
     dpoi_row *r;
-    if (!dpoi_grow(c, (void **)&c->rows, &c->row_room, c->row_count + 1, sizeof *c->rows)) return NULL;
+    if (!dpoi_grow(c, &c->rows, &c->row_room, c->row_count + 1, sizeof *c->rows)) return NULL;
     r = &c->rows[c->row_count++];
     memset(r, 0, sizeof *r);
     r->a = k->a;
@@ -5752,21 +5763,11 @@ DPO_DEF void dpo_no_grad(dpo_ctx *c, int change) { if (c) c->no_grad += change; 
 /* ------------------------------------------------------------------------------------------ gradients */
 
 /* Memory for x's gradient that nobody wrote yet: a parameter's lives as long as it, others' in the current scope.
-   share != NULL: the gradient lies in that block, which others may read too (see dpoi_grad_own). */
+   share != NULL, for temporaries: it lies in that block, which others may read too (see dpoi_grad_own). */
 static dpo_tensor *dpoi_grad_new(dpo_tensor *x, dpoi_block *share)
 {
-    dpo_ctx    *c = x->ctx;
-    dpo_tensor *g;
-    if (x->persistent) {
-        g = dpoi_persistent(c, DPO_F32, x->rank, x->shape, x->panel, NULL);
-        if (g && share) {
-            dpoi_drop_data(g);
-            share->refs++;
-            g->block = share;
-            g->data = share->data;
-        }
-        return x->grad = g;
-    }
+    dpo_ctx *c = x->ctx;
+    if (x->persistent) return x->grad = dpoi_persistent(c, DPO_F32, x->rank, x->shape, x->panel, NULL);
     return x->grad = dpoi_temp(c, DPO_F32, x->rank, x->shape, x->panel, share);
 }
 
@@ -5976,18 +5977,23 @@ DPO_DEF dpo_tensor *dpo_checkpoint(dpo_ctx *c, dpo_segment_fn fn, void *user, dp
     dpoi_block *block[DPO_MAX_INPUTS];
     dpoi_row   *r;
     int64_t     scope = dpo_scope(c);
-    if (!fn || n < 1 || n > DPO_MAX_INPUTS) { dpoi_fail(c, DPO_BAD_ARGUMENT, "a segment has 1 to %d inputs", DPO_MAX_INPUTS); return NULL; }
+    if (!fn || n < 1 || n > DPO_MAX_INPUTS) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "a segment has 1 to %d inputs", DPO_MAX_INPUTS);
+        return NULL;
+    }
     if (!dpoi_call_begin(c, &k, DPOI_SEGMENT, x, n)) return NULL;
-    if (c->no_grad) return fn(c, user, x);
     for (int i = 0; i < n; i++) block[i] = x[i] ? x[i]->block : NULL;
     if (dpoi_stand_ins(c, k.in, block, stand) != n) return NULL;
     dpo_no_grad(c, 1);
     y = fn(c, user, stand);
     dpo_no_grad(c, -1);
     y = dpo_scope_end(c, scope, y);
-    if (!y || !(r = dpoi_record(c, &k, y, NULL, 0xff))) return NULL;
-    r->fn = fn;
-    r->user = user;
+    if (!y) return NULL;
+    if (!c->no_grad) {
+        if (!(r = dpoi_record(c, &k, y, NULL, 0xff))) return NULL;
+        r->fn = fn;
+        r->user = user;
+    }
     dpoi_release_last(&k);
     return y;
 }
@@ -6174,7 +6180,7 @@ DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
     dpoi_call   k;
     dpo_tensor *in[DPO_MAX_INPUTS];
     int64_t     H, W;
-    if (!x || !w) return NULL;
+    if (!x || !w || !pad) return NULL;
     dpoi_product_inputs(in, x, w, bias, extra);
     if (!dpoi_call_begin(c, &k, DPO_OP_CONV, in, 8) || !dpoi_check_weight(c, "conv2d", x, w)) return NULL;
     H = x->shape[1] + pad[0] + pad[1] - w->shape[1];
@@ -6235,6 +6241,7 @@ DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
     if (!x || !gamma || !beta || !dpoi_call_begin(c, &k, DPO_OP_LAYER_NORM, in, 3)) return NULL;
     C = dpoi_width_of(x);
     if (!dpoi_check_vector(c, "layer_norm", x, gamma, C) || !dpoi_check_vector(c, "layer_norm", x, beta, C)) return NULL;
+    if (!(eps > 0)) { dpoi_fail(c, DPO_BAD_ARGUMENT, "layer_norm: eps %g", (double)eps); return NULL; }
     dpoi_shape_like(&k, x);
     dpoi_view_as(&k.a.in[0], dpo_count(x) / C, C, 1);
     dpoi_out_as(&k, dpo_count(x) / C, C, 1);
@@ -6555,7 +6562,13 @@ DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint3
     k.rank = rank + 1;
     k.shape[0] = dpo_count(key);
     for (int i = 1; i < DPO_MAX_RANK; i++) k.shape[i] = i <= rank ? shape[i - 1] : 1;
-    for (int i = 0; i < rank; i++) P *= shape[i];
+    for (int i = 0; i < rank; i++) {
+        if (shape[i] < 1 || shape[i] > ((int64_t)1 << 47) / P) {
+            dpoi_fail(c, DPO_BAD_SHAPE, "randn: axis %d of %lld", i + 1, (long long)shape[i]);
+            return NULL;
+        }
+        P *= shape[i];
+    }
     k.dtype = DPO_F32;
     dpoi_out_as(&k, k.shape[0], P, 1);
     k.a.p.random.seed = seed;
@@ -11587,7 +11600,7 @@ static dpoi_param *dpoi_net_add(dpo_net *n, int form, const int64_t *shape, cons
 {
     dpoi_param *p;
     int         rank = form == DPOI_VECTOR ? 1 : form == DPOI_TABLE ? 2 : 4;
-    if (!dpoi_grow(n->c, (void **)&n->params, &n->room, n->count + 1, sizeof *n->params)) return NULL;
+    if (!dpoi_grow(n->c, &n->params, &n->room, n->count + 1, sizeof *n->params)) return NULL;
     if (n->count >= n->slot_count / 2 && !dpoi_net_rehash(n)) return NULL;
     p = &n->params[n->count];
     memset(p, 0, sizeof *p);
@@ -15592,7 +15605,7 @@ static dpoi_duel *dpoi_pairs_next(dpo_pairs *p, const char *prompt, float weight
         dpoi_fail(p->c, DPO_BAD_ARGUMENT, "a pair needs a prompt, and a weight that is finite and not negative");
         return NULL;
     }
-    if (!dpoi_grow(p->c, (void **)&p->pair, &p->room, p->count + 1, sizeof *p->pair)) return NULL;
+    if (!dpoi_grow(p->c, &p->pair, &p->room, p->count + 1, sizeof *p->pair)) return NULL;
     x = &p->pair[p->count];
     memset(x, 0, sizeof *x);
     x->weight = weight;

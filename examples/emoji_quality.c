@@ -2,7 +2,8 @@
 
    build   cc -O2 examples/emoji_quality.c -o build/emoji_quality -lm -lpthread
    data    build/emoji_data emoji-data --size 32                    (see emoji_data.c)
-   run     build/emoji_quality examples/emoji emoji-data [--adapter FILE] [--steps 10] [--guidance 2] [--seed 1] [--grid FILE.png]
+   run     build/emoji_quality examples/emoji emoji-data [--adapter FILE] [--steps 10] [--guidance 2] [--seed 1]
+                               [--grid FILE.png]
    prints  top1, top10   for 200 captions that it was trained on: how often the training picture nearest to the one
                          it draws, and one of the ten nearest, has that caption; L2 after averaging to 16x16
            error         mean squared error of its predictions on real pictures, over fixed draws of (t, noise): those
@@ -35,14 +36,15 @@ typedef struct {
 } item;
 
 typedef struct {
-    const char *model, *data, *adapter, *grid;
-    int         steps;
+    const char *model, *data;           /* folders */
+    const char *adapter, *grid;         /* files, or NULL */
+    int         steps;                  /* of drawing */
     float       guidance;
-    uint64_t    seed;
+    uint64_t    seed;                   /* of drawing; the error has draws of its own */
     dpo_ctx    *c;
     dpo_model  *m;
-    int         size, n, trained;
-    item        list[PICTURES];         /* by order, those trained on first */
+    int         size, n, trained;       /* pixels a side; pictures in all; of these, trained on */
+    item        list[PICTURES];         /* those trained on first, then by order */
 } quality;
 
 /* One line for what went wrong.  Returns 0. */
@@ -60,7 +62,7 @@ static int fail(const char *format, ...)
 
 /* ---- The data --------------------------------------------------------------------------------------------------- */
 
-/* FNV-1a, 64 bits, and the mixer of splitmix64. */
+/* FNV-1a, 64 bits, and the mixer of splitmix64, so that sorting by it shuffles. */
 static uint64_t hash(const char *text)
 {
     uint64_t h = 14695981039346656037u;
@@ -85,6 +87,7 @@ static char *copy_text(dpo_ctx *c, const char *text)
     return copy;
 }
 
+/* In the model's size; emoji_data has made it so, as a rule. */
 static int load_picture(quality *q, const char *name, item *x)
 {
     char      path[1200];
@@ -117,6 +120,7 @@ static int read_item(quality *q, const char *path, const char *line, item *x)
     return ok;
 }
 
+/* Sorted, so that the first ASKED of the list are a random choice of those trained on, the same every time. */
 static int read_data(quality *q)
 {
     char  path[1200], line[4096];
@@ -124,8 +128,8 @@ static int read_data(quality *q)
     FILE *f;
     snprintf(path, sizeof path, "%s/captions.jsonl", q->data);
     if (!(f = fopen(path, "rb"))) return fail("cannot read %s: %s; emoji_data makes it", path, strerror(errno));
-    while (ok && fgets(line, sizeof line, f))
-        ok = q->n < PICTURES ? read_item(q, path, line, &q->list[q->n++]) : fail("%s: more than %d lines", path, (int)PICTURES);
+    while (ok && q->n < PICTURES && fgets(line, sizeof line, f)) ok = read_item(q, path, line, &q->list[q->n++]);
+    if (ok && fgetc(f) != EOF) ok = fail("%s: more than %d lines", path, (int)PICTURES);
     fclose(f);
     if (!ok) return 0;
     qsort(q->list, (size_t)q->n, sizeof *q->list, by_order);
@@ -136,8 +140,15 @@ static int read_data(quality *q)
 
 /* ---- Which real picture is nearest? ----------------------------------------------------------------------------- */
 
-/* Mean colours of SMALL x SMALL fields: small [SMALL, SMALL, 3].  A size that SMALL does not divide weighs pixels of
-   the edge by how much of them lies inside. */
+/* How much of pixel i, which covers [i, i+1], lies in [from, to]. */
+static double overlap(double from, double to, int i)
+{
+    double low = fmax(from, i), high = fmin(to, i + 1);
+    return high > low ? high - low : 0;
+}
+
+/* Mean colours of SMALL x SMALL fields: rgb [size, size, 3] -> small [SMALL, SMALL, 3].  Where SMALL does not divide
+   the size, a pixel counts for as much of it as lies in the field. */
 static void shrink(const uint8_t *rgb, int size, float *small)
 {
     double step = (double)size / SMALL;
@@ -146,12 +157,14 @@ static void shrink(const uint8_t *rgb, int size, float *small)
         double top = i / SMALL * step, left = i % SMALL * step;
         for (int y = (int)top; y < top + step && y < size; y++)
             for (int x = (int)left; x < left + step && x < size; x++) {
-                double high = fmin(y + 1, top + step) - fmax(y, top), wide = fmin(x + 1, left + step) - fmax(x, left);
-                for (int k = 0; k < 3; k++) small[3*i + k] += (float)(high * wide / (step*step) * rgb[3*(y*size + x) + k]);
+                double         part = overlap(top, top + step, y) * overlap(left, left + step, x) / (step*step);
+                const uint8_t *p = rgb + 3 * (y*size + x);
+                for (int k = 0; k < 3; k++) small[3*i + k] += (float)(part * p[k]);
             }
     }
 }
 
+/* L2, squared: only the order matters. */
 static double distance(const float *a, const float *b)
 {
     double sum = 0;
@@ -168,6 +181,7 @@ static int rank_of(const quality *q, const float *real, const float *drawn, int 
     return nearer;
 }
 
+/* The share of captions with rank 0, and with a rank below 10. */
 static int rank_all(const quality *q, const uint8_t *drawn, double *top1, double *top10)
 {
     size_t bytes = 3 * (size_t)q->size * (size_t)q->size;
@@ -202,56 +216,75 @@ static uint8_t *draw(const quality *q)
     return rgb && dpo_sample(q->m, &d, rgb) ? rgb : NULL;
 }
 
-/* Pairs of (real, drawn), ten pairs a row, one pixel of white between; the page of 200 is 20 rows. */
+/* For looking at: pairs of (real, drawn), ten pairs a row, a frame of white around each. */
 static int save_grid(const quality *q, const uint8_t *drawn)
 {
-    int       pitch = q->size + 2, columns = 20;
+    enum { COLUMNS = 20, ROWS = (2*ASKED + COLUMNS - 1) / COLUMNS };
+    int       pitch = q->size + 2;
     size_t    line = 3 * (size_t)q->size;
     dpo_image sheet;
-    if (!dpo_image_new(q->c, columns * pitch, (2*ASKED + columns - 1) / columns * pitch, &sheet)) return 0;
+    if (!dpo_image_new(q->c, COLUMNS * pitch, ROWS * pitch, &sheet)) return 0;
     memset(sheet.rgb, 255, 3 * (size_t)sheet.width * (size_t)sheet.height);
     for (int i = 0; i < 2*ASKED; i++) {
         const uint8_t *from = i % 2 ? drawn + (size_t)(i/2) * line * (size_t)q->size : q->list[i/2].rgb;
+        int            left = i % COLUMNS * pitch + 1, top = i / COLUMNS * pitch + 1;
         for (int y = 0; y < q->size; y++)
-            memcpy(sheet.rgb + 3 * ((size_t)(i / columns * pitch + y + 1) * (size_t)sheet.width + (size_t)(i % columns * pitch + 1)),
-                   from + (size_t)y * line, line);
+            memcpy(sheet.rgb + 3 * ((size_t)(top + y) * (size_t)sheet.width + (size_t)left), from + (size_t)y * line,
+                   line);
     }
     return dpo_image_save(q->c, q->grid, &sheet);
 }
 
 /* ---- The denoising error ---------------------------------------------------------------------------------------- */
 
-/* n pictures from the first on, at draw d: sum over them of the mean squared error, -1 on failure.  Draw d of picture i
-   has its own noise, and t = T (d + u_i)/DRAWS with u_i from the caption: the same for every model. */
+/* Pictures and captions of items first ... first+n-1, and their timesteps at draw d.  The range of t is cut into DRAWS
+   parts; a picture has the same place in each, from its caption: the same draws for every model. */
+typedef struct {
+    uint8_t    *rgb;                    /* [n, size, size, 3] */
+    const char *prompt[BATCH];
+    int32_t     key[BATCH], t[BATCH];   /* of the noise; of the schedule */
+    float       time[BATCH];            /* t, as the UNet is told */
+} batch;
+
+static int fill_batch(const quality *q, batch *b, int T, int first, int n, int d)
+{
+    size_t bytes = 3 * (size_t)q->size * (size_t)q->size;
+    if (!(b->rgb = (uint8_t *)dpo_scope_alloc(q->c, (size_t)n * bytes))) return 0;
+    for (int i = 0; i < n; i++) {
+        const item *x = &q->list[first + i];
+        memcpy(b->rgb + (size_t)i * bytes, x->rgb, bytes);
+        b->prompt[i] = x->caption;
+        b->key[i] = (int32_t)(x->order >> 33);
+        b->t[i] = (int32_t)(T * (d + (double)(x->order & 0xffff) / 65536) / DRAWS);
+        b->time[i] = (float)b->t[i];
+    }
+    return 1;
+}
+
+/* The sum over a batch of mean squared errors, -1 on failure:
+     x_t = noise_add(x0, z, t)    error = mean (unet(x_t, t, text) - target(x0, z, t))^2    all [n, size, size, 3]    */
 static double batch_error(const quality *q, const dpo_noise *noise, int first, int n, int d, int adapters_off)
 {
     int64_t     shape[3] = { q->size, q->size, 3 }, count = n, scope = dpo_scope(q->c);
-    size_t      bytes = 3 * (size_t)q->size * (size_t)q->size;
-    const char *prompts[BATCH];
-    int32_t     key[BATCH], t[BATCH];
-    float       time[BATCH], error[BATCH] = { 0 };
+    float       error[BATCH];
     double      sum = 0;
-    uint8_t    *rgb = (uint8_t *)dpo_scope_alloc(q->c, (size_t)n * bytes);
+    batch       b;
     dpo_unet_in in;
+    if (!fill_batch(q, &b, noise->T, first, n, d)) return -1;
     memset(&in, 0, sizeof in);
-    for (int i = 0; i < n && rgb; i++) {
-        const item *x = &q->list[first + i];
-        memcpy(rgb + (size_t)i * bytes, x->rgb, bytes);
-        prompts[i] = x->caption;
-        key[i] = (int32_t)(x->order >> 33);
-        t[i] = (int32_t)(noise->T * (d + (double)(x->order & 0xffff) / 65536) / DRAWS);
-        time[i] = (float)t[i];
-    }
-    dpo_tensor *x0 = dpo_from_rgb(q->c, rgb, n, q->size, q->size), *when = dpo_tensor_from(q->c, DPO_I32, 1, &count, t);
-    dpo_tensor *z = dpo_randn(q->c, 1, 0, (uint32_t)d, dpo_tensor_from(q->c, DPO_I32, 1, &count, key), 3, shape);
-    in.x = dpo_noise_add(noise, x0, z, when);
-    in.t = dpo_tensor_from(q->c, DPO_F32, 1, &count, time);
-    in.emb = dpo_encode_text(q->m, prompts, n, NULL);
+    dpo_tensor *x0 = dpo_from_rgb(q->c, b.rgb, n, q->size, q->size);
+    dpo_tensor *t = dpo_tensor_from(q->c, DPO_I32, 1, &count, b.t);
+    dpo_tensor *key = dpo_tensor_from(q->c, DPO_I32, 1, &count, b.key);
+    dpo_tensor *z = dpo_randn(q->c, 1, 0, (uint32_t)d, key, 3, shape);
+    in.x = dpo_noise_add(noise, x0, z, t);
+    in.t = dpo_tensor_from(q->c, DPO_F32, 1, &count, b.time);
+    in.emb = dpo_encode_text(q->m, b.prompt, n, NULL);
     in.adapters_off = adapters_off;
-    int ok = dpo_read(dpo_mse(q->c, dpo_unet(dpo_model_unet(q->m), &in), dpo_noise_target(noise, x0, z, when)), error);
+    dpo_tensor *answer = dpo_unet(dpo_model_unet(q->m), &in);
+    if (!dpo_read(dpo_mse(q->c, answer, dpo_noise_target(noise, x0, z, t)), error)) return -1;
     for (int i = 0; i < n; i++) sum += error[i];
     dpo_scope_end(q->c, scope, NULL);
-    return ok ? sum : -1;
+    return sum;
 }
 
 /* Mean over the pictures first ... first+n-1 and DRAWS draws; 0 on failure. */
@@ -267,20 +300,14 @@ static double mean_error(const quality *q, const dpo_noise *noise, int first, in
     return n ? sum / n / DRAWS : 0;
 }
 
-/* error[0] on as many trained pictures as were drawn, error[1] on all those left out. */
-static int errors(const quality *q, double error[2])
+/* On the n pictures from the first on, without the adapters and, where there are some, with them. */
+static double report_error(const quality *q, const dpo_noise *noise, const char *what, int first, int n)
 {
-    static const char *const what[2] = { "trained on", "left out" };
-    dpo_noise *noise = dpo_noise_new(q->c, dpo_model_schedule(q->m));
-    for (int k = 0; k < 2 && noise; k++) {
-        int    first = k ? q->trained : 0, n = k ? q->n - q->trained : ASKED;
-        double base = mean_error(q, noise, first, n, 1);
-        error[k] = q->adapter ? mean_error(q, noise, first, n, 0) : base;
-        if (q->adapter) printf("error on %d pictures %-10s  base %.5f  aligned %.5f  change %+.2f %%\n", n, what[k], base, error[k],
-                               base > 0 ? 100 * (error[k] / base - 1) : 0);
-        else            printf("error on %d pictures %-10s  %.5f\n", n, what[k], error[k]);
-    }
-    return dpo_status(q->c) == DPO_OK;
+    double base = mean_error(q, noise, first, n, 1), aligned = q->adapter ? mean_error(q, noise, first, n, 0) : base;
+    printf("error on %d pictures %s: %.5f", n, what, base);
+    if (q->adapter && base > 0) printf(", with the adapters %.5f, change %+.2f %%", aligned, 100 * (aligned/base - 1));
+    putchar('\n');
+    return aligned;
 }
 
 /* ---- The program ------------------------------------------------------------------------------------------------ */
@@ -300,24 +327,32 @@ static int read_options(quality *q, int argc, char **argv)
         else return fail("one argument too many: %s", argv[i]);
     }
     if (q->data) return 1;
-    return fail("usage: emoji_quality MODEL DATA [--adapter FILE] [--steps N] [--guidance G] [--seed N] [--grid FILE.png]");
+    return fail("usage: emoji_quality MODEL DATA [--adapter FILE] [--steps N] [--guidance G] [--seed N] [--grid FILE]");
 }
 
-static int measure(quality *q)
+static int open_model(quality *q)
 {
-    double   top1 = 0, top10 = 0, error[2] = { 0, 0 };
-    uint8_t *drawn;
     dpo_desc d;
     memset(&d, 0, sizeof d);
     if (!(q->c = dpo_open(&d))) return fail("out of memory");
     dpo_no_grad(q->c, +1);              /* nothing is trained: the tape stays empty */
     if (!(q->m = dpo_model_load(q->c, q->model, DPO_F32))) return 0;
     q->size = dpo_model_describe(q->m).size;
-    if (q->adapter && !dpo_adapter_load(dpo_model_unet(q->m), q->adapter)) return 0;
-    if (!read_data(q) || !(drawn = draw(q)) || !rank_all(q, drawn, &top1, &top10)) return 0;
+    return !q->adapter || dpo_adapter_load(dpo_model_unet(q->m), q->adapter);
+}
+
+static int measure(quality *q)
+{
+    double     top1 = 0, top10 = 0, trained, held;
+    uint8_t   *drawn;
+    dpo_noise *noise;
+    if (!open_model(q) || !read_data(q) || !(drawn = draw(q)) || !rank_all(q, drawn, &top1, &top10)) return 0;
     if (q->grid && !save_grid(q, drawn)) return 0;
-    if (!errors(q, error)) return 0;
-    printf("top1 %.2f top10 %.2f  error trained %.5f held %.5f\n", top1, top10, error[0], error[1]);
+    noise   = dpo_noise_new(q->c, dpo_model_schedule(q->m));
+    trained = report_error(q, noise, "trained on", 0, ASKED);
+    held    = report_error(q, noise, "left out", q->trained, q->n - q->trained);
+    if (dpo_status(q->c) != DPO_OK) return 0;
+    printf("top1 %.2f top10 %.2f  error trained %.5f held %.5f\n", top1, top10, trained, held);
     return 1;
 }
 

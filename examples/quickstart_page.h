@@ -243,8 +243,8 @@ static void put_head(const run *r, FILE *f, const verdict *v)
             r->j->name, v->rate, STYLE);
     fprintf(f, "<h1>A text-to-image model, before and after Diffusion&#8209;DPO</h1>\n<p>The model drew two pictures "
                "for each of %d prompts, and a judge named <b>%s</b>, who wants %s, picked one of the two. From %d such "
-               "pairs, %d steps of training taught it the judge's taste. What it learned is measured on %d prompts that "
-               "no pair used.</p>\n", r->s.pair_prompts, r->j->name, r->j->wants, r->pairs, r->s.steps, (int)EVAL);
+               "pairs, %d steps of training taught it the judge's taste. What it learned is measured on %d prompts "
+               "that no pair used.</p>\n", r->s.pair_prompts, r->j->name, r->j->wants, r->pairs, r->s.steps, (int)EVAL);
 }
 
 static void put_page(const run *r, FILE *f, const verdict *v)

@@ -8,11 +8,11 @@
 #undef main
 #include "dpo_test.h"
 
-#define FOLDER "build/test_models"
+#define FOLDER "build/models"
 #define TINY   FOLDER "/tiny"
 
-static const char ALL_LAYERS[] = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
-                                 "time_emb_proj,downsamplers.0.conv,upsamplers.0.conv,conv_in,conv_out,linear_1,linear_2";
+static const char ALL_LAYERS[] = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,"
+    "conv_shortcut,time_emb_proj,downsamplers.0.conv,upsamplers.0.conv,conv_in,conv_out,linear_1,linear_2";
 
 /* ---- helpers ---------------------------------------------------------------------------------------------------- */
 
@@ -136,7 +136,9 @@ static void test_round_trip(void)
     CHECK(dpo_model_save(m, FOLDER "/saved", DPO_F32), "saving: %s", why(c));
     again = dpo_model_load(c, FOLDER "/saved", DPO_F32);
     CHECK(difference(predict(again, &in), y) == 0, "a saved model predicts something else");
-    CHECK(difference(dpo_encode_text(again, prompts, 2, NULL), dpo_encode_text(m, prompts, 2, NULL)) == 0, "or reads differently");
+    y = dpo_encode_text(m, prompts, 2, NULL);
+    CHECK(difference(dpo_encode_text(again, prompts, 2, NULL), y) == 0, "a saved model reads differently");
+    y = predict(m, &in);
     CHECK(dpo_model_save(m, FOLDER "/saved16", DPO_BF16), "saving as BF16: %s", why(c));
     again = dpo_model_load(c, FOLDER "/saved16", DPO_F32);
     CHECK(difference(predict(again, &in), y) < 0.1, "BF16 is far off");
@@ -146,8 +148,8 @@ static void test_round_trip(void)
     dpo_model_set_unet(again, copy);
     CHECK(difference(predict(again, &in), y) == 0, "set_unet");
     d = dpo_model_describe(m);
-    CHECK(d.channels == 3 && d.factor == 1 && d.size == 8 && d.tokens == 16 && d.width == 16 && d.latent_scale == 1 && !d.pooled,
-          "the description of the tiny model is wrong");
+    CHECK(d.channels == 3 && d.factor == 1 && d.size == 8 && d.latent_scale == 1, "the tiny model's pictures");
+    CHECK(d.tokens == 16 && d.width == 16 && !d.pooled && !d.time_ids, "the tiny model's text");
     CHECK(!logged[0], "something was logged: %s", logged);
     CHECK(!dpo_error(c), "%s", why(c));
     dpo_close(c);
@@ -156,20 +158,21 @@ static void test_round_trip(void)
 /* The same seed gives the same weights, another one others; their spread is what layers start with. */
 static void test_create(void)
 {
+    static const char name[] = "mid_block.resnets.0.conv1.weight";
     dpo_ctx    *c = open_plain();
     dpo_model  *a = dpo_model_create(c, TINY, 5), *b = dpo_model_create(c, TINY, 5), *d = dpo_model_create(c, TINY, 6);
-    dpo_tensor *w = dpo_net_param(dpo_model_unet(a), "mid_block.resnets.0.conv1.weight");
+    dpo_tensor *w = dpo_net_param(dpo_model_unet(a), name);
     float      *v = floats_of(w);
     double      most = 0, limit = 1 / sqrt(9.0 * 16);
-    CHECK(difference(w, dpo_net_param(dpo_model_unet(b), "mid_block.resnets.0.conv1.weight")) == 0, "one seed, two models");
-    CHECK(difference(w, dpo_net_param(dpo_model_unet(d), "mid_block.resnets.0.conv1.weight")) > 0.5, "two seeds, one model");
+    CHECK(difference(w, dpo_net_param(dpo_model_unet(b), name)) == 0, "one seed, two models");
+    CHECK(difference(w, dpo_net_param(dpo_model_unet(d), name)) > 0.5, "two seeds, one model");
     for (int64_t i = 0; i < dpo_count(w); i++) if (fabs(v[i]) > most) most = fabs(v[i]);
     CHECK(most <= limit && most > 0.95 * limit, "U(-%g, %g) has a number of size %g", limit, limit, most);
     free(v);
     v = floats_of(dpo_net_param(dpo_model_unet(a), "conv_norm_out.weight"));
     CHECK(v[0] == 1, "norms start at %g", v[0]);
     free(v);
-    CHECK(!dpo_net_param(dpo_model_unet(a), "no.such.parameter") && !dpo_error(c), "asking for a parameter is no error");
+    CHECK(!dpo_net_param(dpo_model_unet(a), "no.such.parameter") && !dpo_error(c), "asking is no error");
     dpo_close(c);
 }
 
@@ -202,8 +205,8 @@ static void test_adapters(void)
     in.adapters_off = 0;
     in.strength = dpo_tensor_from(c, DPO_F32, 1, &two, strengths);
     part = predict(m, &in);
-    CHECK(difference(dpo_slice(c, part, 0, 0, 1), dpo_slice(c, base, 0, 0, 1)) == 0, "strength 0 of a sample is not the base");
-    CHECK(difference(dpo_slice(c, part, 0, 1, 1), dpo_slice(c, with, 0, 1, 1)) == 0, "strength 1 of a sample is not the adapter");
+    CHECK(difference(dpo_slice(c, part, 0, 0, 1), dpo_slice(c, base, 0, 0, 1)) == 0, "strength 0 is not the base");
+    CHECK(difference(dpo_slice(c, part, 0, 1, 1), dpo_slice(c, with, 0, 1, 1)) == 0, "strength 1 is not the adapter");
     in.strength = NULL;
     dpo_adapter_strength(unet, 0);
     CHECK(difference(predict(m, &in), base) == 0, "strength 0 of all");
@@ -214,7 +217,9 @@ static void test_adapters(void)
     CHECK(dpo_net_save(unet, FOLDER "/unet", DPO_F32), "saving the network: %s", why(c));
     d.rank = 1;
     d.targets = "attn1.to_q";
-    CHECK(dpo_adapter_new(unet, &d) && (dpo_adapter_params(unet, &n), n) == 8, "%d parameters for attn1.to_q: %s", n, why(c));
+    CHECK(dpo_adapter_new(unet, &d), "adapters: %s", why(c));
+    dpo_adapter_params(unet, &n);
+    CHECK(n == 8, "%d parameters for attn1.to_q", n);
     CHECK(difference(predict(m, &in), base) == 0, "a new set does not take the old one's place");
     d.targets = "q";
     CHECK(!dpo_adapter_new(unet, &d) && strstr(why(c), "no layer"), "half a name is no target: %s", why(c));
@@ -248,7 +253,8 @@ static void test_dialects(void)
     static const char *const names[][3] = {
         { KOHYA ".lora_down.weight", KOHYA ".lora_up.weight", KOHYA ".alpha" },
         { "unet." PLAIN ".lora_A.weight", "unet." PLAIN ".lora_B.weight", NULL },
-        { "base_model.model." PLAIN ".lora_A.default.weight", "base_model.model." PLAIN ".lora_B.default.weight", NULL },
+        { "base_model.model." PLAIN ".lora_A.default.weight", "base_model.model." PLAIN ".lora_B.default.weight",
+          NULL },
         { PLAIN ".lora.down.weight", PLAIN ".lora.up.weight", NULL },
         { "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down.weight",
           "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight", NULL }
@@ -316,7 +322,7 @@ static void refuse(const char *field, const char *says)
 {
     char     text[1024];
     dpo_ctx *c = open_plain();
-    snprintf(text, sizeof text, "{%s,%s", field, strchr(UNET, '"') - 1 + 1);
+    snprintf(text, sizeof text, "{%s,%s", field, strchr(UNET, '"'));
     put_variant(FOLDER "/variant", text);
     CHECK(!dpo_model_create(c, FOLDER "/variant", 1), "%s was accepted", field);
     CHECK(strstr(why(c), says), "%s: '%s' does not say '%s'", field, why(c), says);
@@ -355,18 +361,21 @@ static void accept_config(const char *name, const char *unet)
     dpo_close(c);
 }
 
-#define SIXTEEN "\"in_channels\": 3, \"out_channels\": 3, \"cross_attention_dim\": 16, \"norm_num_groups\": 2, \"norm_eps\": 0.001"
+#define SIXTEEN "\"in_channels\": 3, \"out_channels\": 3, \"cross_attention_dim\": 16, \"norm_num_groups\": 2, " \
+                "\"norm_eps\": 0.001"
 #define ONE_UP  "\"up_block_types\": [\"CrossAttnUpBlock2D\"], \"down_block_types\": [\"CrossAttnDownBlock2D\"]"
-#define TWO     "\"up_block_types\": [\"UpBlock2D\", \"CrossAttnUpBlock2D\"], \"down_block_types\": [\"CrossAttnDownBlock2D\", \"DownBlock2D\"]"
+#define TWO     "\"up_block_types\": [\"UpBlock2D\", \"CrossAttnUpBlock2D\"], " \
+                "\"down_block_types\": [\"CrossAttnDownBlock2D\", \"DownBlock2D\"]"
 
 static void test_variants(void)
 {
     accept_config("one level", "{" SIXTEEN "," ONE_UP ", \"block_out_channels\": [8], \"attention_head_dim\": 1}");
-    accept_config("no middle", "{" SIXTEEN "," TWO ", \"block_out_channels\": [8, 12], \"attention_head_dim\": [2, 3], "
-                  "\"mid_block_type\": null, \"layers_per_block\": [2, 1]}");
+    accept_config("no middle", "{" SIXTEEN "," TWO ", \"block_out_channels\": [8, 12], "
+                  "\"attention_head_dim\": [2, 3], \"mid_block_type\": null, \"layers_per_block\": [2, 1]}");
     accept_config("all at once", "{" SIXTEEN "," TWO ", \"block_out_channels\": [8, 12], \"attention_head_dim\": 4, "
-                  "\"transformer_layers_per_block\": [2, 3], \"use_linear_projection\": true, \"flip_sin_to_cos\": false, "
-                  "\"downsample_padding\": 0, \"time_embedding_dim\": 20, \"conv_in_kernel\": 1, \"conv_out_kernel\": 5, "
+                  "\"transformer_layers_per_block\": [2, 3], \"use_linear_projection\": true, "
+                  "\"flip_sin_to_cos\": false, \"downsample_padding\": 0, \"time_embedding_dim\": 20, "
+                  "\"conv_in_kernel\": 1, \"conv_out_kernel\": 5, "
                   "\"act_fn\": \"swish\", \"upcast_attention\": true, \"class_embed_type\": null, \"dropout\": 0.0}");
 }
 
@@ -391,15 +400,15 @@ static void test_misfits(void)
     put(FOLDER "/misfit", "unet/config.json", text);
     refuse_model(FOLDER "/misfit", "the configuration wants");
     memcpy(strstr(text, "[8, 24]"), "[8, 16]", 7);
-    snprintf(text + strlen(text) - 3, 64, ", \"layers_per_block\": 2}\n");
-    at = strstr(text, "\"layers_per_block\": 1,");
-    memset(at, ' ', strlen("\"layers_per_block\": 1,"));
+    snprintf(text + strlen(text) - 2, 64, ", \"transformer_layers_per_block\": 2}\n");
     put(FOLDER "/misfit", "unet/config.json", text);
-    refuse_model(FOLDER "/misfit", "are missing, the first is down_blocks.0.resnets.1.norm1.weight");
+    refuse_model(FOLDER "/misfit", "are missing, the first is "
+                 "down_blocks.1.attentions.0.transformer_blocks.1.norm1.weight");
     put(FOLDER "/misfit", "unet/config.json", "{\"sample_size\": ");
     refuse_model(FOLDER "/misfit", "broken JSON");
     put(FOLDER "/misfit", "unet/config.json", UNET);
-    put(FOLDER "/misfit", "model_index.json", "{\"_class_name\": \"FluxPipeline\", \"transformer\": [\"diffusers\", \"FluxTransformer2DModel\"]}");
+    put(FOLDER "/misfit", "model_index.json", "{\"_class_name\": \"FluxPipeline\", "
+        "\"transformer\": [\"diffusers\", \"FluxTransformer2DModel\"]}");
     refuse_model(FOLDER "/misfit", "a FluxPipeline has no UNet");
     refuse_model(FOLDER "/nowhere", "model_index.json");
     dpo_close(c);
@@ -427,18 +436,21 @@ static void test_misuse(void)
     dpo_clear_error(c);
     CHECK(!dpo_model_load(c, TINY, DPO_I32) && strstr(why(c), "weights are kept as"), "%s", why(c));
     dpo_clear_error(c);
-    CHECK(!dpo_adapter_save(dpo_model_unet(m), FOLDER "/none.safetensors", DPO_F32) && strstr(why(c), "no adapters"), "%s", why(c));
+    CHECK(!dpo_adapter_save(dpo_model_unet(m), FOLDER "/none.safetensors", DPO_F32), "nothing was saved");
+    CHECK(strstr(why(c), "no adapters"), "%s", why(c));
     dpo_clear_error(c);
     CHECK(!dpo_model_text(m, 1) && !dpo_model_text(m, 2) && !dpo_tokens(m, 1, NULL, 1), "there is one text encoder");
-    CHECK(!dpo_net_params(NULL, &n) && n == 0 && !dpo_adapter_params(NULL, &n) && !dpo_model_unet(NULL) && !dpo_unet(NULL, &in)
-          && !dpo_net_copy(NULL, DPO_F32) && !dpo_model_save(NULL, TINY, DPO_F32) && !dpo_encode_text(NULL, NULL, 1, NULL)
-          && !dpo_error(c), "NULL in, NULL out: %s", why(c));
+    CHECK(!dpo_net_params(NULL, &n) && n == 0 && !dpo_adapter_params(NULL, &n), "nothing has no parameters");
+    CHECK(!dpo_model_unet(NULL) && !dpo_unet(NULL, &in) && !dpo_net_copy(NULL, DPO_F32), "NULL in, NULL out");
+    CHECK(!dpo_model_save(NULL, TINY, DPO_F32) && !dpo_encode_text(NULL, NULL, 1, NULL), "NULL in, NULL out");
+    CHECK(!dpo_error(c), "%s", why(c));
     dpo_close(c);
 }
 
 /* ---- gradients through recomputation ---------------------------------------------------------------------------- */
 
-/* Deep attentions are recomputed block by block, shallow ones with their resnet; both give the same bits as not at all. */
+/* Deep attentions are recomputed block by block, shallow ones with their resnet; both give the same gradients as not at
+   all, but for the order in which they were summed. */
 static void test_checkpoint(void)
 {
     dpo_ctx     *c = open_plain();
@@ -460,9 +472,14 @@ static void test_checkpoint(void)
         CHECK(dpo_backward_from(predict(m, &in), numbers(c, 4, 2, 7, 5, 3, 9)), "backward: %s", why(c));
         for (int i = 0; i < n; i++) {
             float *g = floats_of(params[i]->grad);
+            double worst = 0, most = 0;
             if (!again) { want[i] = g; continue; }
-            CHECK(params[i]->grad && memcmp(g, want[i], (size_t)dpo_count(params[i]) * sizeof *g) == 0,
-                  "recomputed gradient of %s differs", params[i]->name);
+            for (int64_t k = 0; k < dpo_count(params[i]); k++) {
+                if (!(fabs((double)g[k] - want[i][k]) <= worst)) worst = fabs((double)g[k] - want[i][k]);
+                if (fabs((double)want[i][k]) > most) most = fabs((double)want[i][k]);
+            }
+            CHECK(params[i]->grad && worst <= 1e-5 * most, "recomputed gradient of %s is off by %g of %g",
+                  params[i]->name, worst, most);
             free(g);
             free(want[i]);
         }

@@ -8,7 +8,7 @@
 #undef main
 #include "dpo_test.h"
 
-#define FOLDER "build/test_train"
+#define FOLDER "build/test_train.tmp"
 #define TINY   FOLDER "/tiny"
 
 /* ---- contexts and a small run ----------------------------------------------------------------------------------- */
