@@ -840,9 +840,8 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void);         /* adapters on a small mo
 
 /* Train the model's UNet on the pairs.  dpo_train does it all; a host that keeps its own loop calls begin, step until
    it returns 0, and end.  Draws depend on (seed, step, sample) alone, so that a resumed run equals an uninterrupted
-   one to the bit, for any number of threads.  A step that was cancelled is done
-   again by the next call after dpo_clear_error; one that was cancelled inside its update cannot be: load a
-   checkpoint. */
+   one to the bit, for any number of threads.  A step that was cancelled is done again by the next call after
+   dpo_clear_error; one that was cancelled inside its update cannot be: load a checkpoint. */
 typedef struct dpo_trainer dpo_trainer;
 DPO_DEF int          dpo_train      (dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
@@ -874,10 +873,12 @@ typedef struct dpo_view {
 /* name, inputs, inputs that get a gradient (bits), what backward reads (bits: inputs, DPOI_OUT, DPOI_STAT).
    The shapes are those a kernel sees; R stands for all axes before the last taken together, P for a sample's all. */
 #define DPO_OPS(X) \
-    X(CONV,       8, 0x7f, 0xe3 | DPOI_STAT) /* x [N,H,W,I] w b vec [N,O] residual down up strength [N] -> y [N,H',W',O]; stat u = x*down [N,H',W',r] */ \
+    X(CONV,       8, 0x7f, 0xe3 | DPOI_STAT) /* x [N,H,W,I] w b vec [N,O] residual down up strength [N] */ \
+                                             /* -> y [N,H',W',O]; stat u = x*down [N,H',W',r] */ \
     X(GROUP_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [N,P,C] gamma beta -> y; stat [N,groups,2] = mean, 1/sqrt(var+eps) */ \
     X(LAYER_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [R,C] gamma beta -> y; stat [R,2] */ \
-    X(ATTENTION,  3, 0x07, 0x07 | DPOI_OUT | DPOI_STAT) /* q [N,T,D] k v [N,S,D] -> o; stat [N,heads,T] = log sum exp of the scaled scores */ \
+    X(ATTENTION,  3, 0x07, 0x07 | DPOI_OUT | DPOI_STAT) /* q [N,T,D] k v [N,S,D] -> o; */ \
+                                             /* stat [N,heads,T] = log sum exp of the scaled scores */ \
     X(GEGLU,      1, 0x01, 0x01)             /* x [R,2D] -> y [R,D] */ \
     X(ACT,        1, 0x01, 0x01)             /* x [R,C] -> y */ \
     X(BINARY,     2, 0x03, 0x03)             /* a, b of rank 4, an axis of size 1 repeats -> y of rank 4 */ \
@@ -6337,7 +6338,10 @@ DPO_DEF dpo_tensor *dpo_clamp(dpo_ctx *c, dpo_tensor *x, float low, float high)
 DPO_DEF dpo_tensor *dpo_cast(dpo_ctx *c, dpo_tensor *x, int dtype)
 {
     dpoi_call k;
-    if (dtype < 0 || dtype >= DPO_I32 || (x && x->dtype == DPO_I32)) { dpoi_fail(c, DPO_BAD_ARGUMENT, "cast is between F32, BF16 and F16"); return NULL; }
+    if (dtype < 0 || dtype >= DPO_I32) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "cast is between F32, BF16 and F16");
+        return NULL;
+    }
     if (!dpoi_unary(c, &k, DPO_OP_COPY, x)) return NULL;
     k.dtype = dtype;
     return dpoi_apply(c, &k);
@@ -6440,7 +6444,8 @@ DPO_DEF dpo_tensor *dpo_slice(dpo_ctx *c, dpo_tensor *x, int axis, int64_t from,
     int64_t   A, B;
     if (!x || !dpoi_call_begin(c, &k, DPO_OP_SLICE, &x, 1) || !dpoi_around(c, "slice", x, axis, &A, &B)) return NULL;
     if (from < 0 || count < 1 || from > x->shape[axis] - count) {
-        dpoi_fail(c, DPO_BAD_ARGUMENT, "slice: %lld from %lld of an axis of %lld", (long long)count, (long long)from, (long long)x->shape[axis]);
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "slice: %lld from %lld of an axis of %lld", (long long)count, (long long)from,
+                  (long long)x->shape[axis]);
         return NULL;
     }
     dpoi_shape_like(&k, x);
@@ -6489,7 +6494,8 @@ DPO_DEF dpo_tensor *dpo_upsample(dpo_ctx *c, dpo_tensor *x, int64_t height, int6
     if (!x || !dpoi_call_begin(c, &k, DPO_OP_UPSAMPLE, &x, 1)) return NULL;
     dpoi_shape_like(&k, x);
     if (x->rank != 4 || height < x->shape[1] || width < x->shape[2]) {
-        dpoi_fail(c, DPO_BAD_SHAPE, "upsample: a picture [N,H,W,C] to at least its own size, not to %lld x %lld", (long long)height, (long long)width);
+        dpoi_fail(c, DPO_BAD_SHAPE, "upsample: a picture [N,H,W,C] to at least its own size, not to %lld x %lld",
+                  (long long)height, (long long)width);
         return NULL;
     }
     k.shape[1] = height;
@@ -6522,7 +6528,10 @@ DPO_DEF dpo_tensor *dpo_timestep_embedding(dpo_ctx *c, dpo_tensor *t, int dim)
 {
     dpoi_call k;
     if (!t || !dpoi_call_begin(c, &k, DPO_OP_TIMESTEP, &t, 1)) return NULL;
-    if (t->dtype != DPO_F32 || dim < 2 || dim % 2) { dpoi_fail(c, DPO_BAD_ARGUMENT, "timestep_embedding: F32 timesteps, an even size, not %d", dim); return NULL; }
+    if (t->dtype != DPO_F32 || dim < 2 || dim % 2) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "timestep_embedding: F32 timesteps, an even size, not %d", dim);
+        return NULL;
+    }
     k.rank = 2;
     k.shape[0] = dpo_count(t);
     k.shape[1] = dim;
@@ -6540,7 +6549,8 @@ DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor
     in[0] = x; in[1] = z; in[2] = a; in[3] = b; in[4] = index;
     if (!x || !z || !a || !b || !index || !dpoi_call_begin(c, &k, DPO_OP_MIX, in, 5)) return NULL;
     if (!dpoi_alike(x, z)) { dpoi_bad_shapes(c, "mix", x, z, "they must agree"); return NULL; }
-    if (dpo_count(a) != dpo_count(b) || a->dtype != DPO_F32 || b->dtype != DPO_F32 || index->dtype != DPO_I32 || dpo_count(index) != x->shape[0]) {
+    if (dpo_count(a) != dpo_count(b) || a->dtype != DPO_F32 || b->dtype != DPO_F32 || index->dtype != DPO_I32 ||
+        dpo_count(index) != x->shape[0]) {
         dpoi_bad_shapes(c, "mix", a, index, "two F32 tables of one length, and one I32 index a sample");
         return NULL;
     }
@@ -6558,7 +6568,10 @@ DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint3
     dpoi_call k;
     int64_t   P = 1;
     if (!key || !dpoi_call_begin(c, &k, DPO_OP_RANDN, &key, 1)) return NULL;
-    if (rank < 1 || rank >= DPO_MAX_RANK || key->dtype != DPO_I32) { dpoi_fail(c, DPO_BAD_ARGUMENT, "randn: I32 keys, and a shape of rank 1 to %d", DPO_MAX_RANK - 1); return NULL; }
+    if (rank < 1 || rank >= DPO_MAX_RANK || key->dtype != DPO_I32) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "randn: I32 keys, and a shape of rank 1 to %d", DPO_MAX_RANK - 1);
+        return NULL;
+    }
     k.rank = rank + 1;
     k.shape[0] = dpo_count(key);
     for (int i = 1; i < DPO_MAX_RANK; i++) k.shape[i] = i <= rank ? shape[i - 1] : 1;
@@ -9444,8 +9457,10 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
    >>impl products                                                  convolution and linear layers on the CPU
    ==========================================================================================================
 
-     y[m][o] = act( sum_k x[m,k] w[k][o] + bias[o] + vec[n][o] + residual[m][o] + scale strength[n] sum_q u[m][q] up[q][o] )
-     u[m][q] = sum_k x[m,k] down[k][q]            m = (n,y,x) a pixel of the output, k = (ky,kx,i) a value under the kernel
+     y[m][o] = act( sum_k x[m,k] w[k][o] + bias[o] + vec[n][o] + residual[m][o]
+                    + scale strength[n] sum_q u[m][q] up[q][o] )
+     u[m][q] = sum_k x[m,k] down[k][q]       m = (n,y,x) a pixel of the output,
+                                           k = (ky,kx,i) a value under the kernel
 
    A linear layer is the same with a 1x1 kernel.  Weights lie in panels of 16 output channels, [ceil(O/16)][K][16]. */
 
@@ -9712,7 +9727,7 @@ typedef struct dpoi_segment {
    of 16 channels. */
 typedef struct dpoi_tile {
     const dpoi_segment *seg;
-    int     segs, rows;                   /* rows beyond these are computed (their pointers must be valid), not stored */
+    int     segs, rows;                   /* rows beyond these are read and computed, not stored */
     int     b_lanes, to_lanes;            /* of the last panel, 1..16: what may be read of b and written */
     int64_t panel, shift;                 /* the first panel; floats added to every row pointer */
     int64_t to_step;
@@ -9736,7 +9751,8 @@ typedef struct dpoi_tile {
    nothing to add, 1 `from` alone, 2 ask for each. */
 DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int extras, int i, int j, __mmask16 lanes, __m512 c)
 {
-    if (extras == 1 || (extras && t->from[i])) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->from[i] + j*t->to_step));
+    if (extras == 1 || (extras && t->from[i]))
+        c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->from[i] + j*t->to_step));
     if (extras > 1 && t->bias)   c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->bias + j*16));
     if (extras > 1 && t->vec[i]) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->vec[i] + j*16));
     _mm512_mask_storeu_ps(t->to[i] + j*t->to_step, lanes, c);
@@ -9747,7 +9763,8 @@ DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int extras, i
    is inlined, so that the branches on it vanish. */
 DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, const int P)
 {
-    const __mmask16 all = 0xffff, end = (__mmask16)((1u << t->b_lanes) - 1), lanes = (__mmask16)((1u << t->to_lanes) - 1);
+    const __mmask16 all = 0xffff, end = (__mmask16)((1u << t->b_lanes) - 1);
+    const __mmask16 lanes = (__mmask16)((1u << t->to_lanes) - 1);
     const __m512 zero = _mm512_setzero_ps();
 #define DPOI_ZERO(i) __m512 c##i##0 = zero, c##i##1 = zero, c##i##2 = zero;
     DPOI_ROWS8(DPOI_ZERO)
@@ -9758,9 +9775,9 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, const int P)
 #define DPOI_ROW(i) const float *r##i = g->row[i] + t->shift;
         DPOI_ROWS8(DPOI_ROW)
         for (int64_t k = 0; k != last; k += a_step, b += b_step) {
-            DPOI_FETCH(b + 8*b_step);
-            if (P > 1) DPOI_FETCH(b + 8*b_step + step);
-            if (P > 2) DPOI_FETCH(b + 8*b_step + 2*step);
+            DPOI_FETCH(b + 128);          /* eight steps ahead where b is panels */
+            if (P > 1) DPOI_FETCH(b + step + 128);
+            if (P > 2) DPOI_FETCH(b + 2*step + 128);
             __m512 a, b0 = P == 1 ? _mm512_maskz_loadu_ps(end, b) : _mm512_loadu_ps(b), b1 = zero, b2 = zero;
             if (P > 1) b1 = P == 2 ? _mm512_maskz_loadu_ps(end, b + step) : _mm512_loadu_ps(b + step);
             if (P > 2) b2 = _mm512_maskz_loadu_ps(end, b + 2*step);
@@ -10051,7 +10068,8 @@ static int64_t dpoi_product_next(const dpoi_cpu_product *p, int64_t k)
 /* One chunk of k for the pixels `at` and all of the job's panels.
    The first chunk adds bias, vec and residual, the others what y holds; the last applies the
    activation, while the tile is still in the first-level cache. */
-static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t group, int64_t groups, int64_t k0, int64_t k1)
+static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t group, int64_t groups,
+                              int64_t k0, int64_t k1)
 {
     dpoi_segment seg[DPOI_TAPS + 2 + DPOI_EXTRA];
     dpoi_tile t;
@@ -10107,8 +10125,8 @@ static void dpoi_product_task(void *arg, int64_t i)
    threads. */
 static void dpoi_product_run(dpoi_cpu_product *p)
 {
-    int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu), wide = DPOI_PANEL*DPOI_TILE_PANELS;
-    int64_t worth;
+    int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu);
+    int64_t wide = DPOI_PANEL*DPOI_TILE_PANELS, worth;
     p->M = p->N*p->Y*p->X;
     if (!p->M) return;
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
@@ -10124,7 +10142,8 @@ static void dpoi_product_run(dpoi_cpu_product *p)
 }
 
 /* A product that reads x [N,H,W,I] through g's window; y is dense. */
-static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const float *x, const float *w, int64_t O, float *y)
+static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const float *x, const float *w, int64_t O,
+                                        float *y)
 {
     dpoi_cpu_product p;
     dpoi_source *s = p.source;
@@ -10149,14 +10168,14 @@ static dpoi_source dpoi_source_pixel(const dpoi_conv *g, const float *x, const f
 
 /* ------------------------------------------------------------------------------------------ gradient of weights
 
-   dw[k][o] = sum_m x[m,k] dy[m][o], a tile at a time: rows are channels i of x, k of the tile kernel runs over the pixels
-   m of an image row that have x under the kernel's place (ky,kx).  x and dy of a few
-   channels and pixels are packed on the stack, and what a tile writes is already a piece of a panel. */
+   dw[k][o] = sum_m x[m,k] dy[m][o], a tile at a time: rows are channels i of x, k of the kernel runs over pixels m.
+   x and dy of a few channels and pixels are packed on the stack, x with zeros around the image, and what a tile writes
+   is already a piece of a panel. */
 
 enum {
-    DPOI_PIXELS = 128,                    /* pixels between two visits to dw: 48 channels of dy fill 24 KiB */
+    DPOI_PIXELS = 192,                    /* pixels between two visits to dw: 48 channels of dy fill 36 KiB */
     DPOI_RUNS   = 32,                     /* image rows in them */
-    DPOI_ROOM   = 8192,                   /* floats of packed x */
+    DPOI_ROOM   = 6144,                   /* floats of packed x */
     DPOI_WIDE   = DPOI_TILE_PANELS*DPOI_PANEL,
     DPOI_PARTS  = 64                      /* jobs wanted: fewer tiles than these, and pixels are cut into parts */
 };
@@ -10173,77 +10192,107 @@ typedef struct dpoi_outer {
     int64_t wide, span, x_size;           /* a job: groups of panels, tiles of i; floats of packed x a tile */
 } dpoi_outer;
 
-/* What a job has at hand: a chunk of pixels of dy and of x, packed.  56 KiB, on its stack. */
+/* What a job has at hand: a chunk of pixels of dy and of x, packed.  64 KiB, on its stack. */
 typedef struct dpoi_outer_job {
     float   dy[DPOI_PIXELS*DPOI_WIDE], x[DPOI_ROOM];
     dpoi_segment seg[DPOI_RUNS];
-    int64_t first, last, x_size;
+    int64_t first, last;
 } dpoi_outer_job;
 
-/* Channels o.. of dy's rows first..end-1: b [pixels][48], zeros beyond O. */
+/* Channels o.. of dy's rows first..end-1: b [pixels][48], zeros where O ends. */
 static void dpoi_outer_pack(const dpoi_outer *p, int64_t o, int64_t width, int64_t first, int64_t end, float *b)
 {
     for (int64_t u = first; u < end; u++) {
         int64_t from = u % p->pieces*p->piece, to = dpoi_least(p->X, from + p->piece);
         const float *dy = p->dy + (u/p->pieces*p->X + from)*p->O + o;
         for (; from < to; from++, dy += p->O, b += DPOI_WIDE) {
-            memcpy(b, dy, (size_t)width*sizeof(float));
-            for (int64_t i = width; i < DPOI_WIDE; i++) b[i] = 0;
+            int64_t i = 0;
+            for (; i + DPOI_PANEL <= width; i += DPOI_PANEL) memcpy(b + i, dy + i, DPOI_PANEL*sizeof(float));
+            for (; i < width; i++) b[i] = dy[i];
+            for (; i < dpoi_pieces(width, DPOI_PANEL)*DPOI_PANEL; i++) b[i] = 0;
         }
     }
 }
 
 /* Columns of x that the pixels from..to-1 of a row of dy see. */
-static int64_t dpoi_outer_seen(const dpoi_outer *p, int64_t from, int64_t to) { return (to - from - 1)*p->stride + p->kw; }
-
-/* What pixels first..end-1 see of x through row ky of the kernel, channels i0.. of one tile: to [columns][8], zeros
-   outside of the image. */
-static void dpoi_outer_pack_x(const dpoi_outer *p, int64_t i0, int64_t ky, int64_t first, int64_t end, float *to)
+static int64_t dpoi_outer_seen(const dpoi_outer *p, int64_t from, int64_t to)
 {
-    int64_t valid = dpoi_least(DPOI_TILE_ROWS, p->I - i0);
-    for (int64_t u = first; u < end; u++) {
-        int64_t y = u/p->pieces % p->Y, n = u/(p->pieces*p->Y), h = y*p->stride + ky - p->top;
-        int64_t from = u % p->pieces*p->piece, last = dpoi_least(p->X, from + p->piece);
-        int64_t seen = dpoi_outer_seen(p, from, last), v = from*p->stride - p->left;
-        const float *x = p->x + ((n*p->H + h)*p->W + v)*p->I + i0;
-        for (int64_t j = 0; j < seen; j++, v++, x += p->I, to += DPOI_TILE_ROWS) {
-            int in = h >= 0 && h < p->H && v >= 0 && v < p->W;
-            if (in && valid == DPOI_TILE_ROWS) memcpy(to, x, DPOI_TILE_ROWS*sizeof(float));
-            else for (int64_t i = 0; i < DPOI_TILE_ROWS; i++) to[i] = in && i < valid ? x[i] : 0;
+    return (to - from - 1)*p->stride + p->kw;
+}
+
+/* Columns from..to-1 of one row of x, `valid` channels of each: to [columns][8], zeros for the others. */
+static float *dpoi_outer_pack_row(const dpoi_outer *p, const float *x, int64_t valid, int64_t from, int64_t to,
+                                  float *y)
+{
+    int64_t begin = dpoi_least(to, dpoi_most(from, 0)), end = dpoi_most(begin, dpoi_least(to, p->W));
+    int64_t size = (to - from)*DPOI_TILE_ROWS;
+    if (!x || begin > from || end < to || valid < DPOI_TILE_ROWS) memset(y, 0, (size_t)size*sizeof(float));
+    if (!x) return y + size;
+    x += begin*p->I;
+    for (float *at = y + (begin - from)*DPOI_TILE_ROWS; begin < end; begin++, x += p->I, at += DPOI_TILE_ROWS)
+        if (valid == DPOI_TILE_ROWS) memcpy(at, x, DPOI_TILE_ROWS*sizeof(float));
+        else for (int64_t i = 0; i < valid; i++) at[i] = x[i];
+    return y + size;
+}
+
+/* How many of the pieces u..end-1 lie below each other in one image. */
+static int64_t dpoi_outer_below(const dpoi_outer *p, int64_t u, int64_t end)
+{
+    return p->pieces > 1 ? 1 : dpoi_least(end - u, p->Y - u % p->Y);
+}
+
+/* What pixels first..end-1 see of x: channels i0.. of one tile.  Rows that lie below each other share what they see:
+   count of them take (count-1)*stride + kh rows of x. */
+static void dpoi_outer_pack_x(const dpoi_outer *p, int64_t i0, int64_t first, int64_t end, float *to)
+{
+    int64_t valid = dpoi_least(DPOI_TILE_ROWS, p->I - i0), count;
+    for (int64_t u = first; u < end; u += count) {
+        int64_t from = u % p->pieces*p->piece, last = dpoi_least(p->X, from + p->piece), v = from*p->stride - p->left;
+        int64_t n = u/(p->pieces*p->Y), h = u/p->pieces % p->Y*p->stride - p->top, rows;
+        count = dpoi_outer_below(p, u, end);
+        rows  = (count - 1)*p->stride + p->kh;
+        for (int64_t r = 0; r < rows; r++, h++) {
+            const float *x = h < 0 || h >= p->H ? NULL : p->x + (n*p->H + h)*p->W*p->I + i0;
+            to = dpoi_outer_pack_row(p, x, valid, v, v + dpoi_outer_seen(p, from, last), to);
         }
     }
 }
 
-/* Segments for place kx, one a row of dy, over packed x and dy. */
-static int dpoi_outer_segments(const dpoi_outer *p, int64_t kx, int64_t first, int64_t end, const float *x, const float *b,
-                               dpoi_segment *seg)
+/* Segments for place (ky,kx), one a row of dy, over packed x and dy. */
+static int dpoi_outer_segments(const dpoi_outer *p, int64_t ky, int64_t kx, dpoi_outer_job *j)
 {
-    int count = 0;
-    for (int64_t u = first; u < end; u++) {
-        int64_t from = u % p->pieces*p->piece, to = dpoi_least(p->X, from + p->piece);
-        dpoi_segment *g = seg + count++;
-        g->len = to - from;  g->a_step = p->stride*DPOI_TILE_ROWS;  g->b_step = DPOI_WIDE;  g->panel_step = DPOI_PANEL;
-        g->b = b;
-        for (int i = 0; i < DPOI_TILE_ROWS; i++) g->row[i] = x + kx*DPOI_TILE_ROWS + i;
-        b += (to - from)*DPOI_WIDE;
-        x += dpoi_outer_seen(p, from, to)*DPOI_TILE_ROWS;
+    const float *x = j->x, *b = j->dy;
+    int64_t count;
+    int segs = 0;
+    for (int64_t u = j->first; u < j->last; u += count) {
+        int64_t from = u % p->pieces*p->piece, len = dpoi_least(p->X, from + p->piece) - from;
+        int64_t row = dpoi_outer_seen(p, 0, len)*DPOI_TILE_ROWS;
+        count = dpoi_outer_below(p, u, j->last);
+        for (int64_t y = 0; y < count; y++, b += len*DPOI_WIDE) {
+            dpoi_segment *g = j->seg + segs++;
+            const float *at = x + (y*p->stride + ky)*row + kx*DPOI_TILE_ROWS;
+            g->len = len;  g->a_step = p->stride*DPOI_TILE_ROWS;  g->b_step = DPOI_WIDE;  g->panel_step = DPOI_PANEL;
+            g->b = b;
+            for (int i = 0; i < DPOI_TILE_ROWS; i++) g->row[i] = at + i;
+        }
+        x += ((count - 1)*p->stride + p->kh)*row;
     }
-    return count;
+    return segs;
 }
 
-/* One chunk of pixels at row ky of the kernel: the tiles tile..end-1 of i by one group of panels. */
-static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t ky, int64_t tile, int64_t end, int64_t group,
+/* One chunk of pixels: the tiles tile..end-1 of i by one group of panels. */
+static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t tile, int64_t end, int64_t group,
                              float *dw, const float *from)
 {
     int64_t panel = p->panels*group/p->groups, next = p->panels*(group + 1)/p->groups, rows = dpoi_tile_rows(p->cpu);
     dpoi_tile t;
     memset(&t, 0, sizeof t);
     t.seg = j->seg;  t.b_lanes = t.to_lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
-    for (int64_t kx = 0; kx < p->kw; kx++) {
-        t.segs = dpoi_outer_segments(p, kx, j->first, j->last, j->x, j->dy, j->seg);
+    for (int64_t tap = 0; tap < p->kh*p->kw; tap++) {
+        t.segs = dpoi_outer_segments(p, tap/p->kw, tap % p->kw, j);
         for (int64_t i = tile; i < end; i++) {
-            int64_t place = (panel*p->K + (ky*p->kw + kx)*p->I + i*rows)*DPOI_PANEL;
-            t.shift = (i - tile)*j->x_size;
+            int64_t place = (panel*p->K + tap*p->I + i*rows)*DPOI_PANEL;
+            t.shift = (i - tile)*p->x_size;
             t.rows = (int)dpoi_least(rows, p->I - i*rows);
             for (int r = 0; r < t.rows; r++) {
                 t.to[r] = dw + place + r*DPOI_PANEL;
@@ -10266,16 +10315,14 @@ static void dpoi_outer_task(void *arg, int64_t i)
     float *dw = p->parts == 1 ? p->dw : p->sums + part*p->panels*p->K*DPOI_PANEL;
     const float *from = p->parts == 1 && p->add ? p->dw : NULL;
     dpoi_outer_job j;
-    j.x_size = p->x_size;
     for (; chunk < end; chunk++, from = dw) {
         j.first = chunk*p->chunk;  j.last = dpoi_least(p->units, j.first + p->chunk);
-        for (int64_t ky = 0; ky < p->kh; ky++) {
-            for (int64_t t = tile; t < tiles; t++) dpoi_outer_pack_x(p, t*rows, ky, j.first, j.last, j.x + (t - tile)*j.x_size);
-            for (int64_t g = group; g < groups; g++) {
-                int64_t o = p->panels*g/p->groups*DPOI_PANEL;
-                if (!ky || p->wide > 1) dpoi_outer_pack(p, o, dpoi_least(DPOI_WIDE, p->O - o), j.first, j.last, j.dy);
-                dpoi_outer_tiles(p, &j, ky, tile, tiles, g, dw, from);
-            }
+        for (int64_t t = tile; t < tiles; t++)
+            dpoi_outer_pack_x(p, t*rows, j.first, j.last, j.x + (t - tile)*p->x_size);
+        for (int64_t g = group; g < groups; g++) {
+            int64_t o = p->panels*g/p->groups*DPOI_PANEL, next = p->panels*(g + 1)/p->groups*DPOI_PANEL;
+            dpoi_outer_pack(p, o, dpoi_least(next, p->O) - o, j.first, j.last, j.dy);
+            dpoi_outer_tiles(p, &j, tile, tiles, g, dw, from);
         }
     }
 }
@@ -10291,6 +10338,17 @@ static void dpoi_outer_combine_task(void *arg, int64_t i)
         for (int64_t e = from; e < to; e++) p->dw[e] += p->sums[part*size + e];
 }
 
+/* The most floats that a chunk of one tile of x takes: its rows may begin in one image and end in another. */
+static int64_t dpoi_outer_size(const dpoi_outer *p)
+{
+    int64_t images = p->chunk % p->Y ? p->chunk/p->Y + 2 : p->chunk/p->Y;
+    int64_t rows = p->chunk*p->stride + (p->kh > p->stride ? images*(p->kh - p->stride) : 0);
+    return rows*dpoi_outer_seen(p, 0, dpoi_least(p->X, p->piece))*DPOI_TILE_ROWS;
+}
+
+/* Whether one pixel's surroundings fit where a job packs them. */
+static int dpoi_outer_fits(const dpoi_conv *g) { return 2*g->kh*g->kw*DPOI_TILE_ROWS <= DPOI_ROOM; }
+
 /* x [N,H,W,I] through g's window against dy [N,Y,X,O].  Cut by shape alone; a 1x1 kernel sees one long row. */
 static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
 {
@@ -10303,13 +10361,12 @@ static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
         p.X = p.W = g->M;
         p.N = p.H = p.Y = 1;
     }
-    p.piece  = dpoi_most(1, dpoi_least(DPOI_PIXELS, (DPOI_ROOM/DPOI_TILE_ROWS - p.kw)/p.stride + 1));
+    p.piece  = dpoi_most(1, dpoi_least(DPOI_PIXELS, (DPOI_ROOM/DPOI_TILE_ROWS/p.kh - p.kw)/p.stride + 1));
     p.pieces = dpoi_pieces(p.X, p.piece);
     p.units  = p.N*p.Y*p.pieces;
     p.chunk  = p.X > p.piece ? 1 : dpoi_least(DPOI_RUNS, DPOI_PIXELS/p.X);
-    p.x_size = dpoi_outer_seen(&p, 0, dpoi_least(p.X, p.piece))*DPOI_TILE_ROWS;
-    p.chunk  = dpoi_most(1, dpoi_least(p.chunk, DPOI_ROOM/p.x_size));
-    p.x_size *= p.chunk;
+    if (p.chunk > p.Y) p.chunk -= p.chunk % p.Y;
+    while ((p.x_size = dpoi_outer_size(&p)) > DPOI_ROOM && p.chunk > 1) p.chunk--;
     p.panels = dpoi_pieces(O, DPOI_PANEL);
     p.groups = dpoi_tile_groups(O);
     p.tiles  = dpoi_pieces(p.I, dpoi_tile_rows(cpu));
@@ -10340,9 +10397,9 @@ static void dpoi_outer_run(dpoi_outer *p, const float *x, const float *dy, float
 
 /* ------------------------------------------------------------------------------------------- gradient of x
 
-   dx[n,h,v] = sum over the (ky,kx) with h+top-ky and v+left-kx divisible by the stride of dy[..] w[ky,kx]^T: the pixels of
-   dx fall into stride x stride classes, and each class is a convolution of dy, of stride 1, with its share of the places
-   in reverse order.  Weights are transposed into scratch, class by class: [ceil(I/16)][places][O][16]. */
+   dx[n,h,v] = sum over the (ky,kx) with h+top-ky and v+left-kx divisible by the stride of dy[..] w[ky,kx]^T: the pixels
+   of dx fall into stride x stride classes, and each class is a convolution of dy, of stride 1, with its share of the
+   places in reverse order.  Weights are transposed into scratch, class by class: [ceil(I/16)][places][O][16]. */
 
 /* Places of the kernel along one axis that pixels a, a+stride, .. of dx see, and where the first of them lies. */
 typedef struct dpoi_axis {
@@ -10386,8 +10443,8 @@ static void dpoi_flip_task(void *arg, int64_t task)
 
 /* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; fills scratch with its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
-static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, const float *w,
-                                 int64_t O, float *to)
+static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy,
+                                 const float *w, int64_t O, float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
     dpoi_flip f;
@@ -10451,7 +10508,7 @@ static void dpoi_sums_run(dpoi_sums *p)
     }
 }
 
-/* ------------------------------------------------------------------------------------------- scratch, and all together */
+/* ------------------------------------------------------------------------------------------- all together */
 
 /* Offsets in floats: zeros, then u or du [M,r], then what one step of backward needs at a time.
    What one step of backward needs: steps run one after the other and share the room. */
@@ -10536,7 +10593,7 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     p.source[0] = dpoi_flip_run(cpu, &u, one, one, g->dy, g->up, g->O, step);
     dpoi_product_run(&p);
     dpoi_conv_strength(g, du, du);
-    if (a->din[5].data && g->kw*DPOI_TILE_ROWS > DPOI_ROOM)
+    if (a->din[5].data && !dpoi_outer_fits(g))
         dpoi_plain_weights(cpu, g, du, g->r, (float *)a->din[5].data, (int)(a->add >> 5 & 1));
     else if (a->din[5].data)
         dpoi_outer_run(&plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
@@ -10558,7 +10615,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
     if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
         dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
-    if (a->din[1].data && g->kw*DPOI_TILE_ROWS > DPOI_ROOM)
+    if (a->din[1].data && !dpoi_outer_fits(g))
         dpoi_plain_weights(cpu, g, g->dy, g->O, (float *)a->din[1].data, (int)(a->add >> 1 & 1));
     else if (a->din[1].data)
         dpoi_outer_run(&plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
@@ -10756,7 +10813,7 @@ typedef struct dpoi_scores {
     int     causal;
     float   scale;
     float  *s, *ds;                       /* [rows][48] */
-    float  *most, *sum, *shrink;          /* forward, a lane each: largest score, sum of exp(s - most), exp(old - new most) */
+    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_avx512 */
     const float *lse, *delta;             /* backward: a lane each, or */
     int     by_row;                       /* a row each */
 } dpoi_scores;
@@ -10767,7 +10824,7 @@ typedef struct dpoi_scores {
    relative error stays below 3e-7.  ln 2 is taken off in two parts, the first of which is exact in n*ln 2. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_score_avx512(__m512 x)
 {
-    x = _mm512_max_ps(_mm512_set1_ps(-100), _mm512_min_ps(_mm512_set1_ps(88.7f), x));     /* this order lets NaN through */
+    x = _mm512_max_ps(_mm512_set1_ps(-100), _mm512_min_ps(_mm512_set1_ps(88.7f), x));     /* in this order NaN stays */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), e = _mm512_set1_ps(1/720.0f);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -10859,7 +10916,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_seen_avx2(const dpoi_scores *t, int64_t j, int
     int64_t edge = j + t->offset - o;     /* kept small: only -1..8 make a difference */
     __m256i at = _mm256_set1_epi32((int)(edge < -1 ? -1 : edge > 8 ? 8 : edge));
     if (!t->causal) return _mm256_castsi256_ps(all);
-    return _mm256_castsi256_ps(_mm256_xor_si256(all, queries ? _mm256_cmpgt_epi32(at, lane) : _mm256_cmpgt_epi32(lane, at)));
+    at = queries ? _mm256_cmpgt_epi32(at, lane) : _mm256_cmpgt_epi32(lane, at);
+    return _mm256_castsi256_ps(_mm256_xor_si256(all, at));
 }
 
 /* As for AVX-512, 8 lanes at a time, with masks as vectors. */
@@ -10919,7 +10977,7 @@ static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backw
 
 /* ------------------------------------------------------------------------------------------ units
 
-   A unit is the lanes of one head from `first` on.  It packs their rows as panels, walks along the other axis in a fixed
+   A unit is the lanes of one head from `first` on.  It packs their rows as panels, walks along the other axis in fixed
    order with one block of scores, and keeps its results transposed, [d][lane], until it has seen everything: so both
    products of a block are tiles as wide as registers allow, whatever d is.  All scratch belongs to the job. */
 
@@ -10933,7 +10991,8 @@ typedef struct dpoi_unit {
 
 /* Lanes first.. of the axis of `length` rows (unit number i of its head), `across` rows on the other.
    Units of a head are of even sizes, as groups of panels are. */
-static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head, int64_t i, int64_t length, int64_t across)
+static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head, int64_t i, int64_t length,
+                              int64_t across)
 {
     dpoi_unit u;
     int64_t n = head/g->heads, slice = head % g->heads*g->d, panels = dpoi_pieces(length, DPOI_PANEL);
@@ -10961,7 +11020,8 @@ static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const fl
 
 /* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed.
    add: the gradient of another reader is there already. */
-static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const float *to, const float *factor, float *y, int add)
+static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const float *to, const float *factor, float *y,
+                            int add)
 {
     dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
     for (int64_t lane = 0; lane < u->lanes; lane++) {
@@ -10973,8 +11033,8 @@ static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const f
 }
 
 /* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis. */
-static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *pack, int64_t from,
-                             int64_t rows, float *s)
+static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *pack,
+                             int64_t from, int64_t rows, float *s)
 {
     dpoi_block_product p;
     p.a = x + u->across_at + from*g->D;  p.b = pack;  p.from = NULL;  p.to = s;

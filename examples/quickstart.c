@@ -61,7 +61,8 @@ static settings defaults(void)
     s.steps        = 60;
     s.pairs_a_step = 16;                /* 60 steps of 16 see every pair seven or eight times */
     s.rank         = 16;
-    s.beta         = 2000;              /* what leaving the model that was costs: less learns faster, and breaks more */
+    s.targets      = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,time_emb_proj";
+    s.beta         = 500;               /* what leaving the model that was costs: less learns faster, and breaks more */
     s.lr           = 1e-3f;
     return s;
 }
@@ -216,13 +217,23 @@ static void put_json(FILE *f, const char *text)
     fputc('"', f);
 }
 
-/* Picture i of prompt k, as kind_kkk_i.png. */
+/* Picture i of prompt k, as kind_kkk_i.png.  dpo_image_save would do it, but waits until the disk has it: too long for
+   hundreds of small files. */
 static int save_picture(const run *r, const char *kind, int k, int i, uint8_t *rgb)
 {
-    char      path[1200];
+    char      name[64];
+    output    o;
     dpo_image x = picture(r, rgb, EACH*k + i);
-    snprintf(path, sizeof path, "%s/%s_%03d_%d.png", r->folder, kind, k, i);
-    return dpo_image_save(r->c, path, &x);
+    size_t    bytes = 0;
+    uint8_t  *png = dpo_png_encode(r->c, &x, &bytes);
+    int       ok = 0;
+    snprintf(name, sizeof name, "%s_%03d_%d.png", kind, k, i);
+    if (png && output_open(&o, r->folder, name)) {
+        fwrite(png, 1, bytes, o.f);
+        ok = output_close(&o);
+    }
+    dpo_png_free(r->c, png, bytes);
+    return ok;
 }
 
 /* ---- Prompts: the captions that the model knows, in an order that the seed decides ------------------------------ */
