@@ -47,7 +47,7 @@
        >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, train, backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
                      tensor, tape, ops, backends, cpu, rows, kernels, products, attention, open,
-                     nn, clip, unet, model, noise, images, optim, pairs, train
+                     nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, train
        >>end         license
 
    LETTERS   N pictures or samples, B pairs, H,W height and width, C channels, T,S tokens, D width, I,O input and output
@@ -153,7 +153,7 @@ enum {                                    /* what went wrong; the text that goes
 
 enum { DPO_LOG_ERROR, DPO_LOG_WARNING, DPO_LOG_INFO, DPO_LOG_DEBUG };         /* levels of dpo_desc.log */
 
-enum { DPO_ISA_BEST, DPO_ISA_PLAIN, DPO_ISA_AVX2, DPO_ISA_AVX512 };           /* dpo_desc.isa: what the CPU kernels may use */
+enum { DPO_ISA_BEST, DPO_ISA_PLAIN, DPO_ISA_AVX2, DPO_ISA_AVX512, DPO_ISA_AMX };      /* dpo_desc.isa: what the CPU kernels may use */
 
 typedef struct dpo_ctx     dpo_ctx;       /* one per thread of work: backend, memory, tape, error */
 typedef struct dpo_tensor  dpo_tensor;
@@ -178,6 +178,8 @@ typedef struct dpo_desc {
     dpo_log_fn      log;                  /* NULL: silence; dpo_log_stderr is one that fits most programs */
     void           *user;                 /* handed to alloc, parallel and log */
     size_t          memory_limit;         /* bytes that the context may hold; 0: no limit */
+    int             products;             /* DPO_F32: exact; DPO_BF16: convolutions, linear layers and attention may round factors
+                                             to BF16 where that is faster (AMX), and still add in F32, as autocast does */
 } dpo_desc;
 
 /* Open a context.  NULL only if there is no memory for the context itself; any other failure (a backend of another
@@ -223,6 +225,7 @@ struct dpo_tensor {
     struct dpoi_block *block;             /* private from here on: what holds data, */
     int         last;                     /* set by dpo_last, */
     int         persistent;               /* outside every scope */
+    int         linear;                   /* a weight that was made as [O,I] */
 };
 
 /* Lifetimes.  What an op returns lives until its scope ends; dpo_last(x), written around an argument, ends it sooner:
@@ -310,8 +313,7 @@ DPO_DEF dpo_tensor *dpo_detach(dpo_ctx *c, dpo_tensor *x);                    /*
 /* Nearest neighbour to a larger size: y[i,j] = x[i*H/H', j*W/W'].  x [N,H,W,C] -> [N,height,width,C]. */
 DPO_DEF dpo_tensor *dpo_upsample(dpo_ctx *c, dpo_tensor *x, int64_t height, int64_t width);
 
-/* Rows of a table: table [V,D], ids I32 [..] -> [..,D].  An id outside 0..V-1 reads zeros and raises the context's
-   not-finite flag. */
+/* Rows of a table: table [V,D], ids I32 [..] -> [..,D].  An id outside 0..V-1 reads zeros and passes no gradient. */
 DPO_DEF dpo_tensor *dpo_embed(dpo_ctx *c, dpo_tensor *table, dpo_tensor *ids);
 
 /* Sinusoids of a number a sample: t F32 [N] -> [N,dim], cosines first; f_i = exp(-ln(10000) i / (dim/2)).
@@ -429,6 +431,16 @@ DPO_DEF int dpo_entry_floats(const dpo_entry *e, int64_t first, int64_t count, f
 DPO_DEF int dpo_entry_ints  (const dpo_entry *e, int64_t first, int64_t count, int64_t *out);
 DPO_DEF void dpo_entry_done (const dpo_entry *e);          /* its pages may leave memory; reading again fetches them */
 
+/* What a file holds, by its tensors' names and shapes: "Stable Diffusion XL, a whole model in its original naming", "an
+   adapter (LoRA) for Stable Diffusion 1.x in kohya's naming", "Flux", ...  Zeros and "" for NULL. */
+enum { DPO_FILE_OTHER, DPO_FILE_MODEL, DPO_FILE_PART, DPO_FILE_ADAPTER };     /* PART: of a pipeline's folder */
+typedef struct dpo_file_info {
+    int     kind, supported;              /* supported: dpo_model_load or dpo_adapter_load reads it */
+    int64_t params;                       /* numbers in all tensors */
+    char    what[192];
+} dpo_file_info;
+DPO_DEF dpo_file_info dpo_file_describe(dpo_file *f);
+
 /* Writing: a writer is told every tensor, then dpo_writer_save asks for the values in the order of the file (by dtype,
    then name, as the reference writer lays it out: the same bytes).  The file appears whole, under its name, or not at
    all: it is written beside its place, synced and renamed, and an older file stays until then. */
@@ -450,7 +462,8 @@ DPO_DEF int dpo_writer_bytes (dpo_writer *w, const void *bytes, size_t n);
 /* ----------------------------------------------------------------------------------------------- tokenizer
 
    CLIP's byte-pair encoding as transformers' CLIPTokenizer does it: NFC, lower case, white space, 77 ids.  Any
-   vocabulary in the two files vocab.json and merges.txt, with the tokens <|startoftext|> and <|endoftext|>.  */
+   vocabulary in the two files vocab.json and merges.txt, or in a tokenizer.json, with the tokens <|startoftext|> and
+   <|endoftext|>.  */
 typedef struct dpo_tokenizer dpo_tokenizer;
 
 typedef struct dpo_token_info {
@@ -491,14 +504,32 @@ DPO_DEF int          dpo_net_assign(dpo_net *to, dpo_net *from);         /* copi
    DPO_BF16 in the file. */
 DPO_DEF int          dpo_net_save(dpo_net *n, const char *folder, int dtype);
 
-/* Load a pipeline folder as diffusers writes it.  dtype: how frozen weights are kept (DPO_F32 to train them).  A folder
-   without a VAE is a model of pixels.  dpo_model_create makes the same from the folder's configuration files alone,
-   with random weights (PyTorch's default initialisation, drawn from seed). */
-DPO_DEF dpo_model *dpo_model_load  (dpo_ctx *c, const char *folder, int dtype);
+/* Load a model: a folder as diffusers writes it (a folder without a VAE is a model of pixels), or one .safetensors file
+   as the original programs have it: Stable Diffusion 1.x, 2.x, XL or its refiner.  dtype: how frozen weights are kept
+   (DPO_F32 to train them); files may hold F32, F16, BF16, F8_E4M3 and F8_E5M2. */
+DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype);
+
+/* The same with what a single file does not say.  All but dtype is for single files and may be NULL. */
+typedef struct dpo_load_desc {
+    int         dtype;
+    const char *tokenizer;                /* folder with CLIP's vocab.json and merges.txt, or one that has it in a folder
+                                             tokenizer (and tokenizer_2); NULL: tokenizer beside the file, if it is there */
+    const char *config;                   /* pipeline folder whose configurations hold in place of the family's own */
+    const char *prediction;               /* "epsilon" or "v_prediction", against what the file says */
+} dpo_load_desc;
+DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_load_desc *d);
+
+/* The same as a folder's files make, with random weights (PyTorch's default initialisation, drawn from seed): the
+   folder needs configurations and tokenizers alone. */
 DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed);
-DPO_DEF int        dpo_model_save  (dpo_model *m, const char *folder, int dtype);   /* the whole pipeline */
+
+/* Save the whole model without its adapters: as a folder, or as one file in its family's original naming.  The same
+   model gives the same bytes. */
+DPO_DEF int        dpo_model_save     (dpo_model *m, const char *folder, int dtype);
+DPO_DEF int        dpo_model_save_file(dpo_model *m, const char *path, int dtype);
 DPO_DEF dpo_net   *dpo_model_unet(dpo_model *m);
 DPO_DEF dpo_net   *dpo_model_text(dpo_model *m, int which);                  /* 0, or 1 for SDXL's second encoder */
+DPO_DEF dpo_net   *dpo_model_vae(dpo_model *m);                              /* NULL for a model of pixels */
 DPO_DEF void       dpo_model_set_unet(dpo_model *m, dpo_net *unet);          /* another set of weights (an average) */
 
 typedef struct dpo_model_info {
@@ -519,6 +550,20 @@ DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m);
 DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *prompts, int n);
 DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, dpo_tensor **pooled);
 DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, int n, dpo_tensor **pooled);
+
+/* Pixels and latents.  dpo_encode_images: x [n,H,W,3] in -1..1 -> the posterior's mean, scaled as it is diffused,
+   [n,H/f,W/f,C], f = factor, which divides H and W; *logvar (or NULL) gets the log variance, not scaled, held to
+   -30..20.  dpo_encode_sample draws from them with standard normal noise of their shape: mean + scale exp(logvar/2) noise.
+   dpo_decode_latents: z [n,h,w,C], scaled, -> [n,f*h,f*w,3] in about -1..1.  Gradients flow through all three.  In a
+   model of pixels they return what they are given, and *logvar is NULL. */
+DPO_DEF dpo_tensor *dpo_encode_images (dpo_model *m, dpo_tensor *x, dpo_tensor **logvar);
+DPO_DEF dpo_tensor *dpo_encode_sample (dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise);
+DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z);
+
+/* How the VAE saves memory.  tile: pictures wider or higher than so many pixels go through in pieces of that size, which
+   overlap by a quarter and are blended as diffusers does; it is a multiple of 4*factor, 512 is usual; 0, as at the
+   start: never.  checkpoint 1: where gradients are recorded, keep the inputs of layers alone (with tiles: of pieces). */
+DPO_DEF int         dpo_model_vae_options(dpo_model *m, int tile, int checkpoint);
 
 typedef struct dpo_unet_in {
     dpo_tensor *x;                        /* [N,H,W,C] noisy */
@@ -543,6 +588,23 @@ DPO_DEF int          dpo_adapter_new (dpo_net *n, const dpo_adapter_desc *d);
 DPO_DEF int          dpo_adapter_load(dpo_net *n, const char *path);
 DPO_DEF int          dpo_adapter_save(dpo_net *n, const char *path, int dtype);
 
+/* The same for a model's UNet and text encoders at once, which one file may adapt. */
+enum { DPO_KOHYA, DPO_PEFT };             /* how adapters are named in a file; every program reads kohya's */
+typedef struct dpo_adapter_format {
+    int                dtype, naming;     /* DPO_F16 ...; DPO_KOHYA or DPO_PEFT */
+    const char *const *metadata;          /* key, value, key, value, NULL: beside what is written anyway; or NULL */
+} dpo_adapter_format;
+DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path);
+DPO_DEF int dpo_model_adapter_save(dpo_model *m, const char *path, const dpo_adapter_format *d);
+
+/* Rewrite a file in another naming or type, without its model.  config: a pipeline folder with the model's
+   configurations, or NULL for the published models, which are told apart by the file. */
+DPO_DEF int dpo_adapter_convert(dpo_ctx *c, const char *from, const char *to, const dpo_adapter_format *d,
+                                const char *config);
+
+/* Add the adapters to the weights, w + strength * scale * up*down, rounded once, and take them away. */
+DPO_DEF int dpo_adapter_merge(dpo_net *n);
+
 /* down, up, down, up ... in the order of the network; they need gradients. */
 DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count);
 DPO_DEF void         dpo_adapter_strength(dpo_net *n, float strength);       /* multiplies every sample's; 0: off */
@@ -553,21 +615,38 @@ DPO_DEF void         dpo_adapter_strength(dpo_net *n, float strength);       /* 
 enum { DPO_LINEAR, DPO_SCALED_LINEAR, DPO_COSINE };     /* beta_schedule; cosine: squaredcos_cap_v2 */
 enum { DPO_EPSILON, DPO_V_PREDICTION };                 /* prediction_type: what the UNet answers */
 enum { DPO_LEADING, DPO_TRAILING, DPO_LINSPACE };       /* timestep_spacing, arXiv 2305.08891 table 2 */
-enum { DPO_SAMPLER_AUTO, DPO_DDIM, DPO_EULER };         /* samplers; AUTO: the schedule's own */
+/* Samplers, by what they are called in scheduler_config.json.  DDPM arXiv 2006.11239, DDIM 2010.02502, Euler and its
+   ancestral form 2206.00364, DPM-Solver++ of second order and its stochastic form 2211.01095.  DPO_EULER and the two
+   DPM-Solvers take Karras' spacing of the sigmas: DPO_EULER | DPO_KARRAS.  AUTO: the schedule's own. */
+enum { DPO_SAMPLER_AUTO, DPO_DDIM, DPO_EULER, DPO_EULER_A, DPO_DPMPP_2M, DPO_DPMPP_2M_SDE, DPO_DDPM, DPO_SAMPLERS,
+       DPO_KARRAS = 0x100 };
+
+/* dpo_schedule.solver: where a DPM-Solver departs from its defaults, as its file says. */
+enum {
+    DPO_FIRST_ORDER = 1,                  /* solver_order 1 */
+    DPO_HEUN = 2,                         /* solver_type "heun", not "midpoint" */
+    DPO_NO_LOWER_FINAL = 4,               /* lower_order_final false: second order to the end, below 15 steps too */
+    DPO_EULER_FINAL = 8                   /* euler_at_final */
+};
 
 /* What scheduler_config.json says.  abar[t] = product of (1 - beta[0..t]), the share of signal at timestep t:
    x_t = sqrt(abar[t]) x0 + sqrt(1 - abar[t]) noise.  arXiv 2006.11239, equation 4. */
 typedef struct dpo_schedule {
     int    T;                             /* num_train_timesteps */
     int    beta_schedule, prediction, spacing, steps_offset, zero_terminal_snr, set_alpha_to_one;
-    int    clip_sample;                   /* DDIM holds its estimate of x0 in -1..1; samplers of latents ignore it */
-    int    karras;                        /* use_karras_sigmas, of Euler */
-    int    sampler;                       /* the one that the file names: DPO_DDIM or DPO_EULER */
+    int    clip_sample;                   /* DDIM, DDPM hold their x0 in -1..1; samplers of latents ignore it */
+    int    sampler;                       /* the one that the file names: DPO_DDIM ..., perhaps with DPO_KARRAS */
+    int    solver;                        /* DPO_FIRST_ORDER ..., added up */
+    int    final_sigma_min;               /* final_sigmas_type "sigma_min": a last step does not end in 0 */
+    int    continuous;                    /* timestep_type: Euler tells a v predicting network ln(sigma)/4 for t */
+    int    large_variance;                /* variance_type "fixed_large", of DDPM */
+    double lambda_min;                    /* lambda_min_clipped, of DPM-Solver; 0: none */
     double beta_start, beta_end;
 } dpo_schedule;
 
-/* Read or write a scheduler_config.json.  A missing field is its class's default, as in diffusers.  PNDM, DDPM and
-   DPM-Solver files are read as schedules of DDIM (DPM-Solver: Euler), whose tables are the same. */
+/* Read or write a scheduler_config.json.  A missing field is its class's default, as in diffusers.  Classes that have
+   no sampler here get a relative with the same tables, and the log says so: PNDM gets DDIM; LMS, Heun and KDPM2 get
+   Euler; UniPC, DEIS and other DPM-Solvers get DPM-Solver++ 2M. */
 DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s);
 DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s);
 DPO_DEF dpo_schedule dpo_schedule_sd(void);                                  /* Stable Diffusion 1.5's */
@@ -592,22 +671,25 @@ DPO_DEF dpo_tensor *dpo_noise_time  (const dpo_noise *n, dpo_tensor *t);     /* 
 
 /* A sampler is a table: every step is linear in the state x, the prediction p, the last step's estimate of x0 and fresh
    noise z,   input = scale[k] x,   x' = A[k] x + B[k] p + C[k] x0_before + D[k] z,   x0 = E[k] x + F[k] p.
-   The fields are for reading. */
+   Before step k the state of a picture x0 is   signal[k] x0 + noise[k] z.   The fields are for reading. */
 typedef struct dpo_sampler {
     int         steps, clip;              /* clip: x' += P[k] (clamp(x0) - x0) */
     int         wants_noise;              /* 1: dpo_sampler_step needs z */
     float       init_sigma;               /* x starts as init_sigma times standard normal noise */
     float      *t;                        /* [steps] timesteps, as the network is told them */
     dpo_ctx    *ctx;
-    float      *host;                     /* private: the rows A B C D E F P scale, [8][steps], */
-    dpo_tensor *rows[8], *one;            /* the same on the device, and ones, */
+    int         first, room;              /* private: steps left out in front; length of a row on the host, */
+    float      *host;                     /* the rows A B C D E F P scale signal noise, [10][room], */
+    dpo_tensor *rows[10], *one;           /* the same on the device, [steps+1], and ones, */
     dpo_tensor *x0;                       /* the last step's estimate, where C uses it */
 } dpo_sampler;
 
 typedef struct dpo_sampler_desc {
-    int   sampler;                        /* DPO_SAMPLER_AUTO ... */
-    int   steps;                          /* 0: 20 */
-    float eta;                            /* DDIM: 0 draws no noise on the way, 1 is ancestral */
+    int    sampler;                       /* DPO_SAMPLER_AUTO ... */
+    int    steps;                         /* 0: 20 */
+    float  eta;                           /* DDIM: 0 draws no noise on the way, 1 is ancestral */
+    double strength;                      /* only the last int(steps*strength), to start from a picture; 0: all */
+    double from, to;                      /* only the steps of this part of the way, 0 to 1; 0, 0: all of it */
 } dpo_sampler_desc;
 
 DPO_DEF dpo_sampler *dpo_sampler_new  (dpo_ctx *c, const dpo_schedule *s, const dpo_sampler_desc *d);
@@ -615,9 +697,19 @@ DPO_DEF dpo_tensor  *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x);
 DPO_DEF dpo_tensor  *dpo_sampler_step (dpo_sampler *s, int step, dpo_tensor *x, dpo_tensor *pred, dpo_tensor *z);
 DPO_DEF void         dpo_sampler_free (dpo_sampler *s);
 
+/* x0 with as much noise as the state has before `step`; step = steps: as it has at the end. */
+DPO_DEF dpo_tensor  *dpo_sampler_noisy(dpo_sampler *s, int step, dpo_tensor *x0, dpo_tensor *noise);
+
+/* Samplers by name, for command lines: "ddim", "euler_a", "dpmpp2m_karras", and what others call them ("DPM++ 2M
+   Karras", "k_euler", "dpmpp_2m"); "auto" is DPO_SAMPLER_AUTO; -1 for an unknown name.  dpo_sampler_name: as A1111
+   writes them.  dpo_sampler_list: all names, separated by blanks. */
+DPO_DEF int         dpo_sampler_named(const char *name);
+DPO_DEF const char *dpo_sampler_name (int sampler);
+DPO_DEF const char *dpo_sampler_list (void);
+
 /* After each step of a batch of pictures.  A nonzero answer stops: dpo_sample then fails with DPO_CANCELLED. */
 typedef struct dpo_sample_progress {
-    int         step, steps;              /* 1 ... steps, of this batch */
+    int         step, steps;              /* 1 ... steps, of this batch, the refiner's among them */
     int         first, count, n;          /* pictures first ... first+count-1 of n are in this batch */
     dpo_tensor *x;                        /* [count,h,w,C] after the step */
 } dpo_sample_progress;
@@ -628,15 +720,30 @@ typedef int (*dpo_sample_fn)(void *user, const dpo_sample_progress *p);
 typedef struct dpo_sample_desc {
     int                n;                 /* pictures */
     int                steps, sampler, batch;                /* batch: pictures in one pass; 0: 8 */
-    int                width, height;     /* pixels */
+    int                width, height;     /* pixels; 0: the model's size */
     int                adapters_off;      /* 1: the model without its adapters */
     float              guidance, eta;     /* guidance 0 or 1: none, and half the work; 7.5 is usual */
+    float              rescale;           /* 0 to 1: how far guidance keeps the deviation of the answer, for models of
+                                             zero terminal SNR: 0.7; arXiv 2305.08891, section 3.4 */
     uint64_t           seed;
     const char *const *prompts;           /* [n] */
-    const char *const *negative;          /* [n] what to lead away from, or NULL: "" */
+    const char *const *negative;          /* [n] what to lead away from; absent where NULL, see dpo_encode_text */
     const int32_t     *keys;              /* [n], or NULL: 0 ... n-1 */
     dpo_tensor        *start;             /* [n,h,w,C] standard normal noise to start from, or NULL: drawn from seed */
     dpo_tensor        *time_ids;          /* SDXL: F32 [n,6], or NULL: from width and height */
+    const dpo_schedule *schedule;         /* NULL: the model's own */
+
+    /* Start from pictures: noise is added for the last int(steps*strength) steps, which are then taken.  With a mask
+       only its bright parts are painted anew; the rest is set back to the picture after each step.  2108.01073. */
+    const uint8_t     *image;             /* [n,height,width,3], or NULL */
+    const uint8_t     *mask;              /* [n,height,width], 128 and more: paint here; or NULL */
+    dpo_tensor        *latents;           /* [n,h,w,C] in place of image; where `from` is set, the state there */
+    double             strength;          /* above 0, to 1; 0: 0.8, with a mask 1 */
+
+    /* A part of the way: 0 is noise, 1 the picture.  A refiner takes over the state at `refine`. */
+    double             from, to;          /* 0, 0: all of it */
+    dpo_model         *refiner;           /* of the same context and latents, or NULL */
+    double             refine;            /* 0: 0.8 */
     dpo_sample_fn      on_step;
     void              *user;
 } dpo_sample_desc;
@@ -661,6 +768,9 @@ DPO_DEF int  dpo_image_load(dpo_ctx *c, const char *path, dpo_image *out);   /* 
 DPO_DEF int  dpo_image_size(dpo_ctx *c, const char *path, int *width, int *height);    /* reads the header only */
 DPO_DEF int  dpo_image_save(dpo_ctx *c, const char *path, const dpo_image *x);         /* PNG, whole or not at all */
 
+/* The same with a text (UTF-8) in the PNG under a key of 1 to 79 Latin letters, as A1111 keeps "parameters". */
+DPO_DEF int  dpo_image_save_text(dpo_ctx *c, const char *path, const dpo_image *x, const char *key, const char *text);
+
 /* The PNG as bytes, what dpo_image_save would write; give them back with dpo_png_free. */
 DPO_DEF uint8_t *dpo_png_encode(dpo_ctx *c, const dpo_image *x, size_t *bytes);
 DPO_DEF void     dpo_png_free  (dpo_ctx *c, uint8_t *png, size_t bytes);
@@ -674,7 +784,7 @@ DPO_DEF dpo_tensor *dpo_from_rgb(dpo_ctx *c, const uint8_t *rgb, int64_t n, int6
 DPO_DEF int         dpo_to_rgb  (dpo_tensor *x, uint8_t *rgb);
 
 /* ==========================================================================================================
-   >>api optim                                                           AdamW, clipping, averages, learning rate
+   >>api optim                                                AdamW, Adafactor, clipping, averages, learning rate
    ========================================================================================================== */
 
 /* AdamW (arXiv 1711.05101) with clipping of the norm over all gradients.  A step whose norm is not finite changes
@@ -683,6 +793,15 @@ typedef struct dpo_adamw_desc { float beta1, beta2, eps, weight_decay, max_norm;
 typedef struct dpo_optim dpo_optim;
 
 DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d);
+
+/* Adafactor (arXiv 1804.04235) with a given learning rate and no first moment: transformers' Adafactor with
+   scale_parameter=False, relative_step=False.  It keeps a linear layer's [O,I] squares as means of rows and columns, a
+   convolution's as those of each of its kernels, which is what the last two axes are in PyTorch; all else in full.
+   Zeros mean the usual 0.8, 1e-30, 1: step k takes k^-decay of the new squares; a step's root mean square is at most
+   clip. */
+typedef struct dpo_adafactor_desc { float decay, eps, clip, weight_decay, max_norm; } dpo_adafactor_desc;
+DPO_DEF dpo_optim *dpo_adafactor_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adafactor_desc *d);
+
 DPO_DEF int     dpo_optim_step (dpo_optim *o, float lr);    /* clip, update, clear the gradients; reads nothing back */
 DPO_DEF int     dpo_optim_clear(dpo_optim *o);              /* forget the gradients without a step */
 DPO_DEF int64_t dpo_optim_count(const dpo_optim *o);        /* steps so far, skipped ones included */
@@ -766,6 +885,7 @@ typedef struct dpo_terms {                /* what a loss was made of; what it ha
 } dpo_terms;
 
 enum { DPO_DPO, DPO_SFT };                /* objectives */
+enum { DPO_ADAMW, DPO_ADAFACTOR };        /* optimizers */
 typedef struct dpo_objective {
     int      objective;                   /* DPO_DPO: Diffusion-DPO, DPO_SFT: mean squared error */
     int      kind;                        /* DPO_PREF_SIGMOID ... */
@@ -812,14 +932,16 @@ typedef struct dpo_train_desc {
     float              lr;
     int                lr_schedule;       /* DPO_LR_CONSTANT ... */
     int64_t            warmup;            /* steps */
+    int                optimizer;         /* DPO_ADAMW or DPO_ADAFACTOR */
     dpo_adamw_desc     adamw;
+    dpo_adafactor_desc adafactor;
     int                rank;              /* of the adapters; 0: those that the UNet has, or else all its weights */
     float              alpha;             /* 0: rank */
     const char        *targets;           /* see dpo_adapter_desc */
     int                train_text;        /* 1: the first text encoder's weights too; needs rank 0 */
     float              average;           /* decay of an average of the weights, see dpo_train_average; 0: none */
     float              empty_prompts;     /* share of captions that are replaced by "" */
-    float              timestep_bias;     /* b: timesteps are drawn in proportion to t^b; 0: all alike, as in DPO */
+    float              timestep_bias;     /* -1 < b <= 100: timesteps are drawn in proportion to t^b; 0: all alike */
     int                flip;              /* 1: mirror half of the pairs, both pictures of one alike */
     int                width, height;     /* pixels; 0: the model's */
     int                checkpoint;        /* 1: gradient checkpointing */
@@ -894,10 +1016,12 @@ typedef struct dpo_view {
     X(MIX,        5, 0x03, 0x1c)             /* x [N,P] z [N,P] a [K] b [K] index I32 [N] -> [N,P] */ \
     X(RANDN,      1, 0x00, 0x00)             /* key I32 [N] -> [N,P] */ \
     X(MSE,        2, 0x03, 0x03)             /* pred [N,P] target [N,P] -> [N] */ \
-    X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; stat [2,B] = margin, dloss/dmargin */ \
+    X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; stat [2,B] = inside, dloss/dL_w */ \
     X(SUM_SQUARES,1, 0x00, 0x00)             /* g -> [1] */ \
     X(CLIP,       1, 0x00, 0x00)             /* sums of squares [P] -> the step record, see DPO_REC_ */ \
     X(ADAMW,      4, 0x00, 0x00)             /* g m v record -> weights; m and v are written too */ \
+    X(ADAFACTOR,  4, 0x00, 0x00)             /* g row col record -> weights; row and col are written too; one of: */ \
+                                             /* none, as weights; [O], [I]; [O,kh,1,I], [O,1,kw,I] in weights' panels */ \
     X(LERP,       1, 0x00, 0x00)             /* x -> y += rate * (x - y) */
 
 enum { DPOI_OUT = 0x100, DPOI_STAT = 0x200 };
@@ -908,7 +1032,8 @@ enum { DPO_OPS(DPOI_OP_ENUM) DPO_OP_COUNT };
    The host writes the first three before a step; nobody reads it inside one. */
 enum {
     DPO_REC_LR,                           /* learning rate of this step */
-    DPO_REC_BIAS1, DPO_REC_BIAS2,         /* 1 - beta^k of both moments, k = 1 at the first step taken */
+    DPO_REC_BIAS1, DPO_REC_BIAS2,         /* 1 - beta^k of both moments, k = 1 at the first step taken; Adafactor: */
+                                          /* BIAS2 = k^-decay, the share of the new squares */
     DPO_REC_FACTOR,                       /* what gradients are multiplied by: clipping; 0: skip this step */
     DPO_REC_NORM,                         /* gradient norm before clipping */
     DPO_REC_SKIPPED,                      /* counts steps whose norm was not finite */
@@ -930,6 +1055,7 @@ typedef union dpo_params {
     struct { int kind; float beta, smoothing; } preference;         /* see dpo_preference_loss */
     struct { float max_norm; } clip;
     struct { float beta1, beta2, eps, weight_decay; } adamw;        /* w -= lr*(wd*w + m^/(sqrt(v^) + eps)) */
+    struct { float eps, clip, weight_decay; } adafactor;            /* see >>impl optim */
     struct { float rate; } lerp;
 } dpo_params;
 
@@ -1533,7 +1659,8 @@ static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
     }
     if (!b->data) {
         dpoi_block_spare(c, b);
-        dpoi_fail(c, DPO_OUT_OF_MEMORY, "out of memory: %llu bytes more were needed beside %llu held%s", (unsigned long long)size,
+        dpoi_fail(c, DPO_OUT_OF_MEMORY, "out of memory: %llu bytes more were needed beside %llu held%s",
+                  (unsigned long long)size,
                   (unsigned long long)c->held, c->limit ? " (memory_limit is set)" : "");
         return NULL;
     }
@@ -3303,7 +3430,11 @@ struct dpo_file {
     dpo_entry  *entries;                  /* shard after shard, in order of place */
     uint32_t   *by_name;                  /* all entries, sorted */
     int64_t     shard_count, shard_room, count, room, named;
+    uint16_t   *table;                    /* [65536] one 16-bit type in another, see dpoi_entry_values; or NULL */
+    int         table_of;                 /* which two */
 };
+
+enum { DPOI_ST_TABLE = 65536 };           /* all values of 16 bits */
 
 /* For dpoi_own, and for a file that failed to open half-way: whatever is there is given back.
    shards and entries may be NULL while their counts are 0. */
@@ -3319,6 +3450,7 @@ static void dpoi_file_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, f->shards, (size_t)f->shard_room * sizeof *f->shards);
     dpoi_release(c, f->entries, (size_t)f->room * sizeof *f->entries);
     dpoi_release(c, f->by_name, (size_t)f->named * sizeof *f->by_name);
+    if (f->table) dpoi_release(c, f->table, DPOI_ST_TABLE * sizeof *f->table);
     dpoi_strfree(c, f->path);
     dpoi_release(c, f, sizeof *f);
 }
@@ -4115,25 +4247,29 @@ static size_t dpoi_st_put(int type, float x, unsigned char *p)
     }
 }
 
-/* F32 goes through as it is; the others are converted a few KB at a time.
-   The buffer has 8 bytes to spare when it is tested, the largest element's size. */
+/* F32 goes through as it is; the others are converted a few KB at a time, the two that weights come in without asking
+   for each number what it is. */
 DPO_DEF int dpo_writer_floats(dpo_writer *w, const float *values, int64_t count)
 {
-    unsigned char buffer[4096];
-    size_t        n = 0;
+    uint64_t buffer[512];                 /* of the widest element */
+    int      half;
     if (!w || !w->now || !values || !dpoi_ok(w->c)) return 0;
     if (w->now->type == DPOI_ST_F32 && (uint64_t)count <= w->left / 4)
         return dpo_writer_bytes(w, values, (size_t)count * 4);
-    for (int64_t i = 0; i < count; i++) {
-        size_t put = dpoi_st_put(w->now->type, values[i], buffer + n);
-        if (!put) return dpoi_fail(w->c, DPO_UNSUPPORTED, "%.300s: floats cannot be written as %s", w->path,
-                                   dpoi_st_info(w->now->type)->name);
-        n += put;
-        if (n < sizeof buffer - 8) continue;
-        if (!dpo_writer_bytes(w, buffer, n)) return 0;
-        n = 0;
+    half = w->now->type == DPOI_ST_F16 || w->now->type == DPOI_ST_BF16;
+    for (int64_t i = 0; i < count; i += 512) {
+        int64_t n = count - i < 512 ? count - i : 512;
+        size_t  bytes = half ? (size_t)n * 2 : 0;
+        if (half) dpoi_narrow(w->now->type == DPOI_ST_F16 ? DPO_F16 : DPO_BF16, n, values + i, buffer);
+        for (int64_t k = 0; k < n && !half; k++) {
+            size_t put = dpoi_st_put(w->now->type, values[i + k], (unsigned char *)buffer + bytes);
+            if (!put) return dpoi_fail(w->c, DPO_UNSUPPORTED, "%.300s: floats cannot be written as %s", w->path,
+                                       dpoi_st_info(w->now->type)->name);
+            bytes += put;
+        }
+        if (!dpo_writer_bytes(w, buffer, bytes)) return 0;
     }
-    return dpo_writer_bytes(w, buffer, n);
+    return 1;
 }
 /* ==========================================================================================================
    >>impl unicode                                                               categories, lower case, NFC
@@ -4865,6 +5001,7 @@ static int dpoi_tok_specials(dpo_tokenizer *t, const dpo_json *vocab, const dpo_
 typedef struct dpoi_tok_files {
     const char *vocab, *merges, *vocab_name, *merges_name;
     size_t      vocab_bytes, merges_bytes;
+    const dpo_json *tokens;               /* the vocabulary where it is parsed already, or NULL */
     const dpo_json *config, *map;
 } dpoi_tok_files;
 
@@ -4872,15 +5009,17 @@ typedef struct dpoi_tok_files {
    On any failure what was built is destroyed and the context says why. */
 static dpo_tokenizer *dpoi_tok_open(dpo_ctx *c, const dpoi_tok_files *files)
 {
-    dpo_tokenizer *t = (dpo_tokenizer *)dpoi_calloc(c, 1, sizeof *t);
-    dpo_json      *vocab = t ? dpoi_json_new(c, files->vocab, files->vocab_bytes, files->vocab_name) : NULL;
-    int            ok;
+    dpo_tokenizer  *t = (dpo_tokenizer *)dpoi_calloc(c, 1, sizeof *t);
+    dpo_json       *own = NULL;
+    const dpo_json *vocab = files->tokens;
+    int             ok;
     if (!t) return NULL;
+    if (!vocab) vocab = own = dpoi_json_new(c, files->vocab, files->vocab_bytes, files->vocab_name);
     t->c = t->points.c = t->spare.c = c;
     ok = vocab && dpoi_uni_open(c, &t->uni) && dpoi_tok_specials(t, vocab, files->config, files->map) &&
          dpoi_tok_vocab(t, vocab, files->vocab_name) &&
          dpoi_tok_merges(t, vocab, files->merges, files->merges_bytes, files->merges_name);
-    if (vocab) dpoi_json_destroy(c, vocab->doc);
+    if (own) dpoi_json_destroy(c, own->doc);
     if (!ok) { dpoi_tok_destroy(c, t); return NULL; }
     return dpoi_own(c, t, dpoi_tok_destroy) ? t : NULL;
 }
@@ -4907,30 +5046,72 @@ static dpo_json *dpoi_tok_optional(dpo_ctx *c, const char *folder, const char *n
     return j;
 }
 
-/* 256 MB a file at most; CLIP's have one. */
+/* The two files in f, whose texts the caller gives back.
+   256 MB a file at most; CLIP's have one. */
+static dpo_tokenizer *dpoi_tok_open_files(dpo_ctx *c, const char *folder, dpoi_tok_files *f)
+{
+    dpo_tokenizer *t = NULL;
+    char          *vp = dpoi_join(c, folder, "vocab.json"), *mp = dpoi_join(c, folder, "merges.txt");
+    char          *vocab = NULL, *merges = NULL;
+    if (vp && mp && dpoi_read_file(c, vp, (size_t)1 << 28, &vocab, &f->vocab_bytes) &&
+        dpoi_read_file(c, mp, (size_t)1 << 28, &merges, &f->merges_bytes)) {
+        f->vocab = vocab; f->vocab_name = vp;
+        f->merges = merges; f->merges_name = mp;
+        t = dpoi_tok_open(c, f);
+    }
+    if (vocab) dpoi_release(c, vocab, f->vocab_bytes + 1);
+    if (merges) dpoi_release(c, merges, f->merges_bytes + 1);
+    dpoi_strfree(c, vp);
+    dpoi_strfree(c, mp);
+    return t;
+}
+
+/* tokenizer.json, the one file that newer transformers write instead: {"model": {"vocab": {token: id}, "merges":
+   ["a b", ..]}}, or a merge as ["a", "b"].  What else it says of CLIP's way to cut words is what happens here anyway. */
+static dpo_tokenizer *dpoi_tok_open_whole(dpo_ctx *c, const char *path, dpoi_tok_files *f)
+{
+    dpo_json       *root = dpo_json_load(c, path);
+    const dpo_json *model = dpo_json_get(root, "model"), *list = dpo_json_get(model, "merges");
+    dpo_tokenizer  *t = NULL;
+    dpoi_text       merges;
+    dpoi_text_start(&merges, c);
+    for (int64_t i = 0; i < dpo_json_count(list); i++) {
+        const dpo_json *m = dpo_json_at(list, i);
+        const char     *a = dpo_json_text(m, NULL), *b = NULL;
+        if (!a) { a = dpo_json_text(dpo_json_at(m, 0), NULL); b = dpo_json_text(dpo_json_at(m, 1), NULL); }
+        dpoi_text_add(&merges, a ? a : "?");              /* no merge: its line is refused by number */
+        if (b) { dpoi_text_add(&merges, " "); dpoi_text_add(&merges, b); }
+        dpoi_text_add(&merges, "\n");
+    }
+    f->tokens = dpo_json_get(model, "vocab");
+    f->vocab_name = f->merges_name = path;
+    f->merges = merges.n ? merges.at : "";
+    f->merges_bytes = (size_t)merges.n;
+    if (root && !f->tokens) dpoi_fail(c, DPO_BAD_FILE, "%.300s: no model with a vocabulary in it", path);
+    if (f->tokens && !merges.failed) t = dpoi_tok_open(c, f);
+    dpoi_text_free(&merges);
+    dpo_json_free(root);
+    return t;
+}
+
+/* vocab.json and merges.txt; tokenizer.json only where they are missing. */
 DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder)
 {
     dpo_json      *config, *map;
     dpo_tokenizer *t = NULL;
     dpoi_tok_files f;
-    char          *vp, *mp, *vocab = NULL, *merges = NULL;
+    char          *vocab, *whole;
     memset(&f, 0, sizeof f);
     if (!folder || !dpoi_ok(c)) return NULL;
-    config = dpoi_tok_optional(c, folder, "tokenizer_config.json");
-    map = dpoi_tok_optional(c, folder, "special_tokens_map.json");
-    vp = dpoi_join(c, folder, "vocab.json");
-    mp = dpoi_join(c, folder, "merges.txt");
-    if (vp && mp && dpoi_read_file(c, vp, (size_t)1 << 28, &vocab, &f.vocab_bytes) &&
-        dpoi_read_file(c, mp, (size_t)1 << 28, &merges, &f.merges_bytes)) {
-        f.vocab = vocab; f.vocab_name = vp;
-        f.merges = merges; f.merges_name = mp;
-        f.config = config; f.map = map;
-        t = dpoi_tok_open(c, &f);
-    }
-    if (vocab) dpoi_release(c, vocab, f.vocab_bytes + 1);
-    if (merges) dpoi_release(c, merges, f.merges_bytes + 1);
-    dpoi_strfree(c, vp);
-    dpoi_strfree(c, mp);
+    f.config = config = dpoi_tok_optional(c, folder, "tokenizer_config.json");
+    f.map = map = dpoi_tok_optional(c, folder, "special_tokens_map.json");
+    vocab = dpoi_join(c, folder, "vocab.json");
+    whole = dpoi_join(c, folder, "tokenizer.json");
+    if (vocab && whole && dpoi_ok(c))
+        t = !dpoi_exists(vocab) && dpoi_exists(whole) ? dpoi_tok_open_whole(c, whole, &f)
+                                                      : dpoi_tok_open_files(c, folder, &f);
+    dpoi_strfree(c, whole);
+    dpoi_strfree(c, vocab);
     dpo_json_free(map);
     dpo_json_free(config);
     return t;
@@ -5275,7 +5456,8 @@ static int dpoi_set_shape(dpo_ctx *c, dpo_tensor *t, int dtype, int rank, const 
 {
     int64_t count = 1;
     if (rank < 1 || rank > DPO_MAX_RANK || dtype < 0 || dtype >= DPO_DTYPES)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a tensor of rank %d and dtype %d: rank is 1 to %d", rank, dtype, DPO_MAX_RANK);
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a tensor of rank %d and dtype %d: rank is 1 to %d",
+                         rank, dtype, DPO_MAX_RANK);
     for (int i = 0; i < DPO_MAX_RANK; i++) {
         int64_t n = i < rank ? shape[i] : 1;
         if (n < 1 || n > ((int64_t)1 << 47) / count)
@@ -5371,9 +5553,12 @@ DPO_DEF dpo_tensor *dpo_weight_new(dpo_ctx *c, int dtype, int rank, const int64_
         return NULL;
     }
     if (rank == 2 && shape) {             /* [O,I] is [O,1,1,I] in memory and in every kernel */
-        int64_t four[4];
+        int64_t     four[4];
+        dpo_tensor *x;
         four[0] = shape[0]; four[1] = 1; four[2] = 1; four[3] = shape[1];
-        return dpoi_persistent(c, dtype, 4, four, c->backend->panel, name);
+        x = dpoi_persistent(c, dtype, 4, four, c->backend->panel, name);
+        if (x) x->linear = 1;             /* Adafactor treats it unlike a 1x1 convolution */
+        return x;
     }
     return dpoi_persistent(c, dtype, rank, shape, c->backend->panel, name);
 }
@@ -5439,70 +5624,150 @@ DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
     return keep;
 }
 
-/* ------------------------------------------------------------------------------------------ host and device */
+/* ------------------------------------------------------------------------------------------ host and device
 
-/* Move the k-th value between plain order [O,K] and panels [ceil(O/P)][K][P].
-   Row o of [O,K] lies in panel o/P, in column o % P of each of the panel's K lines; P == 0 is plain order. */
-static int64_t dpoi_panel_index(int64_t k, int64_t K, int64_t P)
-{
-    int64_t o = k / K, i = k % K;
-    return P ? (o / P * K + i) * P + o % P : k;
-}
+   Plain rows [O,K] against panels [ceil(O/P)][K][P]: row o lies in panel o/P, in column o % P of each of its K lines.
+   Values travel some rows at a time, whole panels where there are any: a large weight needs no second copy of itself,
+   and what is moved stays in the caches. */
 
-/* The i-th number of memory on the host, for types that floats are read from and written to. */
-static float dpoi_load(const void *data, int dtype, int64_t i)
+/* The i-th number of memory on the host, for types that floats are read from. */
+DPOI_UNUSED static float dpoi_load(const void *data, int dtype, int64_t i)
 {
     if (dtype == DPO_BF16) return dpoi_bf16_to_f32(((const uint16_t *)data)[i]);
     if (dtype == DPO_F16)  return dpoi_f16_to_f32(((const uint16_t *)data)[i]);
     return ((const float *)data)[i];
 }
 
-/* Rounds to nearest even; F32 is stored as it is. */
-static void dpoi_store(void *data, int dtype, int64_t i, float value)
+/* Two axes of an array and where they lie: element (i,k) is read at i*row + k*column. */
+typedef struct dpoi_axes { int64_t n, K, row, column, to_row, to_column; } dpoi_axes;
+
+enum { DPOI_MOVE_BLOCK = 64 };            /* columns at a time: both sides then fit the first cache */
+
+/* to[i*to_row + k*to_column] = from[i*row + k*column] for i < n, k < K: elements of 2 bytes, */
+static void dpoi_move16(uint16_t *to, const uint16_t *from, const dpoi_axes *a)
 {
-    if (dtype == DPO_BF16)     ((uint16_t *)data)[i] = dpoi_f32_to_bf16(value);
-    else if (dtype == DPO_F16) ((uint16_t *)data)[i] = dpoi_f32_to_f16(value);
-    else                       ((float *)data)[i] = value;
+    for (int64_t k0 = 0; k0 < a->K; k0 += DPOI_MOVE_BLOCK) {
+        int64_t end = a->K - k0 < DPOI_MOVE_BLOCK ? a->K : k0 + DPOI_MOVE_BLOCK;
+        for (int64_t i = 0; i < a->n; i++)
+            for (int64_t k = k0; k < end; k++) to[i*a->to_row + k*a->to_column] = from[i*a->row + k*a->column];
+    }
 }
 
-/* Values between host order and the bytes of a view, either way.
-   I32 and dense F32 are the same bytes in both; all else goes number by number, and columns behind O in the last
-   panel keep the zeros of the staging buffer. */
+/* and of 4. */
+static void dpoi_move32(uint32_t *to, const uint32_t *from, const dpoi_axes *a)
+{
+    for (int64_t k0 = 0; k0 < a->K; k0 += DPOI_MOVE_BLOCK) {
+        int64_t end = a->K - k0 < DPOI_MOVE_BLOCK ? a->K : k0 + DPOI_MOVE_BLOCK;
+        for (int64_t i = 0; i < a->n; i++)
+            for (int64_t k = k0; k < end; k++) to[i*a->to_row + k*a->to_column] = from[i*a->row + k*a->column];
+    }
+}
+
+/* size: bytes of an element, 2 or 4. */
+static void dpoi_move(void *to, const void *from, size_t size, const dpoi_axes *a)
+{
+    if (size == 2) dpoi_move16((uint16_t *)to, (const uint16_t *)from, a);
+    else           dpoi_move32((uint32_t *)to, (const uint32_t *)from, a);
+}
+
+/* n rows of K elements to the panels that hold them (up), or from there.  Columns behind the last row are left as they
+   are: the caller's zeros. */
+static void dpoi_panels_move(void *panels, void *rows, size_t size, int64_t n, int64_t K, int64_t P, int up)
+{
+    dpoi_axes a;
+    a.K = K;
+    a.row = up ? K : 1;
+    a.column = up ? 1 : P;
+    a.to_row = up ? 1 : K;
+    a.to_column = up ? P : 1;
+    for (int64_t o = 0; o < n; o += P) {
+        char *p = (char *)panels + (size_t)(o*K) * size, *r = (char *)rows + (size_t)(o*K) * size;
+        a.n = n - o < P ? n - o : P;
+        dpoi_move(up ? p : r, up ? r : p, size, &a);
+    }
+}
+
+/* Values between host order, 4 bytes each, and the bytes of a whole view, which start as zeros. */
 static void dpoi_reorder(const dpo_view *v, void *bytes, void *values, int to_view)
 {
-    int64_t n = v->shape[0] * v->shape[1] * v->shape[2] * v->shape[3], K = n / v->shape[0];
-    if (!v->panel && (v->dtype == DPO_F32 || v->dtype == DPO_I32)) {
-        if (to_view) memcpy(bytes, values, (size_t)n * 4); else memcpy(values, bytes, (size_t)n * 4);
-        return;
-    }
-    for (int64_t k = 0; k < n; k++) {
-        int64_t i = dpoi_panel_index(k, K, v->panel);
-        if (to_view) dpoi_store(bytes, v->dtype, i, ((const float *)values)[k]);
-        else         ((float *)values)[k] = dpoi_load(bytes, v->dtype, i);
+    int64_t O = v->shape[0], K = v->shape[1]*v->shape[2]*v->shape[3], P = v->panel;
+    for (int64_t o = 0; o < O; o++) {
+        int64_t at = P ? o/P*K*P + o % P : o*K, step = P ? P : 1;
+        float  *x = (float *)values + o*K, *f = (float *)bytes;
+        for (int64_t k = 0; k < K; k++, at += step) {
+            uint16_t *h = (uint16_t *)bytes + at;
+            if (dpoi_dtype_size(v->dtype) == 4) memcpy(to_view ? f + at : x + k, to_view ? x + k : f + at, 4);
+            else if (to_view) dpoi_narrow(v->dtype, 1, x + k, h);
+            else dpoi_widen(v->dtype, 1, h, x + k);
+        }
     }
 }
 
-/* Through one zeroed staging buffer: a device copy is one call, and the reordering happens on the host.  A read
-   waits for the kernels before it, because DPO_COPY_DOWN does. */
+/* What carries rows between host and device: `n` rows at a time, a multiple of P or all there are. */
+typedef struct dpoi_ferry {
+    void   *rows, *stage;                 /* in the tensor's type: [n,K], and the panels that hold them */
+    size_t  size, bytes;                  /* of an element; of both together */
+    int64_t n, O, K;
+} dpoi_ferry;
+
+enum { DPOI_FERRY_BYTES = 1 << 19 };      /* of rows, where a panel is not larger: a part of the second cache */
+
+/* The caller gives both back with dpoi_ferry_close.  all: in one go, for who needs every row at once. */
+static int dpoi_ferry_open(dpoi_ferry *f, const dpo_tensor *x, int all)
+{
+    int64_t P = x->panel ? x->panel : 1;
+    f->size = dpoi_dtype_size(x->dtype);
+    f->O = x->shape[0];
+    f->K = x->shape[1]*x->shape[2]*x->shape[3];
+    f->n = DPOI_FERRY_BYTES / (f->K * (int64_t)f->size) / P * P;
+    if (f->n < P) f->n = P;
+    if (all || f->n > f->O) f->n = (f->O + P - 1)/P*P;
+    f->bytes = (size_t)(f->n*f->K) * f->size * 2;
+    f->rows = dpoi_calloc(x->ctx, f->bytes, 1);
+    f->stage = f->rows ? (char *)f->rows + f->bytes/2 : NULL;
+    return f->rows != NULL;
+}
+
+static void dpoi_ferry_close(dpoi_ferry *f, dpo_ctx *c) { if (f->rows) dpoi_release(c, f->rows, f->bytes); }
+
+/* Rows first .. first+n-1 of x between f->rows and the device, as one copy.  A read waits for the kernels before it,
+   because DPO_COPY_DOWN does. */
+static int dpoi_ferry_run(dpoi_ferry *f, dpo_tensor *x, int64_t first, int64_t n, int up)
+{
+    const dpo_backend *b = x->ctx->backend;
+    int64_t P = x->panel, held = P ? (n + P - 1)/P*P : n;
+    size_t  bytes = (size_t)(held*f->K) * f->size;
+    char   *there = (char *)x->data + (size_t)(first*f->K) * f->size, *here = (char *)(P ? f->stage : f->rows);
+    int     status;
+    if (up && held > n) memset(f->stage, 0, bytes);
+    if (up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 1);
+    status = b->copy(b->self, up ? there : here, up ? here : there, bytes, up ? DPO_COPY_UP : DPO_COPY_DOWN);
+    if (status != DPO_OK) return dpoi_fail(x->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+    if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 0);
+    return 1;
+}
+
+/* All values of x, 4 bytes each on the host. */
 static int dpoi_transfer(dpo_tensor *x, void *values, int up)
 {
-    dpo_ctx *c = x ? x->ctx : NULL;
-    dpo_view v = dpoi_view(x);
-    size_t   bytes = x ? dpoi_view_bytes(&v) : 0;
-    void    *stage;
-    int      status;
+    dpo_ctx   *c = x ? x->ctx : NULL;
+    dpoi_ferry f;
+    int        ok;
     if (!c || !dpoi_ok(c)) return 0;
-    if (!x->data) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s was released before it was read or written", x->name ? x->name : "a tensor");
-    if (!(stage = dpoi_calloc(c, bytes, 1))) return 0;
-    if (up) {
-        dpoi_reorder(&v, stage, values, 1);
-        status = c->backend->copy(c->backend->self, x->data, stage, bytes, DPO_COPY_UP);
-    } else {
-        status = c->backend->copy(c->backend->self, stage, x->data, bytes, DPO_COPY_DOWN);
-        if (status == DPO_OK) dpoi_reorder(&v, stage, values, 0);
+    if (!x->data) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s was released before it was read or written",
+                                   x->name ? x->name : "a tensor");
+    ok = dpoi_ferry_open(&f, x, 0);
+    for (int64_t o = 0; o < f.O && ok; o += f.n) {
+        int64_t n = f.O - o < f.n ? f.O - o : f.n;
+        float  *v = (float *)values + o*f.K;
+        if (up && f.size == 2) dpoi_narrow(x->dtype, n*f.K, v, f.rows);
+        else if (up) memcpy(f.rows, v, (size_t)(n*f.K) * 4);             /* F32, or the bits of I32 */
+        ok = dpoi_ferry_run(&f, x, o, n, up);
+        if (!up && ok && f.size == 2) dpoi_widen(x->dtype, n*f.K, f.rows, v);
+        else if (!up && ok) memcpy(v, f.rows, (size_t)(n*f.K) * 4);
     }
-    dpoi_release(c, stage, bytes);
-    return status == DPO_OK ? 1 : dpoi_fail(c, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+    dpoi_ferry_close(&f, c);
+    return ok;
 }
 
 DPO_DEF int dpo_read(dpo_tensor *x, void *values) { return values ? dpoi_transfer(x, values, 0) : 0; }
@@ -5644,7 +5909,8 @@ static int dpoi_run(dpo_ctx *c, dpo_args *a)
     if (work) dpoi_block_drop(c, work);
     if (status == DPO_OK) return 1;
     why = b->explain(b->self);
-    return dpoi_fail(c, status, "%s%s on %s: %s", dpoi_row_name(a->op), a->backward ? " backward" : "", b->name, why ? why : "failed");
+    return dpoi_fail(c, status, "%s%s on %s: %s", dpoi_row_name(a->op), a->backward ? " backward" : "", b->name,
+                     why ? why : "failed");
 }
 
 /* ------------------------------------------------------------------------------------------ recording */
@@ -5962,7 +6228,8 @@ DPO_DEF int dpo_backward(dpo_tensor *loss)
     static const int64_t shape[1] = { 1 };
     if (!loss) return 0;
     if (dpo_count(loss) != 1)
-        return dpoi_fail(loss->ctx, DPO_BAD_SHAPE, "backward: a loss is one number, not %lld", (long long)dpo_count(loss));
+        return dpoi_fail(loss->ctx, DPO_BAD_SHAPE, "backward: a loss is one number, not %lld",
+                         (long long)dpo_count(loss));
     return dpo_backward_from(loss, dpo_tensor_from(loss->ctx, DPO_F32, 1, shape, &one));
 }
 
@@ -6077,7 +6344,8 @@ static int dpoi_check_vector(dpo_ctx *c, const char *op, const dpo_tensor *x, co
 static int dpoi_check_weight(dpo_ctx *c, const char *op, const dpo_tensor *x, const dpo_tensor *w)
 {
     if (w->panel != c->backend->panel)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s \"%s\": its weights were not made by dpo_weight_new", op, w->name ? w->name : "");
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s \"%s\": its weights were not made by dpo_weight_new", op,
+                         w->name ? w->name : "");
     if (w->rank != 4 || w->shape[3] != dpoi_width_of(x))
         return dpoi_bad_shapes(c, op, x, w, "the last axes, input channels, must agree");
     return 1;
@@ -6099,7 +6367,8 @@ static int dpoi_check_extra(dpo_ctx *c, const char *op, dpoi_call *k, const dpo_
         return dpoi_bad_shapes(c, op, w, k->in[4], "the residual must have the result's shape");
     if (!down != !up) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: an adapter needs both down and up", op);
     if (down && (down->rank != 4 || up->rank != 4 || down->shape[1] != w->shape[1] || down->shape[2] != w->shape[2] ||
-                 down->shape[3] != w->shape[3] || up->shape[0] != w->shape[0] || dpo_count(up) != up->shape[0] * down->shape[0]))
+                 down->shape[3] != w->shape[3] || up->shape[0] != w->shape[0] ||
+                 dpo_count(up) != up->shape[0] * down->shape[0]))
         return dpoi_bad_shapes(c, op, down, up, "an adapter is [r,kh,kw,I] and [O,1,1,r]");
     if (k->in[7] && dpo_count(k->in[7]) != y->shape[0])
         return dpoi_bad_shapes(c, op, w, k->in[7], "strength must be one number a sample");
@@ -6187,7 +6456,8 @@ DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
     H = x->shape[1] + pad[0] + pad[1] - w->shape[1];
     W = x->shape[2] + pad[2] + pad[3] - w->shape[2];
     if (x->rank != 4 || stride < 1 || H < 0 || W < 0 || pad[0] < 0 || pad[1] < 0 || pad[2] < 0 || pad[3] < 0) {
-        dpoi_bad_shapes(c, "conv2d", x, w, "the picture must be [N,H,W,C] and, with its padding, as large as the kernel");
+        dpoi_bad_shapes(c, "conv2d", x, w,
+                        "the picture must be [N,H,W,C] and, with its padding, as large as the kernel");
         return NULL;
     }
     k.a.p.conv.stride = stride;
@@ -6206,7 +6476,8 @@ DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_ten
 
 /* P = all axes between the first and the last.  !(eps > 0) refuses NaN too.
    stat is 2 numbers for each group of each sample: all that backward keeps beside the inputs. */
-DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups, float eps, int act)
+DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups,
+                                   float eps, int act)
 {
     dpoi_call   k;
     dpo_tensor *in[3];
@@ -6215,9 +6486,11 @@ DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
     if (!x || !gamma || !beta || !dpoi_call_begin(c, &k, DPO_OP_GROUP_NORM, in, 3)) return NULL;
     N = x->shape[0];
     C = dpoi_width_of(x);
-    if (!dpoi_check_vector(c, "group_norm", x, gamma, C) || !dpoi_check_vector(c, "group_norm", x, beta, C)) return NULL;
+    if (!dpoi_check_vector(c, "group_norm", x, gamma, C)) return NULL;
+    if (!dpoi_check_vector(c, "group_norm", x, beta, C)) return NULL;
     if (groups < 1 || C % groups || x->rank < 2 || !(eps > 0) || (act != DPO_NONE && act != DPO_SILU)) {
-        dpoi_fail(c, DPO_BAD_ARGUMENT, "group_norm: %lld channels in %d groups, eps %g, act %d", (long long)C, groups, (double)eps, act);
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "group_norm: %lld channels in %d groups, eps %g, act %d", (long long)C, groups,
+                  (double)eps, act);
         return NULL;
     }
     dpoi_shape_like(&k, x);
@@ -6241,7 +6514,8 @@ DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
     in[0] = x; in[1] = gamma; in[2] = beta;
     if (!x || !gamma || !beta || !dpoi_call_begin(c, &k, DPO_OP_LAYER_NORM, in, 3)) return NULL;
     C = dpoi_width_of(x);
-    if (!dpoi_check_vector(c, "layer_norm", x, gamma, C) || !dpoi_check_vector(c, "layer_norm", x, beta, C)) return NULL;
+    if (!dpoi_check_vector(c, "layer_norm", x, gamma, C)) return NULL;
+    if (!dpoi_check_vector(c, "layer_norm", x, beta, C)) return NULL;
     if (!(eps > 0)) { dpoi_fail(c, DPO_BAD_ARGUMENT, "layer_norm: eps %g", (double)eps); return NULL; }
     dpoi_shape_like(&k, x);
     dpoi_view_as(&k.a.in[0], dpo_count(x) / C, C, 1);
@@ -6262,7 +6536,8 @@ DPO_DEF dpo_tensor *dpo_attention(dpo_ctx *c, dpo_tensor *q, dpo_tensor *k, dpo_
     if (!q || !k || !v || !dpoi_call_begin(c, &call, DPO_OP_ATTENTION, in, 3)) return NULL;
     if (q->rank != 3 || k->rank != 3 || !dpoi_alike(k, v) || q->shape[0] != k->shape[0] || q->shape[2] != k->shape[2] ||
         heads < 1 || q->shape[2] % heads || (causal && q->shape[1] != k->shape[1])) {
-        dpoi_bad_shapes(c, "attention", q, k, "queries [N,T,D] and keys [N,S,D], D a multiple of the heads, causal only if T = S");
+        dpoi_bad_shapes(c, "attention", q, k,
+                        "queries [N,T,D] and keys [N,S,D], D a multiple of the heads, causal only if T = S");
         return NULL;
     }
     dpoi_shape_like(&call, q);
@@ -6305,7 +6580,10 @@ DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x)
 DPO_DEF dpo_tensor *dpo_act(dpo_ctx *c, dpo_tensor *x, int act)
 {
     dpoi_call k;
-    if (act <= DPO_NONE || act >= DPO_ACTS) { dpoi_fail(c, DPO_BAD_ARGUMENT, "act: there is no function %d", act); return NULL; }
+    if (act <= DPO_NONE || act >= DPO_ACTS) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "act: there is no function %d", act);
+        return NULL;
+    }
     if (!dpoi_unary(c, &k, DPO_OP_ACT, x)) return NULL;
     k.a.p.act.act = act;
     return dpoi_apply(c, &k);
@@ -6363,7 +6641,10 @@ DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b)
     dpoi_call   k;
     dpo_tensor *in[2];
     in[0] = a; in[1] = b;
-    if (fn < DPO_ADD || fn > DPO_DIV) { dpoi_fail(c, DPO_BAD_ARGUMENT, "binary: there is no function %d", fn); return NULL; }
+    if (fn < DPO_ADD || fn > DPO_DIV) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "binary: there is no function %d", fn);
+        return NULL;
+    }
     if (!a || !b || !dpoi_call_begin(c, &k, DPO_OP_BINARY, in, 2)) return NULL;
     dpoi_view_right(&k.a.in[0], a);
     dpoi_view_right(&k.a.in[1], b);
@@ -6386,7 +6667,8 @@ DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b)
    A and B are products of sizes that fit 2^47 together. */
 static int dpoi_around(dpo_ctx *c, const char *op, const dpo_tensor *x, int axis, int64_t *A, int64_t *B)
 {
-    if (axis < 0 || axis >= x->rank) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: axis %d of a tensor of rank %d", op, axis, x->rank);
+    if (axis < 0 || axis >= x->rank)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: axis %d of a tensor of rank %d", op, axis, x->rank);
     *A = *B = 1;
     for (int i = 0; i < axis; i++) *A *= x->shape[i];
     for (int i = axis + 1; i < x->rank; i++) *B *= x->shape[i];
@@ -6420,7 +6702,8 @@ DPO_DEF dpo_tensor *dpo_concat(dpo_ctx *c, dpo_tensor *a, dpo_tensor *b, int axi
     dpo_tensor *in[2];
     int64_t     A, B, n, m;
     in[0] = a; in[1] = b;
-    if (!a || !b || !dpoi_call_begin(c, &k, DPO_OP_CONCAT, in, 2) || !dpoi_around(c, "concat", a, axis, &A, &B)) return NULL;
+    if (!a || !b || !dpoi_call_begin(c, &k, DPO_OP_CONCAT, in, 2)) return NULL;
+    if (!dpoi_around(c, "concat", a, axis, &A, &B)) return NULL;
     n = a->shape[axis];
     m = b->shape[axis];
     dpoi_shape_like(&k, b);
@@ -6467,7 +6750,10 @@ DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64
     if (!x || !shape || !dpoi_call_begin(c, &k, DPOI_RESHAPE, &x, 1)) return NULL;
     y = dpoi_temp(c, x->dtype, rank, shape, 0, x->block);
     if (!y) return NULL;
-    if (x->panel || dpo_count(y) != dpo_count(x)) { dpoi_bad_shapes(c, "reshape", x, y, "the number of elements must stay"); return NULL; }
+    if (x->panel || dpo_count(y) != dpo_count(x)) {
+        dpoi_bad_shapes(c, "reshape", x, y, "the number of elements must stay");
+        return NULL;
+    }
     if (dpoi_wanted(c, &k) && !dpoi_record(c, &k, y, NULL, 0)) return NULL;
     dpoi_release_last(&k);
     return y;
@@ -6563,7 +6849,8 @@ DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor
 
 /* The shape is of one sample; N comes from the keys.
    P = product of shape; the sum of checks that fails for P = 0 or too large is dpoi_temp's. */
-DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank, const int64_t *shape)
+DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank,
+                              const int64_t *shape)
 {
     dpoi_call k;
     int64_t   P = 1;
@@ -6819,7 +7106,8 @@ static int dpoi_check_compare(dpoi_check *k, int i, const dpo_view *ours, const 
         if (fabs((double)y[e]) > most) most = fabs((double)y[e]);
     }
     if (ok && !(worst <= k->tolerance * most) && worst != 0) {
-        snprintf(k->text, sizeof k->text, "%s and %s differ by %g of %g in %s %d, element %lld", k->tested->name, k->oracle->name,
+        snprintf(k->text, sizeof k->text, "%s and %s differ by %g of %g in %s %d, element %lld",
+                 k->tested->name, k->oracle->name,
                  worst, most, i < 2 * DPO_MAX_INPUTS ? "gradient" : "result", i % DPO_MAX_INPUTS, (long long)at);
         ok = 0;
     }
@@ -6843,8 +7131,8 @@ static int dpoi_check_both(dpoi_check *k, dpo_args *mine, dpo_args *other)
 }
 
 /* Views that share memory on one side are apart on the other: kernels must not count on it.  What was written:
-   din of a backward call, else out and stat, and for ADAMW, which updates its moments in place, the inputs as
-   well. */
+   din of a backward call, else out and stat, and for the optimizers, which update their moments in place, the
+   inputs as well. */
 static int dpoi_check_run(void *self, const dpo_args *a)
 {
     dpoi_check *k = (dpoi_check *)self;
@@ -6858,8 +7146,9 @@ static int dpoi_check_run(void *self, const dpo_args *a)
     if (status == DPO_OK) status = dpoi_check_both(k, &mine, &other);
     for (int i = 0; i < made; i++) {
         dpo_view *from = dpoi_args_view(&mine, i), *to = dpoi_args_view(&other, i);
+        int       moves = a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR;
         int       written = a->backward ? i >= DPO_MAX_INPUTS && i < 2 * DPO_MAX_INPUTS
-                                        : i == 2 * DPO_MAX_INPUTS || i == 2 * DPO_MAX_INPUTS + 1 || a->op == DPO_OP_ADAMW;
+                                        : i == 2 * DPO_MAX_INPUTS || i == 2 * DPO_MAX_INPUTS + 1 || moves;
         if (!from->data || !to->data || to->data == from->data) continue;
         if (status == DPO_OK && written && !dpoi_check_compare(k, i, from, to)) status = DPO_DEVICE;
         k->oracle->release(k->oracle->self, to->data, dpoi_view_bytes(to));
@@ -6896,7 +7185,7 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
    ========================================================================================================== */
 
 /* Functions for an instruction set carry it as an attribute, so that a host needs no -march flag; which of them run is
-   chosen when the backend opens.  A further set (AMX, NEON) is one more value of dpoi_cpu.isa, one more target macro
+   chosen when the backend opens.  A further set (NEON) is one more value of dpoi_cpu.isa, one more target macro
    here, and one more row where dpoi_cpu_rows and the products choose theirs. */
 #if defined(_MSC_VER) && !defined(__clang__)
 #define DPOI_INLINE static __forceinline
@@ -6918,13 +7207,36 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #ifdef __GNUC__
 #define DPOI_AVX2   __attribute__((target("avx2,fma,f16c")))
 #define DPOI_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
+#define DPOI_ALIGNED __attribute__((aligned(64)))
 #else
 #include <intrin.h>
 #define DPOI_AVX2
 #define DPOI_AVX512
 #endif
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define DPOI_SIMD_AMX                     /* elsewhere nobody hands out the tiles, or the compiler has no names for them */
+#include <cpuid.h>
+#define DPOI_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
 #endif
 #endif
+#endif
+
+/* Whether there are tiles of BF16 and the system lets this process use them.  Bits of CPUID: leaf 7 EDX 22 AMX-BF16,
+   24 AMX-TILE; its subleaf 1 EAX 5 AVX512-BF16.  Linux gives the tiles' 8 KiB of state a thread only to those who ask:
+   arch_prctl (158 on x86-64) with ARCH_REQ_XCOMP_PERM and the state's number, 18. */
+static int dpoi_isa_amx(void)
+{
+#ifdef DPOI_SIMD_AMX
+    unsigned a, b, c, d, more;
+    long status;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
+    if (!__get_cpuid_count(7, 1, &more, &b, &c, &d) || !(more >> 5 & 1)) return 0;
+    __asm__ __volatile__("syscall" : "=a"(status) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return status == 0;
+#else
+    return 0;
+#endif
+}
 
 /* The best set that processor and system support: the system must save the wide registers too (XCR0).
    Bits of CPUID: leaf 1 ECX 12 FMA, 27 OSXSAVE, 29 F16C; leaf 7 EBX 5 AVX2, 16 AVX512F, 17 DQ, 30 BW,
@@ -6938,7 +7250,7 @@ static int dpoi_isa_best(void)
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return DPO_ISA_PLAIN;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return DPO_ISA_AVX2;
-    return DPO_ISA_AVX512;
+    return dpoi_isa_amx() ? DPO_ISA_AMX : DPO_ISA_AVX512;
 #else
     int r[4], fma, f16c;
     __cpuid(r, 1);
@@ -7059,10 +7371,13 @@ static void dpoi_pool_close(const dpoi_mem *mem, dpoi_pool *p)
 static dpoi_pool *dpoi_pool_open(const dpoi_mem *mem, int threads)
 {
     dpoi_pool *p = (dpoi_pool *)dpoi_alloc(mem, sizeof *p);
+    int locked;
     if (!p) return NULL;
     p->threads_size = (size_t)threads*sizeof *p->threads;
     p->threads = (dpoi_thread *)dpoi_alloc(mem, p->threads_size);
-    if (!p->threads || !dpoi_lock_open(&p->lock) || !dpoi_cond_open(&p->wake)) {
+    locked = p->threads && dpoi_lock_open(&p->lock);
+    if (!locked || !dpoi_cond_open(&p->wake)) {
+        if (locked) dpoi_lock_close(&p->lock);
         dpoi_free(mem, p->threads, p->threads_size);
         dpoi_free(mem, p, sizeof *p);
         return NULL;
@@ -7108,6 +7423,7 @@ typedef struct dpoi_rows {
 typedef struct dpoi_cpu {
     dpoi_mem        mem;
     int             isa, threads;         /* DPO_ISA_PLAIN ... */
+    int             products;             /* DPO_BF16: factors may be rounded */
     dpo_parallel_fn parallel;             /* the host's, or NULL: */
     void           *user;
     dpoi_pool      *pool;                 /* NULL: everything on the caller's thread */
@@ -7142,6 +7458,14 @@ static int64_t dpoi_stored(const dpo_view *v)
 
 /* Scratch is handed out of `work` in pieces of whole cache lines. */
 static size_t dpoi_lines(size_t bytes)                     { return (bytes + 63) & ~(size_t)63; }
+
+/* The next piece of work, whole cache lines; only counted in *at while there is no work yet. */
+static void *dpoi_carve(char *work, size_t *at, size_t bytes)
+{
+    void *piece = work ? work + *at : NULL;
+    *at += dpoi_lines(bytes);
+    return piece;
+}
 /* ==========================================================================================================
    >>impl rows                                                     loops over floats, one set an instruction set
    ========================================================================================================== */
@@ -8210,7 +8534,7 @@ static dpoi_rows dpoi_rows_avx512(void)
 static dpoi_rows dpoi_cpu_rows(int isa)
 {
 #ifdef DPOI_SIMD_X86
-    if (isa == DPO_ISA_AVX512) return dpoi_rows_avx512();
+    if (isa >= DPO_ISA_AVX512) return dpoi_rows_avx512();
     if (isa == DPO_ISA_AVX2)   return dpoi_rows_avx2();
 #endif
     (void)isa;
@@ -8380,10 +8704,28 @@ static int dpoi_cpu_copy_backward(dpoi_cpu *cpu, const dpo_args *a)
                      dpoi_a_adds(a, 0));
 }
 
+/* The same of narrow numbers, a piece of a row at a time, so that F32 never leaves the first-level cache. */
+static void dpoi_geglu_narrow(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpo_view *x = &j->a->in[0], *y = &j->a->out;
+    int64_t D = dpoi_channels(y);
+    float tmp[2][1024];
+    for (int64_t r = from; r < to; r++)
+        for (int64_t i = 0; i < D; i += 1024) {
+            int64_t n = dpoi_least(1024, D - i);
+            const uint16_t *a = (const uint16_t *)x->data + r*2*D + i;
+            j->cpu->rows.widen(x->dtype, n, a, tmp[0]);
+            j->cpu->rows.widen(x->dtype, n, a + D, tmp[1]);
+            j->cpu->rows.map(DPOI_MAP_GEGLU, n, tmp[0], tmp[1], NULL, NULL, tmp[0], 0);
+            j->cpu->rows.narrow(y->dtype, n, tmp[0], (uint16_t *)y->data + r*D + i);
+        }
+}
+
 /* x [R,2D] = (a,b) -> y [R,D] = a gelu(b);   da = dy gelu(b),   db = dy a gelu'(b) */
 static void dpoi_geglu_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t D = dpoi_channels(&j->a->out);
+    if (j->a->out.dtype != DPO_F32) { dpoi_geglu_narrow(j, from, to);  return; }
     for (int64_t r = from; r < to; r++) {
         const float *x = dpoi_a_in(j->a, 0) + r*2*D;
         j->cpu->rows.map(DPOI_MAP_GEGLU, D, x, x + D, NULL, NULL, dpoi_a_out(j->a) + r*D, 0);
@@ -8780,14 +9122,23 @@ static int dpoi_cpu_mix_backward(dpoi_cpu *cpu, const dpo_args *a)
 
 /* ------------------------------------------------------------------------------------------ moving values */
 
+/* Forward moves numbers of any type as they are: number i of a view, and how many bytes one has. */
+static size_t dpoi_move_size(const dpo_args *a) { return dpoi_dtype_size(a->out.dtype); }
+static char  *dpoi_move_at(const dpo_args *a, const dpo_view *v, int64_t i)
+{
+    return (char *)v->data + (size_t)i*dpoi_move_size(a);
+}
+
 /* a [A,n,B], b [A,m,B] -> y [A,n+m,B]
    Joining along the last axis (skips of the UNet) has B = 1 and a row a pixel. */
 static void dpoi_concat_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t n = j->a->in[0].shape[1]*j->a->in[0].shape[2], m = j->a->in[1].shape[1]*j->a->in[1].shape[2];
     for (int64_t r = from; r < to; r++) {
-        memcpy(dpoi_a_out(j->a) + r*(n + m), dpoi_a_in(j->a, 0) + r*n, (size_t)n*sizeof(float));
-        memcpy(dpoi_a_out(j->a) + r*(n + m) + n, dpoi_a_in(j->a, 1) + r*m, (size_t)m*sizeof(float));
+        char *y = dpoi_move_at(j->a, &j->a->out, r*(n + m));
+        memcpy(y, dpoi_move_at(j->a, &j->a->in[0], r*n), (size_t)n*dpoi_move_size(j->a));
+        y += (size_t)n*dpoi_move_size(j->a);
+        memcpy(y, dpoi_move_at(j->a, &j->a->in[1], r*m), (size_t)m*dpoi_move_size(j->a));
     }
 }
 static int dpoi_cpu_concat(dpoi_cpu *cpu, const dpo_args *a)
@@ -8819,7 +9170,8 @@ static void dpoi_slice_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t B = j->a->in[0].shape[2], n = j->a->in[0].shape[1]*B, m = j->a->out.shape[1]*B;
     for (int64_t r = from; r < to; r++)
-        memcpy(dpoi_a_out(j->a) + r*m, dpoi_a_in(j->a, 0) + r*n + j->a->p.slice.from*B, (size_t)m*sizeof(float));
+        memcpy(dpoi_move_at(j->a, &j->a->out, r*m), dpoi_move_at(j->a, &j->a->in[0], r*n + j->a->p.slice.from*B),
+               (size_t)m*dpoi_move_size(j->a));
 }
 static int dpoi_cpu_slice(dpoi_cpu *cpu, const dpo_args *a)
 {
@@ -8850,10 +9202,11 @@ static void dpoi_upsample_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     const int64_t *xs = j->a->in[0].shape, *ys = j->a->out.shape;
     int64_t H = xs[1], W = xs[2], C = xs[3], Y = ys[1], X = ys[2];
+    size_t size = (size_t)C*dpoi_move_size(j->a);
     for (int64_t u = from; u < to; u++) {
-        const float *x = dpoi_a_in(j->a, 0) + (u/Y*H + u % Y*H/Y)*W*C;
-        float *y = dpoi_a_out(j->a) + u*X*C;
-        for (int64_t k = 0; k < X; k++) memcpy(y + k*C, x + k*W/X*C, (size_t)C*sizeof *y);
+        const char *x = dpoi_move_at(j->a, &j->a->in[0], (u/Y*H + u % Y*H/Y)*W*C);
+        char *y = dpoi_move_at(j->a, &j->a->out, u*X*C);
+        for (int64_t k = 0; k < X; k++, y += size) memcpy(y, x + (size_t)(k*W/X)*size, size);
     }
 }
 static int dpoi_cpu_upsample(dpoi_cpu *cpu, const dpo_args *a)
@@ -8960,10 +9313,10 @@ typedef struct dpoi_group_norm {
 static size_t dpoi_group_norm_layout(dpoi_group_norm *g, char *work)
 {
     size_t sums = (size_t)(g->N*g->chunks*2*g->C), at = 0;
-    g->partial = (double *)(void *)work;            at += dpoi_lines(sums*sizeof(double));
-    g->total = (double *)(void *)(work + at);       at += dpoi_lines((size_t)(g->N*2*g->C)*sizeof(double));
-    g->table = (float *)(void *)(work + at);        at += dpoi_lines((size_t)(g->N*DPOI_NORM_ROWS*g->C)*sizeof(float));
-    g->scratch = (float *)(void *)(work + at);      at += dpoi_lines(sums*sizeof(float));
+    g->partial = (double *)dpoi_carve(work, &at, sums*sizeof(double));
+    g->total = (double *)dpoi_carve(work, &at, (size_t)(g->N*2*g->C)*sizeof(double));
+    g->table = (float *)dpoi_carve(work, &at, (size_t)(g->N*DPOI_NORM_ROWS*g->C)*sizeof(float));
+    g->scratch = (float *)dpoi_carve(work, &at, sums*sizeof(float));
     return at;
 }
 
@@ -9003,11 +9356,9 @@ static void dpoi_flush(int64_t n, const float *from, double *to)
 /* Of a chunk [count,C], for every channel: the sum, then the sum of squares about the chunk's own mean.  The second
    reading finds the chunk in the cache.
    Flushing every 64 rows keeps the error of a float sum near that of 64 additions, whatever P is. */
-static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u = (n, chunk) */
+static void dpoi_group_norm_stats_of(const dpoi_group_norm *g, int64_t u, int64_t count, const float *x)
 {
-    const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
-    int64_t C = g->C, first = u % g->chunks*g->step, count = dpoi_least(g->step, g->P - first);
-    const float *x = g->x + (u/g->chunks*g->P + first)*C;
+    int64_t C = g->C;
     double *sum = g->partial + u*2*C, *square = sum + C;
     float *centre = g->scratch + u*2*C, *part = centre + C;
     memset(sum, 0, (size_t)(2*C)*sizeof *sum);
@@ -9020,6 +9371,33 @@ static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u
         g->rows->columns(dpoi_least(DPOI_FLUSH, count - i), C, x + i*C, centre, part);
         dpoi_flush(C, part, square);
     }
+}
+
+/* Chunk u = (n, chunk) of x: where it starts in numbers; *count rows. */
+static int64_t dpoi_group_norm_at(const dpoi_group_norm *g, int64_t u, int64_t *count)
+{
+    int64_t first = u % g->chunks*g->step;
+    *count = dpoi_least(g->step, g->P - first);
+    return (u/g->chunks*g->P + first)*g->C;
+}
+
+/* A chunk of narrow numbers is widened on the stack, 64 KiB at most: for its statistics, or for y. */
+static void dpoi_group_norm_narrow(const dpoi_group_norm *g, int64_t u, int apply)
+{
+    float tmp[DPOI_PIECE];
+    int64_t count, at = dpoi_group_norm_at(g, u, &count);
+    g->rows->widen(g->a->in[0].dtype, count*g->C, (const uint16_t *)g->a->in[0].data + at, tmp);
+    if (!apply) { dpoi_group_norm_stats_of(g, u, count, tmp);  return; }
+    g->rows->norm(count, g->C, tmp, g->table + u/g->chunks*DPOI_NORM_ROWS*g->C, g->silu, tmp);
+    g->rows->narrow(g->a->out.dtype, count*g->C, tmp, (uint16_t *)g->a->out.data + at);
+}
+
+static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u = (n, chunk) */
+{
+    const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
+    int64_t count, at = dpoi_group_norm_at(g, u, &count);
+    if (g->a->in[0].dtype != DPO_F32) dpoi_group_norm_narrow(g, u, 0);
+    else dpoi_group_norm_stats_of(g, u, count, g->x + at);
 }
 
 /* What the loops want to know of the channels of one group, see DPOI_NORM_MEAN.
@@ -9064,9 +9442,9 @@ static void dpoi_group_norm_fold(void *arg, int64_t u)                      /* u
 static void dpoi_group_norm_apply(void *arg, int64_t u)                     /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
-    int64_t n = u/g->chunks, first = u % g->chunks*g->step, at = (n*g->P + first)*g->C;
-    g->rows->norm(dpoi_least(g->step, g->P - first), g->C, g->x + at, g->table + n*DPOI_NORM_ROWS*g->C, g->silu,
-                  g->y + at);
+    int64_t count, at = dpoi_group_norm_at(g, u, &count);
+    if (g->a->in[0].dtype != DPO_F32) dpoi_group_norm_narrow(g, u, 1);
+    else g->rows->norm(count, g->C, g->x + at, g->table + u/g->chunks*DPOI_NORM_ROWS*g->C, g->silu, g->y + at);
 }
 
 /* dz = dy act'(z), h = (x - mean) rs: sums of dz and dz h for every channel.
@@ -9202,18 +9580,18 @@ static size_t dpoi_layer_norm_of(const dpo_args *a, dpoi_layer_norm *g, char *wo
 {
     const dpo_view *x = &a->in[0];
     size_t at = 0;
-    float *one = (float *)(void *)work;
+    float *one;
     memset(g, 0, sizeof *g);
     g->C = dpoi_channels(x);  g->R = g->C ? dpoi_stored(x)/g->C : 0;
     g->step = g->C < DPOI_PIECE ? DPOI_PIECE/(g->C > 0 ? g->C : 1) : 1;
     g->chunks = dpoi_pieces(g->R, g->step);
-    at += dpoi_lines((size_t)(2*g->C)*sizeof(float));
+    one = (float *)dpoi_carve(work, &at, (size_t)(2*g->C)*sizeof(float));
     for (int64_t c = 0; c < g->C && work; c++) { one[c] = 1;  one[g->C + c] = 0; }
     g->gamma = a->in[1].data ? dpoi_a_in(a, 1) : one;
     g->beta = a->in[2].data ? dpoi_a_in(a, 2) : work ? one + g->C : NULL;
     if (!a->backward || (!a->din[1].data && !a->din[2].data)) return at;
-    g->partial = (double *)(void *)(work + at);    at += dpoi_lines((size_t)(g->chunks*2*g->C)*sizeof(double));
-    g->scratch = (float *)(void *)(work + at);     at += dpoi_lines((size_t)(g->chunks*2*g->C)*sizeof(float));
+    g->partial = (double *)dpoi_carve(work, &at, (size_t)(g->chunks*2*g->C)*sizeof(double));
+    g->scratch = (float *)dpoi_carve(work, &at, (size_t)(g->chunks*2*g->C)*sizeof(float));
     return at;
 }
 
@@ -9225,17 +9603,24 @@ static size_t dpoi_cpu_layer_norm_workspace(const dpoi_cpu *cpu, const dpo_args 
     return dpoi_layer_norm_of(a, &g, NULL);
 }
 
+/* Rows of narrow numbers up to this length are widened one by one; longer ones with the whole tensor. */
+enum { DPOI_NARROW_ROW = 4096 };
+
 /* A row is short enough to be read three times: mean, squares about it, result. */
 static void dpoi_layer_norm_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_layer_norm *g = (const dpoi_layer_norm *)j->more;
     const dpoi_rows *rows = &j->cpu->rows;
-    float *stat = (float *)j->a->stat.data, s[2];
+    const dpo_view *in = &j->a->in[0], *out = &j->a->out;
+    float *stat = (float *)j->a->stat.data, s[2], tmp[DPOI_NARROW_ROW];
+    int narrow = out->dtype != DPO_F32;
     for (int64_t r = from; r < to; r++) {
-        const float *x = dpoi_a_in(j->a, 0) + r*g->C;
+        const float *x = narrow ? tmp : dpoi_a_in(j->a, 0) + r*g->C;
+        if (narrow) rows->widen(in->dtype, g->C, (const uint16_t *)in->data + r*g->C, tmp);
         s[0] = (float)(rows->sum(DPO_NONE, g->C, x, NULL, NULL, NULL)/(double)g->C);
         s[1] = (float)(1/sqrt(rows->sum(DPOI_MAP_SQUARE, g->C, x, NULL, NULL, s)/(double)g->C + j->a->p.norm.eps));
-        rows->map(DPOI_MAP_NORM, g->C, x, g->gamma, g->beta, s, dpoi_a_out(j->a) + r*g->C, 0);
+        rows->map(DPOI_MAP_NORM, g->C, x, g->gamma, g->beta, s, narrow ? tmp : dpoi_a_out(j->a) + r*g->C, 0);
+        if (narrow) rows->narrow(out->dtype, g->C, tmp, (uint16_t *)out->data + r*g->C);
         if (stat) { stat[r*2] = s[0];  stat[r*2 + 1] = s[1]; }
     }
 }
@@ -9270,8 +9655,8 @@ static void dpoi_layer_norm_rows_backward(const dpoi_job *j, int64_t from, int64
     const dpoi_layer_norm *g = (const dpoi_layer_norm *)j->more;
     const float *stat = (const float *)j->a->stat.data;
     int64_t C = g->C, chunk = from/g->step;
-    double *sum = g->partial + chunk*2*C;
-    float *part = g->scratch + chunk*2*C;
+    double *sum = g->partial ? g->partial + chunk*2*C : NULL;
+    float *part = g->partial ? g->scratch + chunk*2*C : NULL;
     if (g->partial) memset(sum, 0, (size_t)(2*C)*sizeof *sum);
     for (int64_t r = from; r < to; r++) {
         const float *x = dpoi_a_in(j->a, 0) + r*C, *dy = dpoi_a_dout(j->a) + r*C;
@@ -9289,6 +9674,7 @@ static int dpoi_cpu_layer_norm_backward(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_layer_norm g;
     dpoi_layer_norm_of(a, &g, (char *)a->work);
     dpoi_cut(cpu, a, g.R, g.C, &g, dpoi_layer_norm_rows_backward);          /* cuts by g.step, too */
+    if (!g.partial) return DPO_OK;        /* neither gamma nor beta wants its gradient */
     dpoi_norm_param(dpoi_a_din(a, 1), dpoi_a_adds(a, 1), g.C, g.chunks, g.partial, 2*g.C);
     dpoi_norm_param(dpoi_a_din(a, 2), dpoi_a_adds(a, 2), g.C, g.chunks, g.partial + g.C, 2*g.C);
     return DPO_OK;
@@ -9453,6 +9839,176 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
     if (record[DPO_REC_FACTOR] != 0) dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, &w, dpoi_adamw_piece);
     return DPO_OK;
 }
+
+/* --------------------------------------------------------------------------------------- Adafactor
+
+   arXiv 1804.04235, algorithm 4 with a given step size; the formula stands in >>impl optim.  A weight is walked by
+   panels of P output channels (P = 1: dense rows), as lines k = (y*kw + x)*I + i of P numbers.  Its factors:
+     whole    col as the weight: every square for itself
+     matrix   row [O] means over i, col [I] means over o
+     kernel   row [O,kh,1,I] means over x, col [O,1,kw,I] means over y, in the weight's panels */
+enum { DPOI_WHOLE, DPOI_MATRIX, DPOI_KERNEL };
+enum { DPOI_WIDEST = 64 };                /* no panel has more channels */
+
+typedef struct dpoi_adafactor {
+    const float *g;
+    float   *row, *col, *w;
+    int      kind;                        /* DPOI_WHOLE ... */
+    int64_t  O, kh, kw, I, K, P;          /* K = kh*kw*I */
+    float    factor, share, eps;          /* of the gradient; of the new squares; added to them */
+    float    mean;                        /* of row, in a matrix */
+    float    keep, rate;                  /* w <- keep w - rate u */
+    double  *sum;                         /* of u^2, by panel */
+} dpoi_adafactor;
+
+/* The call as above; what comes out of the first passes is still 0. */
+static dpoi_adafactor dpoi_adafactor_of(const dpo_args *a)
+{
+    const dpo_view *w = &a->out;
+    dpoi_adafactor  f;
+    memset(&f, 0, sizeof f);
+    f.g = dpoi_a_in(a, 0);
+    f.row = (float *)a->in[1].data;
+    f.col = (float *)a->in[2].data;
+    f.w = dpoi_a_out(a);
+    f.kind = !f.row ? DPOI_WHOLE : a->in[1].rank == 1 ? DPOI_MATRIX : DPOI_KERNEL;
+    f.O = w->rank > 1 ? w->shape[0] : 1;  /* a vector is one row */
+    f.K = w->shape[0]*w->shape[1]*w->shape[2]*w->shape[3]/f.O;
+    f.kh = f.kw = 1;
+    if (f.kind == DPOI_KERNEL) { f.kh = w->shape[1];  f.kw = w->shape[2]; }
+    f.I = f.K/(f.kh*f.kw);
+    f.P = w->panel ? w->panel : 1;
+    f.eps = a->p.adafactor.eps;
+    f.sum = (double *)a->work;
+    return f;
+}
+
+/* How many channels panel p has. */
+static int64_t dpoi_adafactor_lanes(const dpoi_adafactor *f, int64_t p) { return dpoi_least(f->P, f->O - p*f->P); }
+
+/* y <- (1 - share) y + share (mean + eps) */
+static void dpoi_adafactor_blend(const dpoi_adafactor *f, float *y, double mean)
+{
+    *y = (1 - f->share) * *y + f->share*((float)mean + f->eps);
+}
+
+/* Line `at` of rows of panel p or of columns: the mean of g^2 over n lines that lie `step` apart. */
+static void dpoi_adafactor_mean(const dpoi_adafactor *f, int64_t p, int64_t first, int64_t n, int64_t step, float *y)
+{
+    double sum[DPOI_WIDEST] = { 0 };
+    int64_t lanes = dpoi_adafactor_lanes(f, p);
+    for (int64_t k = 0; k < n; k++)
+        for (int64_t l = 0; l < lanes; l++) {
+            double d = (double)f->factor*f->g[(p*f->K + first + k*step)*f->P + l];
+            sum[l] += d*d;
+        }
+    for (int64_t l = 0; l < lanes; l++) dpoi_adafactor_blend(f, y + l, sum[l]/(double)n);
+}
+
+/* The factors of panels from..to-1; of a matrix the rows alone. */
+static void dpoi_adafactor_rows(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpoi_adafactor *f = (const dpoi_adafactor *)j->more;
+    for (int64_t p = from; p < to; p++) {
+        if (f->kind == DPOI_MATRIX) dpoi_adafactor_mean(f, p, 0, f->I, 1, f->row + p*f->P);
+        if (f->kind == DPOI_WHOLE)
+            for (int64_t k = 0; k < f->K; k++) dpoi_adafactor_mean(f, p, k, 1, 1, f->col + (p*f->K + k)*f->P);
+        for (int64_t i = 0; i < f->I && f->kind == DPOI_KERNEL; i++) {
+            for (int64_t y = 0; y < f->kh; y++)
+                dpoi_adafactor_mean(f, p, y*f->kw*f->I + i, f->kw, f->I, f->row + ((p*f->kh + y)*f->I + i)*f->P);
+            for (int64_t x = 0; x < f->kw; x++)
+                dpoi_adafactor_mean(f, p, x*f->I + i, f->kh, f->kw*f->I, f->col + ((p*f->kw + x)*f->I + i)*f->P);
+        }
+    }
+}
+
+/* Columns of a matrix: a unit is DPOI_TILE of them, summed over all rows in order. */
+static void dpoi_adafactor_columns(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpoi_adafactor *f = (const dpoi_adafactor *)j->more;
+    int64_t panels = dpoi_pieces(f->O, f->P);
+    for (int64_t u = from; u < to; u++) {
+        double sum[DPOI_TILE] = { 0 };
+        int64_t first = u*DPOI_TILE, n = dpoi_least(DPOI_TILE, f->I - first);
+        for (int64_t p = 0; p < panels; p++)
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t l = 0; l < dpoi_adafactor_lanes(f, p); l++) {
+                    double d = (double)f->factor*f->g[(p*f->K + first + i)*f->P + l];
+                    sum[i] += d*d;
+                }
+        for (int64_t i = 0; i < n; i++) dpoi_adafactor_blend(f, f->col + first + i, sum[i]/(double)f->O);
+    }
+}
+
+/* u [P] of line k of panel p: the gradient over the root of what the factors say of its square. */
+static void dpoi_adafactor_line(const dpoi_adafactor *f, int64_t p, int64_t k, float *u)
+{
+    int64_t lanes = dpoi_adafactor_lanes(f, p), at = (p*f->K + k)*f->P;
+    int64_t i = k % f->I, x = k/f->I % f->kw, y = k/f->I/f->kw;
+    const float *row = f->row, *col = f->col;
+    if (f->kind == DPOI_WHOLE)  col += at;
+    if (f->kind == DPOI_MATRIX) { row += p*f->P;  col += i; }
+    if (f->kind == DPOI_KERNEL) { row += ((p*f->kh + y)*f->I + i)*f->P;  col += ((p*f->kw + x)*f->I + i)*f->P; }
+    for (int64_t l = 0; l < lanes; l++) {
+        float r = 1, mean = f->mean;
+        if (f->kind == DPOI_KERNEL) {     /* of this kernel's rows */
+            mean = 0;
+            for (int64_t v = 0; v < f->kh; v++) mean += f->row[((p*f->kh + v)*f->I + i)*f->P + l];
+            mean /= (float)f->kh;
+        }
+        if (f->kind != DPOI_WHOLE) r = 1/sqrtf(row[l]/mean);
+        u[l] = r/sqrtf(col[f->kind == DPOI_MATRIX ? 0 : l])*(f->factor*f->g[at + l]);
+    }
+}
+
+/* Sums of u^2, and with a rate the step itself. */
+static void dpoi_adafactor_panels(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpoi_adafactor *f = (const dpoi_adafactor *)j->more;
+    for (int64_t p = from; p < to; p++) {
+        int64_t lanes = dpoi_adafactor_lanes(f, p);
+        double sum = 0;
+        for (int64_t k = 0; k < f->K; k++) {
+            float u[DPOI_WIDEST], *w = f->w + (p*f->K + k)*f->P;
+            dpoi_adafactor_line(f, p, k, u);
+            if (f->rate == 0) for (int64_t l = 0; l < lanes; l++) sum += (double)u[l]*u[l];
+            else for (int64_t l = 0; l < lanes; l++) w[l] = f->keep*w[l] - f->rate*u[l];
+        }
+        f->sum[p] = sum;
+    }
+}
+
+/* Factors, then the norm of u, then the step; a skipped one leaves all as it is. */
+static int dpoi_cpu_adafactor(dpoi_cpu *cpu, const dpo_args *a)
+{
+    const float *record = dpoi_a_in(a, 3);
+    dpoi_adafactor f = dpoi_adafactor_of(a);
+    int64_t panels = dpoi_pieces(f.O, f.P);
+    double sum = 0, rms, lr = record[DPO_REC_LR];
+    f.factor = record[DPO_REC_FACTOR];
+    f.share = record[DPO_REC_BIAS2];
+    if (f.factor == 0 || f.P > DPOI_WIDEST) return f.factor == 0 ? DPO_OK : DPO_UNSUPPORTED;
+    dpoi_cut(cpu, a, panels, f.K*f.P, &f, dpoi_adafactor_rows);
+    if (f.kind == DPOI_MATRIX) {
+        dpoi_cut(cpu, a, dpoi_pieces(f.I, DPOI_TILE), f.O*DPOI_TILE, &f, dpoi_adafactor_columns);
+        for (int64_t o = 0; o < f.O; o++) sum += f.row[o];
+        f.mean = (float)(sum/(double)f.O);
+    }
+    dpoi_cut(cpu, a, panels, f.K*f.P, &f, dpoi_adafactor_panels);
+    sum = 0;
+    for (int64_t p = 0; p < panels; p++) sum += f.sum[p];
+    rms = sqrt(sum/(double)(f.O*f.K))/a->p.adafactor.clip;
+    f.keep = (float)(1 - lr*a->p.adafactor.weight_decay);
+    f.rate = (float)(lr/(rms > 1 ? rms : 1));
+    if (f.rate != 0) dpoi_cut(cpu, a, panels, f.K*f.P, &f, dpoi_adafactor_panels);
+    return DPO_OK;
+}
+static size_t dpoi_cpu_adafactor_workspace(const dpoi_cpu *cpu, const dpo_args *a)
+{
+    dpoi_adafactor f = dpoi_adafactor_of(a);
+    (void)cpu;
+    return (size_t)dpoi_pieces(f.O, f.P)*sizeof(double);
+}
 /* ==========================================================================================================
    >>impl products                                                  convolution and linear layers on the CPU
    ==========================================================================================================
@@ -9465,7 +10021,8 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
    A linear layer is the same with a 1x1 kernel.  Weights lie in panels of 16 output channels, [ceil(O/16)][K][16]. */
 
 /* The sizes and the operands of one call, the same for forward and backward.
-   All pointers are F32; a NULL operand is left out.  With panels, w holds [ceil(O/16)][K][16], and
+   All pointers are F32 but those that have a type of their own, which only AMX reads as they lie; a NULL operand is
+   left out.  With panels, w holds [ceil(O/16)][K][16], and
    down the same with r for O. */
 typedef struct dpoi_conv {
     int64_t N, H, W, I, Y, X, O, r;       /* x [N,H,W,I] -> y [N,Y,X,O]; r: rank of the adapter, 0 without one */
@@ -9477,11 +10034,20 @@ typedef struct dpoi_conv {
     const float *dy, *u;                  /* u [M,r]: forward's x*down, as kept for backward */
     float  *y, *work;
     const float *zero;                    /* as many zeros as the longest run of a pixel row */
+    int     amx;                          /* products round their factors to BF16 */
+    int     x_type, w_type, residual_type, y_type;         /* DPO_F32, or with amx DPO_BF16 */
     const dpo_args *a;
 } dpoi_conv;
 
+/* Whether factors are rounded: where the host allows it, and where one of them is BF16 already. */
+static int dpoi_conv_rounds(const dpoi_cpu *cpu, const dpo_args *a)
+{
+    return cpu->isa >= DPO_ISA_AMX &&
+           (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
+}
+
 /* dy has the result's shape; a weight of rank 2 is a 1x1 kernel. */
-static dpoi_conv dpoi_conv_of(const dpo_args *a)
+static dpoi_conv dpoi_conv_of(const dpoi_cpu *cpu, const dpo_args *a)
 {
     const dpo_view *x = &a->in[0], *w = &a->in[1], *y = a->backward ? &a->dout : &a->out;
     dpoi_conv g;
@@ -9501,6 +10067,9 @@ static dpoi_conv dpoi_conv_of(const dpo_args *a)
     g.strength = (const float *)a->in[7].data;
     g.dy = (const float *)a->dout.data;  g.u = (const float *)a->stat.data;
     g.y  = (float *)a->out.data;         g.work = (float *)a->work;
+    g.amx = dpoi_conv_rounds(cpu, a);
+    g.x_type = x->dtype;  g.w_type = w->dtype;  g.residual_type = a->in[4].dtype;
+    g.y_type = a->backward ? DPO_F32 : y->dtype;
     g.a  = a;
     return g;
 }
@@ -9909,8 +10478,8 @@ static void dpoi_transpose(int64_t rows, int64_t columns, const float *x, int64_
         for (int64_t c = r < r8 ? c8 : 0; c < columns; c++) y[c*y_step + r] = x[r*x_step + c];
 }
 
-/* Rows that an instruction set holds in registers.  NEON would have 6 (by one panel, as AVX2), AMX 32 of BF16. */
-static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa == DPO_ISA_AVX512 ? 8 : 6; }
+/* Rows that an instruction set holds in registers.  NEON would have 6 (by one panel, as AVX2). */
+static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? 8 : 6; }
 
 /* Panels go into groups of at most 3, of even sizes; group g is panels first..end-1.
    Even sizes: 4 panels are 2 + 2, not 3 + 1, for a tile of one panel uses the registers badly. */
@@ -9920,7 +10489,7 @@ static int64_t dpoi_tile_groups(int64_t O) { return dpoi_pieces(dpoi_pieces(O, D
 static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int panels)
 {
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa == DPO_ISA_AVX512) dpoi_tile_run_avx512(t, panels);
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_tile_run_avx512(t, panels);
     else                            dpoi_tile_run_avx2(t, panels);
 #else
     (void)cpu;  (void)t;  (void)panels;
@@ -9968,6 +10537,8 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
    H, W: of x; stride, top, left as in dpo_params.conv; K = kh*kw*I. */
 typedef struct dpoi_source {
     const float *x, *w;                   /* [N,H,W,I], panels [K][16] */
+    int     x_type, w_type;               /* DPO_F32, or for AMX DPO_BF16 */
+    const uint16_t *pairs;                /* for AMX: w in BF16, see >>impl amx; NULL: still to be made */
     int64_t H, W, I, kh, kw, stride, top, left, K;
 } dpoi_source;
 
@@ -9981,6 +10552,9 @@ typedef struct dpoi_cpu_product {
     int64_t N, Y, X, O, at_n, at_y, at_x;
     float  *y;
     const float *bias, *vec, *add, *zero; /* add: laid out as y, or y itself; zero: as many zeros as the longest run */
+    float  *room;                         /* for AMX: where pairs of weights are made, */
+    int     y_type, add_type;             /* other types than F32, */
+    float  *sums;                         /* and y in F32 until its last chunk, if it is BF16 */
     int64_t M, panels, groups, block, blocks, span;        /* how the work is cut, see dpoi_product_run */
 } dpoi_cpu_product;
 
@@ -10153,6 +10727,8 @@ static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const
     p.y = y;  p.zero = g->zero;
     s->x = x;  s->w = w;  s->H = g->H;  s->W = g->W;  s->I = g->I;  s->kh = g->kh;  s->kw = g->kw;
     s->stride = g->stride;  s->top = g->top;  s->left = g->left;  s->K = g->K;
+    s->x_type = x == g->x ? g->x_type : DPO_F32;
+    s->w_type = w == g->w ? g->w_type : DPO_F32;
     return p;
 }
 
@@ -10227,7 +10803,7 @@ static float *dpoi_outer_pack_row(const dpoi_outer *p, const float *x, int64_t v
     int64_t begin = dpoi_least(to, dpoi_most(from, 0)), end = dpoi_most(begin, dpoi_least(to, p->W));
     int64_t size = (to - from)*DPOI_TILE_ROWS;
     if (!x || begin > from || end < to || valid < DPOI_TILE_ROWS) memset(y, 0, (size_t)size*sizeof(float));
-    if (!x) return y + size;
+    if (!x || begin >= end) return y + size;
     x += begin*p->I;
     for (float *at = y + (begin - from)*DPOI_TILE_ROWS; begin < end; begin++, x += p->I, at += DPOI_TILE_ROWS)
         if (valid == DPOI_TILE_ROWS) memcpy(at, x, DPOI_TILE_ROWS*sizeof(float));
@@ -10419,6 +10995,7 @@ static dpoi_axis dpoi_axis_of(int64_t a, int64_t pad, int64_t kernel, int64_t st
 /* The scratch holds one class at a time. */
 typedef struct dpoi_flip {
     const float *w;                       /* panels of [O,kh,kw,I] */
+    int     w_type;                       /* DPO_F32, or for AMX DPO_BF16 */
     float  *to;
     int64_t O, I, kw, K, stride;
     dpoi_axis y, x;
@@ -10440,6 +11017,687 @@ static void dpoi_flip_task(void *arg, int64_t task)
         dpoi_transpose(ni, no, w, DPOI_PANEL, to, DPOI_PANEL);
     }
 }
+/* ==========================================================================================================
+   >>impl amx                                                              products of BF16 numbers in tiles
+   ==========================================================================================================
+
+   The products of >>impl products with their factors rounded to BF16 and all sums in F32: what TDPBF16PS does with
+   tiles of 16 rows of 64 bytes,
+
+     c[i][j] += sum_{k < 16} a[i][2k] b[k][j][0] + a[i][2k+1] b[k][j][1]      a [16][32]  b [16][16][2]  c [16][16]
+
+   so that b holds its numbers in pairs of k.  A product takes 32 pixels by two panels at a time, in four tiles of
+   sums: pixels are rounded into a buffer of the job, [k/32][2][16][32], once for all panels of the job, and weights
+   into pairs, [ceil(O/16)][k/2][16][2], once a call.  Sums run along k in one order: what a pixel gets does not depend
+   on its neighbours, on the batch, or on the threads. */
+
+#ifdef DPOI_SIMD_AMX
+
+enum {
+    DPOI_TILE_K    = 32,                  /* values of k in one tile */
+    DPOI_TILE_SIZE = 512,                 /* numbers in a tile of BF16 */
+    DPOI_AMX_ROWS  = 32,                  /* pixels of one block: two tiles */
+    DPOI_AMX_WIDE  = 32,                  /* channels of one block: two panels */
+    DPOI_AMX_STEPS = 20,                  /* tiles of k between two visits to y: 40 KiB of pixels */
+    DPOI_AMX_EXTRA = 2,                   /* and of the second source, if it shares the last chunk */
+    DPOI_AMX_SPAN  = 40,                  /* panels of a job: 800 KiB of weights a chunk stay in its cache */
+    DPOI_AMX_JOB   = 40000000             /* multiplications and additions that are worth a job */
+};
+
+/* Palette 1, all eight tiles 16 rows of 64 bytes.  Rows and columns that a block does not have are zeros. */
+static const uint8_t dpoi_amx_config[64] = {
+    1, 0,  0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,  0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    16, 16, 16, 16, 16, 16, 16, 16,  0, 0, 0, 0, 0, 0, 0, 0
+};
+
+/* The compiler does not know that tile loads read memory: what was written must be there before them. */
+#define DPOI_AMX_READY() __asm__ __volatile__("" ::: "memory")
+
+DPOI_AMX static void dpoi_amx_begin(void)
+{
+    DPOI_AMX_READY();
+    _tile_loadconfig(dpoi_amx_config);
+}
+/* Tiles that are in use would be saved at every switch of threads. */
+DPOI_AMX static void dpoi_amx_end(void) { _tile_release(); }
+
+/* Values of k in whole tiles. */
+static int64_t dpoi_amx_padded(int64_t K) { return dpoi_pieces(K, DPOI_TILE_K)*DPOI_TILE_K; }
+
+/* Floats that the pairs of weights [O,K] take. */
+static int64_t dpoi_amx_room(int64_t O, int64_t K)
+{
+    return dpoi_pieces(O, DPOI_PANEL)*dpoi_amx_padded(K)*DPOI_PANEL/2;
+}
+
+/* ------------------------------------------------------------------------------------------- tiles of sums
+
+   Tiles 0 to 3 are c[row tile][panel], 4 and 5 the two of a, 6 and 7 the two of b. */
+
+/* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; b's rows are b_row
+   bytes apart.  a[1] or b[1] may be NULL. */
+typedef struct dpoi_amx_strip {
+    const uint16_t *a[2], *b[2];
+    int64_t a_step, b_step, b_row, steps;
+} dpoi_amx_strip;
+
+/* `two` and `wide` are constants where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two, const int wide)
+{
+    const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1];
+    for (int64_t k = 0; k < s->steps; k++) {
+        _tile_loadd(6, b0, s->b_row);
+        _tile_loadd(4, a0, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (wide) { _tile_loadd(7, b1, s->b_row);  _tile_dpbf16ps(1, 4, 7); }
+        if (two)  { _tile_loadd(5, a1, 64);        _tile_dpbf16ps(2, 5, 6); }
+        if (two && wide) _tile_dpbf16ps(3, 5, 7);
+        a0 += s->a_step;  b0 += s->b_step;
+        if (two)  a1 += s->a_step;
+        if (wide) b1 += s->b_step;
+    }
+}
+
+DPOI_AMX static void dpoi_amx_run(const dpoi_amx_strip *s)
+{
+    if (s->a[1] && s->b[1]) dpoi_amx_steps(s, 1, 1);
+    else if (s->a[1])       dpoi_amx_steps(s, 1, 0);
+    else if (s->b[1])       dpoi_amx_steps(s, 0, 1);
+    else                    dpoi_amx_steps(s, 0, 0);
+}
+
+DPOI_AMX static void dpoi_amx_zero(void)
+{
+    _tile_zero(0);  _tile_zero(1);  _tile_zero(2);  _tile_zero(3);
+}
+
+/* ------------------------------------------------------------------------------------------- rounding
+
+   Nearest even, as everywhere; numbers below 2^-126 become zero, as they do in the products. */
+
+/* Number i of F32 or BF16. */
+static const float *dpoi_amx_at(const float *x, int type, int64_t i)
+{
+    return (const float *)(const void *)((const char *)x + i*(type == DPO_F32 ? 4 : 2));
+}
+
+/* The first `count` of 32 numbers, zeros after them. */
+DPOI_AMX DPOI_INLINE __m512i dpoi_amx_line(const float *x, int type, int64_t count)
+{
+    if (type != DPO_F32)
+        return count >= 32 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), x);
+    if (count >= 32) return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+    return (__m512i)_mm512_cvtne2ps_pbh(count > 16 ? dpoi_load_512(x + 16, count - 16) : _mm512_setzero_ps(),
+                                        dpoi_load_512(x, count));
+}
+
+/* Where the two rows of a pair lie one behind the other: (x0, y0, x1, ...) of x in the low and y in the high half. */
+DPOI_AMX DPOI_INLINE __m512i dpoi_amx_weave(__m512i xy)
+{
+    const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(0x00100000),
+        _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                           _mm512_set1_epi32(0x00010001)));
+    return _mm512_permutexvar_epi16(order, xy);
+}
+
+/* The pair of `count` numbers each of x and y; NULL: zeros. */
+DPOI_AMX DPOI_INLINE __m512i dpoi_amx_pair(const float *x, const float *y, int type, int64_t count)
+{
+    if (type != DPO_F32) {
+        __mmask16 k = count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
+        __m256i none = _mm256_setzero_si256(), a = x ? _mm256_maskz_loadu_epi16(k, x) : none;
+        __m256i b = y ? _mm256_maskz_loadu_epi16(k, y) : none;
+        return dpoi_amx_weave(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+    }
+    __m512 low = x ? dpoi_load_512(x, count) : _mm512_setzero_ps();
+    return dpoi_amx_weave((__m512i)_mm512_cvtne2ps_pbh(y ? dpoi_load_512(y, count) : _mm512_setzero_ps(), low));
+}
+
+/* One panel of weights w [ceil(O/16)][K][16] as pairs. */
+typedef struct dpoi_amx_weights {
+    const float *w;
+    int     type;
+    uint16_t *to;
+    int64_t K;
+} dpoi_amx_weights;
+
+DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
+{
+    const dpoi_amx_weights *p = (const dpoi_amx_weights *)arg;
+    uint16_t *to = p->to + panel*dpoi_amx_padded(p->K)*DPOI_PANEL;
+    for (int64_t k = 0; k < dpoi_amx_padded(p->K); k += 2, to += 2*DPOI_PANEL) {
+        const float *w = dpoi_amx_at(p->w, p->type, (panel*p->K + k)*DPOI_PANEL);
+        const float *high = k + 1 < p->K ? dpoi_amx_at(w, p->type, DPOI_PANEL) : NULL;
+        _mm512_storeu_si512(to, dpoi_amx_pair(k < p->K ? w : NULL, high, p->type, DPOI_PANEL));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- products over pixels */
+
+/* The pixels of one block; place: where they lie in y. */
+typedef struct dpoi_amx_pixels {
+    int     rows;
+    int64_t n[DPOI_AMX_ROWS], y[DPOI_AMX_ROWS], x[DPOI_AMX_ROWS], place[DPOI_AMX_ROWS];
+} dpoi_amx_pixels;
+
+static void dpoi_amx_pixels_at(const dpoi_cpu_product *p, int64_t m, int64_t end, dpoi_amx_pixels *at)
+{
+    int64_t x = m % p->X, y = m/p->X % p->Y, n = m/(p->X*p->Y);
+    at->rows = (int)dpoi_least(DPOI_AMX_ROWS, end - m);
+    for (int i = 0; i < at->rows; i++) {
+        at->n[i] = n;  at->y[i] = y;  at->x[i] = x;
+        at->place[i] = n*p->at_n + y*p->at_y + x*p->at_x;
+        if (++x == p->X) { x = 0;  if (++y == p->Y) { y = 0;  n++; } }
+    }
+}
+
+/* Numbers k.. of a row of the block, in its lines of 32 that lie two tiles apart; x NULL: zeros.  What remains of the
+   last line becomes zeros, and the next piece writes over them. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_put(uint16_t *row, int64_t k, const float *x, const int type, int64_t count)
+{
+    uint16_t *to = row + k/DPOI_TILE_K*2*DPOI_TILE_SIZE;
+    int64_t off = k % DPOI_TILE_K;
+    if (off) {
+        int64_t n = dpoi_least(DPOI_TILE_K - off, count);
+        __m512i line = x ? dpoi_amx_line(x, type, n) : _mm512_setzero_si512();
+        _mm512_mask_storeu_epi16(to + off, 0xffffffffu >> off, line);
+        if (x) x = dpoi_amx_at(x, type, n);
+        to += 2*DPOI_TILE_SIZE;  count -= n;
+    }
+    if (!x) {
+        for (; count > 0; count -= 32, to += 2*DPOI_TILE_SIZE) _mm512_storeu_si512(to, _mm512_setzero_si512());
+        return;
+    }
+    for (; count >= 32; count -= 32, to += 2*DPOI_TILE_SIZE, x = dpoi_amx_at(x, type, 32))
+        _mm512_storeu_si512(to, dpoi_amx_line(x, type, 32));
+    if (count > 0) _mm512_storeu_si512(to, dpoi_amx_line(x, type, count));
+}
+
+/* A place on the line of k: place (ky,kx) of the kernel, and how far into a piece of `run` numbers from there.  Pieces
+   are I numbers, or whole rows of the kernel where a pixel's kernel lies inside of the image. */
+typedef struct dpoi_amx_place { int64_t run, step, ky, kx, off; } dpoi_amx_place;
+
+static dpoi_amx_place dpoi_amx_place_of(const dpoi_source *s, int64_t k, int inside)
+{
+    dpoi_amx_place p;
+    p.step = inside ? s->kw : 1;
+    p.run = p.step*s->I;
+    p.ky = k/p.run*p.step/s->kw;
+    p.kx = k/p.run*p.step % s->kw;
+    p.off = k % p.run;
+    return p;
+}
+
+/* What pixel i sees of source s from place `at` on, `count` numbers; type is a constant where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx_pixels *m, int i,
+                                            const dpoi_amx_place *at, int64_t count, const int type, uint16_t *row)
+{
+    int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left;
+    int64_t inside = v >= 0 && v + s->kw <= s->W, k = 0, ky, kx, off;
+    const float *image = dpoi_amx_at(s->x, type, m->n[i]*s->H*s->W*s->I);
+    at += inside;
+    for (ky = at->ky, kx = at->kx, off = at->off; k < count; off = 0) {
+        int64_t n = dpoi_least(at->run - off, count - k), y = h + ky, x = v + kx;
+        int seen = y >= 0 && y < s->H && x >= 0 && x < s->W;
+        dpoi_amx_put(row, k, seen ? dpoi_amx_at(image, type, (y*s->W + x)*s->I + off) : NULL, type, n);
+        k += n;  kx += at->step;
+        if (kx >= s->kw) { kx = 0;  ky++; }
+    }
+}
+
+/* Tiles of a block's pixels for k0 <= k < k1 of one source: [k/32][2][16][32]; returns where they end. */
+DPOI_AMX static uint16_t *dpoi_amx_pack(const dpoi_source *s, const dpoi_amx_pixels *at, int64_t k0, int64_t k1,
+                                        uint16_t *to)
+{
+    int rows = at->rows > 16 ? 32 : 16;
+    int64_t count = dpoi_least(k1, s->K) - k0;
+    dpoi_amx_place place[2];
+    for (int i = 0; i < 2; i++) place[i] = dpoi_amx_place_of(s, k0, i);
+    for (int i = 0; i < rows; i++) {
+        uint16_t *row = to + i*DPOI_TILE_K;
+        if (i >= at->rows)             dpoi_amx_put(row, 0, NULL, DPO_F32, k1 - k0);
+        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, at, i, place, count, DPO_F32, row);
+        else                           dpoi_amx_pack_row(s, at, i, place, count, DPO_BF16, row);
+    }
+    return to + (k1 - k0)/DPOI_TILE_K*2*DPOI_TILE_SIZE;
+}
+
+/* 16 numbers of F32 or BF16 from number i on, those in k. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_load(const float *x, int type, int64_t i, __mmask16 k)
+{
+    if (type == DPO_F32) return _mm512_maskz_loadu_ps(k, x + i);
+    __m256i h = _mm256_maskz_loadu_epi16(k, (const uint16_t *)(const void *)x + i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+/* 32 numbers in two registers; k0, k1: those that exist. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_save(float *y, const int type, int64_t i, __mmask16 k0, __mmask16 k1, __m512 f0,
+                                        __m512 f1)
+{
+    if (type == DPO_F32) {
+        _mm512_mask_storeu_ps(y + i, k0, f0);
+        _mm512_mask_storeu_ps(y + i + 16, k1, f1);
+    } else {
+        __m512i h = (__m512i)_mm512_cvtne2ps_pbh(f1, f0);
+        _mm512_mask_storeu_epi16((uint16_t *)(void *)y + i, (__mmask32)k1 << 16 | k0, h);
+    }
+}
+
+/* One call's share of y's numbers: what is added to the sums, and where they go. */
+typedef struct dpoi_amx_end_of {
+    const float *add, *bias, *vec;
+    int     add_type, act;
+    float  *y;
+} dpoi_amx_end_of;
+
+/* type, that of y, and full are constants where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o,
+                                              const dpoi_amx_end_of *e, const int type, const int full, float *c)
+{
+    int64_t width = full ? (int64_t)DPOI_AMX_WIDE : p->O - o;
+    __mmask16 k0 = full || width > 15 ? (__mmask16)0xffff : (__mmask16)((1u << width) - 1);
+    __mmask16 k1 = full ? (__mmask16)0xffff : width <= 16 ? (__mmask16)0 : (__mmask16)((1u << (width - 16)) - 1);
+    __m512 b0 = _mm512_setzero_ps(), b1 = b0;
+    if (e->bias) { b0 = _mm512_maskz_loadu_ps(k0, e->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, e->bias + o + 16); }
+    for (int i = 0; i < at->rows; i++, c += DPOI_AMX_WIDE) {
+        int64_t place = at->place[i] + o;
+        __m512 f0 = _mm512_load_ps(c), f1 = _mm512_load_ps(c + 16);
+        if (e->add) {
+            f0 = _mm512_add_ps(f0, dpoi_amx_load(e->add, e->add_type, place, k0));
+            f1 = _mm512_add_ps(f1, dpoi_amx_load(e->add, e->add_type, place + 16, k1));
+        }
+        f0 = _mm512_add_ps(f0, b0);  f1 = _mm512_add_ps(f1, b1);
+        if (e->vec) {
+            f0 = _mm512_add_ps(f0, _mm512_maskz_loadu_ps(k0, e->vec + at->n[i]*p->O + o));
+            f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, e->vec + at->n[i]*p->O + o + 16));
+        }
+        if (e->act != DPO_NONE) {
+            _mm512_store_ps(c, f0);  _mm512_store_ps(c + 16, f1);
+            p->cpu->rows.map(e->act, width, c, NULL, NULL, NULL, c, 0);
+            f0 = _mm512_load_ps(c);  f1 = _mm512_load_ps(c + 16);
+        }
+        dpoi_amx_save(e->y, type, place, k0, k1, f0, f1);
+    }
+}
+
+/* Adds to c [32][32] what y's channels o.. want beside the product, and writes them.  The first chunk adds bias, vec
+   and residual, the others what y holds, or `sums` for it; the last applies the activation. */
+DPOI_AMX static void dpoi_amx_store(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o, int first,
+                                    int last, float *c)
+{
+    int full = p->O - o >= DPOI_AMX_WIDE;
+    float *held = p->y_type == DPO_F32 ? p->y : p->sums;
+    dpoi_amx_end_of e;
+    e.add = first ? p->add : held;      e.add_type = first ? p->add_type : DPO_F32;
+    e.bias = first ? p->bias : NULL;    e.vec = first ? p->vec : NULL;
+    e.y = last ? p->y : held;           e.act = last ? p->act : DPO_NONE;
+    if (e.y == held)  { if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 1, c);
+                        else      dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 0, c); }
+    else if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 1, c);
+    else           dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 0, c);
+}
+
+/* Chunk `chunk` of k: from..to of both sources, in whole tiles; 0: there is none.  Chunks of a source are of even
+   sizes; a short second source shares the first one's last chunk. */
+typedef struct dpoi_amx_chunk { int64_t from[2], to[2]; int last; } dpoi_amx_chunk;
+
+static int dpoi_amx_chunk_of(const dpoi_cpu_product *p, int64_t chunk, dpoi_amx_chunk *r)
+{
+    int64_t tiles[2], chunks[2], s;
+    for (s = 0; s < 2; s++) {
+        tiles[s] = dpoi_pieces(p->source[s].K, DPOI_TILE_K);
+        chunks[s] = dpoi_pieces(tiles[s], DPOI_AMX_STEPS);
+        r->from[s] = r->to[s] = 0;
+    }
+    if (!chunks[0]) chunks[0] = 1;        /* nothing to sum, but y is written */
+    if (tiles[1] <= DPOI_AMX_EXTRA) chunks[1] = 0;
+    if (chunk >= chunks[0] + chunks[1]) return 0;
+    r->last = chunk == chunks[0] + chunks[1] - 1;
+    s = chunk >= chunks[0];
+    if (s) chunk -= chunks[0];
+    r->from[s] = tiles[s]*chunk/chunks[s]*DPOI_TILE_K;
+    r->to[s]   = tiles[s]*(chunk + 1)/chunks[s]*DPOI_TILE_K;
+    if (r->last && !chunks[1]) r->to[1] = tiles[1]*DPOI_TILE_K;
+    return 1;
+}
+
+/* Two panels, from `panel` on, of one block of pixels that is packed in a. */
+DPOI_AMX static void dpoi_amx_block(const dpoi_cpu_product *p, const dpoi_amx_chunk *r, const uint16_t *a, int two,
+                                    int64_t panel, float *c)
+{
+    int wide = panel + 1 < p->panels;
+    dpoi_amx_zero();
+    for (int s = 0; s < 2; s++) {
+        int64_t size = dpoi_amx_padded(p->source[s].K)*DPOI_PANEL;
+        dpoi_amx_strip t;
+        t.steps = (r->to[s] - r->from[s])/DPOI_TILE_K;
+        if (!t.steps) continue;
+        t.a[0] = a;  t.a[1] = two ? a + DPOI_TILE_SIZE : NULL;  t.a_step = 2*DPOI_TILE_SIZE;
+        t.b[0] = p->source[s].pairs + panel*size + r->from[s]*DPOI_PANEL;
+        t.b[1] = wide ? t.b[0] + size : NULL;  t.b_step = DPOI_TILE_SIZE;  t.b_row = 64;
+        dpoi_amx_run(&t);
+        a += t.steps*2*DPOI_TILE_SIZE;
+    }
+    _tile_stored(0, c, DPOI_AMX_WIDE*sizeof(float));
+    if (wide) _tile_stored(1, c + 16, DPOI_AMX_WIDE*sizeof(float));
+    if (two)  _tile_stored(2, c + 16*DPOI_AMX_WIDE, DPOI_AMX_WIDE*sizeof(float));
+    if (two && wide) _tile_stored(3, c + 16*DPOI_AMX_WIDE + 16, DPOI_AMX_WIDE*sizeof(float));
+}
+
+/* A job is `block` pixels by `span` panels.  For each chunk of k all pixels of the job: the chunk's weights stay in the
+   second-level cache while pixels stream by, 32 of them in the first-level cache for all panels. */
+DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
+{
+    const dpoi_cpu_product *p = (const dpoi_cpu_product *)arg;
+    int64_t m0 = i % p->blocks*p->block, end = dpoi_least(p->M, m0 + p->block);
+    int64_t panel = i/p->blocks*p->span, panels = dpoi_least(p->panels, panel + p->span);
+    uint16_t a[(DPOI_AMX_STEPS + DPOI_AMX_EXTRA)*2*DPOI_TILE_SIZE] DPOI_ALIGNED;
+    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
+    dpoi_amx_chunk r;
+    dpoi_amx_begin();
+    for (int64_t chunk = 0; dpoi_amx_chunk_of(p, chunk, &r); chunk++)
+        for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+            dpoi_amx_pixels at;
+            uint16_t *to = a;
+            dpoi_amx_pixels_at(p, m, end, &at);
+            for (int s = 0; s < 2; s++)
+                if (r.to[s] > r.from[s]) to = dpoi_amx_pack(p->source + s, &at, r.from[s], r.to[s], to);
+            DPOI_AMX_READY();
+            for (int64_t j = panel; j < panels; j += 2) {
+                dpoi_amx_block(p, &r, a, at.rows > 16, j, c);
+                dpoi_amx_store(p, &at, j*DPOI_PANEL, chunk == 0, r.last, c);
+            }
+        }
+    dpoi_amx_end();
+}
+
+/* Weights that are not in pairs yet are brought into them, in p->room.  Jobs take all panels that fit the cache, unless
+   there are too few pixels to make jobs of.  Shapes alone decide. */
+static void dpoi_amx_product_run(dpoi_cpu_product *p)
+{
+    int64_t all = p->source[0].K + p->source[1].K + 1, spans;
+    p->M = p->N*p->Y*p->X;
+    if (!p->M) return;
+    p->panels = dpoi_pieces(p->O, DPOI_PANEL);
+    for (int s = 0; s < 2; s++) {
+        dpoi_amx_weights w;
+        if (p->source[s].pairs || !p->source[s].K) continue;
+        w.w = p->source[s].w;  w.type = p->source[s].w_type;  w.K = p->source[s].K;  w.to = (uint16_t *)(void *)p->room;
+        dpoi_parallel(p->cpu, p->panels, dpoi_amx_weights_task, &w);
+        p->source[s].pairs = w.to;
+        p->room += dpoi_amx_room(p->O, w.K);
+    }
+    spans = dpoi_pieces(p->panels, DPOI_AMX_SPAN);
+    p->block = dpoi_most(128, DPOI_AMX_JOB/(2*all*dpoi_pieces(p->O, spans)) + 1);
+    p->block = dpoi_pieces(dpoi_least(p->block, p->M), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    p->blocks = dpoi_pieces(p->M, p->block);
+    while (p->blocks*spans < 8 && dpoi_pieces(p->panels, spans) > 8 && all*p->block*p->O/spans > DPOI_AMX_JOB) spans++;
+    p->span = (dpoi_pieces(p->panels, spans) + 1)/2*2;
+    dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->panels, p->span), dpoi_amx_product_task, p);
+}
+
+/* ------------------------------------------------------------------------------------------- gradient of x */
+
+/* Numbers one by one, where O is odd and pairs reach over places of the kernel: k = j O + o of 16 channels i. */
+static void dpoi_amx_flip_slowly(const dpoi_flip *p, const float *w, int64_t j, int64_t ni, uint16_t *to)
+{
+    for (int64_t o = 0; o < p->O; o++)
+        for (int64_t i = 0; i < DPOI_PANEL; i++) {
+            int64_t k = j*p->O + o;
+            int64_t at = (o/DPOI_PANEL*p->K + i)*DPOI_PANEL + o % DPOI_PANEL;
+            float value = i < ni ? dpoi_load(w, p->w_type, at) : 0;
+            to[(k/2*DPOI_PANEL + i)*2 + k % 2] = dpoi_f32_to_bf16(value);
+        }
+}
+
+/* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile.  A
+   pair of o is one word of 32 bits in w's row of an i, so that turning words does it. */
+DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
+{
+    const dpoi_flip *p = (const dpoi_flip *)arg;
+    int64_t places = p->y.count*p->x.count, i0 = task/places*DPOI_PANEL, j = task % places;
+    int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride, K = places*p->O;
+    int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride;
+    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0);
+    uint16_t *panel = (uint16_t *)(void *)p->to + task/places*dpoi_amx_padded(K)*DPOI_PANEL;
+    const float *w = dpoi_amx_at(p->w, p->w_type, ((ky*p->kw + kx)*p->I + i0)*DPOI_PANEL);
+    float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
+    if (j == places - 1 && p->O % 2 == 0)
+        memset(panel + K*DPOI_PANEL, 0, (size_t)(dpoi_amx_padded(K) - K)*2*DPOI_PANEL);
+    if (p->O % 2) {
+        if (j == places - 1)
+            for (int64_t k = K; k < dpoi_amx_padded(K); k++)
+                for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
+        dpoi_amx_flip_slowly(p, w, j, ni, panel);
+        return;
+    }
+    memset(words, 0, sizeof words);
+    for (int64_t o = 0; o < p->O; o += DPOI_PANEL, w = dpoi_amx_at(w, p->w_type, p->K*DPOI_PANEL)) {
+        uint16_t *to = panel + (j*p->O + o)*DPOI_PANEL;
+        for (int64_t i = 0; i < ni; i++)
+            if (p->w_type != DPO_F32) memcpy(words + i*8, dpoi_amx_at(w, p->w_type, i*DPOI_PANEL), 2*DPOI_PANEL);
+            else {
+                __m256i h = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w + i*DPOI_PANEL));
+                _mm256_storeu_si256((__m256i *)(void *)(words + i*8), h);
+            }
+        dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
+        dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
+        memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- gradient of weights
+
+   dw[k][o] = sum_m x[m,k] dy[m][o] as tiles of c[o][i] = sum_m dy[m][o] x[m,k]: pixels m are now what tiles sum over.
+
+   Images lie in slots, row after row and image after image with as many zero columns and rows between them as the
+   kernel reaches over, each gap shared by both its neighbours: slot q of the input is pixel (q/wide, q % wide).  Slot m
+   of the output sees, at place (ky,kx), slot stride*m + ky*wide + kx of the input, whatever m is, so that one packed
+   copy serves all places: v[i/16][q][16][2] holds the pair (x[q], x[q + stride]), and d[m/32][o/16][16][32] the pixels
+   of dy turned, zeros in slots that are no pixel.  A 1x1 kernel needs the even pairs alone (dense). */
+
+enum { DPOI_AMX_PIXELS = 8, DPOI_AMX_TAPS = 9 };           /* tiles of pixels a chunk; places of the kernel at once */
+
+typedef struct dpoi_amx_outer {
+    dpoi_outer c;                         /* sizes, dw and the parts that are added up */
+    int     dense, x_type;
+    int64_t wide, high, slots, seen;      /* slots a row and rows an image of x; slots of dy, of x */
+    int64_t itiles, otiles;
+    uint16_t *v, *d;
+} dpoi_amx_outer;
+
+/* How far the kernel reaches over one end of an axis, the farther of both. */
+static int64_t dpoi_amx_gap(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad)
+{
+    return dpoi_most(0, dpoi_most(pad, (out - 1)*stride + kernel - pad - size));
+}
+
+static dpoi_amx_outer dpoi_amx_outer_of(const dpoi_conv *g, int64_t O)
+{
+    dpoi_amx_outer p;
+    dpoi_outer *c = &p.c;
+    int64_t jobs, s = g->stride;
+    memset(&p, 0, sizeof p);
+    c->N = g->N;  c->H = g->H;  c->W = g->W;  c->I = g->I;  c->Y = g->Y;  c->X = g->X;  c->O = O;
+    c->kh = g->kh;  c->kw = g->kw;  c->stride = s;  c->top = g->top;  c->left = g->left;  c->K = g->K;
+    if (c->K == c->I && s == 1 && !c->top && !c->left && c->H == c->Y && c->W == c->X) {
+        c->X = c->W = g->M;
+        c->N = c->H = c->Y = 1;
+        p.dense = 1;
+    }
+    p.wide = dpoi_most(c->W + dpoi_amx_gap(c->W, c->X, c->kw, s, c->left), c->X);
+    p.high = dpoi_most(c->H + dpoi_amx_gap(c->H, c->Y, c->kh, s, c->top), c->Y*s);
+    p.high = dpoi_pieces(p.high, s)*s;
+    p.slots = dpoi_amx_padded(c->N*(p.high/s)*p.wide);
+    p.seen = p.dense ? p.slots/2 : s*p.slots + (c->kh - 1)*p.wide + c->kw;
+    p.itiles = dpoi_pieces(c->I, DPOI_PANEL);
+    p.otiles = c->panels = dpoi_pieces(O, DPOI_PANEL);
+    c->units = p.slots/DPOI_TILE_K;
+    c->chunk = DPOI_AMX_PIXELS;
+    jobs = dpoi_pieces(p.itiles, 2)*dpoi_pieces(p.otiles, 2);
+    c->parts = dpoi_least(dpoi_pieces(16, jobs), dpoi_pieces(c->units, c->chunk));
+    c->parts = dpoi_least(c->parts, 2*g->M*g->K*O/(DPOI_AMX_JOB*jobs) + 1);
+    return p;
+}
+
+/* Floats of scratch: v, d and the parts. */
+static int64_t dpoi_amx_outer_work(const dpoi_amx_outer *p)
+{
+    return p->itiles*p->seen*DPOI_PANEL + p->otiles*p->slots*DPOI_PANEL/2 + dpoi_outer_work(&p->c);
+}
+
+/* Pixel of x in slot q, or NULL. */
+static const float *dpoi_amx_slot(const dpoi_amx_outer *p, int64_t q)
+{
+    const dpoi_outer *c = &p->c;
+    int64_t at = q - c->top*p->wide - c->left, v = at % p->wide, h = at/p->wide % p->high, n = at/p->wide/p->high;
+    if (at < 0 || v >= c->W || h >= c->H || n >= c->N) return NULL;
+    return dpoi_amx_at(c->x, p->x_type, ((n*c->H + h)*c->W + v)*c->I);
+}
+
+/* The pairs of DPOI_AMX_SLOTS slots. */
+enum { DPOI_AMX_SLOTS = 64 };
+DPOI_AMX static void dpoi_amx_x_task(void *arg, int64_t task)
+{
+    const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
+    int64_t from = task*DPOI_AMX_SLOTS, to = dpoi_least(p->seen, from + DPOI_AMX_SLOTS), step = p->dense ? 2 : 1;
+    for (int64_t q = from; q < to; q++) {
+        const float *x = dpoi_amx_slot(p, q*step), *y = dpoi_amx_slot(p, q*step + p->c.stride);
+        uint16_t *v = p->v + q*2*DPOI_PANEL;
+        for (int64_t i = 0; i < p->c.I; i += DPOI_PANEL, v += p->seen*2*DPOI_PANEL)
+            _mm512_storeu_si512(v, dpoi_amx_pair(x ? dpoi_amx_at(x, p->x_type, i) : NULL,
+                                                 y ? dpoi_amx_at(y, p->x_type, i) : NULL, p->x_type, p->c.I - i));
+    }
+}
+
+/* 32 slots of dy, all channels, turned. */
+DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
+{
+    const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
+    const dpoi_outer *c = &p->c;
+    const float *row[DPOI_TILE_K];
+    float words[256] DPOI_ALIGNED, *to = (float *)(void *)(p->d + block*p->otiles*DPOI_TILE_SIZE);
+    for (int64_t i = 0; i < DPOI_TILE_K; i++) {
+        int64_t m = block*DPOI_TILE_K + i, x = m % p->wide, high = p->high/c->stride, y = m/p->wide % high;
+        int64_t n = m/p->wide/high;
+        row[i] = x < c->X && y < c->Y && n < c->N ? c->dy + ((n*c->Y + y)*c->X + x)*c->O : NULL;
+    }
+    for (int64_t o = 0; o < c->O; o += DPOI_PANEL, to += 256) {
+        for (int i = 0; i < 16; i++) {
+            const float *x = row[2*i], *y = row[2*i + 1];
+            _mm512_storeu_si512(words + 16*i, dpoi_amx_pair(x ? x + o : NULL, y ? y + o : NULL, DPO_F32, c->O - o));
+        }
+        for (int i = 0; i < 4; i++)
+            dpoi_transpose_avx2(words + i/2*128 + i % 2*8, 16, to + i % 2*128 + i/2*8, 16);
+    }
+}
+
+/* c [16 o][16 i] of place `tap` to dw's panel: turned, and added to what is there. */
+DPOI_AMX static void dpoi_amx_outer_store(const dpoi_amx_outer *p, int64_t tap, int64_t o, int64_t i, const float *c,
+                                          float *dw, int add)
+{
+    float turned[256] DPOI_ALIGNED;
+    dw += (o*p->c.K + tap*p->c.I + i*DPOI_PANEL)*DPOI_PANEL;
+    for (int k = 0; k < 4; k++) dpoi_transpose_avx2(c + k/2*128 + k % 2*8, 16, turned + k % 2*128 + k/2*8, 16);
+    for (int64_t k = 0; k < dpoi_least(DPOI_PANEL, p->c.I - i*DPOI_PANEL); k++, dw += DPOI_PANEL) {
+        __m512 f = _mm512_load_ps(turned + k*DPOI_PANEL);
+        _mm512_storeu_ps(dw, add ? _mm512_add_ps(f, _mm512_loadu_ps(dw)) : f);
+    }
+}
+
+/* One chunk of pixels at one place of the kernel: c [2 o][2 i] tiles, fresh or going on. */
+DPOI_AMX static void dpoi_amx_outer_chunk(const dpoi_amx_outer *p, int64_t tap, int64_t o, int64_t i, int64_t from,
+                                          int64_t to, int fresh, float *c)
+{
+    int64_t step = p->dense ? 1 : 2*p->c.stride, place = tap/p->c.kw*p->wide + tap % p->c.kw;
+    dpoi_amx_strip t;
+    t.steps  = to - from;
+    t.a_step = p->otiles*DPOI_TILE_SIZE;
+    t.b_step = step*DPOI_TILE_SIZE;
+    t.b_row  = step*64;
+    t.a[0] = p->d + (from*p->otiles + o)*DPOI_TILE_SIZE;
+    t.a[1] = o + 1 < p->otiles ? t.a[0] + DPOI_TILE_SIZE : NULL;
+    t.b[0] = p->v + (i*p->seen + place)*2*DPOI_PANEL + from*t.b_step;
+    t.b[1] = i + 1 < p->itiles ? t.b[0] + p->seen*2*DPOI_PANEL : NULL;
+    if (fresh) dpoi_amx_zero();
+    else {
+        _tile_loadd(0, c, 64);  _tile_loadd(1, c + 256, 64);  _tile_loadd(2, c + 512, 64);  _tile_loadd(3, c + 768, 64);
+    }
+    dpoi_amx_run(&t);
+    _tile_stored(0, c, 64);  _tile_stored(1, c + 256, 64);  _tile_stored(2, c + 512, 64);  _tile_stored(3, c + 768, 64);
+}
+
+/* A job: two tiles of o by two of i, at every place of the kernel, over one part of the pixels. */
+DPOI_AMX static void dpoi_amx_outer_task(void *arg, int64_t task)
+{
+    const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
+    const dpoi_outer *g = &p->c;
+    int64_t wide = dpoi_pieces(p->itiles, 2), jobs = wide*dpoi_pieces(p->otiles, 2), part = task/jobs;
+    int64_t i = task % wide*2, o = task/wide % (jobs/wide)*2, taps = g->kh*g->kw;
+    int64_t from = g->units*part/g->parts, end = g->units*(part + 1)/g->parts;
+    float *dw = g->parts == 1 ? g->dw : g->sums + part*g->panels*g->K*DPOI_PANEL;
+    float c[DPOI_AMX_TAPS*1024] DPOI_ALIGNED;
+    dpoi_amx_begin();
+    for (int64_t first = 0; first < taps; first += DPOI_AMX_TAPS) {
+        int64_t last = dpoi_least(taps, first + DPOI_AMX_TAPS);
+        for (int64_t m = from; m < end; m += g->chunk)
+            for (int64_t tap = first; tap < last; tap++)
+                dpoi_amx_outer_chunk(p, tap, o, i, m, dpoi_least(end, m + g->chunk), m == from, c + (tap - first)*1024);
+        for (int64_t tap = first; tap < last; tap++)
+            for (int k = 0; k < 4; k++)
+                if (o + k/2 < p->otiles && i + k % 2 < p->itiles)
+                    dpoi_amx_outer_store(p, tap, o + k/2, i + k % 2, c + (tap - first)*1024 + k*256, dw,
+                                         g->parts == 1 && g->add);
+    }
+    dpoi_amx_end();
+}
+
+/* Three passes: pairs of x, dy turned, products; a fourth where pixels were cut into parts. */
+static void dpoi_amx_outer_run(dpoi_cpu *cpu, dpoi_amx_outer *p, const float *x, const float *dy, float *dw, int add,
+                               float *work)
+{
+    dpoi_outer *c = &p->c;
+    p->v = (uint16_t *)(void *)work;  work += p->itiles*p->seen*DPOI_PANEL;
+    p->d = (uint16_t *)(void *)work;  work += p->otiles*p->slots*DPOI_PANEL/2;
+    c->cpu = cpu;  c->x = x;  c->dy = dy;  c->dw = dw;  c->add = add;  c->sums = work;
+    dpoi_parallel(cpu, dpoi_pieces(p->seen, DPOI_AMX_SLOTS), dpoi_amx_x_task, p);
+    dpoi_parallel(cpu, c->units, dpoi_amx_dy_task, p);
+    dpoi_parallel(cpu, c->parts*dpoi_pieces(p->itiles, 2)*dpoi_pieces(p->otiles, 2), dpoi_amx_outer_task, p);
+    if (c->parts > 1)
+        dpoi_parallel(cpu, dpoi_pieces(c->panels*c->K*DPOI_PANEL, DPOI_PIECE), dpoi_outer_combine_task, c);
+}
+
+#endif /* DPOI_SIMD_AMX */
+/* ==========================================================================================================
+   >>impl convolution                                                     the ops that are made of products
+   ==========================================================================================================
+
+   Here what a call wants is put together from products over pixels, gradients of weights and sums of columns, in F32
+   (>>impl products) or, where dpo_desc allows it, with factors of BF16 (>>impl amx). */
+
+/* y of one product. */
+static void dpoi_conv_product(const dpoi_conv *g, dpoi_cpu_product *p)
+{
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) { dpoi_amx_product_run(p);  return; }
+#endif
+    (void)g;
+    dpoi_product_run(p);
+}
+
+/* Floats of scratch for the weights of a product [O,K] where they cannot be read as they lie. */
+static int64_t dpoi_conv_room(const dpoi_conv *g, int64_t O, int64_t K, int flipped)
+{
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) return dpoi_amx_room(O, K);
+#endif
+    (void)g;
+    return flipped ? dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K : 0;
+}
+
+/* Floats of y that wait for their last chunk of k where y itself is narrower. */
+static int64_t dpoi_conv_sums(const dpoi_conv *g) { return g->y_type == DPO_F32 ? 0 : (g->M*g->O + 15)/16*16; }
 
 /* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; fills scratch with its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
@@ -10447,9 +11705,14 @@ static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y,
                                  const float *w, int64_t O, float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
+    void (*task)(void *arg, int64_t i) = dpoi_flip_task;
     dpoi_flip f;
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) { task = dpoi_amx_flip_task;  s.pairs = (const uint16_t *)(const void *)to; }
+#endif
+    f.w_type = w == g->w ? g->w_type : DPO_F32;
     f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
-    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, dpoi_flip_task, &f);
+    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
     return s;
 }
@@ -10465,9 +11728,75 @@ static void dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int
     p.at_n = g->H*g->W*g->I;  p.at_y = g->stride*g->W*g->I;  p.at_x = g->stride*g->I;
     p.add = g->a->add & 1 ? p.y : NULL;
     p.source[0] = dpoi_flip_run(cpu, g, y, x, g->dy, g->w, g->O, work);
-    work += dpoi_pieces(g->I, DPOI_PANEL)*DPOI_PANEL*y.count*x.count*g->O;
+    work += dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
     if (g->r) p.source[1] = dpoi_flip_run(cpu, g, y, x, du, g->down, g->r, work);
-    dpoi_product_run(&p);
+    dpoi_conv_product(g, &p);
+}
+
+/* Scratch for all classes of dx, one after the other. */
+static int64_t dpoi_conv_dx_work(const dpoi_conv *g)
+{
+    int64_t most = 0;
+    for (int64_t i = 0; i < g->stride*g->stride; i++) {
+        dpoi_axis y = dpoi_axis_of(i/g->stride, g->top, g->kh, g->stride);
+        dpoi_axis x = dpoi_axis_of(i % g->stride, g->left, g->kw, g->stride);
+        int64_t room = dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
+        if (g->r) room += dpoi_conv_room(g, g->I, y.count*x.count*g->r, 1);
+        most = dpoi_most(most, room);
+    }
+    return most;
+}
+
+/* ------------------------------------------------------------------------------------------- gradient of weights */
+
+/* One gradient of weights, in either kind of numbers. */
+typedef struct dpoi_gradient {
+    dpoi_outer wide;
+#ifdef DPOI_SIMD_AMX
+    dpoi_amx_outer amx;
+#endif
+    int64_t O;
+} dpoi_gradient;
+
+/* x [N,H,W,I] through g's window against [N,Y,X,O]. */
+static dpoi_gradient dpoi_gradient_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
+{
+    dpoi_gradient p;
+    memset(&p, 0, sizeof p);
+    p.O = O;
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) {
+        p.amx = dpoi_amx_outer_of(g, O);
+        return p;
+    }
+#endif
+    p.wide = dpoi_outer_of(cpu, g, O);
+    return p;
+}
+
+/* Floats of scratch. */
+static int64_t dpoi_gradient_work(const dpoi_conv *g, const dpoi_gradient *p)
+{
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) return dpoi_amx_outer_work(&p->amx);
+#endif
+    (void)g;
+    return dpoi_outer_work(&p->wide);
+}
+
+/* Kernels too large to be packed are left to plain C. */
+static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *p, const float *x, const float *dy,
+                              float *dw, int add, float *work)
+{
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) {
+        p->amx.x_type = x == g->x ? g->x_type : DPO_F32;
+        dpoi_amx_outer_run(cpu, &p->amx, x, dy, dw, add, work);
+        return;
+    }
+#endif
+    if (dpoi_outer_fits(g)) dpoi_outer_run(&p->wide, x, dy, dw, add, work);
+    else dpoi_plain_weights(cpu, g, dy, p->O, dw, add);
 }
 
 /* ------------------------------------------------------------------------------------------- sums of columns
@@ -10514,7 +11843,7 @@ static void dpoi_sums_run(dpoi_sums *p)
    What one step of backward needs: steps run one after the other and share the room. */
 typedef struct dpoi_conv_plan {
     int64_t u, step, end;
-    dpoi_outer w, down, up;
+    dpoi_gradient w, down, up;
     int64_t chunks;
 } dpoi_conv_plan;
 
@@ -10532,25 +11861,27 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     dpoi_conv_plan p;
     dpoi_conv u = dpoi_conv_up(g);
-    int64_t panels = dpoi_pieces(g->I, DPOI_PANEL)*DPOI_PANEL, step = 0;
+    int64_t step = dpoi_conv_sums(g) + dpoi_conv_room(g, g->O, g->K, 0);
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
     p.step = p.u + (g->M*g->r + 15)/16*16;
-    p.end  = p.step;
+    if (g->r) step = dpoi_most(step + dpoi_conv_room(g, g->O, g->r, 0), dpoi_conv_room(g, g->r, g->K, 0));
+    p.end  = p.step + step;
     if (!g->a->backward) return p;
+    step = 0;
     p.chunks = dpoi_pieces(g->Y*g->X, DPOI_SUMS);
-    p.w = dpoi_outer_of(cpu, g, g->O);
-    if (g->a->din[0].data) step = panels*g->kh*g->kw*(g->O + g->r);
-    if (g->a->din[1].data) step = dpoi_most(step, dpoi_outer_work(&p.w));
+    p.w = dpoi_gradient_of(cpu, g, g->O);
+    if (g->a->din[0].data) step = dpoi_conv_dx_work(g);
+    if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(g, &p.w));
     if (g->a->din[2].data || g->a->din[3].data) step = dpoi_most(step, g->N*p.chunks*g->O);
     if (g->r) {
-        p.down = dpoi_outer_of(cpu, g, g->r);
-        p.up   = dpoi_outer_of(cpu, &u, g->O);
-        step   = dpoi_most(step, dpoi_pieces(g->r, DPOI_PANEL)*DPOI_PANEL*g->O);
-        step   = dpoi_most(step, dpoi_outer_work(&p.down));
-        step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_outer_work(&p.up));
+        p.down = dpoi_gradient_of(cpu, g, g->r);
+        p.up   = dpoi_gradient_of(cpu, &u, g->O);
+        step   = dpoi_most(step, dpoi_conv_room(g, g->r, g->O, 1));
+        step   = dpoi_most(step, dpoi_gradient_work(g, &p.down));
+        step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(&u, &p.up));
     }
-    p.end += step;
+    p.end = p.step + step;
     return p;
 }
 
@@ -10574,13 +11905,17 @@ static void dpoi_fast_forward(dpoi_cpu *cpu, dpoi_conv *g)
     g->zero = g->work;
     p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
     p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
+    p.add_type = g->residual_type;  p.y_type = g->y_type;
+    p.sums = g->work + plan.step;
+    p.room = p.sums + dpoi_conv_sums(g);
     if (g->r) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, u);
-        dpoi_product_run(&down);
+        down.room = g->work + plan.step;
+        dpoi_conv_product(g, &down);
         dpoi_conv_strength(g, u, scaled);
         p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
     }
-    dpoi_product_run(&p);
+    dpoi_conv_product(g, &p);
 }
 
 /* du = scale strength[n] dy up^T, then what it is needed for: down's gradient and up's. */
@@ -10591,16 +11926,14 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
     dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
     p.source[0] = dpoi_flip_run(cpu, &u, one, one, g->dy, g->up, g->O, step);
-    dpoi_product_run(&p);
+    dpoi_conv_product(g, &p);
     dpoi_conv_strength(g, du, du);
-    if (a->din[5].data && !dpoi_outer_fits(g))
-        dpoi_plain_weights(cpu, g, du, g->r, (float *)a->din[5].data, (int)(a->add >> 5 & 1));
-    else if (a->din[5].data)
-        dpoi_outer_run(&plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
+    if (a->din[5].data)
+        dpoi_gradient_run(cpu, g, &plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
     if (a->din[6].data) {
         dpoi_conv_strength(g, g->u, step);
-        dpoi_outer_run(&plan->up, step, g->dy, (float *)a->din[6].data, (int)(a->add >> 6 & 1),
-                       step + (g->M*g->r + 15)/16*16);
+        dpoi_gradient_run(cpu, &u, &plan->up, step, g->dy, (float *)a->din[6].data, (int)(a->add >> 6 & 1),
+                          step + (g->M*g->r + 15)/16*16);
     }
 }
 
@@ -10615,10 +11948,8 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
     if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
         dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
-    if (a->din[1].data && !dpoi_outer_fits(g))
-        dpoi_plain_weights(cpu, g, g->dy, g->O, (float *)a->din[1].data, (int)(a->add >> 1 & 1));
-    else if (a->din[1].data)
-        dpoi_outer_run(&plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
+    if (a->din[1].data)
+        dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
         dpoi_sums s;
         s.cpu = cpu;  s.dy = g->dy;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
@@ -10632,14 +11963,14 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
 /* The copy drops a const: nothing in the planning writes to it. */
 static size_t dpoi_cpu_conv_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
-    dpoi_conv g = dpoi_conv_of(a);
+    dpoi_conv g = dpoi_conv_of(cpu, a);
     dpoi_cpu copy = *cpu;
     return (size_t)dpoi_conv_plan_of(&copy, &g).end*sizeof(float);
 }
 
 static int dpoi_cpu_conv(dpoi_cpu *cpu, const dpo_args *a)
 {
-    dpoi_conv g = dpoi_conv_of(a);
+    dpoi_conv g = dpoi_conv_of(cpu, a);
     if (cpu->isa != DPO_ISA_PLAIN) dpoi_fast_forward(cpu, &g);
     else dpoi_parallel(cpu, dpoi_pieces(g.M, DPOI_PLAIN_ROWS), dpoi_plain_forward_task, &g);
     return DPO_OK;
@@ -10647,7 +11978,7 @@ static int dpoi_cpu_conv(dpoi_cpu *cpu, const dpo_args *a)
 
 static int dpoi_cpu_conv_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
-    dpoi_conv g = dpoi_conv_of(a);
+    dpoi_conv g = dpoi_conv_of(cpu, a);
     if (cpu->isa != DPO_ISA_PLAIN) dpoi_fast_backward(cpu, &g);
     else dpoi_plain_backward(cpu, &g);
     return DPO_OK;
@@ -10966,8 +12297,8 @@ DPOI_AVX2 static void dpoi_scores_backward_avx2(const dpoi_scores *t)
 static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
 {
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa == DPO_ISA_AVX512 && backward) dpoi_scores_backward_avx512(t);
-    else if (cpu->isa == DPO_ISA_AVX512)        dpoi_scores_forward_avx512(t);
+    if (cpu->isa >= DPO_ISA_AVX512 && backward) dpoi_scores_backward_avx512(t);
+    else if (cpu->isa >= DPO_ISA_AVX512)        dpoi_scores_forward_avx512(t);
     else if (backward)                          dpoi_scores_backward_avx2(t);
     else                                        dpoi_scores_forward_avx2(t);
 #else
@@ -11201,12 +12532,248 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
     return size + (backward ? g->N*g->heads*g->T : 0);
 }
 
+/* ------------------------------------------------------------------------------------------ in tiles of BF16
+
+   Forward where the numbers are BF16, or may be rounded: 32 queries of one head at a time go along the keys in blocks
+   of up to 256, s [32][256] and o [32][d] in F32, p rounded.  Keys and values are packed once for all queries of a
+   head: k [S/16][d/32][16 pairs of channels][16 keys][2] and v [S/32][d/16][16 pairs of keys][16 channels][2], zeros
+   where S or d end. */
+
+/* Whether this call takes that way. */
+static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
+{
+    return cpu->isa >= DPO_ISA_AMX && !a->backward &&
+           (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
+}
+
+#ifdef DPOI_SIMD_AMX
+
+enum { DPOI_AMX_KEYS = 256 };             /* keys a block: 32 KiB of scores */
+
+typedef struct dpoi_amx_attention {
+    dpoi_attention g;
+    int     type[3], y_type;              /* of q, k, v and o: F32 or BF16 */
+    int64_t deep, wide, keys;             /* tiles of d as k of a product and as its columns; tiles of 32 keys */
+    int64_t blocks, jobs, units;          /* of 32 queries a head; of work */
+    uint16_t *k, *v;
+    float  *scratch;                      /* a job: q, s, p and o */
+} dpoi_amx_attention;
+
+/* Floats a job: q [deep][2][512] and p [8][2][512] of BF16, s [32][256], o [32][wide*16]. */
+static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+{
+    return t->deep*DPOI_TILE_SIZE + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + 32*t->wide*16;
+}
+
+/* Splits work; returns its floats. */
+static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_attention *t)
+{
+    dpoi_attention *g = &t->g;
+    int64_t heads, worth, k, v;
+    *g = dpoi_attention_of(cpu, a);
+    heads = g->N*g->heads;
+    for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
+    t->y_type = a->out.dtype;
+    t->deep = dpoi_pieces(g->d, 32);  t->wide = dpoi_pieces(g->d, 16);  t->keys = dpoi_pieces(g->S, 32);
+    t->blocks = dpoi_pieces(g->T, 32);
+    t->units = heads*t->blocks;
+    worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
+    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
+    k = heads*t->keys*2*t->deep*DPOI_TILE_SIZE/2;
+    v = heads*t->keys*t->wide*DPOI_TILE_SIZE/2;
+    t->k = (uint16_t *)(void *)g->work;
+    t->v = g->work ? (uint16_t *)(void *)(g->work + k) : NULL;
+    t->scratch = g->work ? g->work + k + v : NULL;
+    return k + v + t->jobs*dpoi_amx_attention_scratch(t);
+}
+
+/* y[c][r] = x[r][c] of 16 by 16. */
+DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
+{
+    for (int k = 0; k < 4; k++) dpoi_transpose_avx2(x + k/2*128 + k % 2*8, 16, y + k % 2*128 + k/2*8, 16);
+}
+
+/* 32 keys of one head. */
+DPOI_AMX static void dpoi_amx_attention_pack_task(void *arg, int64_t task)
+{
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    const dpoi_attention *g = &t->g;
+    int64_t head = task/t->keys, key = task % t->keys*32, at = head/g->heads*g->S*g->D + head % g->heads*g->d;
+    uint16_t *k = t->k + task*2*t->deep*DPOI_TILE_SIZE, *v = t->v + task*t->wide*DPOI_TILE_SIZE;
+    float words[256] DPOI_ALIGNED;
+    for (int64_t half = 0; half < 2; half++)
+        for (int64_t c = 0; c < t->deep; c++, k += DPOI_TILE_SIZE) {
+            for (int64_t i = 0; i < 16; i++) {
+                int64_t j = key + half*16 + i;
+                const float *x = dpoi_amx_at(g->k, t->type[1], at + j*g->D + c*32);
+                __m512i line = _mm512_setzero_si512();
+                if (j < g->S) line = dpoi_amx_line(x, t->type[1], g->d - c*32);
+                _mm512_store_si512(words + i*16, line);
+            }
+            dpoi_amx_turn(words, (float *)(void *)k);
+        }
+    for (int64_t c = 0; c < t->wide; c++)
+        for (int64_t i = 0; i < 16; i++, v += 32) {
+            int64_t j = key + 2*i, from = at + j*g->D + c*16;
+            const float *x = j < g->S ? dpoi_amx_at(g->v, t->type[2], from) : NULL;
+            const float *y = j + 1 < g->S ? dpoi_amx_at(g->v, t->type[2], from + g->D) : NULL;
+            _mm512_storeu_si512(v, dpoi_amx_pair(x, y, t->type[2], g->d - c*16));
+        }
+}
+
+/* What one unit works with. */
+typedef struct dpoi_amx_unit {
+    int64_t head, first, rows;            /* queries first..first+rows-1 */
+    uint16_t *q, *p;
+    float  *s, *o;
+    float   most[32], sum[32];
+} dpoi_amx_unit;
+
+/* s [32][256] = q k^T for tiles from..to-1 of 32 keys. */
+DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
+{
+    dpoi_amx_strip r;
+    float *s = u->s;
+    r.steps = t->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    r.a[0] = u->q;
+    r.a[1] = u->rows > 16 ? u->q + DPOI_TILE_SIZE : NULL;
+    for (; from < to; from++, s += 32) {
+        r.b[0] = t->k + (u->head*t->keys + from)*2*t->deep*DPOI_TILE_SIZE;
+        r.b[1] = r.b[0] + t->deep*DPOI_TILE_SIZE;
+        dpoi_amx_zero();
+        dpoi_amx_run(&r);
+        _tile_stored(0, s, DPOI_AMX_KEYS*4);
+        _tile_stored(1, s + 16, DPOI_AMX_KEYS*4);
+        _tile_stored(2, s + 16*DPOI_AMX_KEYS, DPOI_AMX_KEYS*4);
+        _tile_stored(3, s + 16*DPOI_AMX_KEYS + 16, DPOI_AMX_KEYS*4);
+    }
+}
+
+/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
+   most, sum and o move to the new maximum as in dpoi_scores_forward_avx512. */
+DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+{
+    const float *s = u->s + i*DPOI_AMX_KEYS;
+    uint16_t *p = u->p + i*32;
+    __m512 scale = _mm512_set1_ps(t->g.scale), low = _mm512_set1_ps(-INFINITY), high = low, sum = _mm512_setzero_ps();
+    float most = u->most[i], shrink;
+    for (int64_t j = 0; j < seen; j += 16) {
+        __mmask16 k = seen - j >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (seen - j)) - 1);
+        high = _mm512_max_ps(high, _mm512_mask_loadu_ps(low, k, s + j));
+    }
+    if (seen > 0) {                       /* scale is positive */
+        float largest = _mm512_reduce_max_ps(high)*t->g.scale;
+        if (!(largest <= most)) most = largest;
+    }
+    high = _mm512_set1_ps(most);
+    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
+        int64_t left = seen - j;
+        __mmask32 k = left >= 32 ? 0xffffffffu : left <= 0 ? 0 : (__mmask32)((1u << left) - 1);
+        __m512 f = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, high));
+        __m512 h = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, high));
+        f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
+        h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
+        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
+    }
+    shrink = _mm512_cvtss_f32(dpoi_exp_score_avx512(_mm512_set1_ps(u->most[i] - most)));
+    if (!(u->most[i] > -INFINITY)) shrink = 0;
+    u->sum[i] = u->sum[i]*shrink + _mm512_reduce_add_ps(sum);
+    if (most != u->most[i])
+        for (int64_t c = 0; c < t->wide*16; c += 16) {
+            float *o = u->o + i*t->wide*16 + c;
+            _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
+        }
+    u->most[i] = most;
+}
+
+/* o += p v for tiles from..to-1 of 32 keys. */
+DPOI_AMX static void dpoi_amx_mix(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
+{
+    int64_t row = t->wide*16*4, half = t->wide*16*16;
+    dpoi_amx_strip r;
+    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = t->wide*DPOI_TILE_SIZE;  r.b_row = 64;
+    r.a[0] = u->p;
+    r.a[1] = u->rows > 16 ? u->p + DPOI_TILE_SIZE : NULL;
+    for (int64_t c = 0; c < t->wide; c += 2) {
+        float *o = u->o + c*16, *last = c + 1 < t->wide ? o + 16 : o;      /* a lone tile: loaded twice */
+        r.b[0] = t->v + ((u->head*t->keys + from)*t->wide + c)*DPOI_TILE_SIZE;
+        r.b[1] = c + 1 < t->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
+        _tile_loadd(0, o, row);         _tile_loadd(1, last, row);
+        _tile_loadd(2, o + half, row);  _tile_loadd(3, last + half, row);
+        dpoi_amx_run(&r);
+        _tile_stored(0, o, row);
+        _tile_stored(2, o + half, row);
+        if (!r.b[1]) continue;
+        _tile_stored(1, last, row);
+        _tile_stored(3, last + half, row);
+    }
+}
+
+/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
+DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+{
+    const dpoi_attention *g = &t->g;
+    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->wide*16;
+    int64_t keys = dpoi_pieces(g->causal ? u->first + u->rows : g->S, 32);
+    memset(u->o, 0, (size_t)(32*size)*sizeof(float));
+    for (int64_t i = 0; i < 32; i++) {
+        u->most[i] = -INFINITY;  u->sum[i] = 0;
+        if (i < u->rows) dpoi_amx_put(u->q + i*32, 0, dpoi_amx_at(g->q, t->type[0], at + i*g->D), t->type[0], g->d);
+        else             dpoi_amx_put(u->q + i*32, 0, NULL, DPO_F32, t->deep*32);
+    }
+    DPOI_AMX_READY();
+    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
+        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32);
+        dpoi_amx_scores(t, u, from, to);
+        for (int i = 0; i < (u->rows > 16 ? 32 : 16); i++) {
+            int64_t wide = (to - from)*32, seen = g->causal ? u->first + i + 1 : g->S;
+            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
+            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+        }
+        DPOI_AMX_READY();
+        dpoi_amx_mix(t, u, from, to);
+    }
+    for (int64_t i = 0; i < u->rows; i++) {
+        __m512 share = _mm512_set1_ps(1/u->sum[i]);
+        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i] + logf(u->sum[i]);
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 k = g->d - c >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (g->d - c)) - 1);
+            __m512 f = _mm512_mul_ps(_mm512_loadu_ps(u->o + i*size + c), share);
+            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, k, 0, f, f);
+        }
+    }
+}
+
+/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
+DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
+{
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    dpoi_amx_unit u;
+    u.s = t->scratch + job*dpoi_amx_attention_scratch(t);
+    u.o = u.s + 32*DPOI_AMX_KEYS;
+    u.q = (uint16_t *)(void *)(u.o + 32*t->wide*16);
+    u.p = u.q + t->deep*2*DPOI_TILE_SIZE;
+    dpoi_amx_begin();
+    for (int64_t i = t->units*job/t->jobs; i < t->units*(job + 1)/t->jobs; i++) {
+        u.head = i/t->blocks;  u.first = i % t->blocks*32;
+        u.rows = dpoi_least(32, t->g.T - u.first);
+        dpoi_amx_attention_unit(t, &u);
+    }
+    dpoi_amx_end();
+}
+#endif /* DPOI_SIMD_AMX */
+
 /* ----------------------------------------------------------------------------------------------- the ops */
 
 /* Asked without work, when the pointers are NULL. */
 static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(NULL, a);
+#ifdef DPOI_SIMD_AMX
+    dpoi_amx_attention t;
+    if (dpoi_attention_rounds(cpu, a)) return (size_t)dpoi_amx_attention_of(NULL, a, &t)*sizeof(float);
+#endif
     if (cpu->isa != DPO_ISA_PLAIN) return (size_t)dpoi_attention_layout(&g, a->backward)*sizeof(float);
     return (size_t)(g.N*g.heads*DPOI_PLAIN_PARTS*2*(g.T > g.S ? g.T : g.S))*sizeof(double);
 }
@@ -11214,6 +12781,15 @@ static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *
 static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);
+#ifdef DPOI_SIMD_AMX
+    dpoi_amx_attention t;
+    if (dpoi_attention_rounds(cpu, a)) {
+        dpoi_amx_attention_of(cpu, a, &t);
+        dpoi_parallel(cpu, g.N*g.heads*t.keys, dpoi_amx_attention_pack_task, &t);
+        dpoi_parallel(cpu, t.jobs, dpoi_amx_attention_task, &t);
+        return DPO_OK;
+    }
+#endif
     if (cpu->isa == DPO_ISA_PLAIN) {
         dpoi_parallel(cpu, g.N*g.heads*DPOI_PLAIN_PARTS, dpoi_plain_attention_task, &g);
         return DPO_OK;
@@ -11281,6 +12857,7 @@ static const dpoi_kernel dpoi_kernels[DPO_OP_COUNT] = {                     /* i
     { dpoi_cpu_sum_squares, NULL,                         dpoi_cpu_sum_squares_workspace },
     { dpoi_cpu_clip,        NULL,                         NULL },
     { dpoi_cpu_adamw,       NULL,                         NULL },
+    { dpoi_cpu_adafactor,   NULL,                         dpoi_cpu_adafactor_workspace },
     { dpoi_cpu_lerp,        NULL,                         NULL }
 };
 
@@ -11296,10 +12873,28 @@ static int dpoi_narrow_view(const dpo_view *v)
     return v->data && (v->dtype == DPO_BF16 || v->dtype == DPO_F16);
 }
 
+/* Views that the kernel takes as they are.  Moves of one type of numbers do, and what widens its own; products with
+   factors of BF16 read x, the weights and the residual as they are, and write y so; attention all it has. */
+static int dpoi_kept_narrow(const dpoi_cpu *cpu, const dpo_args *a, const dpo_args *w, const dpo_view *v)
+{
+    int same = a->in[0].dtype == a->out.dtype && (!a->in[1].data || a->in[1].dtype == a->out.dtype);
+    if (a->op == DPO_OP_CONCAT || a->op == DPO_OP_SLICE || a->op == DPO_OP_UPSAMPLE || a->op == DPO_OP_GEGLU)
+        return !a->backward && same;
+    if (a->op == DPO_OP_LAYER_NORM)
+        return !a->backward && a->in[0].dtype == a->out.dtype && dpoi_channels(&a->in[0]) <= DPOI_NARROW_ROW &&
+               (v == &w->in[0] || v == &w->out);
+    if (a->op == DPO_OP_GROUP_NORM)
+        return !a->backward && a->in[0].dtype == a->out.dtype && dpoi_channels(&a->in[0]) <= DPOI_PIECE &&
+               (v == &w->in[0] || v == &w->out);
+    if (a->op == DPO_OP_ATTENTION) return v->dtype == DPO_BF16 && dpoi_attention_rounds(cpu, a);
+    return a->op == DPO_OP_CONV && v->dtype == DPO_BF16 && dpoi_conv_rounds(cpu, a) &&
+           (v == &w->in[0] || v == &w->in[1] || v == &w->in[4] || (v == &w->out && !a->backward));
+}
+
 /* *w = *a with F32 views in place of narrow ones, laid out in work; returns the bytes.  Without work (when only the
    size is asked for) the views keep their data.
    Backward reads only what DPO_OPS says it keeps: other inputs have no data there. */
-static size_t dpoi_widened(const dpo_args *a, dpo_args *w, char *work)
+static size_t dpoi_widened(const dpoi_cpu *cpu, const dpo_args *a, dpo_args *w, char *work)
 {
     dpo_view *views[DPO_MAX_INPUTS + 2];
     size_t at = 0;
@@ -11311,7 +12906,7 @@ static size_t dpoi_widened(const dpo_args *a, dpo_args *w, char *work)
     if (!a->backward || (dpoi_ops[a->op].keeps & DPOI_OUT)) views[n++] = &w->out;
     views[n++] = &w->dout;                /* NULL in forward; stat and din are F32 always */
     for (int i = 0; i < n; i++) {
-        if (!dpoi_narrow_view(views[i])) continue;
+        if (!dpoi_narrow_view(views[i]) || dpoi_kept_narrow(cpu, a, w, views[i])) continue;
         if (work) views[i]->data = work + at;
         views[i]->dtype = DPO_F32;
         at += dpoi_lines((size_t)dpoi_stored(views[i])*sizeof(float));
@@ -11337,7 +12932,7 @@ static int dpoi_cpu_run_wide(dpoi_cpu *cpu, const dpo_args *a)
 {
     const dpoi_kernel *k = &dpoi_kernels[a->op];
     dpo_args w;
-    size_t used = dpoi_widened(a, &w, (char *)a->work);
+    size_t used = dpoi_widened(cpu, a, &w, (char *)a->work);
     int status;
     if (!used) return (a->backward ? k->backward : k->forward)(cpu, a);
     for (int i = 0; i < DPO_MAX_INPUTS; i++) dpoi_cpu_convert(cpu, &a->in[i], &w.in[i]);
@@ -11360,7 +12955,7 @@ static size_t dpoi_cpu_workspace(void *self, const dpo_args *a)
     dpo_args w;
     size_t used;
     if (a->op < 0 || a->op >= DPO_OP_COUNT) return 0;
-    used = dpoi_widened(a, &w, NULL);
+    used = dpoi_widened(cpu, a, &w, NULL);
     return used + (dpoi_kernels[a->op].workspace ? dpoi_kernels[a->op].workspace(cpu, &w) : 0);
 }
 
@@ -11375,7 +12970,8 @@ static int dpoi_cpu_run(void *self, const dpo_args *a)
         return DPO_UNSUPPORTED;
     }
     if (a->work_size < dpoi_cpu_workspace(self, a)) { cpu->why = "too little scratch";  return DPO_BAD_ARGUMENT; }
-    if (a->op == DPO_OP_ADAMW && (a->out.dtype != DPO_F32 || a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32)) {
+    if ((a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR) &&
+        (a->out.dtype != DPO_F32 || a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32)) {
         cpu->why = "weights and moments must be F32";
         return DPO_UNSUPPORTED;
     }
@@ -11457,6 +13053,7 @@ DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
     cpu->isa = dpoi_isa_best();
     if (most != DPO_ISA_BEST && most < cpu->isa) cpu->isa = most;
     cpu->rows = dpoi_cpu_rows(cpu->isa);
+    cpu->products = desc ? desc->products : DPO_F32;
     cpu->threads = threads > 0 ? threads : dpoi_cores();
     cpu->parallel = desc ? desc->parallel : NULL;
     cpu->user = desc ? desc->user : NULL;
@@ -11536,13 +13133,35 @@ typedef struct dpoi_kind {
     int        (*read)(dpo_net *n, const dpo_json *config);       /* config.json into n->config */
     int        (*declare)(dpoi_pass *r);  /* the forward pass on an input of any size */
     void       (*fresh)(dpo_net *n);      /* sets how parameters start where PyTorch's default does not hold; or NULL */
+    const char *const *older;             /* parts of names: ours, an older file's, ours, ..., NULL; or NULL */
 } dpoi_kind;
+
+/* What a network is read from: a file, the prefix of its names there, and how they differ from ours. */
+typedef struct dpoi_naming dpoi_naming;
+typedef struct dpoi_layout dpoi_layout;
+typedef struct dpoi_origin {
+    dpo_file          *f;
+    const char        *prefix;            /* or "" */
+    const dpoi_naming *naming;            /* NULL: names are ours, or the kind's older ones */
+    const dpoi_layout *layout;            /* what `naming` counts blocks by */
+} dpoi_origin;
+
+/* Where one parameter lies in a file: all of an entry, or one of the parts of a fused one. */
+typedef struct dpoi_place {
+    dpo_entry *e;                         /* NULL: it is not there */
+    int        part, parts;               /* rows part*O ... of parts*O; parts 0: all */
+    int        turned;                    /* the file has [I,O] */
+} dpoi_place;
+
+static dpoi_place dpoi_place_named(const dpoi_origin *s, const char *name);    /* >>impl formats */
+static int        dpoi_passed_over(const char *name);
 
 struct dpo_net {
     dpo_ctx     *c;
     const dpoi_kind *kind;
     void        *config;                  /* of kind->config_bytes */
     char        *text;                    /* config.json as it was read */
+    int          which;                   /* of a text encoder: 0 the only one, 1 the first of two, 2 the second */
     int          dtype;                   /* of weights; vectors stay F32 */
     dpoi_param  *params;
     int64_t      count, room;
@@ -11650,8 +13269,11 @@ static int dpoi_net_rehash(dpo_net *n)
 /* Vectors are F32 whatever the weights are kept in: they are few, and norms want them exact. */
 static dpo_tensor *dpoi_param_tensor(dpo_ctx *c, int dtype, int form, const int64_t *shape, const char *name)
 {
+    int64_t two[2];
     if (form == DPOI_VECTOR) return dpo_param_new(c, DPO_F32, 1, shape, name);
-    return form == DPOI_TABLE ? dpo_param_new(c, dtype, 2, shape, name) : dpo_weight_new(c, dtype, 4, shape, name);
+    if (form == DPOI_TABLE) return dpo_param_new(c, dtype, 2, shape, name);
+    two[0] = shape[0]; two[1] = shape[3];
+    return form == DPOI_LINEAR ? dpo_weight_new(c, dtype, 2, two, name) : dpo_weight_new(c, dtype, 4, shape, name);
 }
 
 /* Note one more parameter; it has no memory yet.
@@ -11907,13 +13529,11 @@ static int dpoi_net_build(dpo_net *n)
     return 1;
 }
 
-static int dpoi_net_match(dpo_net *n, dpo_file *f);
-static int dpoi_net_fill(dpo_net *n, dpo_file *f);
+static int dpoi_net_match(dpo_net *n, const dpoi_origin *s);
+static int dpoi_net_fill(dpo_net *n, const dpoi_origin *s);
 
-/* A network from the text of its config.json (name: for errors) and its weights, or of zeros if f is NULL.  Memory is
-   taken after the file was found to fit.  It dies with the context. */
-static dpo_net *dpoi_net_new(dpo_ctx *c, const dpoi_kind *kind, const char *text, const char *name, int dtype,
-                             dpo_file *f)
+/* A network from the text of its config.json (name: for errors), with names and shapes, but no tensors yet. */
+static dpo_net *dpoi_net_plan(dpo_ctx *c, const dpoi_kind *kind, const char *text, const char *name, int dtype)
 {
     dpo_net  *n = (dpo_net *)dpoi_calloc(c, 1, sizeof *n);
     dpo_json *config;
@@ -11931,9 +13551,17 @@ static dpo_net *dpoi_net_new(dpo_ctx *c, const dpoi_kind *kind, const char *text
     config = n->text && n->config ? dpo_json_parse(c, text, strlen(text), name) : NULL;
     ok = config && kind->read(n, config) && dpoi_ok(c) && dpoi_net_declare(n);
     dpo_json_free(config);
-    ok = ok && (!f || dpoi_net_match(n, f)) && dpoi_net_build(n) && (!f || dpoi_net_fill(n, f));
     if (ok) return n;
     dpoi_disown(c, n);
+    return NULL;
+}
+
+/* Tensors for a plan, and their values, or zeros if s is NULL.  Memory is taken after the source was found to fit.
+   What fails is gone. */
+static dpo_net *dpoi_net_realise(dpo_net *n, const dpoi_origin *s)
+{
+    if (!n || ((!s || dpoi_net_match(n, s)) && dpoi_net_build(n) && (!s || dpoi_net_fill(n, s)))) return n;
+    dpoi_disown(n->c, n);
     return NULL;
 }
 
@@ -11982,7 +13610,8 @@ DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
 /* Adapters are not copied: a reference has none. */
 DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
 {
-    dpo_net *copy = n && dpoi_ok(n->c) ? dpoi_net_new(n->c, n->kind, n->text, n->kind->name, dtype, NULL) : NULL;
+    dpo_net *copy = n && dpoi_ok(n->c) ? dpoi_net_plan(n->c, n->kind, n->text, n->kind->name, dtype) : NULL;
+    copy = dpoi_net_realise(copy, NULL);
     return copy && dpo_net_assign(copy, n) ? copy : NULL;
 }
 
@@ -12036,16 +13665,6 @@ static int dpoi_file_shape(const int64_t *shape, int form, int64_t out[4])
     return form == DPOI_VECTOR ? 1 : form == DPOI_TABLE || form == DPOI_LINEAR ? 2 : 4;
 }
 
-/* Turn O blocks of [I,K] into [K,I] (to_file 0) or back, K = kh*kw.  out and in do not overlap.
-   For a kernel: PyTorch's [O,I,kh,kw] against [O,kh,kw,I] here. */
-static void dpoi_turn(float *out, const float *in, int64_t O, int64_t I, int64_t K, int to_file)
-{
-    int64_t A = to_file ? K : I, B = to_file ? I : K;     /* in [O,A,B] -> out [O,B,A] */
-    for (int64_t o = 0; o < O; o++, in += A*B, out += A*B)
-        for (int64_t a = 0; a < A; a++)
-            for (int64_t b = 0; b < B; b++) out[b*A + a] = in[a*B + b];
-}
-
 /* "[320,4,3,3]" */
 static void dpoi_shape_text(char text[96], int rank, const int64_t *shape)
 {
@@ -12055,12 +13674,15 @@ static void dpoi_shape_text(char text[96], int rank, const int64_t *shape)
     snprintf(text + n, (size_t)(96 - n), rank ? "]" : "[]");
 }
 
-/* Does an entry fit?  Axes of size 1 at the end may be there or not: a 1x1 convolution is a linear layer. */
-static int dpoi_check_entry(dpo_ctx *c, const dpo_entry *e, const int64_t *shape, int form)
+/* Does the place fit?  Axes of size 1 at the end may be there or not: a 1x1 convolution is a linear layer. */
+static int dpoi_check_place(dpo_ctx *c, const dpoi_place *p, const int64_t *shape, int form)
 {
+    const dpo_entry *e = p->e;
     char    have[96], want[96], name[128];
     int64_t file[4];
     int     rank = dpoi_file_shape(shape, form, file), same = 1;
+    if (p->parts) file[0] *= p->parts;
+    if (p->turned) { int64_t I = file[1]; file[1] = file[0]; file[0] = I; }
     for (int i = 0; i < DPO_FILE_RANK; i++) same &= (i < e->rank ? e->shape[i] : 1) == (i < 4 ? file[i] : 1);
     if (same) return 1;
     dpoi_shape_text(have, e->rank, e->shape);
@@ -12069,112 +13691,238 @@ static int dpoi_check_entry(dpo_ctx *c, const dpo_entry *e, const int64_t *shape
                      dpoi_shown(name, e->name), have, want);
 }
 
-/* Buffers for the n values of a tensor in both orders: x [n], and y, which is x itself where the orders agree.  K =
-   kh*kw of a kernel that must be turned, or 0. */
-typedef struct dpoi_order { float *x, *y; size_t bytes; int64_t O, I, K; } dpoi_order;
+/* A tensor's type in memory as a type of files. */
+static int dpoi_st_of(int dtype)
+{
+    if (dtype == DPO_BF16) return DPOI_ST_BF16;
+    return dtype == DPO_F16 ? DPOI_ST_F16 : dtype == DPO_I32 ? DPOI_ST_I32 : DPOI_ST_F32;
+}
 
-/* The caller gives x back with `bytes`. */
-static int dpoi_order_open(dpo_tensor *t, int form, dpoi_order *b)
+enum { DPOI_SLICE = 1024 };               /* numbers at a time, as floats on the stack */
+enum { DPOI_CONVERT_MANY = 4096 };        /* numbers that are worth a table */
+
+/* Every value of a 16-bit type of files in a 16-bit type of memory: a model in F16 that is kept in BF16 is a thousand
+   million of them, and looking one up takes a quarter of the time of rounding it. */
+static const uint16_t *dpoi_entry_table(dpo_file *f, int type, int dtype)
+{
+    int which = 1 + type*DPO_DTYPES + dtype;
+    if (f->table_of == which) return f->table;
+    if (!f->table) f->table = (uint16_t *)dpoi_calloc(f->c, DPOI_ST_TABLE, sizeof *f->table);
+    if (!f->table) return NULL;
+    for (int i = 0; i < DPOI_ST_TABLE; i++) {
+        uint16_t bits = (uint16_t)i;
+        float    x;
+        dpoi_st_floats(type, (const unsigned char *)&bits, 1, &x);
+        dpoi_narrow(dtype, 1, &x, &f->table[i]);
+    }
+    f->table_of = which;
+    return f->table;
+}
+
+/* Elements first .. first+count-1 of a file in a type of memory.  Bits are copied where the types agree, else numbers
+   are rounded once. */
+static int dpoi_entry_values(const dpo_entry *e, int64_t first, int64_t count, int dtype, void *out)
+{
+    const unsigned char *p = dpoi_st_range(e, first, count);
+    size_t from = p ? (size_t)dpoi_st_info(e->type)->bits / 8 : 0, size = dpoi_dtype_size(dtype);
+    float  x[DPOI_SLICE];
+    if (!p) return 0;
+    if (e->type == dpoi_st_of(dtype)) { memcpy(out, p, (size_t)count * size); return 1; }
+    if (size == 2 && count >= DPOI_CONVERT_MANY && (e->type == DPOI_ST_F16 || e->type == DPOI_ST_BF16)) {
+        const uint16_t *table = dpoi_entry_table(e->file, e->type, dtype);
+        uint16_t        bits;
+        for (int64_t i = 0; i < count && table; i++) {
+            memcpy(&bits, p + 2*i, 2);
+            ((uint16_t *)out)[i] = table[bits];
+        }
+        return table != NULL;
+    }
+    for (int64_t i = 0; i < count; i += DPOI_SLICE) {
+        int64_t n = count - i < DPOI_SLICE ? count - i : (int64_t)DPOI_SLICE;
+        if (!dpoi_st_floats(e->type, p + (size_t)i * from, n, x)) return dpoi_st_cannot(e, "numbers");
+        dpoi_narrow(dtype, n, x, (char *)out + (size_t)i * size);
+    }
+    return 1;
+}
+
+/* The way back. */
+static int dpoi_writer_values(dpo_writer *w, int dtype, const void *values, int64_t count)
+{
+    size_t size = dpoi_dtype_size(dtype);
+    float  x[DPOI_SLICE];
+    int    ok = 1;
+    if (w->now && w->now->type == dpoi_st_of(dtype)) return dpo_writer_bytes(w, values, (size_t)count * size);
+    for (int64_t i = 0; i < count && ok; i += DPOI_SLICE) {
+        int64_t n = count - i < DPOI_SLICE ? count - i : (int64_t)DPOI_SLICE;
+        dpoi_widen(dtype, n, (const char *)values + (size_t)i * size, x);
+        ok = dpo_writer_floats(w, x, n);
+    }
+    return ok;
+}
+
+/* A tensor on its way from or to a file.  The order of axes changes within each row o, where a kernel has more than
+   one place: PyTorch's [O,I,kh,kw] against [O,kh,kw,I] here; or, turned, over all rows. */
+typedef struct dpoi_order {
+    dpoi_ferry f;
+    void      *file;                      /* rows as the file has them; f.rows itself where the orders agree */
+    int64_t    I, S;                      /* inputs, places of a kernel: K = I*S */
+    int        turned;
+} dpoi_order;
+
+static int dpoi_order_open(dpoi_order *b, dpo_tensor *t, int form, int turned)
 {
     int64_t shape[4];
+    int     apart;
     dpoi_file_shape(t->shape, form, shape);
-    b->O = shape[0];
     b->I = shape[1];
-    b->K = form == DPOI_CONV && shape[2]*shape[3] > 1 ? shape[2]*shape[3] : 0;
-    b->bytes = (size_t)dpo_count(t) * sizeof *b->x * (b->K ? 2 : 1);
-    b->x = (float *)dpoi_calloc(t->ctx, b->bytes, 1);
-    b->y = b->K && b->x ? b->x + dpo_count(t) : b->x;
-    return b->x != NULL;
+    b->S = shape[2]*shape[3];
+    b->turned = turned;
+    apart = turned || b->S > 1;
+    if (!dpoi_ferry_open(&b->f, t, turned)) return 0;
+    b->file = apart ? dpoi_calloc(t->ctx, b->f.bytes/2, 1) : b->f.rows;
+    if (!b->file) dpoi_ferry_close(&b->f, t->ctx);
+    return b->file != NULL;
+}
+
+static void dpoi_order_close(dpoi_order *b, dpo_ctx *c)
+{
+    if (b->file != b->f.rows) dpoi_release(c, b->file, b->f.bytes/2);
+    dpoi_ferry_close(&b->f, c);
+}
+
+/* n rows between b->file and b->f.rows: each row's [I,S] becomes [S,I], or (turned) all of [I,n] becomes [n,I]. */
+static void dpoi_order_turn(dpoi_order *b, int64_t n, int to_file)
+{
+    char     *x = (char *)b->f.rows, *y = (char *)b->file;
+    dpoi_axes a;
+    if (y == x) return;
+    a.n = b->turned ? n : b->S;           /* (i,k): row and input, or place and input, of what is here */
+    a.K = b->I;
+    a.row = to_file ? b->I : 1;
+    a.column = to_file ? 1 : a.n;
+    a.to_row = to_file ? 1 : b->I;
+    a.to_column = to_file ? a.n : 1;
+    for (int64_t o = 0; o < (b->turned ? 1 : n); o++) {
+        size_t at = (size_t)(o*b->f.K) * b->f.size;
+        dpoi_move(to_file ? y + at : x + at, to_file ? x + at : y + at, b->f.size, &a);
+    }
 }
 
 /* Read one tensor of a file into t.
    Its pages may leave memory right after: the weights' one copy is the device's. */
-static int dpoi_load_entry(dpo_tensor *t, int form, dpo_entry *e)
+static int dpoi_load_place(dpo_tensor *t, int form, const dpoi_place *p)
 {
     dpoi_order b;
-    int        ok;
-    e->taken = 1;
-    if (!dpoi_check_entry(t->ctx, e, t->shape, form)) return 0;
-    if (!dpoi_order_open(t, form, &b)) return 0;
-    ok = dpo_entry_floats(e, 0, dpo_count(t), b.x);
-    if (ok && b.K) dpoi_turn(b.y, b.x, b.O, b.I, b.K, 0);
-    ok = ok && dpo_write(t, b.y);
-    dpoi_release(t->ctx, b.x, b.bytes);
-    if (ok) dpo_entry_done(e);
+    int        ok = dpoi_check_place(t->ctx, p, t->shape, form);
+    p->e->taken = 1;
+    if (!ok || !dpoi_order_open(&b, t, form, p->turned)) return 0;
+    for (int64_t o = 0; o < b.f.O && ok; o += b.f.n) {
+        int64_t n = b.f.O - o < b.f.n ? b.f.O - o : b.f.n;
+        ok = dpoi_entry_values(p->e, (p->part*b.f.O + o) * b.f.K, n*b.f.K, t->dtype, b.file);
+        dpoi_order_turn(&b, n, 0);
+        ok = ok && dpoi_ferry_run(&b.f, t, o, n, 1);
+    }
+    dpoi_order_close(&b, t->ctx);
+    if (ok && p->part + 1 >= p->parts) dpo_entry_done(p->e);
     return ok;
 }
 
-/* The entry of a parameter: under its name, or without the prefix that some writers leave out. */
-static dpo_entry *dpoi_net_entry(dpo_net *n, dpo_file *f, const char *name)
+/* A whole entry. */
+static dpoi_place dpoi_place_of(dpo_entry *e)
 {
-    dpo_entry  *e = dpo_file_find(f, name);
-    const char *prefix = n->kind->optional_prefix;
+    dpoi_place p;
+    memset(&p, 0, sizeof p);
+    p.e = e;
+    return p;
+}
+
+/* The entry of a parameter: under its name, without the prefix that some writers leave out, or under the name that it
+   had in older files: "mid_block.attentions.0.to_q.weight" was "mid_block.attentions.0.query.weight". */
+static dpo_entry *dpoi_net_entry(const dpo_net *n, dpo_file *f, const char *before, const char *name)
+{
+    char        full[3 * DPOI_PATH];
+    const char *prefix = n->kind->optional_prefix, *const *p = n->kind->older;
     size_t      length = prefix ? strlen(prefix) : 0;
-    if (!e && length && strncmp(name, prefix, length) == 0) e = dpo_file_find(f, name + length);
+    dpo_entry  *e;
+    snprintf(full, sizeof full, "%s%s", before, name);
+    e = dpo_file_find(f, full);
+    if (!e && length && strncmp(name, prefix, length) == 0) {
+        snprintf(full, sizeof full, "%s%s", before, name + length);
+        e = dpo_file_find(f, full);
+    }
+    for (; p && *p && !e; p += 2) {
+        const char *at = strstr(name, p[0]);
+        if (!at) continue;
+        snprintf(full, sizeof full, "%s%.*s%s%s", before, (int)(at - name), name, p[1], at + strlen(p[0]));
+        e = dpo_file_find(f, full);
+    }
     return e;
 }
 
+/* Where a source has the i-th parameter; e is NULL if it has not.  >>impl formats for names that are not ours. */
+static dpoi_place dpoi_net_place(const dpo_net *n, const dpoi_origin *s, int64_t i)
+{
+    if (s->naming) return dpoi_place_named(s, n->params[i].name);
+    return dpoi_place_of(dpoi_net_entry(n, s->f, s->prefix, n->params[i].name));
+}
+
 /* Tell of tensors that nobody took, three of them by name: they hint at a network of another kind. */
-static void dpoi_net_unknown(dpo_net *n, dpo_file *f)
+static void dpoi_file_unknown(dpo_ctx *c, dpo_file *f, const char *user)
 {
     char    names[400], shown[128];
     int     length = 0;
     int64_t count = 0;
     for (int64_t i = 0; i < dpo_file_count(f); i++) {
         const dpo_entry *e = dpo_file_entry(f, i);
-        if (e->taken || strstr(e->name, "position_ids")) continue;       /* 0..76, which every writer adds */
+        if (e->taken || dpoi_passed_over(e->name)) continue;
         if (count++ < 3)
             length += snprintf(names + length, sizeof names - (size_t)length, "%s%s", count > 1 ? ", " : "",
                                dpoi_shown(shown, e->name));
     }
-    if (count) dpoi_log(n->c, DPO_LOG_WARNING, "%s: %lld tensors that %s does not use: %s%s", dpo_file_path(f),
-                        (long long)count, n->kind->name, names, count > 3 ? ", ..." : "");
+    if (count) dpoi_log(c, DPO_LOG_WARNING, "%s: %lld tensors that %s does not use: %s%s", dpo_file_path(f),
+                        (long long)count, user, names, count > 3 ? ", ..." : "");
 }
 
-/* Does the file hold every parameter, in its shape? */
-static int dpoi_net_match(dpo_net *n, dpo_file *f)
+/* Does the source hold every parameter, in its shape? */
+static int dpoi_net_match(dpo_net *n, const dpoi_origin *s)
 {
     int64_t     missing = 0;
     const char *first = NULL;
     for (int64_t i = 0; i < n->count; i++) {
-        const dpo_entry *e = dpoi_net_entry(n, f, n->params[i].name);
-        if (!e) { if (!missing++) first = n->params[i].name; continue; }
-        if (!dpoi_check_entry(n->c, e, n->params[i].shape, n->params[i].form)) return 0;
+        dpoi_place p = dpoi_net_place(n, s, i);
+        if (!p.e) { if (!missing++) first = n->params[i].name; continue; }
+        if (!dpoi_check_place(n->c, &p, n->params[i].shape, n->params[i].form)) return 0;
     }
     if (!missing) return 1;
-    return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %lld of %lld tensors are missing, the first is %s", dpo_file_path(f),
-                     (long long)missing, (long long)n->count, first);
+    return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %lld of %lld tensors of the %s are missing, the first is %s",
+                     dpo_file_path(s->f), (long long)missing, (long long)n->count, n->kind->name, first);
 }
 
-/* Every parameter from a file that was found to match. */
-static int dpoi_net_fill(dpo_net *n, dpo_file *f)
+/* Every parameter from a source that was found to match. */
+static int dpoi_net_fill(dpo_net *n, const dpoi_origin *s)
 {
     for (int64_t i = 0; i < n->count; i++) {
-        dpo_entry *e = dpoi_net_entry(n, f, n->params[i].name);
-        if (!e || !dpoi_load_entry(n->params[i].t, n->params[i].form, e)) return 0;
+        dpoi_place p = dpoi_net_place(n, s, i);
+        if (!p.e || !dpoi_load_place(n->params[i].t, n->params[i].form, &p)) return 0;
     }
-    dpoi_net_unknown(n, f);
     return 1;
 }
 
-/* Hand one tensor to a writer, in PyTorch's order: what dpoi_load_entry reads. */
-static int dpoi_save_entry(dpo_writer *w, dpo_tensor *t, int form)
+/* Hand one tensor to a writer, in PyTorch's order: what dpoi_load_place reads. */
+static int dpoi_save_tensor(dpo_writer *w, dpo_tensor *t, int form, int turned)
 {
     dpoi_order b;
     int        ok;
-    if (!dpoi_order_open(t, form, &b)) return 0;
-    ok = dpo_read(t, b.x);
-    if (ok && b.K) dpoi_turn(b.y, b.x, b.O, b.I, b.K, 1);
-    ok = ok && dpo_writer_floats(w, b.y, dpo_count(t));
-    dpoi_release(t->ctx, b.x, b.bytes);
+    if (!dpoi_order_open(&b, t, form, turned)) return 0;
+    ok = 1;
+    for (int64_t o = 0; o < b.f.O && ok; o += b.f.n) {
+        int64_t n = b.f.O - o < b.f.n ? b.f.O - o : b.f.n;
+        ok = dpoi_ferry_run(&b.f, t, o, n, 0);
+        dpoi_order_turn(&b, n, 1);
+        ok = ok && dpoi_writer_values(w, t->dtype, b.file, n*b.f.K);
+    }
+    dpoi_order_close(&b, t->ctx);
     return ok;
-}
-
-/* The dpo_fill_fn of a whole network: a tag is a dpoi_param. */
-static int dpoi_net_save_fill(void *user, dpo_writer *w, void *tag)
-{
-    (void)user;
-    return dpoi_save_entry(w, ((dpoi_param *)tag)->t, ((dpoi_param *)tag)->form);
 }
 /* ==========================================================================================================
    >>impl clip                                                                             CLIP text encoder
@@ -12363,7 +14111,7 @@ static void dpoi_clip_fresh(dpo_net *n)
 
 static const dpoi_kind dpoi_clip_text = {
     "CLIPTextModel", "model", "text_model.", "lora_te", sizeof(dpoi_clip_config), dpoi_clip_read, dpoi_clip_declare,
-    dpoi_clip_fresh
+    dpoi_clip_fresh, NULL
 };
 
 /* Adapters of the text encoder, if any, are on. */
@@ -12403,7 +14151,9 @@ DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, d
      - GEGLU: the first half of the product is the value, the second goes through the exact gelu;
      - to_q, to_k, to_v have no bias, to_out.0 has one;
      - an odd size does not survive halving and doubling, so an up block enlarges to the size of the next skip.
-   arXiv 2112.10752; names and details after diffusers' UNet2DConditionModel. */
+   arXiv 2112.10752; names and details after diffusers' UNet2DConditionModel.
+
+   The two halves of a VAE (>>impl vae) are made of the same blocks, without skips, time and text. */
 
 /* Far above any published network; they bound the arrays here and the skips. */
 enum { DPOI_LEVELS = 8, DPOI_LAYERS = 16, DPOI_SKIPS = DPOI_LEVELS * (DPOI_LAYERS + 1) + 1 };
@@ -12413,7 +14163,8 @@ enum { DPOI_LEVELS = 8, DPOI_LAYERS = 16, DPOI_SKIPS = DPOI_LEVELS * (DPOI_LAYER
 typedef struct dpoi_unet_config {
     int levels, in, out, groups, kernel_in, kernel_out, down_pad;
     int mid;                              /* 1: there is a middle block */
-    int temb;                             /* width of the time embedding */
+    int temb;                             /* width of the time embedding; 0: the resnets have none (VAE) */
+    int alone;                            /* 1: attention of one head without a transformer around it (VAE) */
     int flip;                             /* cosines before sines */
     int linear;                           /* proj_in, proj_out are linear layers in the file, else 1x1 convolutions */
     int add_dim, add_input;               /* SDXL: sinusoids a time id, width of pooled with them all; 0: none */
@@ -12426,9 +14177,12 @@ typedef struct dpoi_unet_config {
 
 /* ------------------------------------------------------------------------------------------ configuration */
 
-/* Fields that must have the value that all these networks give them: another would be another network, which is refused
-   by the field's name and never computed wrongly. */
-static const struct { const char *key, *value; } dpoi_unet_fixed[] = {
+/* A field of config.json and the value that it must have, as a piece of JSON: another would be another network, which is
+   refused by the field's name and never computed wrongly.  NULL: it is read below, or changes nothing in the result. */
+typedef struct dpoi_field { const char *key, *value; } dpoi_field;
+
+/* upcast_attention changes nothing: scores are F32 anyway. */
+static const dpoi_field dpoi_unet_fields[] = {
     { "act_fn", "\"silu\"" }, { "center_input_sample", "false" }, { "freq_shift", "0" },
     { "only_cross_attention", "false" }, { "mid_block_scale_factor", "1" }, { "dropout", "0" },
     { "reverse_transformer_layers_per_block", "null" }, { "encoder_hid_dim", "null" },
@@ -12437,17 +14191,15 @@ static const struct { const char *key, *value; } dpoi_unet_fixed[] = {
     { "resnet_skip_time_act", "false" }, { "resnet_out_scale_factor", "1" },
     { "time_embedding_type", "\"positional\"" }, { "time_embedding_act_fn", "null" }, { "timestep_post_act", "null" },
     { "time_cond_proj_dim", "null" }, { "attention_type", "\"default\"" }, { "class_embeddings_concat", "false" },
-    { "mid_block_only_cross_attention", "null" }, { "cross_attention_norm", "null" }
-};
-
-/* Fields that are read below, or that change nothing in the result (upcast_attention: scores are F32 anyway). */
-static const char *const dpoi_unet_known[] = {
-    "sample_size", "in_channels", "out_channels", "flip_sin_to_cos", "down_block_types", "mid_block_type",
-    "up_block_types", "block_out_channels", "layers_per_block", "downsample_padding", "norm_num_groups", "norm_eps",
-    "cross_attention_dim",
-    "transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type",
-    "addition_time_embed_dim", "upcast_attention", "time_embedding_dim", "conv_in_kernel", "conv_out_kernel",
-    "projection_class_embeddings_input_dim", "addition_embed_type_num_heads"
+    { "mid_block_only_cross_attention", "null" }, { "cross_attention_norm", "null" },
+    { "sample_size", NULL }, { "in_channels", NULL }, { "out_channels", NULL }, { "flip_sin_to_cos", NULL },
+    { "down_block_types", NULL }, { "mid_block_type", NULL }, { "up_block_types", NULL },
+    { "block_out_channels", NULL }, { "layers_per_block", NULL }, { "downsample_padding", NULL },
+    { "norm_num_groups", NULL }, { "norm_eps", NULL }, { "cross_attention_dim", NULL },
+    { "transformer_layers_per_block", NULL }, { "attention_head_dim", NULL }, { "use_linear_projection", NULL },
+    { "addition_embed_type", NULL }, { "addition_time_embed_dim", NULL }, { "upcast_attention", NULL },
+    { "time_embedding_dim", NULL }, { "conv_in_kernel", NULL }, { "conv_out_kernel", NULL },
+    { "projection_class_embeddings_input_dim", NULL }, { "addition_embed_type_num_heads", NULL }, { NULL, NULL }
 };
 
 /* Does v hold what `value`, a piece of JSON, says?  A field that is not there does; null and false say the same.
@@ -12470,22 +14222,21 @@ static int dpoi_json_is(const dpo_json *v, const char *value)
 
 /* Refuse what is not supported by name; tell of fields that nobody knows.
    Fields beginning with '_' are diffusers' own notes (_class_name, _diffusers_version). */
-static int dpoi_unet_check(dpo_net *n, const dpo_json *v)
+static int dpoi_fields_check(dpo_net *n, const dpo_json *v, const dpoi_field *known)
 {
-    const int fixed = (int)(sizeof dpoi_unet_fixed / sizeof dpoi_unet_fixed[0]);
-    const int known = (int)(sizeof dpoi_unet_known / sizeof dpoi_unet_known[0]);
+    if (dpo_json_type(v) != DPO_JSON_OBJECT)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: config.json holds no object", n->kind->name);
     for (int64_t i = 0; i < dpo_json_count(v); i++) {
-        const dpo_json *field = dpo_json_at(v, i);
-        const char     *key = dpo_json_key(field), *text = dpo_json_text(field, NULL);
-        int             k = 0, f = 0;
-        while (f < fixed && strcmp(key, dpoi_unet_fixed[f].key) != 0) f++;
-        while (k < known && strcmp(key, dpoi_unet_known[k]) != 0) k++;
-        if (f < fixed && !dpoi_json_is(field, dpoi_unet_fixed[f].value)
+        const dpo_json   *field = dpo_json_at(v, i);
+        const char       *key = dpo_json_key(field), *text = dpo_json_text(field, NULL);
+        const dpoi_field *f = known;
+        while (f->key && strcmp(key, f->key) != 0) f++;
+        if (f->value && !dpoi_json_is(field, f->value)
             && !(strcmp(key, "act_fn") == 0 && text && strcmp(text, "swish") == 0))        /* another name of silu */
-            return dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: %s must be %s, other values are not supported", key,
-                             dpoi_unet_fixed[f].value);
-        if (f == fixed && k == known && key[0] != '_' && !dpoi_json_is(field, "null") && !dpoi_json_is(field, "0"))
-            dpoi_log(n->c, DPO_LOG_WARNING, "UNet: config.json has %.100s, no field of UNet2DConditionModel", key);
+            return dpoi_fail(n->c, DPO_UNSUPPORTED, "%s: %s must be %s, other values are not supported", n->kind->name,
+                             key, f->value);
+        if (!f->key && key[0] != '_' && !dpoi_json_is(field, "null") && !dpoi_json_is(field, "0"))
+            dpoi_log(n->c, DPO_LOG_WARNING, "config.json has %.100s, no field of %s", key, n->kind->name);
     }
     return 1;
 }
@@ -12498,13 +14249,13 @@ static void dpoi_unet_list(dpo_net *n, const dpo_json *v, const char *key, int l
     const dpo_json *list = dpo_json_get(v, key);
     int             array = dpo_json_type(list) == DPO_JSON_ARRAY;
     if (array && dpo_json_count(list) != levels)
-        dpoi_fail(n->c, DPO_BAD_FILE, "UNet: %s has %lld values for %d levels", key, (long long)dpo_json_count(list),
-                  levels);
+        dpoi_fail(n->c, DPO_BAD_FILE, "%s: %s has %lld values for %d levels", n->kind->name, key,
+                  (long long)dpo_json_count(list), levels);
     for (int i = 0; i < levels; i++) {
         int64_t value = 0;
         if (!array) value = dpo_json_want_int(v, key, otherwise, 1, high);
         else if (!dpo_json_int(dpo_json_at(list, i), &value) || value < 1 || value > high) {
-            dpoi_fail(n->c, DPO_BAD_FILE, "UNet: %s[%d] is no whole number from 1 to %d", key, i, high);
+            dpoi_fail(n->c, DPO_BAD_FILE, "%s: %s[%d] is no whole number from 1 to %d", n->kind->name, key, i, high);
             return;
         }
         out[i] = (int)value;
@@ -12536,25 +14287,31 @@ static void dpoi_unet_blocks(dpo_net *n, const dpo_json *v, const char *key, int
     }
 }
 
+/* The number of levels and their channels.  usual [levels]: those of the class. */
+static void dpoi_unet_channels(dpo_net *n, const dpo_json *v, const int *usual, int levels, dpoi_unet_config *g)
+{
+    const dpo_json *channels = dpo_json_get(v, "block_out_channels");
+    int64_t         given = dpo_json_count(channels);
+    g->levels = levels;
+    memcpy(g->channels, usual, (size_t)levels * sizeof *usual);
+    if (dpo_json_type(channels) <= DPO_JSON_NULL) return;
+    if (given < 1 || given > DPOI_LEVELS) {
+        dpoi_fail(n->c, DPO_UNSUPPORTED, "%s: block_out_channels has %lld levels, 1 to %d are supported",
+                  n->kind->name, (long long)given, DPOI_LEVELS);
+        return;
+    }
+    g->levels = (int)given;
+    dpoi_unet_list(n, v, "block_out_channels", g->levels, 0, 1 << 16, g->channels);
+}
+
 /* Everything that is given level by level, from the largest picture to the smallest.
    attention_head_dim means the number of heads, by an old mistake in the field's name that files have
    kept. */
 static void dpoi_unet_levels(dpo_net *n, const dpo_json *v, dpoi_unet_config *g)
 {
     static const int usual[4] = { 320, 640, 1280, 1280 };
-    const dpo_json *channels = dpo_json_get(v, "block_out_channels");
-    g->levels = 4;
-    memcpy(g->channels, usual, sizeof usual);
-    if (dpo_json_type(channels) > DPO_JSON_NULL) {
-        int64_t levels = dpo_json_count(channels);
-        if (levels < 1 || levels > DPOI_LEVELS) {
-            dpoi_fail(n->c, DPO_UNSUPPORTED, "UNet: block_out_channels has %lld levels, 1 to %d are supported",
-                      (long long)levels, DPOI_LEVELS);
-            return;
-        }
-        g->levels = (int)levels;
-        dpoi_unet_list(n, v, "block_out_channels", g->levels, 0, 1 << 16, g->channels);
-    }
+    dpoi_unet_channels(n, v, usual, 4, g);
+    if (!dpoi_ok(n->c)) return;
     dpoi_unet_list(n, v, "layers_per_block", g->levels, 2, DPOI_LAYERS - 1, g->layers);
     dpoi_unet_list(n, v, "attention_head_dim", g->levels, 8, 1 << 12, g->heads);
     dpoi_unet_list(n, v, "transformer_layers_per_block", g->levels, 1, 1024, g->depth);
@@ -12609,8 +14366,7 @@ static int dpoi_unet_read(dpo_net *n, const dpo_json *v)
     dpoi_unet_config *g = (dpoi_unet_config *)n->config;
     const dpo_json   *size = dpo_json_get(v, "sample_size");
     const char       *mid = dpo_json_want_text(v, "mid_block_type", NULL);
-    if (dpo_json_type(v) != DPO_JSON_OBJECT) return dpoi_fail(n->c, DPO_BAD_FILE, "UNet: config.json holds no object");
-    if (!dpoi_unet_check(n, v)) return 0;
+    if (!dpoi_fields_check(n, v, dpoi_unet_fields)) return 0;
     dpoi_unet_levels(n, v, g);
     dpoi_unet_addition(n, v, g);
     g->in         = (int)dpo_json_want_int(v, "in_channels", 4, 1, 1 << 12);
@@ -12638,7 +14394,7 @@ static int dpoi_unet_read(dpo_net *n, const dpo_json *v)
 typedef struct dpoi_unet_pass {
     dpoi_pass   r;                        /* first: a pass like any other */
     const dpoi_unet_config *g;
-    dpo_tensor *temb, *emb;               /* [N,4*C0], [N,T,D] */
+    dpo_tensor *temb, *emb;               /* [N,4*C0], [N,T,D]; NULL in a VAE */
     int         checkpoint;
 } dpoi_unet_pass;
 
@@ -12646,7 +14402,7 @@ typedef struct dpoi_unet_pass {
    The shortcut is x itself, or a 1x1 convolution where the channels change.  Four passes over the picture instead of
    nine: the norms take silu along, conv1 the time embedding [N,O], conv2 the shortcut.
    own: x is read for the last time here.
-   `proj(temb)` [N,O] is the same for every pixel: it enters conv1 as its added vector. */
+   `proj(temb)` [N,O] is the same for every pixel: it enters conv1 as its added vector.  A VAE has none. */
 static dpo_tensor *dpoi_resnet(dpoi_unet_pass *u, int i, dpo_tensor *x, int own, int64_t O)
 {
     dpoi_pass  *r = &u->r;
@@ -12654,8 +14410,8 @@ static dpo_tensor *dpoi_resnet(dpoi_unet_pass *u, int i, dpo_tensor *x, int own,
     dpo_tensor *h;
     int         before = dpoi_enter(r, "resnets.%d", i);
     h = dpoi_nn_group_norm(r, "norm1", x, u->g->groups, u->g->eps, DPO_SILU);
-    e.vec = dpo_last(dpoi_nn_linear(r, "time_emb_proj", u->temb, O, DPOI_BIAS, NULL));
-    h = e.vec ? dpoi_nn_conv_same(r, "conv1", dpo_last(h), O, 3, &e) : NULL;
+    if (u->g->temb) e.vec = dpo_last(dpoi_nn_linear(r, "time_emb_proj", u->temb, O, DPOI_BIAS, NULL));
+    h = e.vec || !u->g->temb ? dpoi_nn_conv_same(r, "conv1", dpo_last(h), O, 3, &e) : NULL;
     h = dpoi_nn_group_norm(r, "norm2", dpo_last(h), u->g->groups, u->g->eps, DPO_SILU);
     if (own) dpo_last(x);
     if (h && x->shape[3] != O) x = dpo_last(dpoi_nn_conv_same(r, "conv_shortcut", x, O, 1, NULL));
@@ -12694,7 +14450,7 @@ static dpo_tensor *dpoi_transformer_block(dpoi_unet_pass *u, dpo_tensor *h, int 
    Gradient checkpointing keeps, instead of everything that backward reads, the inputs of each layer; backward runs the
    layer again.  One more forward pass, for a fraction of the memory. */
 
-static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, int i, dpo_tensor *x, int heads, int depth);
+static dpo_tensor *dpoi_unet_attention(dpoi_unet_pass *u, int i, dpo_tensor *x, int heads, int depth);
 
 /* A piece that backward may compute again: one transformer block, or one layer, that is resnet and attention.  It lives
    in the scope, for the tape refers to it. */
@@ -12716,7 +14472,7 @@ static dpo_tensor *dpoi_unet_part_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tens
         own = 1;
     }
     x = dpoi_resnet(&p->u, p->index, x, own, p->O);
-    return p->depth ? dpoi_transformer(&p->u, p->index, x, p->heads, p->depth) : x;
+    return p->depth ? dpoi_unet_attention(&p->u, p->index, x, p->heads, p->depth) : x;
 }
 
 /* The dpo_segment_fn: x[] = x, skip, temb, emb, strength, as far as the piece has them.  The record that `user`
@@ -12729,8 +14485,8 @@ static dpo_tensor *dpoi_unet_segment(dpo_ctx *c, void *user, dpo_tensor **x)
     p.u.r.c = c;
     p.own = 0;                            /* the tape holds the inputs anyway */
     if (p.skip) skip = x[k++];
-    if (p.O) p.u.temb = x[k++];
-    if (p.depth) p.u.emb = x[k++];
+    if (p.O && p.u.temb) p.u.temb = x[k++];
+    if (p.depth && p.u.emb) p.u.emb = x[k++];
     if (p.u.r.strength) p.u.r.strength = x[k++];
     return dpoi_unet_part_run(&p, x[0], skip);
 }
@@ -12751,26 +14507,20 @@ static dpo_tensor *dpoi_unet_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tensor *s
     kept->u.checkpoint = 0;               /* one level is enough */
     inputs[n++] = p->own ? dpo_last(x) : x;
     if (p->skip) inputs[n++] = p->own ? dpo_last(skip) : skip;
-    if (p->O) inputs[n++] = p->u.temb;
-    if (p->depth) inputs[n++] = p->u.emb;
+    if (p->O && p->u.temb) inputs[n++] = p->u.temb;
+    if (p->depth && p->u.emb) inputs[n++] = p->u.emb;
     if (p->u.r.strength) inputs[n++] = p->u.r.strength;
     return dpo_checkpoint(c, dpoi_unet_segment, kept, inputs, n);
 }
 
-/* x + proj_out(blocks(proj_in(norm(x)))).  x [N,H,W,C]; it is read for the last time here.  With channels last,
-   pixels are tokens [N,H*W,C] without a copy, and a 1x1 convolution is the product that a linear layer is. */
-static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, int i, dpo_tensor *x, int heads, int depth)
+/* y = residual + proj_out(blocks(proj_in(h))).  h, residual [N,H*W,C]; both are read for the last time here. */
+static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, dpo_tensor *h, int heads, int depth, dpo_tensor *residual)
 {
-    dpoi_pass  *r = &u->r;
-    dpo_extra   e = dpoi_extra_of(NULL);
-    int         before = dpoi_enter(r, "attentions.%d", i), bits = DPOI_BIAS | (u->g->linear ? 0 : (int)DPOI_AS_CONV);
-    dpo_tensor *h = dpoi_nn_group_norm(r, "norm", x, u->g->groups, 1e-6f, DPO_NONE);
-    int64_t     image[4], tokens[3];
-    if (!h) return NULL;
-    memcpy(image, x->shape, sizeof image);
-    tokens[0] = image[0]; tokens[1] = image[1]*image[2]; tokens[2] = image[3];
-    h = dpo_reshape(r->c, dpo_last(h), 3, tokens);
-    h = dpoi_nn_linear(r, "proj_in", dpo_last(h), image[3], bits, NULL);
+    dpoi_pass *r = &u->r;
+    dpo_extra  e = dpoi_extra_of(NULL);
+    int        bits = DPOI_BIAS | (u->g->linear ? 0 : (int)DPOI_AS_CONV);
+    int64_t    C = h ? h->shape[2] : 0;
+    h = dpoi_nn_linear(r, "proj_in", dpo_last(h), C, bits, NULL);
     for (int d = 0; d < depth; d++) {
         dpoi_unet_part p;
         int            block = dpoi_enter(r, "transformer_blocks.%d", d);
@@ -12782,8 +14532,27 @@ static dpo_tensor *dpoi_transformer(dpoi_unet_pass *u, int i, dpo_tensor *x, int
         h = dpoi_unet_run(&p, h, NULL);
         dpoi_leave(r, block);
     }
-    e.residual = dpo_last(dpo_reshape(r->c, dpo_last(x), 3, tokens));
-    h = e.residual ? dpoi_nn_linear(r, "proj_out", dpo_last(h), image[3], bits, &e) : NULL;
+    e.residual = dpo_last(residual);
+    return dpoi_nn_linear(r, "proj_out", dpo_last(h), C, bits, &e);
+}
+
+/* x + f(norm(x)), f = a transformer or one bare attention.  x [N,H,W,C]; it is read for the last time here.  With
+   channels last, pixels are tokens [N,H*W,C] without a copy, and a 1x1 convolution is the product that a linear layer
+   is. */
+static dpo_tensor *dpoi_unet_attention(dpoi_unet_pass *u, int i, dpo_tensor *x, int heads, int depth)
+{
+    static const dpoi_attention_names names = { "to_q", "to_k", "to_v", "to_out.0", 1 };
+    dpoi_pass  *r = &u->r;
+    int         before = dpoi_enter(r, "attentions.%d", i);
+    dpo_tensor *h = dpoi_nn_group_norm(r, u->g->alone ? "group_norm" : "norm", x, u->g->groups, 1e-6f, DPO_NONE);
+    int64_t     image[4], tokens[3];
+    if (!h) return NULL;
+    memcpy(image, x->shape, sizeof image);
+    tokens[0] = image[0]; tokens[1] = image[1]*image[2]; tokens[2] = image[3];
+    h = dpo_reshape(r->c, dpo_last(h), 3, tokens);
+    x = dpo_reshape(r->c, dpo_last(x), 3, tokens);
+    if (!h || !x) return NULL;
+    h = u->g->alone ? dpoi_attend(r, &names, h, NULL, heads, 0, x) : dpoi_transformer(u, h, heads, depth, x);
     dpoi_leave(r, before);
     return dpo_reshape(r->c, dpo_last(h), 4, image);
 }
@@ -12803,7 +14572,7 @@ static dpo_tensor *dpoi_unet_layer(dpoi_unet_pass *u, int i, dpo_tensor *x, int 
     p.own = own;
     p.skip = skip != NULL;
     x = dpoi_unet_run(&p, x, skip);
-    return apart && x ? dpoi_transformer(u, i, x, heads, depth) : x;
+    return apart && x ? dpoi_unet_attention(u, i, x, heads, depth) : x;
 }
 
 /* ------------------------------------------------------------------------------------------ the whole network */
@@ -12858,53 +14627,74 @@ static dpo_tensor *dpoi_unet_time(dpoi_unet_pass *u, const dpo_unet_in *in)
     return dpoi_unet_mlp(u, "add_embedding", dpoi_unet_added(u, in), &e);
 }
 
-/* Level i on the way down.  Every result is read again on the way up, so that nothing ends here.
+/* Level i on the way down.  Every result is read again on the way up, so that nothing ends here; without skips (NULL,
+   a VAE's encoder) each ends as soon as the next is there.
    Down blocks keep the channels of their level; the first resnet changes them. */
 static dpo_tensor *dpoi_unet_down(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_tensor **skips, int *n)
 {
     const dpoi_unet_config *g = u->g;
     int before = dpoi_enter(&u->r, "down_blocks.%d", i), pad[4];
     for (int j = 0; j < g->layers[i]; j++) {
-        x = dpoi_unet_layer(u, j, x, 0, NULL, g->channels[i], g->heads[i], g->down[i] ? g->depth[i] : 0);
-        skips[(*n)++] = x;
+        x = dpoi_unet_layer(u, j, x, !skips, NULL, g->channels[i], g->heads[i], g->down[i] ? g->depth[i] : 0);
+        if (skips) skips[(*n)++] = x;
     }
     if (i < g->levels - 1) {
         pad[0] = pad[2] = g->down_pad;    /* top, left; without padding diffusers adds a row and a column at the end */
         pad[1] = pad[3] = 1;
-        skips[(*n)++] = x = dpoi_nn_conv2d(&u->r, "downsamplers.0.conv", x, g->channels[i], 3, 2, pad, NULL);
+        if (!skips) dpo_last(x);
+        x = dpoi_nn_conv2d(&u->r, "downsamplers.0.conv", x, g->channels[i], 3, 2, pad, NULL);
+        if (skips) skips[(*n)++] = x;
     }
     dpoi_leave(&u->r, before);
     return x;
 }
 
 /* The lowest level once more: resnet, attention, resnet.
-   x is a skip too and must not end in the first layer. */
-static dpo_tensor *dpoi_unet_mid(dpoi_unet_pass *u, dpo_tensor *x)
+   own 0: x is a skip too and must not end in the first layer. */
+static dpo_tensor *dpoi_unet_mid(dpoi_unet_pass *u, dpo_tensor *x, int own)
 {
     const dpoi_unet_config *g = u->g;
     int low = g->levels - 1, before = dpoi_enter(&u->r, "mid_block");
-    x = dpoi_unet_layer(u, 0, x, 0, NULL, g->channels[low], g->heads[low], g->depth[low]);
+    x = dpoi_unet_layer(u, 0, x, own, NULL, g->channels[low], g->heads[low], g->depth[low]);
     x = dpoi_unet_layer(u, 1, x, 1, NULL, g->channels[low], 0, 0);
     dpoi_leave(&u->r, before);
     return x;
 }
 
+/* A VAE's pictures grow on their way up, and what the smaller ones left idle does not hold the larger ones: it goes back
+   to the backend, but only where a new region is needed anyway.  The second picture of a size finds all in place. */
+static void dpoi_unet_room(dpo_ctx *c, const dpo_tensor *x, int64_t times)
+{
+    dpo_view v = dpoi_view(x);
+    if (!x->needs_grad && !dpoi_best_fit(c, dpoi_view_bytes(&v) * (size_t)times)) dpoi_trim(c);
+}
+
 /* Block i on the way up, which undoes level levels-1-i.
-   One layer more than on the way down: it takes the skip of the downsampler, or of conv_in. */
+   One layer more than on the way down: it takes the skip of the downsampler, or of conv_in.  Without skips (a VAE's
+   decoder) the picture doubles. */
 static dpo_tensor *dpoi_unet_up(dpoi_unet_pass *u, int i, dpo_tensor *x, dpo_tensor **skips, int *n)
 {
     const dpoi_unet_config *g = u->g;
     int level = g->levels - 1 - i, before = dpoi_enter(&u->r, "up_blocks.%d", i);
     for (int j = 0; j <= g->layers[level] && x; j++)
-        x = dpoi_unet_layer(u, j, x, 1, skips[--*n], g->channels[level], g->heads[level],
+        x = dpoi_unet_layer(u, j, x, 1, skips ? skips[--*n] : NULL, g->channels[level], g->heads[level],
                             g->up[i] ? g->depth[level] : 0);
     if (x && level > 0) {                 /* to the next skip's size: an odd one is not twice the half */
-        const dpo_tensor *next = skips[*n - 1];
-        x = dpo_upsample(u->r.c, dpo_last(x), next->shape[1], next->shape[2]);
+        const dpo_tensor *next = skips ? skips[*n - 1] : NULL;
+        int64_t           H = next ? next->shape[1] : 2*x->shape[1], W = next ? next->shape[2] : 2*x->shape[2];
+        if (!skips) dpoi_unet_room(u->r.c, x, 4);
+        x = dpo_upsample(u->r.c, dpo_last(x), H, W);
         x = dpoi_nn_conv_same(&u->r, "upsamplers.0.conv", dpo_last(x), g->channels[level], 3, NULL);
     }
     dpoi_leave(&u->r, before);
     return x;
+}
+
+/* y = conv_out(silu(norm(x))), x [N,H,W,C0] -> [N,H,W,O]. */
+static dpo_tensor *dpoi_unet_out(dpoi_unet_pass *u, dpo_tensor *x, int64_t O)
+{
+    x = dpoi_nn_group_norm(&u->r, "conv_norm_out", dpo_last(x), u->g->groups, u->g->eps, DPO_SILU);
+    return dpoi_nn_conv_same(&u->r, "conv_out", dpo_last(x), O, u->g->kernel_out, NULL);
 }
 
 /* The whole of it.  Skips are pushed on the way down and popped on the way up: one for conv_in, one a layer, one a
@@ -12919,10 +14709,9 @@ static dpo_tensor *dpoi_unet_forward(dpoi_unet_pass *u, const dpo_unet_in *in)
     u->emb = in->emb;
     skips[n++] = x = u->temb ? dpoi_nn_conv_same(&u->r, "conv_in", in->x, g->channels[0], g->kernel_in, NULL) : NULL;
     for (int i = 0; i < g->levels && x; i++) x = dpoi_unet_down(u, i, x, skips, &n);
-    if (g->mid && x) x = dpoi_unet_mid(u, x);
+    if (g->mid && x) x = dpoi_unet_mid(u, x, 0);
     for (int i = 0; i < g->levels && x; i++) x = dpoi_unet_up(u, i, x, skips, &n);
-    x = dpoi_nn_group_norm(&u->r, "conv_norm_out", dpo_last(x), g->groups, g->eps, DPO_SILU);
-    return dpoi_nn_conv_same(&u->r, "conv_out", dpo_last(x), g->out, g->kernel_out, NULL);
+    return dpoi_unet_out(u, x, g->out);
 }
 
 /* A pass over a UNet that stands at the root; the embeddings come later. */
@@ -12959,7 +14748,7 @@ static int dpoi_unet_declare(dpoi_pass *r)
 
 static const dpoi_kind dpoi_unet_kind = {
     "UNet2DConditionModel", "diffusion_pytorch_model", NULL, "lora_unet", sizeof(dpoi_unet_config),
-    dpoi_unet_read, dpoi_unet_declare, NULL
+    dpoi_unet_read, dpoi_unet_declare, NULL, NULL
 };
 
 /* What the caller gave must fit the configuration; ops check the rest.
@@ -13005,6 +14794,371 @@ DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
     return dpoi_unet_forward(&u, in);
 }
 /* ==========================================================================================================
+   >>impl vae                                                         AutoencoderKL: pixels to latents and back
+   ==========================================================================================================
+
+     mean, logvar = the halves of quant_conv(encoder(x))             x [N,H,W,3] -> [N,H/f,W/f,L] each, f = 2^(levels-1)
+     z = (mean + exp(logvar/2) e - shift) * scale                    e normal; z [N,H/f,W/f,L] is what is diffused
+     y = decoder(post_quant_conv(z/scale + shift))                   [N,H,W,3]
+
+     encoder: conv_in, every level's resnets and, between levels, stride 2; middle; norm, conv_out
+     decoder: conv_in, middle, every level's resnets, one more each, and doubling between levels; norm, conv_out
+
+   Both halves are made of the UNet's blocks (>>impl unet), without skips, time and text.  Stable Diffusion 1, 2 and XL
+   share one shape, 128, 256, 512, 512 channels, and differ in weights and scale (0.18215; XL 0.13025).  Details:
+     - a convolution of stride 2 pads below and to the right alone;
+     - every norm has eps 1e-6;
+     - the middle's attention has one head over all channels, and its four products have biases;
+     - older files name these query, key, value, proj_attn, and some hold 1x1 convolutions there.
+   arXiv 2112.10752, section 3.1; names and details after diffusers' AutoencoderKL. */
+
+typedef struct dpoi_vae_config {
+    dpoi_unet_config u;                   /* of both halves; first, so that blocks find it */
+    int   latents;                        /* L */
+    int   quant, post_quant;              /* 1: there is that 1x1 convolution */
+    float scale, shift;
+    int   tile, checkpoint;               /* the caller's, see dpo_model_vae_options */
+} dpoi_vae_config;
+
+/* ------------------------------------------------------------------------------------------ configuration */
+
+/* sample_size is the largest tile in diffusers; force_upcast says that F16 is too narrow, and nothing here is computed
+   in F16 unless the caller's pictures are. */
+static const dpoi_field dpoi_vae_fields[] = {
+    { "act_fn", "\"silu\"" }, { "latents_mean", "null" }, { "latents_std", "null" }, { "in_channels", NULL },
+    { "out_channels", NULL }, { "down_block_types", NULL }, { "up_block_types", NULL }, { "block_out_channels", NULL },
+    { "layers_per_block", NULL }, { "latent_channels", NULL }, { "norm_num_groups", NULL }, { "sample_size", NULL },
+    { "scaling_factor", NULL }, { "shift_factor", NULL }, { "force_upcast", NULL }, { "use_quant_conv", NULL },
+    { "use_post_quant_conv", NULL }, { "mid_block_add_attention", NULL }, { NULL, NULL }
+};
+
+/* A list of block types holds the one plain type throughout; where it is missing there is one block. */
+static int dpoi_vae_blocks(dpo_net *n, const dpo_json *v, const char *key, int levels, const char *plain)
+{
+    const dpo_json *list = dpo_json_get(v, key);
+    int64_t         count = dpo_json_type(list) <= DPO_JSON_NULL ? 1 : dpo_json_count(list);
+    if (count != levels)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: %s has %lld blocks for %d block_out_channels", n->kind->name, key,
+                         (long long)count, levels);
+    for (int64_t i = 0; i < dpo_json_count(list); i++) {
+        const char *name = dpo_json_text(dpo_json_at(list, i), NULL);
+        if (!name || strcmp(name, plain) != 0)
+            return dpoi_fail(n->c, DPO_UNSUPPORTED, "%s: %s names %.100s; %s is supported", n->kind->name, key,
+                             name ? name : "null", plain);
+    }
+    return 1;
+}
+
+/* Missing fields are the defaults of diffusers' class. */
+static int dpoi_vae_read(dpo_net *n, const dpo_json *v)
+{
+    static const int  usual[1] = { 64 };
+    dpoi_vae_config  *g = (dpoi_vae_config *)n->config;
+    dpoi_unet_config *u = &g->u;
+    if (!dpoi_fields_check(n, v, dpoi_vae_fields)) return 0;
+    dpoi_unet_channels(n, v, usual, 1, u);
+    if (!dpoi_ok(n->c)) return 0;
+    dpoi_unet_list(n, v, "layers_per_block", u->levels, 1, DPOI_LAYERS - 1, u->layers);
+    u->in         = (int)dpo_json_want_int(v, "in_channels", 3, 1, 1 << 12);
+    u->out        = (int)dpo_json_want_int(v, "out_channels", 3, 1, 1 << 12);
+    u->groups     = (int)dpo_json_want_int(v, "norm_num_groups", 32, 1, 1 << 16);
+    g->latents    = (int)dpo_json_want_int(v, "latent_channels", 4, 1, 1 << 12);
+    g->quant      = dpo_json_want_bool(v, "use_quant_conv", 1);
+    g->post_quant = dpo_json_want_bool(v, "use_post_quant_conv", 1);
+    g->scale      = (float)dpo_json_want_double(v, "scaling_factor", 0.18215, 1e-6, 1e6);
+    g->shift      = (float)dpo_json_want_double(v, "shift_factor", 0, -1e6, 1e6);
+    u->kernel_in  = u->kernel_out = 3;
+    u->eps        = 1e-6f;
+    u->mid        = u->alone = 1;
+    u->heads[u->levels - 1] = 1;
+    u->depth[u->levels - 1] = dpo_json_want_bool(v, "mid_block_add_attention", 1);
+    return dpoi_vae_blocks(n, v, "down_block_types", u->levels, "DownEncoderBlock2D")
+        && dpoi_vae_blocks(n, v, "up_block_types", u->levels, "UpDecoderBlock2D") && dpoi_ok(n->c);
+}
+
+/* ------------------------------------------------------------------------------------------ the two halves */
+
+/* x [N,H,W,3] -> [N,H/f,W/f,2L], the mean before the log variance. */
+static dpo_tensor *dpoi_vae_encoder(dpoi_unet_pass *u, const dpoi_vae_config *g, dpo_tensor *x)
+{
+    int before = dpoi_enter(&u->r, "encoder");
+    x = dpoi_nn_conv_same(&u->r, "conv_in", x, u->g->channels[0], 3, NULL);
+    for (int i = 0; i < u->g->levels && x; i++) x = dpoi_unet_down(u, i, x, NULL, NULL);
+    x = dpoi_unet_out(u, dpoi_unet_mid(u, x, 1), 2 * (int64_t)g->latents);
+    dpoi_leave(&u->r, before);
+    return g->quant ? dpoi_nn_conv_same(&u->r, "quant_conv", dpo_last(x), 2 * (int64_t)g->latents, 1, NULL) : x;
+}
+
+/* z [N,h,w,L] -> [N,f*h,f*w,3]. */
+static dpo_tensor *dpoi_vae_decoder(dpoi_unet_pass *u, const dpoi_vae_config *g, dpo_tensor *z)
+{
+    int before;
+    if (g->post_quant) z = dpo_last(dpoi_nn_conv_same(&u->r, "post_quant_conv", z, g->latents, 1, NULL));
+    before = dpoi_enter(&u->r, "decoder");
+    z = dpoi_nn_conv_same(&u->r, "conv_in", z, u->g->channels[u->g->levels - 1], 3, NULL);
+    z = dpoi_unet_mid(u, z, 1);
+    for (int i = 0; i < u->g->levels && z; i++) z = dpoi_unet_up(u, i, z, NULL, NULL);
+    z = dpoi_unet_out(u, z, u->g->out);
+    dpoi_leave(&u->r, before);
+    return z;
+}
+
+/* One of them; x ends here if it was passed with dpo_last. */
+static dpo_tensor *dpoi_vae_half(const dpoi_pass *r, int decode, dpo_tensor *x)
+{
+    const dpoi_vae_config *g = (const dpoi_vae_config *)r->net->config;
+    dpoi_unet_pass         u = dpoi_unet_pass_of(r);
+    u.checkpoint = g->checkpoint;
+    return decode ? dpoi_vae_decoder(&u, g, x) : dpoi_vae_encoder(&u, g, x);
+}
+
+/* One latent, and as many pixels as it stands for. */
+static int dpoi_vae_declare(dpoi_pass *r)
+{
+    const dpoi_vae_config *g = (const dpoi_vae_config *)r->net->config;
+    int64_t     x[4], z[4];
+    dpo_tensor *mean, *y;
+    x[0] = 1; x[1] = x[2] = (int64_t)1 << (g->u.levels - 1); x[3] = g->u.in;
+    z[0] = z[1] = z[2] = 1; z[3] = g->latents;
+    mean = dpoi_vae_half(r, 0, dpo_tensor_new(r->c, DPO_F32, 4, x));
+    y = mean ? dpoi_vae_half(r, 1, dpo_tensor_new(r->c, DPO_F32, 4, z)) : NULL;
+    return dpoi_ok(r->c) && y != NULL;
+}
+
+static const char *const dpoi_vae_older[] = {
+    ".to_q.", ".query.", ".to_k.", ".key.", ".to_v.", ".value.", ".to_out.0.", ".proj_attn.", NULL
+};
+static const dpoi_kind dpoi_vae_kind = {
+    "AutoencoderKL", "diffusion_pytorch_model", NULL, "lora_vae", sizeof(dpoi_vae_config), dpoi_vae_read,
+    dpoi_vae_declare, NULL, dpoi_vae_older
+};
+
+/* f: pixels a latent, per axis. */
+static int dpoi_vae_factor(const dpo_net *vae) { return 1 << (((const dpoi_vae_config *)vae->config)->u.levels - 1); }
+
+/* ------------------------------------------------------------------------------------------ tiles
+
+   A picture larger than a tile goes through in pieces of the tile's size, 3/4 of it apart.  Piece by piece, row by row,
+   the last quarter of the piece above (a, h rows) fades into the first quarter of the one below (b), e rows:
+
+     b[y] += (1 - y/e) (a[h-e+y] - b[y]),   y = 0 ... e-1
+
+   then the same from the left; of the sum, 3/4 of a piece are kept.  Norms and attention see one piece, so the result
+   differs a little from the picture's in one go.  Memory: the result, one piece, and strips; where gradients are
+   recorded, rows are joined by ops instead.  After diffusers' tiled_encode and tiled_decode, number for number. */
+
+/* What a recomputed piece needs to know; it lives in the scope, for the tape refers to it. */
+typedef struct dpoi_vae_piece { dpo_net *vae; int decode; } dpoi_vae_piece;
+
+typedef struct dpoi_tiles {
+    dpo_ctx    *c;
+    dpoi_vae_piece *piece;
+    int64_t     size, step;               /* of what goes in: a piece, and from one to the next */
+    int64_t     fade, keep;               /* of what comes out: the rows or columns that fade, and those that are kept */
+    int64_t     rows, columns;            /* of pieces */
+    dpo_tensor **above;                   /* [columns] the last `fade` rows of the pieces above */
+} dpoi_tiles;
+
+/* The dpo_segment_fn of one piece. */
+static dpo_tensor *dpoi_vae_segment(dpo_ctx *c, void *user, dpo_tensor **x)
+{
+    const dpoi_vae_piece *p = (const dpoi_vae_piece *)user;
+    dpoi_pass             r = dpoi_pass_of(p->vae);
+    (void)c;
+    return dpoi_vae_half(&r, p->decode, x[0]);
+}
+
+/* One piece, x ending.  With checkpointing it is one segment, whose layers are segments of it: backward then holds one
+   piece at a time.  A piece that left no rows on the tape leaves no other traces either. */
+static dpo_tensor *dpoi_tiles_run(const dpoi_tiles *t, dpo_tensor *x)
+{
+    const dpoi_vae_config *g = (const dpoi_vae_config *)t->piece->vae->config;
+    dpo_ctx *c = t->c;
+    int64_t  scope = dpo_scope(c), rows = c->row_count;
+    if (!dpo_last(x)) return NULL;
+    if (g->checkpoint && !c->no_grad) return dpo_checkpoint(c, dpoi_vae_segment, t->piece, &x, 1);
+    x = dpoi_vae_segment(c, t->piece, &x);
+    return c->row_count == rows ? dpo_scope_end(c, scope, x) : x;
+}
+
+/* Along an axis, x from `from` on: `count`, or what there is. */
+static dpo_tensor *dpoi_take(dpo_ctx *c, dpo_tensor *x, int axis, int64_t from, int64_t count)
+{
+    return x ? dpo_slice(c, x, axis, from, dpoi_least(count, x->shape[axis] - from)) : NULL;
+}
+
+/* The last `count` along an axis, or what there is. */
+static dpo_tensor *dpoi_take_end(dpo_ctx *c, dpo_tensor *x, int axis, int64_t count)
+{
+    return x ? dpoi_take(c, x, axis, x->shape[axis] > count ? x->shape[axis] - count : 0, count) : NULL;
+}
+
+/* 1 - y/e along an axis: [1,e,1,1] or [1,1,e,1]. */
+static dpo_tensor *dpoi_tiles_ramp(const dpoi_tiles *t, int axis, int64_t e)
+{
+    int64_t     shape[4] = { 1, 1, 1, 1 };
+    float      *v = (float *)dpoi_calloc(t->c, (size_t)e, sizeof *v);
+    dpo_tensor *ramp;
+    if (!v) return NULL;
+    for (int64_t y = 0; y < e; y++) v[y] = (float)(1 - (double)y/(double)e);
+    shape[axis] = e;
+    ramp = dpo_tensor_from(t->c, DPO_F32, 4, shape, v);
+    dpoi_release(t->c, v, (size_t)e * sizeof *v);
+    return ramp;
+}
+
+/* a, the end of the piece before, fades into b, a piece.  Both end here; e is less at the picture's edge. */
+static dpo_tensor *dpoi_tiles_blend(const dpoi_tiles *t, dpo_tensor *a, dpo_tensor *b, int axis)
+{
+    dpo_ctx    *c = t->c;
+    dpo_tensor *y, *rest = NULL;
+    int64_t     n = b ? b->shape[axis] : 0, e = dpoi_least(t->fade, n);
+    if (!a || !b) return NULL;
+    e = dpoi_least(e, a->shape[axis]);
+    a = dpoi_take_end(c, dpo_last(a), axis, e);
+    y = dpoi_take(c, b, axis, 0, e);
+    if (n > e) rest = dpoi_take(c, dpo_last(b), axis, e, n - e);
+    else if (y) dpoi_drop_data(b);
+    a = dpo_binary(c, DPO_SUB, dpo_last(a), y);
+    a = dpo_binary(c, DPO_MUL, dpo_last(a), dpo_last(dpoi_tiles_ramp(t, axis, e)));
+    y = dpo_binary(c, DPO_ADD, dpo_last(y), dpo_last(a));
+    return n > e ? dpo_concat(c, dpo_last(y), dpo_last(rest), axis) : y;
+}
+
+/* Row i of the pieces of x, side by side: [N,keep,W',C], less high at the end.
+   What follows the blending sees its result, as diffusers' in-place arithmetic has it. */
+static dpo_tensor *dpoi_tiles_row(dpoi_tiles *t, dpo_tensor *x, int64_t i)
+{
+    dpo_ctx    *c = t->c;
+    dpo_tensor *row = NULL, *left = NULL, *y;
+    for (int64_t j = 0; j < t->columns; j++) {
+        y = dpoi_take(c, x, 1, i*t->step, t->size);
+        y = dpoi_tiles_run(t, dpoi_take(c, dpo_last(y), 2, j*t->step, t->size));
+        if (i) y = dpoi_tiles_blend(t, t->above[j], y, 1);
+        if (j) y = dpoi_tiles_blend(t, left, y, 2);
+        if (i + 1 < t->rows) t->above[j] = dpoi_take_end(c, y, 1, t->fade);
+        if (j + 1 < t->columns) left = dpoi_take_end(c, y, 2, t->fade);
+        y = dpoi_take(c, dpo_last(y), 1, 0, t->keep);
+        y = dpoi_take(c, dpo_last(y), 2, 0, t->keep);
+        row = row ? dpo_concat(c, dpo_last(row), dpo_last(y), 2) : y;
+        if (!row) return NULL;
+    }
+    return row;
+}
+
+/* Put a row of pieces [N,h,W',C] into the result y [N,H',W',C] from line `at` on, outside the tape.  The row ends here. */
+static int dpoi_tiles_put(const dpoi_tiles *t, dpo_tensor *y, dpo_tensor *row, int64_t at)
+{
+    dpo_backend *b = t->c->backend;
+    size_t line = (size_t)(row->shape[2] * row->shape[3]) * dpoi_dtype_size(row->dtype);
+    size_t bytes = (size_t)row->shape[1] * line;
+    for (int64_t n = 0; n < row->shape[0]; n++) {
+        char *to = (char *)y->data + (size_t)(n*y->shape[1] + at)*line, *from = (char *)row->data + (size_t)n*bytes;
+        if (b->copy(b->self, to, from, bytes, DPO_COPY_ON) != DPO_OK)
+            return dpoi_fail(t->c, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+    }
+    dpoi_drop_data(row);
+    return 1;
+}
+
+/* The result with one row more; y is NULL before the first.  Joined by ops it would be there twice, and in as many
+   sizes as there are rows: that is only for the tape.  H' = H keep/step, without a remainder. */
+static dpo_tensor *dpoi_tiles_add(const dpoi_tiles *t, dpo_tensor *y, dpo_tensor *row, int64_t i, int64_t H)
+{
+    int64_t shape[4];
+    if (!row) return NULL;
+    if (row->needs_grad) return y ? dpo_concat(t->c, dpo_last(y), dpo_last(row), 1) : row;
+    memcpy(shape, row->shape, sizeof shape);
+    shape[1] = H*t->keep/t->step;
+    if (!y && !(y = dpoi_temp(t->c, row->dtype, 4, shape, 0, NULL))) return NULL;
+    return dpoi_tiles_put(t, y, row, i*t->keep) ? y : NULL;
+}
+
+/* All rows, one below the other. */
+static dpo_tensor *dpoi_tiles_all(dpoi_tiles *t, dpo_tensor *x)
+{
+    dpo_ctx    *c = t->c;
+    dpo_tensor *y = NULL;
+    int         last = x->last;
+    t->rows    = dpoi_pieces(x->shape[1], t->step);
+    t->columns = dpoi_pieces(x->shape[2], t->step);
+    if (!(t->above = (dpo_tensor **)dpoi_calloc(c, (size_t)t->columns, sizeof *t->above))) return NULL;
+    x->last = 0;                          /* many pieces are cut from it */
+    for (int64_t i = 0; i < t->rows; i++)
+        if (!(y = dpoi_tiles_add(t, y, dpoi_tiles_row(t, x, i), i, x->shape[1]))) break;
+    dpoi_release(c, t->above, (size_t)t->columns * sizeof *t->above);
+    if (last) dpoi_drop_data(x);
+    return y;
+}
+
+/* One half on a whole picture, in pieces if that was asked for. */
+static dpo_tensor *dpoi_vae_run(dpo_net *vae, int decode, dpo_tensor *x)
+{
+    const dpoi_vae_config *g = (const dpoi_vae_config *)vae->config;
+    dpoi_pass  r = dpoi_pass_of(vae);
+    int64_t    pixels = g->tile, latents = g->tile/dpoi_vae_factor(vae);
+    dpoi_tiles t;
+    if (!x) return NULL;
+    memset(&t, 0, sizeof t);
+    t.c = vae->c;
+    t.size = decode ? latents : pixels;
+    t.step = t.size - t.size/4;
+    t.fade = (decode ? pixels : latents)/4;
+    t.keep = (decode ? pixels : latents) - t.fade;
+    if (!t.size || (x->shape[1] <= t.size && x->shape[2] <= t.size)) return dpoi_vae_half(&r, decode, x);
+    if (!(t.piece = (dpoi_vae_piece *)dpo_scope_alloc(t.c, sizeof *t.piece))) return NULL;
+    t.piece->vae = vae;
+    t.piece->decode = decode;
+    return dpoi_tiles_all(&t, x);
+}
+
+/* ------------------------------------------------------------------------------------------ pixels and latents */
+
+/* A picture or latents of C channels, sides of a multiple of `sides`.  NULL has told its reason before. */
+static int dpoi_vae_check(dpo_net *vae, const char *what, const dpo_tensor *x, int C, int sides)
+{
+    if (!x || !dpoi_ok(vae->c)) return 0;
+    if (x->rank == 4 && x->shape[3] == C && x->shape[1] % sides == 0 && x->shape[2] % sides == 0) return 1;
+    return dpoi_fail(vae->c, DPO_BAD_SHAPE, "%s wants [N,H,W,%d] with sides that %d divides, not [%lld,%lld,%lld,%lld]",
+                     what, C, sides, (long long)x->shape[0], (long long)x->shape[1], (long long)x->shape[2],
+                     (long long)x->shape[3]);
+}
+
+/* The mean as it is diffused, (mean - shift) scale, and the log variance as it is. */
+static dpo_tensor *dpoi_vae_encode(dpo_net *vae, dpo_tensor *x, dpo_tensor **logvar)
+{
+    const dpoi_vae_config *g = (const dpoi_vae_config *)vae->config;
+    dpo_ctx    *c = vae->c;
+    dpo_tensor *moments, *mean;
+    if (!dpoi_vae_check(vae, "dpo_encode_images", x, g->u.in, dpoi_vae_factor(vae))) return NULL;
+    moments = dpoi_vae_run(vae, 0, x);
+    if (logvar) {
+        dpo_tensor *v = dpoi_take(c, moments, 3, g->latents, g->latents);
+        *logvar = dpo_clamp(c, dpo_last(v), -30, 20);
+        if (!*logvar) return NULL;
+    }
+    mean = dpoi_take(c, dpo_last(moments), 3, 0, g->latents);
+    return dpo_affine(c, dpo_last(mean), g->scale, -g->shift*g->scale);
+}
+
+/* mean + scale exp(logvar/2) noise: shift and scale are in the mean already. */
+static dpo_tensor *dpoi_vae_sample(dpo_net *vae, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
+{
+    const dpoi_vae_config *g = (const dpoi_vae_config *)vae->config;
+    dpo_ctx    *c = vae->c;
+    dpo_tensor *d = dpo_act(c, dpo_last(dpo_affine(c, logvar, 0.5f, 0)), DPO_EXP);
+    d = dpo_binary(c, DPO_MUL, dpo_last(d), noise);
+    d = dpo_affine(c, dpo_last(d), g->scale, 0);
+    return dpo_binary(c, DPO_ADD, mean, dpo_last(d));
+}
+
+static dpo_tensor *dpoi_vae_decode(dpo_net *vae, dpo_tensor *z)
+{
+    const dpoi_vae_config *g = (const dpoi_vae_config *)vae->config;
+    if (!dpoi_vae_check(vae, "dpo_decode_latents", z, g->latents, 1)) return NULL;
+    return dpoi_vae_run(vae, 1, dpo_last(dpo_affine(vae->c, z, 1/g->scale, g->shift)));
+}
+/* ==========================================================================================================
    >>impl model                                                             adapters, saving, whole pipelines
    ==========================================================================================================
 
@@ -13015,6 +15169,7 @@ DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
      tokenizer/vocab.json, merges.txt, tokenizer_config.json     and tokenizer_2
      scheduler/scheduler_config.json
      vae/config.json, diffusion_pytorch_model.safetensors        missing in a model of pixels
+   or one file in the naming of the original programs, without configurations and tokenizers: see >>impl formats.
    Saving writes back the very configuration texts that were read, so that no field is lost that only others know. */
 
 /* ------------------------------------------------------------------------------------------ adapters
@@ -13052,9 +15207,9 @@ static int dpoi_adapter_make(dpo_net *n, dpoi_adapter *a, int param, int rank)
     up[0] = p->shape[0]; up[1] = up[2] = 1; up[3] = rank;
     a->param = param;
     snprintf(name, sizeof name, "%.*s.lora_down.weight", module, p->name);
-    a->down = dpo_weight_new(n->c, DPO_F32, 4, down, name);
+    a->down = dpoi_param_tensor(n->c, DPO_F32, p->form, down, name);
     snprintf(name, sizeof name, "%.*s.lora_up.weight", module, p->name);
-    a->up = dpo_weight_new(n->c, DPO_F32, 4, up, name);
+    a->up = dpoi_param_tensor(n->c, DPO_F32, dpoi_up_form(p->form), up, name);
     if (!a->down || !a->up) return 0;
     a->down->needs_grad = a->up->needs_grad = 1;
     return 1;
@@ -13155,283 +15310,36 @@ DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count)
 /* Multiplies every adapter's scale; 0 is the network without them. */
 DPO_DEF void dpo_adapter_strength(dpo_net *n, float strength) { if (n) n->strength = strength; }
 
-/* ------------------------------------------------------------------------------------------ adapters in files
+/* ------------------------------------------------------------------------------------------ saving networks */
 
-   The dialects, for down [r,I] and up [O,r] (of a convolution [r,I,kh,kw] and [O,r,1,1]) of one layer:
-     kohya            lora_unet_down_blocks_0_..._attn1_to_q.lora_down.weight, .lora_up.weight, .alpha
-     peft             unet.down_blocks.0....attn1.to_q.lora_A.weight, .lora_B.weight
-     older diffusers  unet.down_blocks.0....attn1.to_q.lora.down.weight, ...attn1.processor.to_q_lora.down.weight
-   All are read, with any of the prefixes or none; kohya's is written, since every program loads it. */
+/* One tensor to be written, the tag of dpo_writer_add: a parameter, or three of them one after the other, as OpenCLIP
+   fuses q, k and v. */
+typedef struct dpoi_item {
+    const dpoi_param *part[3];            /* those behind the first may be NULL */
+    int               turned;             /* the file has [I,O] */
+    const char       *name;               /* as the writer has it, while items are collected */
+} dpoi_item;
 
-enum { DPOI_ROLE_DOWN, DPOI_ROLE_UP, DPOI_ROLE_ALPHA, DPOI_ROLE_NONE };
-
-/* What a name ends in, and what the tensor is then.  Longer ends come before those that they end in. */
-static const struct { const char *end; int role; } dpoi_adapter_ends[] = {
-    { ".lora_down.weight", DPOI_ROLE_DOWN }, { ".lora_up.weight", DPOI_ROLE_UP }, { ".alpha", DPOI_ROLE_ALPHA },
-    { ".lora_A.weight", DPOI_ROLE_DOWN }, { ".lora_B.weight", DPOI_ROLE_UP },
-    { ".lora_A.default.weight", DPOI_ROLE_DOWN }, { ".lora_B.default.weight", DPOI_ROLE_UP },
-    { ".lora_linear_layer.down.weight", DPOI_ROLE_DOWN }, { ".lora_linear_layer.up.weight", DPOI_ROLE_UP },
-    { ".lora.down.weight", DPOI_ROLE_DOWN }, { ".lora.up.weight", DPOI_ROLE_UP },
-    { "_lora.down.weight", DPOI_ROLE_DOWN }, { "_lora.up.weight", DPOI_ROLE_UP }
-};
-
-/* Parts of names that belong to other ways of adapting weights (LoHa, LoKr, OFT, DoRA, full differences): refused. */
-static const char *const dpoi_adapter_foreign[] = {
-    "hada_", "lokr_", "oft_", "dora_scale", "lora_mid", ".diff", "lora_magnitude", NULL
-};
-
-/* Which network a tensor is for; a file may hold adapters for several. */
-static const char *const dpoi_unet_prefixes[] = { "lora_unet_", "unet.", "diffusion_model.", NULL };
-static const char *const dpoi_text_prefixes[] = {
-    "lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.", NULL
-};
-
-/* The length of the prefix that s starts with, 0 if it starts with none.
-   Prefixes that begin alike ("lora_te_", "lora_te1_") differ before either ends, so that the first hit
-   is the only one. */
-static size_t dpoi_prefix(const char *s, const char *const *prefixes)
+/* The dpo_fill_fn of whole networks. */
+static int dpoi_item_fill(void *user, dpo_writer *w, void *tag)
 {
-    for (; *prefixes; prefixes++)
-        if (strncmp(s, *prefixes, strlen(*prefixes)) == 0) return strlen(*prefixes);
-    return 0;
-}
-
-/* What a tensor of an adapter file is; its module is the first *length bytes of the name.
-   Longer endings stand before shorter ones that they end in. */
-static int dpoi_adapter_role(const char *name, size_t *length)
-{
-    size_t n = strlen(name);
-    for (size_t i = 0; i < sizeof dpoi_adapter_ends / sizeof dpoi_adapter_ends[0]; i++) {
-        size_t m = strlen(dpoi_adapter_ends[i].end);
-        if (n <= m || strcmp(name + n - m, dpoi_adapter_ends[i].end) != 0) continue;
-        *length = n - m;
-        return dpoi_adapter_ends[i].role;
-    }
-    return DPOI_ROLE_NONE;
-}
-
-/* Do a parameter's module and a file's name it mean the same?  kohya writes '_' for '.', the oldest diffusers files
-   "attn1.processor.to_q" for "attn1.to_q" and "to_out" for "to_out.0".
-   '.' and '_' are one in the comparison; no two modules of these networks differ in that alone. */
-static int dpoi_adapter_same(const char *module, size_t length, const char *name, size_t n)
-{
-    size_t i = 0, j = 0;
-    while (j < n) {
-        if (n - j > 10 && strncmp(name + j, "processor.", 10) == 0) { j += 10; continue; }
-        if (i >= length || (module[i] == '.' ? '_' : module[i]) != (name[j] == '.' ? '_' : name[j])) return 0;
-        i++;
-        j++;
-    }
-    if (i == length) return 1;
-    return length - i == 2 && module[i + 1] == '0' && n >= 6 && strncmp(name + n - 6, "to_out", 6) == 0;
-}
-
-/* The parameter that a module of a file adapts, or -1.
-   Linear; a file of a few hundred tensors against a thousand parameters takes a moment once. */
-static int64_t dpoi_adapter_find(const dpo_net *n, const char *name, size_t length)
-{
-    for (int64_t i = 0; i < n->count; i++)
-        if (n->params[i].form >= DPOI_LINEAR
-            && dpoi_adapter_same(n->params[i].name, dpoi_module_length(n->params[i].name), name, length)) return i;
-    return -1;
-}
-
-/* One tensor of a file to its place in found [count][3], by parameter and role.  One that fits nowhere is left untaken,
-   to be told of; one for another network is passed over.
-   peft's files begin with base_model.model. */
-static int dpoi_adapter_place(dpo_net *n, dpo_entry *e, dpo_entry **found)
-{
-    const char *const *own = n->kind == &dpoi_unet_kind ? dpoi_unet_prefixes : dpoi_text_prefixes;
-    const char *const *other = own == dpoi_unet_prefixes ? dpoi_text_prefixes : dpoi_unet_prefixes;
-    const char *name = e->name;
-    char        shown[128];
-    size_t      length = 0;
-    int         role;
-    int64_t     at;
-    for (int k = 0; dpoi_adapter_foreign[k]; k++)
-        if (strstr(name, dpoi_adapter_foreign[k]))
-            return dpoi_fail(n->c, DPO_UNSUPPORTED, "%s: %s belongs to an adapter that is no plain LoRA", e->path,
-                             dpoi_shown(shown, name));
-    if (strncmp(name, "base_model.model.", 17) == 0) name += 17;
-    if (dpoi_prefix(name, other)) return e->taken = 1;
-    name += dpoi_prefix(name, own);
-    role = dpoi_adapter_role(name, &length);
-    at = role == DPOI_ROLE_NONE ? -1 : dpoi_adapter_find(n, name, length);
-    if (at < 0) return 1;
-    if (found[at*3 + role])
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: two tensors adapt %s in the same way, one is %s", e->path,
-                         n->params[at].name, dpoi_shown(shown, e->name));
-    found[at*3 + role] = e;
-    return e->taken = 1;
-}
-
-/* Are the tensors e [DPOI_ROLE_NONE] a whole adapter that fits parameter p?  up [O,r] has the shape of a weight with r
-   inputs. */
-static int dpoi_adapter_check(dpo_net *n, const dpoi_param *p, dpo_entry **e)
-{
-    dpo_entry *down = e[DPOI_ROLE_DOWN], *up = e[DPOI_ROLE_UP], *alpha = e[DPOI_ROLE_ALPHA];
-    int64_t    shape[4];
-    if (!down || !up)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: only one half of what adapts %s", (down ? down : up)->path, p->name);
-    memcpy(shape, p->shape, sizeof shape);
-    shape[0] = down->rank ? down->shape[0] : 0;
-    if (shape[0] < 1 || shape[0] > DPOI_MAX_RANK)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: the adapter of %s has rank %lld", down->path, p->name,
-                         (long long)shape[0]);
-    if (alpha && alpha->count != 1)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: alpha of %s is not one number", alpha->path, p->name);
-    if (!dpoi_check_entry(n->c, down, shape, p->form)) return 0;
-    shape[3] = shape[0]; shape[0] = p->shape[0]; shape[1] = shape[2] = 1;
-    return dpoi_check_entry(n->c, up, shape, dpoi_up_form(p->form));
-}
-
-/* One adapter from its three tensors, which were checked.  Tensors of the set before are used again where they have the
-   rank, so that who holds them (an optimizer) goes on; a file without alpha keeps the scale, which is 1 at first. */
-static int dpoi_adapter_read(dpo_net *n, dpoi_adapter *a, int param, dpo_entry **e)
-{
-    const dpoi_param *p = &n->params[param];
-    dpoi_adapter     *old = p->adapter ? &n->adapters.a[p->adapter - 1] : NULL;
-    int64_t           rank = e[DPOI_ROLE_DOWN]->shape[0];
-    float             alpha;
-    a->scale = old ? old->scale : 1;
-    if (old && old->down->shape[0] == rank) {
-        *a = *old;
-        old->down = old->up = NULL;
-    } else if (!dpoi_adapter_make(n, a, param, (int)rank)) return 0;
-    if (e[DPOI_ROLE_ALPHA]) {
-        if (!dpo_entry_floats(e[DPOI_ROLE_ALPHA], 0, 1, &alpha)) return 0;
-        if (!(fabsf(alpha) <= FLT_MAX)) return dpoi_fail(n->c, DPO_BAD_FILE, "alpha of %s is not finite", p->name);
-        a->scale = alpha / (float)rank;
-    }
-    return dpoi_load_entry(a->down, p->form, e[DPOI_ROLE_DOWN])
-        && dpoi_load_entry(a->up, dpoi_up_form(p->form), e[DPOI_ROLE_UP]);
-}
-
-/* The set that the file describes becomes the network's.  A file that does not fit leaves the old one as it was; if
-   reading fails after that, there is none, since tensors of the old one moved into the new.
-   found [count][3] is the caller's scratch, zeroed. */
-static int dpoi_adapter_load(dpo_net *n, dpo_file *f, dpo_entry **found)
-{
-    dpoi_adapter_set s;
-    int              ok = 1, any = 0;
-    memset(&s, 0, sizeof s);
-    for (int64_t i = 0; i < dpo_file_count(f) && ok; i++) ok = dpoi_adapter_place(n, dpo_file_entry(f, i), found);
-    for (int64_t i = 0; i < n->count && ok; i++)
-        if (found[i*3] || found[i*3 + 1]) any = 1, ok = dpoi_adapter_check(n, &n->params[i], &found[i*3]);
-    if (ok && !any)
-        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: none of its %lld tensors adapts a layer of this %s", dpo_file_path(f),
-                         (long long)dpo_file_count(f), n->kind->name);
-    if (!ok) return 0;
-    for (int64_t i = 0; i < n->count && ok; i++) {
-        dpoi_adapter *a;
-        if (!found[i*3]) continue;
-        a = dpoi_adapter_push(n->c, &s, n->count);
-        ok = a && dpoi_adapter_read(n, a, (int)i, &found[i*3]);
-    }
-    if (!ok) dpoi_adapters_free(n->c, &s);
-    dpoi_adapters_set(n, &s);
-    if (ok) dpoi_net_unknown(n, f);
-    return ok;
-}
-
-/* Entries are sorted by parameter first; an SDXL file holds its 2,166 tensors in any order.
-   On success the file's set has replaced the one before. */
-DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
-{
-    dpo_file   *f = n && path && dpoi_ok(n->c) ? dpo_safetensors_open(n->c, path) : NULL;
-    dpo_entry **found = f ? (dpo_entry **)dpoi_calloc(n->c, (size_t)n->count * 3, sizeof *found) : NULL;
-    int         ok = found && dpoi_adapter_load(n, f, found);
-    if (found) dpoi_release(n->c, found, (size_t)n->count * 3 * sizeof *found);
-    dpo_file_close(f);
-    return ok;
-}
-
-/* One tensor to save; the tag of dpo_writer_add.
-   form: DPOI_LINEAR ..., of down or of up. */
-typedef struct dpoi_adapter_item { const dpoi_adapter *a; int role, form; } dpoi_adapter_item;
-
-/* The dpo_fill_fn.  alpha = scale * rank, so that a reader who divides finds the scale again.
-   alpha = scale * rank, so that a reader's alpha/rank is our scale. */
-static int dpoi_adapter_fill(void *user, dpo_writer *w, void *tag)
-{
-    const dpoi_adapter_item *item = (const dpoi_adapter_item *)tag;
-    float alpha = item->a->scale * (float)item->a->down->shape[0];
+    const dpoi_item *item = (const dpoi_item *)tag;
     (void)user;
-    if (item->role == DPOI_ROLE_ALPHA) return dpo_writer_floats(w, &alpha, 1);
-    return dpoi_save_entry(w, item->role == DPOI_ROLE_DOWN ? item->a->down : item->a->up, item->form);
-}
-
-/* Down, up and alpha of one adapter: "lora_unet_down_blocks_0_..._to_q.lora_down.weight". */
-static int dpoi_adapter_add(dpo_net *n, dpo_writer *w, const dpoi_adapter *a, dpoi_adapter_item *items,
-                            const char *dtype)
-{
-    static const char *const ends[] = { "lora_down.weight", "lora_up.weight", "alpha" };
-    const dpoi_param *p = &n->params[a->param];
-    char    module[2 * DPOI_PATH], name[2 * DPOI_PATH + 32];
-    int64_t shape[4];
-    snprintf(module, sizeof module, "%s_%.*s", n->kind->kohya, (int)dpoi_module_length(p->name), p->name);
-    for (char *s = module; *s; s++) if (*s == '.') *s = '_';
-    for (int role = 0; role < DPOI_ROLE_NONE; role++) {
-        int rank = 0;
-        items[role].a = a;
-        items[role].role = role;
-        items[role].form = role == DPOI_ROLE_DOWN ? p->form : dpoi_up_form(p->form);
-        if (role != DPOI_ROLE_ALPHA) rank = dpoi_file_shape((role ? a->up : a->down)->shape, items[role].form, shape);
-        snprintf(name, sizeof name, "%s.%s", module, ends[role]);
-        if (!dpo_writer_add(w, name, dtype, rank, shape, &items[role])) return 0;
-    }
+    for (int k = 0; k < 3 && item->part[k]; k++)
+        if (!dpoi_save_tensor(w, item->part[k]->t, item->part[k]->form, item->turned)) return 0;
     return 1;
 }
 
-/* What other programs read to know which models an adapter fits; A1111 and Forge tell SDXL by ss_base_model_version.
-   Nothing is claimed for a network that is none of the published ones. */
-static void dpoi_adapter_metadata(dpo_net *n, dpo_writer *w)
+/* Types that weights are saved in. */
+static int dpoi_dtype_saved(dpo_ctx *c, int dtype)
 {
-    const dpoi_unet_config *g = n->kind == &dpoi_unet_kind ? (const dpoi_unet_config *)n->config : NULL;
-    const dpoi_adapter     *a = &n->adapters.a[0];
-    char        text[32];
-    const char *base = NULL, *architecture = NULL;
-    if (g && g->add_dim) { base = "sdxl_base_v1-0"; architecture = "stable-diffusion-xl-v1-base/lora"; }
-    else if (g && g->context[0] == 1024) { base = "sd_v2"; architecture = "stable-diffusion-v2-512/lora"; }
-    else if (g && g->context[0] == 768) { base = "sd_v1"; architecture = "stable-diffusion-v1/lora"; }
-    snprintf(text, sizeof text, "%lld", (long long)a->down->shape[0]);
-    dpo_writer_metadata(w, "ss_network_dim", text);
-    snprintf(text, sizeof text, "%ld", (long)(a->scale * (float)a->down->shape[0] + 0.5f));
-    dpo_writer_metadata(w, "ss_network_alpha", text);
-    dpo_writer_metadata(w, "ss_network_module", "networks.lora");
-    dpo_writer_metadata(w, "modelspec.sai_model_spec", "1.0.1");
-    if (!base) return;
-    dpo_writer_metadata(w, "ss_base_model_version", base);
-    dpo_writer_metadata(w, "ss_v2", strcmp(base, "sd_v2") == 0 ? "True" : "False");
-    dpo_writer_metadata(w, "modelspec.architecture", architecture);
+    if (dtype == DPO_F32 || dtype == DPO_F16 || dtype == DPO_BF16) return 1;
+    return dpoi_fail(c, DPO_BAD_ARGUMENT, "weights are saved as DPO_F32, DPO_F16 or DPO_BF16, not dtype %d", dtype);
 }
-
-/* Three tensors an adapter; the items live until the file is written.
-   items live until the writer has asked for all of them. */
-DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
-{
-    dpo_writer        *w;
-    dpoi_adapter_item *items;
-    int64_t            count = n ? n->adapters.count : 0;
-    int                ok = 1;
-    if (!n || !path || !dpoi_ok(n->c)) return 0;
-    if (!count) return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "%s: the network has no adapters to save", path);
-    if (!(items = (dpoi_adapter_item *)dpoi_calloc(n->c, (size_t)count * DPOI_ROLE_NONE, sizeof *items))) return 0;
-    w = dpo_writer_new(n->c, path);
-    if (w) dpoi_adapter_metadata(n, w);
-    for (int64_t i = 0; i < count && ok; i++)
-        ok = w && dpoi_adapter_add(n, w, &n->adapters.a[i], items + i*DPOI_ROLE_NONE, dpoi_dtype_name(dtype));
-    if (ok) ok = dpo_writer_save(w, dpoi_adapter_fill, NULL);
-    else dpo_writer_free(w);
-    dpoi_release(n->c, items, (size_t)count * DPOI_ROLE_NONE * sizeof *items);
-    return ok;
-}
-
-/* ------------------------------------------------------------------------------------------ saving networks */
 
 /* config.json beside the weights, which go to path.
-   n->text is the configuration as it was read. */
-static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int dtype)
+   n->text is the configuration as it was read; items is room for all parameters. */
+static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int dtype, dpoi_item *items)
 {
     char       *config = dpoi_join(n->c, folder, "config.json");
     int         ok = config && dpoi_write_file(n->c, config, n->text, strlen(n->text));
@@ -13441,9 +15349,10 @@ static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int d
     for (int64_t i = 0; i < n->count && ok; i++) {
         int64_t shape[4];
         int     rank = dpoi_file_shape(n->params[i].shape, n->params[i].form, shape);
-        ok = dpo_writer_add(w, n->params[i].name, dpoi_dtype_name(dtype), rank, shape, &n->params[i]);
+        items[i].part[0] = &n->params[i];
+        ok = dpo_writer_add(w, n->params[i].name, dpoi_dtype_name(dtype), rank, shape, &items[i]);
     }
-    if (ok) return dpo_writer_save(w, dpoi_net_save_fill, NULL);
+    if (ok) return dpo_writer_save(w, dpoi_item_fill, NULL);
     dpo_writer_free(w);
     return 0;
 }
@@ -13451,16 +15360,16 @@ static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int d
 /* stem: diffusion_pytorch_model or model, by the kind of network. */
 DPO_DEF int dpo_net_save(dpo_net *n, const char *folder, int dtype)
 {
-    char  name[64], *path;
-    int   ok;
-    if (!n || !folder || !dpoi_ok(n->c)) return 0;
-    if (dtype != DPO_F32 && dtype != DPO_F16 && dtype != DPO_BF16)
-        return dpoi_fail(n->c, DPO_BAD_ARGUMENT, "weights are saved as DPO_F32, DPO_F16 or DPO_BF16, not dtype %d",
-                         dtype);
+    char       name[64], *path = NULL;
+    dpoi_item *items;
+    int        ok;
+    if (!n || !folder || !dpoi_ok(n->c) || !dpoi_dtype_saved(n->c, dtype)) return 0;
     snprintf(name, sizeof name, "%s.safetensors", n->kind->stem);
-    if (!dpoi_mkdirs(n->c, folder) || !(path = dpoi_join(n->c, folder, name))) return 0;
-    ok = dpoi_net_save(n, folder, path, dtype);
+    if (!(items = (dpoi_item *)dpoi_calloc(n->c, (size_t)n->count, sizeof *items))) return 0;
+    ok = dpoi_mkdirs(n->c, folder) && (path = dpoi_join(n->c, folder, name)) != NULL;
+    ok = ok && dpoi_net_save(n, folder, path, dtype, items);
     dpoi_strfree(n->c, path);
+    dpoi_release(n->c, items, (size_t)n->count * sizeof *items);
     return ok;
 }
 
@@ -13468,30 +15377,42 @@ DPO_DEF int dpo_net_save(dpo_net *n, const char *folder, int dtype)
 
 enum { DPOI_CONFIG_BYTES = 1 << 22 };     /* more than any configuration needs */
 
+typedef struct dpoi_family dpoi_family;   /* >>impl formats: what a single file does not say of itself */
+
 struct dpo_model {
     dpo_ctx      *c;
-    char         *folder;                 /* where it was read: what is not kept in memory is copied from there */
+    char         *path;                   /* as the caller gave it, for errors */
+    char         *folder;                 /* of the configurations; NULL: those of the family */
+    char         *tokens[2];              /* folders of the tokenizers, or NULL */
     char         *index;                  /* model_index.json */
     char         *scheduler;              /* scheduler_config.json */
     dpo_net      *unet, *text[2];         /* text[0] is NULL for a refiner, text[1] for all but SDXL */
+    dpo_net      *vae;                    /* NULL: pixels are diffused */
     dpo_tokenizer *tokenizer[2];
     dpo_schedule  schedule;
     int           zeros;                  /* an absent prompt is zeros, not the empty text */
-    int           has_vae, factor;        /* factor: pixels a latent, per axis */
-    float         latent_scale;           /* what latents are multiplied by before they are diffused */
+    const dpoi_family *family;            /* of a single file, */
+    dpo_file     *file;                   /* which is open while it is read, */
+    int           v, ztsnr;               /* and what it says of its schedule */
 };
+
+/* Of a single file, all in >>impl formats. */
+static int         dpoi_family_open(dpo_model *m, const dpo_load_desc *d);
+static char       *dpoi_family_text(const dpo_model *m, const char *sub, const char *name);
+static int         dpoi_family_realise(dpo_model *m, dpo_net **n, const char *sub);
+static const char *dpoi_family_pad(const dpo_model *m, int which);
+static int         dpoi_schedule_parse(dpo_ctx *c, const char *text, const char *name, dpo_schedule *s);
 
 /* Sub-folders of a pipeline, and the files in them that are copied as they are. */
 static const char *const dpoi_text_folders[2] = { "text_encoder", "text_encoder_2" };
 static const char *const dpoi_token_folders[2] = { "tokenizer", "tokenizer_2" };
-static const char *const dpoi_copied[] = {
-    "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
-    "tokenizer/special_tokens_map.json", "tokenizer/tokenizer.json", "tokenizer/added_tokens.json",
-    "tokenizer_2/vocab.json", "tokenizer_2/merges.txt", "tokenizer_2/tokenizer_config.json",
-    "tokenizer_2/special_tokens_map.json", "tokenizer_2/tokenizer.json", "tokenizer_2/added_tokens.json",
-    "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+static const char *const dpoi_token_files[] = {
+    "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json",
+    "added_tokens.json", NULL
+};
+static const char *const dpoi_other_files[] = {
     "feature_extractor/preprocessor_config.json", "safety_checker/config.json", "safety_checker/model.safetensors",
-    "safety_checker/model.fp16.safetensors"
+    "safety_checker/model.fp16.safetensors", NULL
 };
 
 /* Networks and tokenizers are the context's own: they go by themselves.
@@ -13499,7 +15420,9 @@ static const char *const dpoi_copied[] = {
 static void dpoi_model_destroy(dpo_ctx *c, void *object)
 {
     dpo_model *m = (dpo_model *)object;
+    dpoi_strfree(c, m->path);
     dpoi_strfree(c, m->folder);
+    for (int i = 0; i < 2; i++) dpoi_strfree(c, m->tokens[i]);
     dpoi_strfree(c, m->index);
     dpoi_strfree(c, m->scheduler);
     dpoi_release(c, m, sizeof *m);
@@ -13527,6 +15450,15 @@ static char *dpoi_join3(dpo_ctx *c, const char *folder, const char *sub, const c
     return b;
 }
 
+/* A configuration's text, and in *path what errors call it; both to be given back with dpoi_strfree.
+   From the folder, if there is one; else the family's. */
+static char *dpoi_model_config(dpo_model *m, const char *sub, const char *name, char **path)
+{
+    *path = dpoi_join3(m->c, m->folder ? m->folder : m->path, sub, name);
+    if (!*path) return NULL;
+    return m->folder ? dpoi_config_text(m->c, *path) : dpoi_family_text(m, sub, name);
+}
+
 /* The class that model_index.json names for a component, NULL if it has none: "unet": ["diffusers", CLASS].
    A component that is null or missing gives NULL on the way: each call takes NULL. */
 static const char *dpoi_component(const dpo_json *index, const char *name)
@@ -13534,74 +15466,96 @@ static const char *dpoi_component(const dpo_json *index, const char *name)
     return dpo_json_text(dpo_json_at(dpo_json_get(index, name), 1), NULL);
 }
 
-/* The network of one sub-folder: of zeros, or with `weights` what its files hold.  The files are closed again; their
-   values were copied into the order that kernels read.
+enum { DPOI_PLANNED = -1, DPOI_ZEROS, DPOI_READ };         /* networks without tensors; of zeros; as the files say */
+
+/* Values for a planned network out of the files of its sub-folder, which are closed again: what they hold was copied
+   into the order that kernels read. */
+static int dpoi_model_fill(dpo_model *m, dpo_net **n, const char *sub)
+{
+    dpoi_origin s;
+    char       *folder = dpoi_join(m->c, m->folder, sub);
+    memset(&s, 0, sizeof s);
+    s.prefix = "";
+    s.f = folder ? dpo_safetensors_open_folder(m->c, folder, (*n)->kind->stem) : NULL;
+    *n = s.f ? dpoi_net_realise(*n, &s) : NULL;
+    if (*n) dpoi_file_unknown(m->c, s.f, (*n)->kind->name);
+    dpo_file_close(s.f);
+    dpoi_strfree(m->c, folder);
+    return *n != NULL;
+}
+
+/* The network of one component.
    The shapes come from the configuration; the weights' file is then checked against them. */
 static dpo_net *dpoi_model_net(dpo_model *m, const dpoi_kind *kind, const char *sub, int dtype, int weights)
 {
-    dpo_ctx  *c = m->c;
-    char     *folder = dpoi_join(c, m->folder, sub), *path = folder ? dpoi_join(c, folder, "config.json") : NULL;
-    char     *text = path ? dpoi_config_text(c, path) : NULL;
-    dpo_file *f = text && weights ? dpo_safetensors_open_folder(c, folder, kind->stem) : NULL;
-    dpo_net  *n = text && dpoi_ok(c) ? dpoi_net_new(c, kind, text, path, dtype, f) : NULL;
-    dpo_file_close(f);
-    dpoi_strfree(c, text);
-    dpoi_strfree(c, path);
-    dpoi_strfree(c, folder);
-    return dpoi_ok(c) ? n : NULL;
+    char    *path, *text = dpoi_model_config(m, sub, "config.json", &path);
+    dpo_net *n = text && dpoi_ok(m->c) ? dpoi_net_plan(m->c, kind, text, path, dtype) : NULL;
+    dpoi_strfree(m->c, text);
+    dpoi_strfree(m->c, path);
+    if (!n || weights == DPOI_PLANNED) return n;
+    if (weights == DPOI_ZEROS) return dpoi_net_realise(n, NULL);
+    if (m->file) dpoi_family_realise(m, &n, sub);
+    else dpoi_model_fill(m, &n, sub);
+    return dpoi_ok(m->c) ? n : NULL;
 }
 
-/* Text encoders with their tokenizers.
+/* The tokenizer of a text encoder, unless a single file came without one: then prompts are what the model cannot read.
    A tokenizer with more ids than the encoder has rows would make prompts read outside its table. */
+static int dpoi_model_tokenizer(dpo_model *m, int i)
+{
+    int         have, vocab = ((const dpoi_clip_config *)m->text[i]->config)->vocab;
+    const char *pad = dpoi_family_pad(m, i);
+    if (!m->file && !(m->tokens[i] = dpoi_join(m->c, m->folder, dpoi_token_folders[i]))) return 0;
+    if (!m->tokens[i]) return dpoi_ok(m->c);
+    if (!(m->tokenizer[i] = dpo_tokenizer_load(m->c, m->tokens[i]))) return 0;
+    if (pad) m->tokenizer[i]->info.pad = *pad == '!' ? 0 : m->tokenizer[i]->info.eos;     /* "!" is CLIP's token 0 */
+    have = dpo_tokenizer_info(m->tokenizer[i]).vocab;
+    if (have <= vocab) return 1;
+    return dpoi_fail(m->c, DPO_BAD_FILE, "%s has %d tokens, its text encoder only %d", m->tokens[i], have, vocab);
+}
+
+/* Text encoders with their tokenizers. */
 static int dpoi_model_texts(dpo_model *m, const dpo_json *index, int dtype, int weights)
 {
+    int both = dpoi_component(index, dpoi_text_folders[0]) && dpoi_component(index, dpoi_text_folders[1]);
     for (int i = 0; i < 2; i++) {
-        char *folder;
-        int   have, vocab;
         if (!dpoi_component(index, dpoi_text_folders[i])) continue;
         if (!(m->text[i] = dpoi_model_net(m, &dpoi_clip_text, dpoi_text_folders[i], dtype, weights))) return 0;
-        if (!(folder = dpoi_join(m->c, m->folder, dpoi_token_folders[i]))) return 0;
-        m->tokenizer[i] = dpo_tokenizer_load(m->c, folder);
-        dpoi_strfree(m->c, folder);
-        if (!m->tokenizer[i]) return 0;
-        have = dpo_tokenizer_info(m->tokenizer[i]).vocab;
-        vocab = ((const dpoi_clip_config *)m->text[i]->config)->vocab;
-        if (have > vocab)
-            return dpoi_fail(m->c, DPO_BAD_FILE, "%s/%s has %d tokens, its text encoder only %d", m->folder,
-                             dpoi_token_folders[i], have, vocab);
+        m->text[i]->which = both || i ? i + 1 : 0;
+        if (weights != DPOI_PLANNED && !dpoi_model_tokenizer(m, i)) return 0;
     }
     if (m->text[0] || m->text[1]) return 1;
-    return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the pipeline has no text encoder", m->folder);
+    return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the pipeline has no text encoder", m->path);
 }
 
-/* A VAE halves the picture between its levels; without one the pixels themselves are diffused.
-   scaling_factor defaults to 0.18215, Stable Diffusion 1's (AutoencoderKL's own default); SDXL's file
-   says 0.13025. */
-static int dpoi_model_vae(dpo_model *m, const dpo_json *index)
+/* What the UNet answers in must be what the VAE reads. */
+static int dpoi_model_vae_fits(dpo_model *m)
 {
-    char     *path;
-    dpo_json *v;
-    m->factor = 1;
-    m->latent_scale = 1;
-    if (!dpoi_component(index, "vae")) return 1;
-    if (!(path = dpoi_join3(m->c, m->folder, "vae", "config.json"))) return 0;
-    v = dpo_json_load(m->c, path);
-    dpoi_strfree(m->c, path);
-    if (!v) return 0;
-    m->has_vae = 1;
-    m->latent_scale = (float)dpo_json_want_double(v, "scaling_factor", 0.18215, 1e-6, 1e6);
-    for (int64_t i = 1; i < dpo_json_count(dpo_json_get(v, "block_out_channels")) && i < 8; i++) m->factor *= 2;
-    dpo_json_free(v);
-    return dpoi_ok(m->c);
+    int L = m->vae ? ((const dpoi_vae_config *)m->vae->config)->latents : 0;
+    int out = ((const dpoi_unet_config *)m->unet->config)->out;
+    if (!L || L == out) return 1;
+    return dpoi_fail(m->c, DPO_BAD_FILE, "%s: the UNet answers in %d channels, the VAE reads %d", m->path, out, L);
+}
+
+/* Without a VAE the pixels themselves are diffused. */
+static int dpoi_model_vae(dpo_model *m, const dpo_json *index, int dtype, int weights)
+{
+    const char *name = dpoi_component(index, "vae");
+    if (!name) return 1;
+    if (strcmp(name, dpoi_vae_kind.name) != 0)
+        return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the VAE is of class %.100s; %s is supported", m->path, name,
+                         dpoi_vae_kind.name);
+    return (m->vae = dpoi_model_net(m, &dpoi_vae_kind, "vae", dtype, weights)) != NULL && dpoi_model_vae_fits(m);
 }
 
 /* The schedule, and its text for saving.
    The parsed form samples and trains, the text is written back by dpo_model_save. */
 static int dpoi_model_scheduler(dpo_model *m)
 {
-    char *path = dpoi_join3(m->c, m->folder, "scheduler", "scheduler_config.json");
-    int   ok = path && (m->scheduler = dpoi_config_text(m->c, path)) != NULL;
-    ok = ok && dpo_schedule_load(m->c, path, &m->schedule);
+    char *path;
+    int   ok;
+    m->scheduler = dpoi_model_config(m, "scheduler", "scheduler_config.json", &path);
+    ok = m->scheduler && dpoi_schedule_parse(m->c, m->scheduler, path, &m->schedule);
     dpoi_strfree(m->c, path);
     return ok;
 }
@@ -13614,52 +15568,79 @@ static int dpoi_model_read(dpo_model *m, const dpo_json *index, int dtype, int w
     int         width = 0;
     if (!dpoi_component(index, "unet"))
         return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: a %.100s has no UNet; Stable Diffusion 1, 2, XL and pixel models "
-                         "are supported", m->folder, name ? name : "folder without _class_name");
+                         "are supported", m->path, name ? name : "folder without _class_name");
     m->zeros = dpo_json_want_bool(index, "force_zeros_for_empty_prompt", 0);
     if (!(m->unet = dpoi_model_net(m, &dpoi_unet_kind, "unet", dtype, weights))) return 0;
-    if (!dpoi_model_texts(m, index, dtype, weights) || !dpoi_model_vae(m, index) || !dpoi_model_scheduler(m)) return 0;
+    if (!dpoi_model_texts(m, index, dtype, weights) || !dpoi_model_vae(m, index, dtype, weights)) return 0;
+    if (!dpoi_model_scheduler(m)) return 0;
     g = (const dpoi_unet_config *)m->unet->config;
     for (int i = 0; i < 2; i++) if (m->text[i]) width += ((const dpoi_clip_config *)m->text[i]->config)->width;
     if (width != g->context[0])
         return dpoi_fail(m->c, DPO_BAD_FILE, "%s: the UNet reads text of width %d, the text encoders give %d",
-                         m->folder, g->context[0], width);
+                         m->path, g->context[0], width);
+    if (m->vae && g->in != g->out)
+        return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the UNet reads %d channels and answers in %d, as those for "
+                         "inpainting or of other conditions do; they are not supported", m->path, g->in, g->out);
     return 1;
 }
 
-/* weights 0: zeros, to be filled in.
-   The model is owned by the context from the start: after a failure dpo_close frees what was made. */
-static dpo_model *dpoi_model_open(dpo_ctx *c, const char *folder, int dtype, int weights)
+/* An empty model, owned by the context from the start: after a failure dpo_close frees what was made. */
+static dpo_model *dpoi_model_new(dpo_ctx *c, const char *path)
 {
-    dpo_model *m;
-    char      *path;
-    dpo_json  *index = NULL;
-    int        ok;
-    if (!folder || !dpoi_ok(c) || !(m = (dpo_model *)dpoi_calloc(c, 1, sizeof *m))) return NULL;
+    dpo_model *m = path && dpoi_ok(c) ? (dpo_model *)dpoi_calloc(c, 1, sizeof *m) : NULL;
+    if (!m) return NULL;
     m->c = c;
     if (!dpoi_own(c, m, dpoi_model_destroy)) return NULL;
-    m->folder = dpoi_strdup(c, folder);
-    path = m->folder ? dpoi_join(c, folder, "model_index.json") : NULL;
-    if (path) m->index = dpoi_config_text(c, path);
-    if (m->index) index = dpo_json_parse(c, m->index, strlen(m->index), path);
+    return (m->path = dpoi_strdup(c, path)) != NULL ? m : NULL;
+}
+
+/* What there is, by model_index.json or the family's.  A single file is closed again. */
+static dpo_model *dpoi_model_build(dpo_model *m, int dtype, int weights)
+{
+    dpo_json *index = NULL;
+    char     *path;
+    int       ok;
+    m->index = dpoi_model_config(m, "", "model_index.json", &path);
+    if (m->index) index = dpo_json_parse(m->c, m->index, strlen(m->index), path);
     ok = index && dpoi_model_read(m, index, dtype, weights);
     dpo_json_free(index);
-    dpoi_strfree(c, path);
+    dpoi_strfree(m->c, path);
+    if (ok && m->file) dpoi_file_unknown(m->c, m->file, "the model");
+    dpo_file_close(m->file);
+    m->file = NULL;
     return ok ? m : NULL;
 }
 
-/* dtype: of the weights in memory, DPO_F32, DPO_BF16 or DPO_F16; files of any of them are read. */
-DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *folder, int dtype)
+/* A folder, or a file of its own. */
+DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_load_desc *d)
 {
-    return dpoi_model_open(c, folder, dtype, 1);
+    dpo_model *m = d ? dpoi_model_new(c, path) : NULL;
+    int        ok;
+    if (!m) return NULL;
+    if (dpoi_is_folder(path)) ok = (m->folder = dpoi_strdup(c, path)) != NULL;
+    else ok = dpoi_family_open(m, d);
+    return ok ? dpoi_model_build(m, d->dtype, DPOI_READ) : NULL;
+}
+
+/* dtype: of the weights in memory, DPO_F32, DPO_BF16 or DPO_F16; files of any of them are read. */
+DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype)
+{
+    dpo_load_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = dtype;
+    return dpo_model_load_with(c, path, &d);
 }
 
 /* The folder needs configurations and tokenizers, no weights.  Each network draws from a purpose of
    its own. */
 DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed)
 {
-    dpo_model *m = dpoi_model_open(c, folder, DPO_F32, 0);
+    dpo_model *m = dpoi_model_new(c, folder);
+    if (m) m->folder = dpoi_strdup(c, folder);
+    m = m && m->folder ? dpoi_model_build(m, DPO_F32, DPOI_ZEROS) : NULL;
     if (!m || !dpoi_net_reset(m->unet, seed, 0)) return NULL;
     for (int i = 0; i < 2; i++) if (m->text[i] && !dpoi_net_reset(m->text[i], seed, i + 1)) return NULL;
+    if (m->vae && !dpoi_net_reset(m->vae, seed, 3)) return NULL;
     return m;
 }
 
@@ -13669,6 +15650,7 @@ DPOI_UNUSED static dpo_ctx *dpoi_model_ctx(const dpo_model *m) { return m ? m->c
 
 DPO_DEF dpo_net *dpo_model_unet(dpo_model *m) { return m ? m->unet : NULL; }
 DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which) { return m && (which & ~1) == 0 ? m->text[which] : NULL; }
+DPO_DEF dpo_net *dpo_model_vae(dpo_model *m) { return m ? m->vae : NULL; }
 DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? &m->schedule : NULL; }
 
 /* Same configuration, so that everything the model says about itself stays true.
@@ -13691,14 +15673,46 @@ DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
     memset(&d, 0, sizeof d);
     if (!g) return d;
     d.channels = g->in;
-    d.factor = m->factor;
-    d.size = g->size * m->factor;
+    d.factor = m->vae ? dpoi_vae_factor(m->vae) : 1;
+    d.size = g->size * d.factor;
     d.tokens = ((const dpoi_clip_config *)(m->text[0] ? m->text[0] : m->text[1])->config)->tokens;
     d.width = g->context[0];
-    d.latent_scale = m->latent_scale;
+    d.latent_scale = m->vae ? ((const dpoi_vae_config *)m->vae->config)->scale : 1;
     d.pooled = g->add_dim && m->text[1] ? ((const dpoi_clip_config *)m->text[1]->config)->projection : 0;
     d.time_ids = g->add_dim ? (g->add_input - d.pooled) / g->add_dim : 0;
     return d;
+}
+
+/* ------------------------------------------------------------------------------------------ pixels and latents */
+
+/* Without a VAE the options have nothing to say; they are checked all the same. */
+DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
+{
+    dpoi_vae_config *g = m && m->vae ? (dpoi_vae_config *)m->vae->config : NULL;
+    int              step = g ? 4 * dpoi_vae_factor(m->vae) : 4;
+    if (!m || !dpoi_ok(m->c)) return 0;
+    if (tile < 0 || tile % step)          /* a quarter of a tile is a whole number of latents */
+        return dpoi_fail(m->c, DPO_BAD_ARGUMENT, "tiles of %d pixels: 0 or a multiple of %d is supported", tile, step);
+    if (!g) return 1;
+    g->tile = tile;
+    g->checkpoint = checkpoint != 0;
+    return 1;
+}
+
+DPO_DEF dpo_tensor *dpo_encode_images(dpo_model *m, dpo_tensor *x, dpo_tensor **logvar)
+{
+    if (logvar) *logvar = NULL;
+    return m && m->vae ? dpoi_vae_encode(m->vae, x, logvar) : m ? x : NULL;
+}
+
+DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
+{
+    return m && m->vae ? dpoi_vae_sample(m->vae, mean, logvar, noise) : m ? mean : NULL;
+}
+
+DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
+{
+    return m && m->vae ? dpoi_vae_decode(m->vae, z) : m ? z : NULL;
 }
 
 /* ------------------------------------------------------------------------------------------ saving a pipeline */
@@ -13740,23 +15754,49 @@ static int dpoi_model_save_net(dpo_net *n, const char *folder, const char *sub, 
     return ok;
 }
 
+/* from/name to folder/sub/name, if it is there. */
+static int dpoi_model_copy(dpo_model *m, const char *from, const char *folder, const char *sub, const char *name)
+{
+    char *here = dpoi_join(m->c, from, name), *there = here ? dpoi_join3(m->c, folder, sub, name) : NULL;
+    int   ok = there && dpoi_copy_file(m->c, here, there);
+    dpoi_strfree(m->c, there);
+    dpoi_strfree(m->c, here);
+    return ok;
+}
+
+/* Tokenizers as they were read.  Where a family's padding holds in place of the file's, the file says so afterwards. */
+static int dpoi_model_save_tokens(dpo_model *m, const char *folder)
+{
+    char text[400];
+    for (int i = 0; i < 2; i++) {
+        const char *pad = dpoi_family_pad(m, i);
+        if (m->text[i] && !m->tokens[i])
+            dpoi_log(m->c, DPO_LOG_WARNING, "%s: saved without %s, which the model was loaded without", folder,
+                     dpoi_token_folders[i]);
+        for (int k = 0; m->tokens[i] && dpoi_token_files[k]; k++)
+            if (!dpoi_model_copy(m, m->tokens[i], folder, dpoi_token_folders[i], dpoi_token_files[k])) return 0;
+        if (!pad || !m->tokens[i]) continue;
+        snprintf(text, sizeof text, "{\n  \"bos_token\": \"<|startoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
+                 "  \"model_max_length\": 77,\n  \"pad_token\": \"%s\",\n  \"tokenizer_class\": \"CLIPTokenizer\",\n"
+                 "  \"unk_token\": \"<|endoftext|>\"\n}\n", pad);
+        if (!dpoi_save_text(m->c, folder, dpoi_token_folders[i], "tokenizer_config.json", text)) return 0;
+    }
+    return 1;
+}
+
 /* model_index.json comes last: a folder that has it is whole.
    Weights that were adapted are saved without their adapters, which have a file of their own. */
 DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 {
-    if (!m || !folder || !dpoi_ok(m->c)) return 0;
-    for (size_t i = 0; i < sizeof dpoi_copied / sizeof dpoi_copied[0]; i++) {
-        char *from = dpoi_join(m->c, m->folder, dpoi_copied[i]);
-        char *to = from ? dpoi_join(m->c, folder, dpoi_copied[i]) : NULL;
-        int   ok = to && dpoi_copy_file(m->c, from, to);
-        dpoi_strfree(m->c, to);
-        dpoi_strfree(m->c, from);
-        if (!ok) return 0;
-    }
+    if (!m || !folder || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype)) return 0;
+    for (int k = 0; m->folder && dpoi_other_files[k]; k++)
+        if (!dpoi_model_copy(m, m->folder, folder, "", dpoi_other_files[k])) return 0;
+    if (!dpoi_model_save_tokens(m, folder)) return 0;
     if (!dpoi_save_text(m->c, folder, "scheduler", "scheduler_config.json", m->scheduler)) return 0;
     if (!dpoi_model_save_net(m->unet, folder, "unet", dtype)) return 0;
     for (int i = 0; i < 2; i++)
         if (m->text[i] && !dpoi_model_save_net(m->text[i], folder, dpoi_text_folders[i], dtype)) return 0;
+    if (m->vae && !dpoi_model_save_net(m->vae, folder, "vae", dtype)) return 0;
     return dpoi_save_text(m->c, folder, "", "model_index.json", m->index);
 }
 
@@ -13771,6 +15811,11 @@ DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *promp
     int64_t     shape[2];
     int         T, have;
     if (!m || !prompts || n < 1 || which < 0 || which > 1 || !m->text[which] || !dpoi_ok(m->c)) return NULL;
+    if (!m->tokenizer[which]) {
+        dpoi_fail(m->c, DPO_BAD_ARGUMENT, "%s: no tokenizer, which a single file does not bring: put CLIP's vocab.json "
+                  "and merges.txt into a folder \"tokenizer\" beside it, or name theirs in dpo_load_desc", m->path);
+        return NULL;
+    }
     T = ((const dpoi_clip_config *)m->text[which]->config)->tokens;
     have = dpo_tokenizer_info(m->tokenizer[which]).length;
     if (have < T) T = have;
@@ -13818,6 +15863,1448 @@ DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, in
     p = dpoi_blank(m, p, prompts, n);
     if (pooled) *pooled = p;
     return dpoi_blank(m, x, prompts, n);
+}
+/* ==========================================================================================================
+   >>impl formats                                                 single files: names, families, reading, writing
+   ==========================================================================================================
+
+   The programs that published Stable Diffusion keep a whole model in one file, under their own names, and without a
+   word about its configuration; people exchange models in that form.  Three tables say what is needed:
+     names       one row for each group of layers: our name, theirs.  Reading asks where a parameter lies, writing what
+                 it is called: both go from ours to theirs, so that one table serves them and adapters' files too.
+     families    what the tensors alone do not say: numbers of heads, widths, the schedule, the padding token
+     others      what people hand over instead, to refuse it by its own name */
+
+/* ------------------------------------------------------------------------------------------ names
+
+   A row's `ours` is matched from the start of a name, up to a point or its end; # stands for a number, b the first, j
+   the second.  In `theirs`, for level b and layer j:
+     %a  b          %b  j          %r  levels - 1 - b                         the VAE counts its decoder from the end
+     %d  1 + sum_{l < b} (D_l + 1) + j   its place among input_blocks; D_l resnets in level l and a downsampler, which
+                                         has no j and comes last; block 0 is conv_in
+     %u  sum_{l < b} U_l + j             among output_blocks, U_l resnets; an upsampler lies in its level's last block,
+     %k  2 or 1                          behind the attention if there is one
+   Rows whose name starts with a point are for what is left after one of the others has matched. */
+
+enum {                                    /* how their tensor differs from ours */
+    DPOI_SAME,
+    DPOI_PART_Q, DPOI_PART_K, DPOI_PART_V,                /* a third of the rows of q, k and v in one */
+    DPOI_TURNED,                          /* [I,O]: x @ w where ours is x @ w^T */
+    DPOI_AS_1X1                           /* [O,I,1,1] */
+};
+
+typedef struct dpoi_rename { const char *ours, *theirs; int how; } dpoi_rename;
+
+struct dpoi_naming { const dpoi_rename *rows; };          /* which end with NULL */
+
+/* The UNet as CompVis and Stability AI name it, below "model.diffusion_model.".  Attentions keep their names inside. */
+static const dpoi_rename dpoi_unet_names[] = {
+    { "time_embedding.linear_1", "time_embed.0", 0 },         { "time_embedding.linear_2", "time_embed.2", 0 },
+    { "add_embedding.linear_1", "label_emb.0.0", 0 },         { "add_embedding.linear_2", "label_emb.0.2", 0 },
+    { "conv_in", "input_blocks.0.0", 0 },
+    { "down_blocks.#.resnets.#", "input_blocks.%d.0", 0 },    { "down_blocks.#.attentions.#", "input_blocks.%d.1", 0 },
+    { "down_blocks.#.downsamplers.0.conv", "input_blocks.%d.0.op", 0 },
+    { "mid_block.resnets.0", "middle_block.0", 0 },           { "mid_block.attentions.0", "middle_block.1", 0 },
+    { "mid_block.resnets.1", "middle_block.2", 0 },
+    { "up_blocks.#.resnets.#", "output_blocks.%u.0", 0 },     { "up_blocks.#.attentions.#", "output_blocks.%u.1", 0 },
+    { "up_blocks.#.upsamplers.0.conv", "output_blocks.%u.%k.conv", 0 },
+    { "conv_norm_out", "out.0", 0 },                          { "conv_out", "out.2", 0 },
+    { ".norm1", ".in_layers.0", 0 },                          { ".conv1", ".in_layers.2", 0 },
+    { ".time_emb_proj", ".emb_layers.1", 0 },                 { ".norm2", ".out_layers.0", 0 },
+    { ".conv2", ".out_layers.3", 0 },                         { ".conv_shortcut", ".skip_connection", 0 },
+    { NULL, NULL, 0 }
+};
+
+/* The VAE, below "first_stage_model.". */
+static const dpoi_rename dpoi_vae_names[] = {
+    { "encoder.down_blocks.#.resnets.#", "encoder.down.%a.block.%b", 0 },
+    { "encoder.down_blocks.#.downsamplers.0.conv", "encoder.down.%a.downsample.conv", 0 },
+    { "decoder.up_blocks.#.resnets.#", "decoder.up.%r.block.%b", 0 },
+    { "decoder.up_blocks.#.upsamplers.0.conv", "decoder.up.%r.upsample.conv", 0 },
+    { "encoder.mid_block.resnets.0", "encoder.mid.block_1", 0 },
+    { "encoder.mid_block.resnets.1", "encoder.mid.block_2", 0 },
+    { "decoder.mid_block.resnets.0", "decoder.mid.block_1", 0 },
+    { "decoder.mid_block.resnets.1", "decoder.mid.block_2", 0 },
+    { "encoder.mid_block.attentions.0", "encoder.mid.attn_1", 0 },
+    { "decoder.mid_block.attentions.0", "decoder.mid.attn_1", 0 },
+    { "encoder.conv_norm_out", "encoder.norm_out", 0 },       { "decoder.conv_norm_out", "decoder.norm_out", 0 },
+    { ".conv_shortcut", ".nin_shortcut", 0 },                 { ".group_norm", ".norm", 0 },
+    { ".to_q.weight", ".q.weight", DPOI_AS_1X1 },             { ".to_q", ".q", 0 },
+    { ".to_k.weight", ".k.weight", DPOI_AS_1X1 },             { ".to_k", ".k", 0 },
+    { ".to_v.weight", ".v.weight", DPOI_AS_1X1 },             { ".to_v", ".v", 0 },
+    { ".to_out.0.weight", ".proj_out.weight", DPOI_AS_1X1 },  { ".to_out.0", ".proj_out", 0 },
+    { NULL, NULL, 0 }
+};
+
+/* A text encoder of OpenCLIP.  Its projection multiplies from the right, pooled @ P with P [width,projection], where
+   transformers has a linear layer [projection,width]: in the published models both are square, and nothing but the
+   pictures tells if it was forgotten. */
+static const dpoi_rename dpoi_openclip_names[] = {
+    { "text_model.embeddings.token_embedding", "token_embedding", 0 },
+    { "text_model.embeddings.position_embedding.weight", "positional_embedding", 0 },
+    { "text_model.encoder.layers.#", "transformer.resblocks.%a", 0 },
+    { "text_model.final_layer_norm", "ln_final", 0 },
+    { "text_projection.weight", "text_projection", DPOI_TURNED },
+    { ".layer_norm1", ".ln_1", 0 },                           { ".layer_norm2", ".ln_2", 0 },
+    { ".mlp.fc1", ".mlp.c_fc", 0 },                           { ".mlp.fc2", ".mlp.c_proj", 0 },
+    { ".self_attn.q_proj.weight", ".attn.in_proj_weight", DPOI_PART_Q },
+    { ".self_attn.k_proj.weight", ".attn.in_proj_weight", DPOI_PART_K },
+    { ".self_attn.v_proj.weight", ".attn.in_proj_weight", DPOI_PART_V },
+    { ".self_attn.q_proj.bias", ".attn.in_proj_bias", DPOI_PART_Q },
+    { ".self_attn.k_proj.bias", ".attn.in_proj_bias", DPOI_PART_K },
+    { ".self_attn.v_proj.bias", ".attn.in_proj_bias", DPOI_PART_V },
+    { ".self_attn.out_proj", ".attn.out_proj", 0 },
+    { NULL, NULL, 0 }
+};
+
+static const dpoi_naming dpoi_unet_naming = { dpoi_unet_names };
+static const dpoi_naming dpoi_vae_naming = { dpoi_vae_names };
+static const dpoi_naming dpoi_openclip_naming = { dpoi_openclip_names };
+
+/* What blocks are counted by: D_l and U_l resnets of each level, and whether an up block has attention. */
+struct dpoi_layout { int levels, down[DPOI_LEVELS], up[DPOI_LEVELS], attends[DPOI_LEVELS]; };
+
+/* The rest of a name behind a pattern, at a point or the end; NULL if it does not match.  Three digits are more than
+   any network counts. */
+static const char *dpoi_name_match(const char *pattern, const char *name, int number[2])
+{
+    int k = 0;
+    for (; *pattern; pattern++) {
+        int digits = 0, n = 0;
+        if (*pattern != '#') {
+            if (*pattern != *name++) return NULL;
+            continue;
+        }
+        for (; *name >= '0' && *name <= '9' && digits < 3; digits++) n = n*10 + (*name++ - '0');
+        if (!digits || k == 2) return NULL;
+        number[k++] = n;
+    }
+    return *name == 0 || *name == '.' ? name : NULL;
+}
+
+/* Learn the layout from the names of a network's own parameters: no configuration is asked, so that one text serves
+   the UNet and the VAE. */
+static void dpoi_layout_of(const dpo_net *n, dpoi_layout *l)
+{
+    memset(l, 0, sizeof *l);
+    for (int64_t i = 0; i < n->count; i++) {
+        const char *name = n->params[i].name, *down = strstr(name, "down_blocks."), *up = strstr(name, "up_blocks.");
+        int         at[2], is_up = up && !down, attends;
+        if (!down && !up) continue;
+        attends = is_up && dpoi_name_match("up_blocks.#.attentions.#.norm.weight", up, at);
+        if (!attends && is_up && !dpoi_name_match("up_blocks.#.resnets.#.conv1.weight", up, at)) continue;
+        if (!is_up && !dpoi_name_match("down_blocks.#.resnets.#.conv1.weight", down, at)) continue;
+        if (at[0] >= DPOI_LEVELS) continue;
+        if (l->levels <= at[0]) l->levels = at[0] + 1;
+        if (attends) l->attends[at[0]] = 1;
+        else if (is_up) l->up[at[0]]++;
+        else l->down[at[0]]++;
+    }
+}
+
+/* What a letter of `theirs` stands for; j is -1 where our name has no second number. */
+static int dpoi_name_number(const dpoi_layout *l, char letter, int b, int j)
+{
+    int n = letter == 'd';
+    if (letter == 'a') return b;
+    if (letter == 'b') return j;
+    if (b >= l->levels) return 0;
+    if (letter == 'r') return l->levels - 1 - b;
+    if (letter == 'k') return l->attends[b] ? 2 : 1;
+    for (int i = 0; i < b; i++) n += letter == 'd' ? l->down[i] + 1 : l->up[i];
+    if (j < 0) j = letter == 'd' ? l->down[b] : l->up[b] - 1;
+    return n + j;
+}
+
+enum { DPOI_NAME = 2 * DPOI_PATH };       /* bytes of a name in a file, with its prefix */
+
+/* Append one row's `theirs` to out, which has room for DPOI_NAME. */
+static void dpoi_name_write(char *out, const char *theirs, const dpoi_layout *l, const int number[2])
+{
+    size_t n = strlen(out);
+    for (; *theirs && n < DPOI_NAME - 16; theirs++) {
+        if (*theirs != '%') { out[n++] = *theirs; continue; }
+        n += (size_t)snprintf(out + n, DPOI_NAME - n, "%d", dpoi_name_number(l, *++theirs, number[0], number[1]));
+    }
+    out[n] = 0;
+}
+
+/* Their name for ours into out [DPOI_NAME], with the prefix; returns how their tensor differs.  A name that no row
+   knows is the same in both. */
+static int dpoi_name_theirs(const dpoi_naming *naming, const dpoi_layout *l, const char *prefix, const char *name,
+                            char *out)
+{
+    const dpoi_rename *row, *outer = NULL;
+    int how = DPOI_SAME;
+    snprintf(out, DPOI_NAME, "%s", prefix);
+    for (row = naming->rows; row->ours; row++) {
+        int         number[2] = { -1, -1 };
+        const char *rest = (*row->ours == '.') == (outer != NULL) ? dpoi_name_match(row->ours, name, number) : NULL;
+        if (!rest) continue;
+        dpoi_name_write(out, row->theirs, l, number);
+        how = row->how;
+        name = rest;
+        if (outer) break;                 /* one row for the block, one for the layer in it */
+        outer = row;
+    }
+    snprintf(out + strlen(out), DPOI_NAME - strlen(out), "%s", name);
+    return how;
+}
+
+/* Where a source with names of its own has our parameter. */
+static dpoi_place dpoi_place_named(const dpoi_origin *s, const char *name)
+{
+    char       theirs[DPOI_NAME];
+    int        how = dpoi_name_theirs(s->naming, s->layout, s->prefix, name, theirs);
+    dpoi_place p = dpoi_place_of(dpo_file_find(s->f, theirs));
+    p.turned = how == DPOI_TURNED;
+    if (how >= DPOI_PART_Q && how <= DPOI_PART_V) {
+        p.parts = 3;
+        p.part = how - DPOI_PART_Q;
+    }
+    return p;
+}
+
+/* Tensors of single files that no network reads and nobody need hear of: averages of the weights, tables that follow
+   from the schedule, the layer behind the one that Stable Diffusion 2 reads, ... */
+static int dpoi_passed_over(const char *name)
+{
+    static const char *const starts[] = {
+        "model_ema.", "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "posterior_", "sqrt_", "logvar",
+        "lvlb_weights", "denoiser.", "embedding_manager", "global_step", "scale_factor", "v_pred", "ztsnr",
+        "first_stage_model.loss.", "cond_stage_model.model.transformer.resblocks.23.",
+        "cond_stage_model.model.text_projection", NULL
+    };
+    for (int i = 0; starts[i]; i++) if (strncmp(name, starts[i], strlen(starts[i])) == 0) return 1;
+    return strstr(name, "position_ids") != NULL || strstr(name, "logit_scale") != NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ families */
+
+/* A text encoder's configuration. */
+typedef struct dpoi_text_row {
+    const char *class_name, *act;
+    int         width, inner, heads, layers, projection;
+} dpoi_text_row;
+
+static const dpoi_text_row dpoi_text_rows[] = {
+    { "CLIPTextModel", "quick_gelu", 768, 3072, 12, 12, 768 },                            /* CLIP-L */
+    { "CLIPTextModel", "gelu", 1024, 4096, 16, 23, 512 },   /* OpenCLIP-H: of 24 layers the last but one is read */
+    { "CLIPTextModelWithProjection", "gelu", 1280, 5120, 20, 32, 1280 }                   /* OpenCLIP-bigG */
+};
+
+/* What a single file does not say.  Lists are JSON. */
+struct dpoi_family {
+    const char *name, *pipeline;
+    const char *prefix[2];                /* of the text encoders' names; NULL: there is none */
+    int         text[2];                  /* rows of dpoi_text_rows; the first is in transformers' naming, all others in
+                                             OpenCLIP's */
+    const char *pad[2];                   /* padding tokens */
+    int         context, added;           /* widths of the text and of label_emb, which tell families apart as well */
+    const char *channels, *levels, *heads, *depth;        /* of the UNet; levels: C with attention, D without */
+    const char *linear;                   /* use_linear_projection */
+    int         size, size_v;             /* of the latents; if it predicts v */
+    const char *scale;                    /* of the VAE */
+    const char *base, *architecture, *architecture_v;     /* ss_base_model_version, modelspec.architecture */
+    const char *more;                     /* fields of model_index.json */
+};
+
+#define DPOI_CLIP_PAD "<|endoftext|>"
+
+/* The refiner's only text encoder is the second one of the pipelines. */
+static const dpoi_family dpoi_families[] = {
+    { "Stable Diffusion XL", "StableDiffusionXLPipeline",
+      { "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model." }, { 0, 2 }, { DPOI_CLIP_PAD, "!" },
+      2048, 2816, "[320, 640, 1280]", "DCC", "[5, 10, 20]", "[1, 2, 10]", "true", 128, 128, "0.13025",
+      "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base",
+      "  \"force_zeros_for_empty_prompt\": true,\n" },
+    { "Stable Diffusion XL refiner", "StableDiffusionXLImg2ImgPipeline",
+      { NULL, "conditioner.embedders.0.model." }, { 0, 2 }, { NULL, "!" },
+      1280, 2560, "[384, 768, 1536, 1536]", "DCCD", "[6, 12, 24, 24]", "4", "true", 128, 128, "0.13025",
+      NULL, "stable-diffusion-xl-v1-refiner", "stable-diffusion-xl-v1-refiner",
+      "  \"force_zeros_for_empty_prompt\": false,\n  \"requires_aesthetics_score\": true,\n" },
+    { "Stable Diffusion 2.x", "StableDiffusionPipeline",
+      { "cond_stage_model.model.", NULL }, { 1, 0 }, { "!", NULL },
+      1024, 0, "[320, 640, 1280, 1280]", "CCCD", "[5, 10, 20, 20]", "1", "true", 64, 96, "0.18215",
+      "sd_v2", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "" },
+    { "Stable Diffusion 1.x", "StableDiffusionPipeline",
+      { "cond_stage_model.transformer.", NULL }, { 0, 0 }, { DPOI_CLIP_PAD, NULL },
+      768, 0, "[320, 640, 1280, 1280]", "CCCD", "8", "1", "false", 64, 64, "0.18215",
+      "sd_v1", "stable-diffusion-v1", "stable-diffusion-v1", "" }
+};
+
+enum { DPOI_FAMILIES = sizeof dpoi_families / sizeof dpoi_families[0] };
+
+#define DPOI_SUPPORTED "supported are Stable Diffusion 1.x, 2.x, XL and its refiner, in one .safetensors file or " \
+                       "as a folder that diffusers wrote"
+
+/* A list of block types: "CrossAttn" before those of levels with attention; backwards for the way up. */
+static void dpoi_family_blocks(dpoi_text *t, const char *levels, const char *type, int backwards)
+{
+    int n = (int)strlen(levels);
+    for (int i = 0; i < n; i++)
+        dpoi_text_format(t, "%s\"%s%s\"", i ? ", " : "[", levels[backwards ? n - 1 - i : i] == 'C' ? "CrossAttn" : "",
+                         type);
+    dpoi_text_add(t, "]");
+}
+
+static void dpoi_family_unet(const dpoi_family *k, int v, dpoi_text *t)
+{
+    dpoi_text_format(t, "{\n  \"_class_name\": \"UNet2DConditionModel\",\n  \"_diffusers_version\": \"0.30.0\",\n"
+                     "  \"attention_head_dim\": %s,\n  \"block_out_channels\": %s,\n  \"cross_attention_dim\": %d,\n",
+                     k->heads, k->channels, k->context);
+    dpoi_text_add(t, "  \"down_block_types\": ");
+    dpoi_family_blocks(t, k->levels, "DownBlock2D", 0);
+    dpoi_text_add(t, ",\n  \"up_block_types\": ");
+    dpoi_family_blocks(t, k->levels, "UpBlock2D", 1);
+    dpoi_text_format(t, ",\n  \"layers_per_block\": 2,\n  \"sample_size\": %d,\n"
+                     "  \"transformer_layers_per_block\": %s,\n  \"use_linear_projection\": %s",
+                     v ? k->size_v : k->size, k->depth, k->linear);
+    if (k->added)
+        dpoi_text_format(t, ",\n  \"addition_embed_type\": \"text_time\",\n  \"addition_time_embed_dim\": 256,\n"
+                         "  \"projection_class_embeddings_input_dim\": %d", k->added);
+    dpoi_text_add(t, "\n}\n");
+}
+
+static void dpoi_family_vae(const dpoi_family *k, int v, dpoi_text *t)
+{
+    static const char *const way[] = { "Down", "Encoder", "Up", "Decoder" };
+    dpoi_text_format(t, "{\n  \"_class_name\": \"AutoencoderKL\",\n  \"_diffusers_version\": \"0.30.0\",\n"
+                     "  \"block_out_channels\": [128, 256, 512, 512],\n");
+    for (int i = 0; i < 4; i += 2) {
+        dpoi_text_format(t, "  \"%s_block_types\": ", i ? "up" : "down");
+        for (int l = 0; l < 4; l++) dpoi_text_format(t, "%s\"%s%sBlock2D\"", l ? ", " : "[", way[i], way[i + 1]);
+        dpoi_text_add(t, "],\n");
+    }
+    dpoi_text_format(t, "  \"latent_channels\": 4,\n  \"layers_per_block\": 2,\n  \"norm_num_groups\": 32,\n"
+                     "  \"sample_size\": %d,\n  \"scaling_factor\": %s\n}\n", 8 * (v ? k->size_v : k->size), k->scale);
+}
+
+static void dpoi_family_encoder(const dpoi_text_row *r, dpoi_text *t)
+{
+    dpoi_text_format(t, "{\n  \"architectures\": [\"%s\"],\n  \"bos_token_id\": 49406,\n  \"eos_token_id\": 49407,\n"
+                     "  \"hidden_act\": \"%s\",\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n"
+                     "  \"layer_norm_eps\": 1e-05,\n  \"max_position_embeddings\": 77,\n"
+                     "  \"model_type\": \"clip_text_model\",\n", r->class_name, r->act, r->width, r->inner);
+    dpoi_text_format(t, "  \"num_attention_heads\": %d,\n  \"num_hidden_layers\": %d,\n  \"pad_token_id\": 1,\n"
+                     "  \"projection_dim\": %d,\n  \"vocab_size\": 49408\n}\n", r->heads, r->layers, r->projection);
+}
+
+/* PNDM and Euler are what the published models name; where v is predicted, DDIM stands for PNDM, which has no zero
+   terminal SNR.  That wants its timesteps from the end (arXiv 2305.08891). */
+static const char *dpoi_family_scheduler(const dpo_model *m)
+{
+    return m->family->added ? "EulerDiscreteScheduler" : m->v || m->ztsnr ? "DDIMScheduler" : "PNDMScheduler";
+}
+
+static void dpoi_family_schedule(const dpo_model *m, dpoi_text *t)
+{
+    dpoi_text_format(t, "{\n  \"_class_name\": \"%s\",\n  \"_diffusers_version\": \"0.30.0\",\n  \"beta_end\": 0.012,\n"
+                     "  \"beta_schedule\": \"scaled_linear\",\n  \"beta_start\": 0.00085,\n"
+                     "  \"num_train_timesteps\": 1000,\n", dpoi_family_scheduler(m));
+    dpoi_text_format(t, "  \"prediction_type\": \"%s\",\n  \"steps_offset\": 1,\n  \"timestep_spacing\": \"%s\"",
+                     m->v ? "v_prediction" : "epsilon", m->ztsnr ? "trailing" : "leading");
+    if (m->ztsnr) dpoi_text_add(t, ",\n  \"rescale_betas_zero_snr\": true");
+    if (!m->family->added) dpoi_text_add(t, ",\n  \"clip_sample\": false,\n  \"set_alpha_to_one\": false");
+    if (!m->family->added && !m->v && !m->ztsnr) dpoi_text_add(t, ",\n  \"skip_prk_steps\": true");
+    dpoi_text_add(t, "\n}\n");
+}
+
+static void dpoi_family_index(const dpo_model *m, dpoi_text *t)
+{
+    const dpoi_family *k = m->family;
+    dpoi_text_format(t, "{\n  \"_class_name\": \"%s\",\n  \"_diffusers_version\": \"0.30.0\",\n%s", k->pipeline,
+                     k->more);
+    dpoi_text_format(t, "  \"scheduler\": [\"diffusers\", \"%s\"],\n", dpoi_family_scheduler(m));
+    for (int i = 0; i < 2; i++) {
+        const char *name = k->prefix[i] ? dpoi_text_rows[k->text[i]].class_name : NULL;
+        if (!name && !k->added) continue;                 /* one encoder is all that these pipelines have */
+        dpoi_text_format(t, name ? "  \"%s\": [\"transformers\", \"%s\"],\n" : "  \"%s\": [null, null],\n",
+                         dpoi_text_folders[i], name);
+        dpoi_text_format(t, name ? "  \"%s\": [\"transformers\", \"CLIPTokenizer\"],\n" : "  \"%s\": [null, null],\n",
+                         dpoi_token_folders[i]);
+    }
+    if (!k->added) dpoi_text_add(t, "  \"feature_extractor\": [null, null],\n  \"safety_checker\": [null, null],\n"
+                                 "  \"requires_safety_checker\": false,\n");
+    dpoi_text_add(t, "  \"unet\": [\"diffusers\", \"UNet2DConditionModel\"],\n"
+                  "  \"vae\": [\"diffusers\", \"AutoencoderKL\"]\n}\n");
+}
+
+/* The configuration of a component, for dpoi_strfree. */
+static char *dpoi_family_text(const dpo_model *m, const char *sub, const char *name)
+{
+    dpoi_text t;
+    char     *copy;
+    dpoi_text_start(&t, m->c);
+    if (strcmp(name, "model_index.json") == 0) dpoi_family_index(m, &t);
+    else if (strcmp(sub, "unet") == 0) dpoi_family_unet(m->family, m->v, &t);
+    else if (strcmp(sub, "vae") == 0) dpoi_family_vae(m->family, m->v, &t);
+    else if (strcmp(sub, "scheduler") == 0) dpoi_family_schedule(m, &t);
+    else dpoi_family_encoder(&dpoi_text_rows[m->family->text[strcmp(sub, dpoi_text_folders[0]) != 0]], &t);
+    copy = t.failed ? NULL : dpoi_strdup(m->c, t.at);
+    dpoi_text_free(&t);
+    return copy;
+}
+
+/* The padding token that holds whatever a tokenizer's files say, or NULL: they say it.  People keep one copy of CLIP's
+   vocabulary for all families. */
+static const char *dpoi_family_pad(const dpo_model *m, int which)
+{
+    return m->family && !m->folder ? m->family->pad[which] : NULL;
+}
+
+/* The published family that a UNet is of, or NULL. */
+static const dpoi_family *dpoi_family_of_unet(const dpoi_unet_config *g)
+{
+    for (int i = 0; i < DPOI_FAMILIES; i++)
+        if (dpoi_families[i].context == g->context[0] && dpoi_families[i].added == g->add_input)
+            return &dpoi_families[i];
+    return NULL;
+}
+
+/* The family that a model is of by its parts, whatever its sizes: what its file is named after.  OpenCLIP's encoders
+   have the exact gelu. */
+static const dpoi_family *dpoi_family_of_model(const dpo_model *m)
+{
+    if (m->text[1]) return &dpoi_families[m->text[0] ? 0 : 1];
+    return &dpoi_families[((const dpoi_clip_config *)m->text[0]->config)->act == DPO_GELU ? 2 : 3];
+}
+
+/* ------------------------------------------------------------------------------------------ what a file is */
+
+/* Does the name of some tensor start with, or (anywhere) hold, these bytes?  The first such tensor, or NULL. */
+static const dpo_entry *dpoi_file_with(dpo_file *f, const char *part, int anywhere)
+{
+    for (int64_t i = 0; i < dpo_file_count(f); i++) {
+        const dpo_entry *e = dpo_file_entry(f, i);
+        if (anywhere ? strstr(e->name, part) != NULL : strncmp(e->name, part, strlen(part)) == 0) return e;
+    }
+    return NULL;
+}
+
+/* Parts of names that tell what is not supported.  The first that is found names the file. */
+static const struct { const char *part, *what; } dpoi_others[] = {
+    { "hada_", "a LoHa adapter" }, { "lokr_", "a LoKr adapter" }, { "oft_", "an OFT adapter" },
+    { "dora_scale", "a DoRA adapter" }, { "lora_magnitude", "a DoRA adapter" },
+    { "lora_mid", "an adapter with a Tucker core (LoCon's use_tucker)" }, { "lora_controlnet", "a Control-LoRA" },
+    { "motion_modules.", "an AnimateDiff motion module" }, { "ip_adapter.", "an IP-Adapter" },
+    { "control_model.", "a ControlNet" }, { "controlnet_cond_embedding.", "a ControlNet" },
+    { "joint_blocks", "Stable Diffusion 3" }, { "text_encoders.t5xxl", "a model with a T5 text encoder" },
+    { "double_blocks", "Flux" }, { "single_transformer_blocks", "Flux" }, { "double_layers.", "AuraFlow" },
+    { "clip_txt_mapper", "Stable Cascade" }, { "effnet_mapper", "Stable Cascade" }, { "adaln_single.", "PixArt" },
+    { "cap_embedder", "Lumina" }, { "cross_attn.kv_linear", "Sana" }, { "head.modulation", "Wan" },
+    { "img_attn_qkv", "HunyuanVideo" }, { "patchify_proj", "LTX-Video" },
+    { "edm_mean", "Playground 2.5 (its own scaling of latents)" },
+    { "edm_vpred.sigma_max", "a model trained on EDM's noise levels (CosXL)" },
+    { "scaled_fp8", "a checkpoint of scaled F8 weights" }, { ".scale_weight", "a checkpoint of scaled F8 weights" },
+    { "string_to_param", "a textual inversion" }, { "emb_params", "a textual inversion" }
+};
+
+/* Parts of pipelines, by a tensor that each has. */
+static const struct { const char *part, *what; } dpoi_parts[] = {
+    { "down_blocks.0.resnets.0.time_emb_proj.weight", "a diffusers UNet alone; the pipeline's folder is wanted" },
+    { "encoder.down_blocks.0.resnets.0.conv1.weight", "a diffusers VAE alone; the pipeline's folder is wanted" },
+    { "encoder.down.0.block.0.conv1.weight", "a VAE alone" },
+    { "first_stage_model.encoder.conv_in.weight", "a VAE alone" },
+    { "text_model.encoder.layers.0.mlp.fc1.weight", "a text encoder alone; the pipeline's folder is wanted" },
+    { "encoder.layers.0.mlp.fc1.weight", "a text encoder alone; the pipeline's folder is wanted" },
+    { "transformer.resblocks.0.mlp.c_fc.weight", "an OpenCLIP encoder alone" },
+    { "input_blocks.0.0.weight", "a UNet alone, without the prefix that a whole model's has" }
+};
+
+/* Endings that only adapters have. */
+static const char *const dpoi_adapter_marks[] = { ".lora_down.", ".lora_A.", ".lora.down.", "_lora.down.",
+                                                  ".lora_linear_layer.", NULL };
+
+#define DPOI_UNET_PREFIX "model.diffusion_model."
+
+/* The width of what attention reads beside the picture, from the first "attn2...to_k" there is: the last axis but
+   those of size 1.  0 if there is none. */
+static int64_t dpoi_file_context(dpo_file *f, const char *before, const char *mark)
+{
+    for (int64_t i = 0; i < dpo_file_count(f); i++) {
+        const dpo_entry *e = dpo_file_entry(f, i);
+        const char      *attn2 = strstr(e->name, "attn2");
+        if (strncmp(e->name, before, strlen(before)) != 0 || !attn2 || !strstr(attn2, "to_k")) continue;
+        if (mark && !strstr(attn2, mark)) continue;
+        return e->shape[1];
+    }
+    return 0;
+}
+
+/* The family of a whole model by its text encoders' names, or by its UNet if it has none of them. */
+static const dpoi_family *dpoi_family_of_file(dpo_file *f)
+{
+    const dpo_entry *added = dpo_file_find(f, DPOI_UNET_PREFIX "label_emb.0.0.weight");
+    int64_t          context = dpoi_file_context(f, DPOI_UNET_PREFIX, NULL);
+    for (int i = 0; i < DPOI_FAMILIES; i++) {
+        const dpoi_family *k = &dpoi_families[i];
+        if (dpoi_file_with(f, k->prefix[1] ? k->prefix[1] : k->prefix[0], 0)) return k;
+    }
+    for (int i = 0; i < DPOI_FAMILIES; i++) {
+        const dpoi_family *k = &dpoi_families[i];
+        if (context == k->context && (added ? added->shape[1] : 0) == k->added) return k;
+    }
+    return NULL;
+}
+
+/* The family that an adapter is made for, by the width of the text or the names of its layers; Stable Diffusion 1 if
+   nothing says otherwise, whose layers have the names of 2. */
+static const dpoi_family *dpoi_family_of_adapter(dpo_file *f)
+{
+    int64_t context = 0;
+    for (int i = 0; dpoi_adapter_marks[i] && !context; i++) context = dpoi_file_context(f, "", dpoi_adapter_marks[i]);
+    for (int i = 0; i < DPOI_FAMILIES; i++) if (context == dpoi_families[i].context) return &dpoi_families[i];
+    if (dpoi_file_with(f, "lora_te2_", 0) || dpoi_file_with(f, "text_encoder_2.", 0)
+        || dpoi_file_with(f, "lora_unet_input_blocks", 0)) return &dpoi_families[0];
+    return &dpoi_families[3];
+}
+
+/* A whole model: its UNet reads four channels and answers in four. */
+static void dpoi_describe_model(dpo_file *f, const dpo_entry *conv_in, dpo_file_info *d)
+{
+    const dpoi_family *k = dpoi_family_of_file(f);
+    int64_t            channels = conv_in->shape[1];
+    const char        *name = k ? k->name : "an unknown family";
+    d->kind = DPO_FILE_MODEL;
+    d->supported = k && channels == 4;
+    if (channels == 9) snprintf(d->what, sizeof d->what, "an inpainting model (%s whose UNet reads 9 channels)", name);
+    else if (channels != 4) snprintf(d->what, sizeof d->what, "%s whose UNet reads %lld channels", name,
+                                     (long long)channels);
+    else snprintf(d->what, sizeof d->what, "%s, a whole model in its original naming", name);
+}
+
+static void dpoi_describe_adapter(dpo_file *f, const char *mark, dpo_file_info *d)
+{
+    const char *naming = strcmp(mark, ".lora_down.") == 0 ? "kohya's" : strcmp(mark, ".lora_A.") == 0 ? "peft's"
+                       : "diffusers' older";
+    int         original = dpoi_file_with(f, "lora_unet_input_blocks", 0)
+                           || dpoi_file_with(f, "lora_unet_output_blocks", 0);
+    d->kind = DPO_FILE_ADAPTER;
+    d->supported = 1;
+    snprintf(d->what, sizeof d->what, "an adapter (LoRA) for %s in %s naming%s", dpoi_family_of_adapter(f)->name,
+             naming, original ? ", with the original names of blocks" : "");
+}
+
+/* From the names and a few shapes: no value is read. */
+DPO_DEF dpo_file_info dpo_file_describe(dpo_file *f)
+{
+    const dpo_entry *conv_in = f ? dpo_file_find(f, DPOI_UNET_PREFIX "input_blocks.0.0.weight") : NULL;
+    dpo_file_info    d;
+    memset(&d, 0, sizeof d);
+    for (int64_t i = 0; i < dpo_file_count(f); i++) d.params += dpo_file_entry(f, i)->count;
+    if (f) snprintf(d.what, sizeof d.what, "a file of tensors that nothing here knows");
+    for (size_t i = 0; f && i < sizeof dpoi_others / sizeof dpoi_others[0]; i++) {
+        if (!dpoi_file_with(f, dpoi_others[i].part, 1)) continue;
+        snprintf(d.what, sizeof d.what, "%s", dpoi_others[i].what);
+        return d;
+    }
+    for (int i = 0; f && dpoi_adapter_marks[i]; i++) {
+        if (!dpoi_file_with(f, dpoi_adapter_marks[i], 1)) continue;
+        dpoi_describe_adapter(f, dpoi_adapter_marks[i], &d);
+        return d;
+    }
+    if (conv_in) dpoi_describe_model(f, conv_in, &d);
+    for (size_t i = 0; f && !conv_in && i < sizeof dpoi_parts / sizeof dpoi_parts[0]; i++) {
+        if (!dpo_file_find(f, dpoi_parts[i].part)) continue;
+        d.kind = DPO_FILE_PART;
+        snprintf(d.what, sizeof d.what, "%s", dpoi_parts[i].what);
+        break;
+    }
+    return d;
+}
+
+/* ------------------------------------------------------------------------------------------ reading */
+
+/* The first of three folders that holds a vocabulary, as m->tokens[i]: base/tokenizer_2, base/tokenizer, base. */
+static int dpoi_family_tokens(dpo_model *m, int i, const char *base, int itself)
+{
+    for (int k = i ? 0 : 1; k < (itself ? 3 : 2) && !m->tokens[i]; k++) {
+        char *folder = k == 2 ? dpoi_strdup(m->c, base) : dpoi_join(m->c, base, dpoi_token_folders[1 - k]);
+        char *vocab = folder ? dpoi_join(m->c, folder, "vocab.json") : NULL;
+        char *whole = vocab ? dpoi_join(m->c, folder, "tokenizer.json") : NULL;
+        if (whole && (dpoi_exists(vocab) || dpoi_exists(whole))) m->tokens[i] = folder;
+        else dpoi_strfree(m->c, folder);
+        dpoi_strfree(m->c, whole);
+        dpoi_strfree(m->c, vocab);
+    }
+    return dpoi_ok(m->c);
+}
+
+/* Tokenizers from where the caller said, from the folder of configurations, or from beside the file. */
+static int dpoi_family_tokenizers(dpo_model *m, const dpo_load_desc *d)
+{
+    char *beside = dpoi_folder_of(m->c, m->path);
+    int   ok = beside != NULL;
+    for (int i = 0; i < 2 && ok; i++) {
+        if (!m->family->prefix[i]) continue;
+        if (d->tokenizer) ok = dpoi_family_tokens(m, i, d->tokenizer, 1);
+        else ok = dpoi_family_tokens(m, i, m->folder ? m->folder : beside, 0);
+        if (ok && d->tokenizer && !m->tokens[i])
+            ok = dpoi_fail(m->c, DPO_IO, "%s: there is no vocab.json in it, nor in its folders tokenizer and "
+                           "tokenizer_2", d->tokenizer);
+    }
+    dpoi_strfree(m->c, beside);
+    return ok;
+}
+
+/* Stable Diffusion 2 says nowhere what it predicts.  What tells the published checkpoints apart is how far the biases
+   of one late norm spread: root mean square about their mean above 0.09 in those that predict v.  ComfyUI's rule. */
+static int dpoi_family_guess(dpo_model *m)
+{
+    const dpo_entry *e = dpo_file_find(m->file, DPOI_UNET_PREFIX "output_blocks.11.1.transformer_blocks.0.norm1.bias");
+    float            x[1024];
+    double           sum = 0, squares = 0;
+    int64_t          n = e && e->count <= 1024 ? e->count : 0;
+    if (strcmp(m->family->architecture, m->family->architecture_v) == 0 || !n) return 0;
+    if (!dpo_entry_floats(e, 0, n, x)) return 0;
+    for (int64_t i = 0; i < n; i++) { sum += x[i]; squares += (double)x[i]*x[i]; }
+    return squares/(double)n - sum*sum/((double)n*(double)n) > 0.09*0.09;
+}
+
+/* What is predicted: the caller's word, a marker that is there for this purpose, the file's metadata, or a guess. */
+static int dpoi_family_markers(dpo_model *m, const dpo_load_desc *d)
+{
+    const char *told = dpo_file_metadata(m->file, "modelspec.prediction_type");
+    m->ztsnr = dpo_file_find(m->file, "ztsnr") != NULL;
+    if (d->prediction) m->v = strcmp(d->prediction, "v_prediction") == 0;
+    else if (dpo_file_find(m->file, "v_pred")) m->v = 1;
+    else if (told) m->v = strcmp(told, "v") == 0 || strcmp(told, "v_prediction") == 0;
+    else if ((m->v = dpoi_family_guess(m)) != 0)
+        dpoi_log(m->c, DPO_LOG_WARNING, "%s: taken for a model that predicts v, by the spread of its norms; "
+                 "dpo_load_desc.prediction overrules it", m->path);
+    if (!d->prediction || m->v || strcmp(d->prediction, "epsilon") == 0) return dpoi_ok(m->c);
+    return dpoi_fail(m->c, DPO_BAD_ARGUMENT, "dpo_load_desc.prediction is \"epsilon\" or \"v_prediction\", "
+                     "not \"%.40s\"", d->prediction);
+}
+
+/* Open a single file and say what it is.  It stays open while the model is built. */
+static int dpoi_family_open(dpo_model *m, const dpo_load_desc *d)
+{
+    dpo_file_info info;
+    if (!(m->file = dpo_safetensors_open(m->c, m->path))) return 0;
+    info = dpo_file_describe(m->file);
+    if (info.kind != DPO_FILE_MODEL || !info.supported)
+        return dpoi_fail(m->c, DPO_UNSUPPORTED, "%.300s: %s; " DPOI_SUPPORTED, m->path, info.what);
+    m->family = dpoi_family_of_file(m->file);
+    for (int i = 0; i < 2; i++)
+        if (m->family->prefix[i] && !dpoi_file_with(m->file, m->family->prefix[i], 0))
+            return dpoi_fail(m->c, DPO_BAD_FILE, "%.300s: %s without its text encoder (%s...); a whole model is wanted",
+                             m->path, m->family->name, m->family->prefix[i]);
+    if (d->config && !(m->folder = dpoi_strdup(m->c, d->config))) return 0;
+    return dpoi_family_markers(m, d) && dpoi_family_tokenizers(m, d);
+}
+
+/* Values for a planned network of a component out of the open file; *n is NULL afterwards if that failed. */
+static int dpoi_family_realise(dpo_model *m, dpo_net **n, const char *sub)
+{
+    dpoi_origin s;
+    dpoi_layout layout;
+    int         which = strcmp(sub, dpoi_text_folders[1]) == 0;
+    memset(&s, 0, sizeof s);
+    dpoi_layout_of(*n, &layout);
+    s.f = m->file;
+    s.layout = &layout;
+    if (strcmp(sub, "unet") == 0) { s.prefix = DPOI_UNET_PREFIX; s.naming = &dpoi_unet_naming; }
+    else if (strcmp(sub, "vae") == 0) {
+        s.prefix = dpoi_file_with(m->file, "first_stage_model.", 0) ? "first_stage_model." : "vae.";
+        s.naming = &dpoi_vae_naming;
+    } else {
+        s.prefix = m->family->prefix[which];
+        s.naming = m->family->text[which] ? &dpoi_openclip_naming : NULL;
+    }
+    *n = dpoi_net_realise(*n, &s);
+    return *n != NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ writing */
+
+/* A parameter under their name.  The second and third part of a fused tensor join the item of the first, which was
+   added not long before. */
+static int dpoi_file_add(dpo_writer *w, const dpoi_origin *s, const dpoi_param *p, const char *dtype, dpoi_item *items,
+                         int64_t *count)
+{
+    char    name[DPOI_NAME];
+    int64_t shape[4], swap;
+    int     how = DPOI_SAME, rank = dpoi_file_shape(p->shape, p->form, shape);
+    if (s->naming) how = dpoi_name_theirs(s->naming, s->layout, s->prefix, p->name, name);
+    else snprintf(name, sizeof name, "%s%s", s->prefix, p->name);
+    if (how == DPOI_PART_K || how == DPOI_PART_V) {
+        int64_t i = *count - 1;
+        while (i >= 0 && strcmp(w->plan[i].name, name) != 0) i--;
+        if (i < 0) return dpoi_fail(w->c, DPO_BAD_ARGUMENT, "%s has no place in %s", p->name, name);
+        items[i].part[how - DPOI_PART_Q] = p;
+        return 1;
+    }
+    if (how == DPOI_PART_Q) shape[0] *= 3;
+    if (how == DPOI_AS_1X1) rank = 4;
+    if (how == DPOI_TURNED) { swap = shape[0]; shape[0] = shape[1]; shape[1] = swap; }
+    items[*count].part[0] = p;
+    items[*count].turned = how == DPOI_TURNED;
+    return dpo_writer_add(w, name, dtype, rank, shape, &items[(*count)++]);
+}
+
+/* All parameters of a network, behind what items holds. */
+static int dpoi_file_add_net(dpo_writer *w, dpo_net *n, const char *prefix, const dpoi_naming *naming,
+                             const char *dtype, dpoi_item *items, int64_t *count)
+{
+    dpoi_origin s;
+    dpoi_layout layout;
+    int         ok = 1;
+    memset(&s, 0, sizeof s);
+    dpoi_layout_of(n, &layout);
+    s.prefix = prefix;
+    s.naming = naming;
+    s.layout = &layout;
+    for (int64_t i = 0; i < n->count && ok; i++) ok = dpoi_file_add(w, &s, &n->params[i], dtype, items, count);
+    return ok;
+}
+
+/* A tensor without numbers, whose name is all that it says. */
+static int dpoi_file_mark(dpo_writer *w, const char *name, const char *dtype, dpoi_item *items, int64_t *count)
+{
+    static const int64_t none = 0;
+    return dpo_writer_add(w, name, dtype, 1, &none, &items[(*count)++]);
+}
+
+/* What other programs read to know a model; no date and no hash, so that one model is one file. */
+static void dpoi_model_metadata(const dpo_model *m, dpo_writer *w, const dpoi_family *k, int adapter)
+{
+    char text[80];
+    int  v = m->schedule.prediction == DPO_V_PREDICTION, size = dpo_model_describe(m).size;
+    dpo_writer_metadata(w, "modelspec.sai_model_spec", "1.0.1");
+    snprintf(text, sizeof text, "%s%s", v ? k->architecture_v : k->architecture, adapter ? "/lora" : "");
+    dpo_writer_metadata(w, "modelspec.architecture", text);
+    dpo_writer_metadata(w, "modelspec.implementation",
+                        adapter && !k->added ? "diffusers" : "https://github.com/Stability-AI/generative-models");
+    dpo_writer_metadata(w, "modelspec.title", adapter ? "LoRA" : k->name);
+    snprintf(text, sizeof text, "%dx%d", size, size);
+    dpo_writer_metadata(w, "modelspec.resolution", text);
+    dpo_writer_metadata(w, "modelspec.prediction_type", v ? "v" : "epsilon");
+}
+
+/* The tensors of all networks, and the markers of the schedule. */
+static int dpoi_model_add(dpo_model *m, dpo_writer *w, const dpoi_family *k, const char *dtype, dpoi_item *items)
+{
+    int64_t count = 0;
+    int     ok = dpoi_file_add_net(w, m->unet, DPOI_UNET_PREFIX, &dpoi_unet_naming, dtype, items, &count);
+    ok = ok && dpoi_file_add_net(w, m->vae, "first_stage_model.", &dpoi_vae_naming, dtype, items, &count);
+    for (int i = 0; i < 2 && ok; i++)
+        if (m->text[i])
+            ok = dpoi_file_add_net(w, m->text[i], k->prefix[i], k->text[i] ? &dpoi_openclip_naming : NULL, dtype, items,
+                                   &count);
+    if (ok && m->schedule.prediction == DPO_V_PREDICTION) ok = dpoi_file_mark(w, "v_pred", dtype, items, &count);
+    if (ok && m->schedule.zero_terminal_snr) ok = dpoi_file_mark(w, "ztsnr", dtype, items, &count);
+    return ok;
+}
+
+/* In the naming of the family that the model is of by its parts. */
+DPO_DEF int dpo_model_save_file(dpo_model *m, const char *path, int dtype)
+{
+    const dpoi_family *k;
+    dpo_writer *w;
+    dpoi_item  *items;
+    size_t      room;
+    int         ok;
+    if (!m || !path || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype)) return 0;
+    if (!m->vae) return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: a model of pixels has no original naming; save it as a "
+                                  "folder", path);
+    k = dpoi_family_of_model(m);
+    room = (size_t)(m->unet->count + m->vae->count + 2);
+    for (int i = 0; i < 2; i++) if (m->text[i]) room += (size_t)m->text[i]->count;
+    if (!(items = (dpoi_item *)dpoi_calloc(m->c, room, sizeof *items))) return 0;
+    w = dpo_writer_new(m->c, path);
+    if (w) dpoi_model_metadata(m, w, k, 0);
+    ok = w && dpoi_ok(m->c) && dpoi_model_add(m, w, k, dpoi_dtype_name(dtype), items);
+    if (ok) ok = dpo_writer_save(w, dpoi_item_fill, NULL);
+    else dpo_writer_free(w);
+    dpoi_release(m->c, items, room * sizeof *items);
+    return ok;
+}
+/* ==========================================================================================================
+   >>impl adapters                                              low-rank adapters in files: kohya's, peft's, others
+   ==========================================================================================================
+
+   The dialects, for down [r,I] and up [O,r] (of a convolution [r,I,kh,kw] and [O,r,1,1]) of one layer:
+     kohya            lora_unet_down_blocks_0_..._attn1_to_q.lora_down.weight, .lora_up.weight, .alpha
+       for SDXL       lora_unet_input_blocks_4_1_...: its trainer knows that UNet by its original names
+     peft             unet.down_blocks.0....attn1.to_q.lora_A.weight, .lora_B.weight; alpha in the metadata
+     older diffusers  unet.down_blocks.0....attn1.to_q.lora.down.weight, ...attn1.processor.to_q_lora.down.weight
+   All are read, with any of the prefixes or none; kohya's is written unless peft's is asked for, since every program
+   loads it.  W becomes W + alpha/r * up @ down; without an alpha the factor is 1. */
+
+enum { DPOI_ROLE_DOWN, DPOI_ROLE_UP, DPOI_ROLE_ALPHA, DPOI_ROLE_NONE };
+
+/* What a name ends in, and what the tensor is then.  Longer ends come before those that they end in. */
+static const struct { const char *end; int role; } dpoi_adapter_ends[] = {
+    { ".lora_down.weight", DPOI_ROLE_DOWN }, { ".lora_up.weight", DPOI_ROLE_UP }, { ".alpha", DPOI_ROLE_ALPHA },
+    { ".lora_A.weight", DPOI_ROLE_DOWN }, { ".lora_B.weight", DPOI_ROLE_UP },
+    { ".lora_A.default.weight", DPOI_ROLE_DOWN }, { ".lora_B.default.weight", DPOI_ROLE_UP },
+    { ".lora_linear_layer.down.weight", DPOI_ROLE_DOWN }, { ".lora_linear_layer.up.weight", DPOI_ROLE_UP },
+    { ".lora.down.weight", DPOI_ROLE_DOWN }, { ".lora.up.weight", DPOI_ROLE_UP },
+    { "_lora.down.weight", DPOI_ROLE_DOWN }, { "_lora.up.weight", DPOI_ROLE_UP }
+};
+
+/* Parts of names that belong to other ways of adapting weights: refused, for the rest of their layer would be wrong.
+   One that ends with '$' must end the name: ".diff" alone begins "model.diffusion_model" too. */
+static const struct { const char *part, *what; } dpoi_adapter_foreign[] = {
+    { "hada_", "LoHa" }, { "lokr_", "LoKr" }, { "oft_", "OFT" }, { "dora_scale", "DoRA" }, { "lora_magnitude", "DoRA" },
+    { "lora_mid", "a Tucker core" }, { ".diff$", "whole differences" }, { ".diff_b", "whole differences" },
+    { ".on_input", "(IA)3" }
+};
+
+/* Prefixes by the network that they mean: the UNet, the only text encoder, the first and the second of two.  kohya's
+   and peft's stand first, as they are written. */
+static const char *const dpoi_adapter_prefixes[4][5] = {
+    { "lora_unet_", "unet.", "model.diffusion_model.", "diffusion_model.", NULL },
+    { "lora_te_", "text_encoder.", "lora_te1_", NULL, NULL },
+    { "lora_te1_", "text_encoder.", "lora_te_", NULL, NULL },
+    { "lora_te2_", "text_encoder_2.", NULL, NULL, NULL }
+};
+
+/* What older names had for ours, once points are underscores. */
+static const struct { const char *theirs, *ours; } dpoi_adapter_words[] = {
+    { "processor_", "" }, { "self_attn_to_q", "self_attn_q_proj" }, { "self_attn_to_k", "self_attn_k_proj" },
+    { "self_attn_to_v", "self_attn_v_proj" }, { "self_attn_to_out", "self_attn_out_proj" }
+};
+
+/* ------------------------------------------------------------------------------------------ names */
+
+/* Which row of prefixes is a network's. */
+static int dpoi_adapter_row(const dpo_net *n) { return n->kind == &dpoi_clip_text ? 1 + n->which : 0; }
+
+/* The length of the prefix of that row which s starts with, 0 if it starts with none. */
+static size_t dpoi_adapter_prefix(const char *s, int row)
+{
+    const char *const *p = dpoi_adapter_prefixes[row];
+    for (; *p; p++) if (strncmp(s, *p, strlen(*p)) == 0) return strlen(*p);
+    return 0;
+}
+
+/* peft's own files begin with base_model.model. */
+static const char *dpoi_adapter_bare(const char *name)
+{
+    return strncmp(name, "base_model.model.", 17) == 0 ? name + 17 : name;
+}
+
+/* What a tensor of an adapter file is; its module is the first *length bytes of the name. */
+static int dpoi_adapter_role(const char *name, size_t *length)
+{
+    size_t n = strlen(name);
+    for (size_t i = 0; i < sizeof dpoi_adapter_ends / sizeof dpoi_adapter_ends[0]; i++) {
+        size_t m = strlen(dpoi_adapter_ends[i].end);
+        if (n <= m || strcmp(name + n - m, dpoi_adapter_ends[i].end) != 0) continue;
+        *length = n - m;
+        return dpoi_adapter_ends[i].role;
+    }
+    return DPOI_ROLE_NONE;
+}
+
+/* A module's name in the form that all dialects share: '_' for '.', today's words, to_out_0 for to_out.  key has
+   DPOI_NAME bytes; 0 if the name is too long to be any of ours. */
+static int dpoi_adapter_key(const char *name, size_t length, char *key)
+{
+    size_t n;
+    if (length + 40 > DPOI_NAME) return 0;                /* words grow by a few bytes */
+    for (n = 0; n < length; n++) key[n] = name[n] == '.' ? '_' : name[n];
+    key[n] = 0;
+    for (size_t i = 0; i < sizeof dpoi_adapter_words / sizeof dpoi_adapter_words[0]; i++) {
+        const char *theirs = dpoi_adapter_words[i].theirs, *ours = dpoi_adapter_words[i].ours;
+        char       *at = strstr(key, theirs);
+        if (!at) continue;
+        memmove(at + strlen(ours), at + strlen(theirs), strlen(at + strlen(theirs)) + 1);
+        memcpy(at, ours, strlen(ours));
+    }
+    n = strlen(key);
+    if (n >= 6 && strcmp(key + n - 6, "to_out") == 0) memcpy(key + n, "_0", 3);
+    return 1;
+}
+
+/* The modules of a network that can be adapted, by each of their names in the shared form: a hash with open
+   addressing. */
+typedef struct dpoi_adapter_name { int param; char key[DPOI_PATH + 8]; } dpoi_adapter_name;
+typedef struct dpoi_adapter_index {
+    dpo_net           *net;
+    dpoi_adapter_name *names;
+    int32_t           *slots;             /* 1 + index, or 0 */
+    int64_t            count, room, slot_count;
+} dpoi_adapter_index;
+
+static int32_t *dpoi_adapter_slot(const dpoi_adapter_index *x, const char *key)
+{
+    uint32_t mask = (uint32_t)x->slot_count - 1;
+    for (uint32_t i = dpoi_hash(key);; i++) {
+        int32_t *slot = &x->slots[i & mask];
+        if (!*slot || strcmp(x->names[*slot - 1].key, key) == 0) return slot;
+    }
+}
+
+/* One more name of a parameter's module; a name that is there already keeps its first meaning. */
+static void dpoi_adapter_note(dpoi_adapter_index *x, const char *name, int64_t param)
+{
+    char     key[DPOI_NAME];
+    int32_t *slot;
+    if (!dpoi_adapter_key(name, dpoi_module_length(name), key) || strlen(key) > DPOI_PATH) return;
+    slot = dpoi_adapter_slot(x, key);
+    if (*slot) return;
+    x->names[x->count].param = (int)param;
+    strcpy(x->names[x->count].key, key);
+    *slot = (int32_t)++x->count;
+}
+
+static void dpoi_adapter_index_close(dpoi_adapter_index *x)
+{
+    if (x->slots) dpoi_release(x->net->c, x->slots, (size_t)x->slot_count * sizeof *x->slots);
+    if (x->names) dpoi_release(x->net->c, x->names, (size_t)x->room * sizeof *x->names);
+}
+
+/* Our name, without the prefix that some writers leave out, and (of the UNet) the original one. */
+static int dpoi_adapter_index_open(dpoi_adapter_index *x, dpo_net *n)
+{
+    const char *prefix = n->kind->optional_prefix;
+    dpoi_layout layout;
+    char        theirs[DPOI_NAME];
+    memset(x, 0, sizeof *x);
+    x->net = n;
+    x->room = 2 * n->count;
+    for (x->slot_count = 64; x->slot_count < 2 * x->room;) x->slot_count *= 2;
+    x->names = (dpoi_adapter_name *)dpoi_calloc(n->c, (size_t)x->room, sizeof *x->names);
+    x->slots = x->names ? (int32_t *)dpoi_calloc(n->c, (size_t)x->slot_count, sizeof *x->slots) : NULL;
+    if (!x->slots) { dpoi_adapter_index_close(x); return 0; }
+    dpoi_layout_of(n, &layout);
+    for (int64_t i = 0; i < n->count; i++) {
+        const char *name = n->params[i].name;
+        if (n->params[i].form < DPOI_LINEAR) continue;
+        dpoi_adapter_note(x, name, i);
+        if (prefix && strncmp(name, prefix, strlen(prefix)) == 0) dpoi_adapter_note(x, name + strlen(prefix), i);
+        if (n->kind != &dpoi_unet_kind) continue;
+        dpoi_name_theirs(&dpoi_unet_naming, &layout, "", name, theirs);
+        dpoi_adapter_note(x, theirs, i);
+    }
+    return 1;
+}
+
+/* The parameter that a module of a file adapts, or -1. */
+static int64_t dpoi_adapter_find(const dpoi_adapter_index *x, const char *name, size_t length)
+{
+    char    key[DPOI_NAME];
+    int32_t slot;
+    if (!dpoi_adapter_key(name, length, key)) return -1;
+    slot = *dpoi_adapter_slot(x, key);
+    return slot ? x->names[slot - 1].param : -1;
+}
+
+/* ------------------------------------------------------------------------------------------ reading */
+
+/* What is known of a file before the networks take their parts: alpha in peft's files stands in a configuration, in the
+   metadata or beside the file. */
+typedef struct dpoi_adapter_source {
+    dpo_file *f;
+    dpo_json *config;                     /* or NULL */
+    int       beside;                     /* its keys have no prefix */
+} dpoi_adapter_source;
+
+/* lora_adapter_metadata, as diffusers writes it, or adapter_config.json beside adapter_model.safetensors, as peft
+   does. */
+static int dpoi_adapter_open(dpo_ctx *c, const char *path, dpoi_adapter_source *s)
+{
+    const char *text;
+    memset(s, 0, sizeof *s);
+    if (!path || !dpoi_ok(c) || !(s->f = dpo_safetensors_open(c, path))) return 0;
+    if ((text = dpo_file_metadata(s->f, "lora_adapter_metadata")) != NULL) {
+        s->config = dpo_json_parse(c, text, strlen(text), "lora_adapter_metadata");
+    } else if (dpoi_ends_with(path, "adapter_model.safetensors")) {
+        char *folder = dpoi_folder_of(c, path), *config = folder ? dpoi_join(c, folder, "adapter_config.json") : NULL;
+        if (config && dpoi_exists(config)) { s->config = dpo_json_load(c, config); s->beside = 1; }
+        dpoi_strfree(c, config);
+        dpoi_strfree(c, folder);
+    }
+    return dpoi_ok(c);
+}
+
+static void dpoi_adapter_close(dpoi_adapter_source *s)
+{
+    dpo_json_free(s->config);
+    dpo_file_close(s->f);
+}
+
+/* A field of the configuration for a network: "unet.lora_alpha", or "lora_alpha" where it has no prefixes. */
+static const dpo_json *dpoi_adapter_field(const dpoi_adapter_source *s, const dpo_net *n, const char *name)
+{
+    char key[80];
+    snprintf(key, sizeof key, "%s%s", s->beside ? "" : dpoi_adapter_prefixes[dpoi_adapter_row(n)][1], name);
+    return dpo_json_get(s->config, key);
+}
+
+/* The value that a pattern of peft has for a module: the first key that is its name or ends it; '^' may stand in
+   front. */
+static int dpoi_adapter_pattern(const dpo_json *pattern, const char *module, size_t length, double *value)
+{
+    for (int64_t i = 0; i < dpo_json_count(pattern); i++) {
+        const dpo_json *m = dpo_json_at(pattern, i);
+        const char     *key = dpo_json_key(m) + (*dpo_json_key(m) == '^');
+        size_t          n = strlen(key);
+        if (n > length || strncmp(module + length - n, key, n) != 0) continue;
+        if (n == length || module[length - n - 1] == '.') return dpo_json_double(m, value);
+    }
+    return 0;
+}
+
+/* alpha/r of a module by the configuration; peft's rslora divides by sqrt(r).  0 if there is no configuration, and the
+   file means 1. */
+static double dpoi_adapter_scale(const dpoi_adapter_source *s, const dpo_net *n, const dpoi_param *p, int64_t rank)
+{
+    double alpha;
+    size_t length = dpoi_module_length(p->name);
+    if (!dpo_json_double(dpoi_adapter_field(s, n, "lora_alpha"), &alpha)) return 0;
+    dpoi_adapter_pattern(dpoi_adapter_field(s, n, "alpha_pattern"), p->name, length, &alpha);
+    return alpha / (dpo_json_bool(dpoi_adapter_field(s, n, "use_rslora")) ? sqrt((double)rank) : (double)rank);
+}
+
+/* Does a name hold such a part? */
+static int dpoi_adapter_is(const char *name, const char *part)
+{
+    size_t n = strlen(part) - 1, m = strlen(name);
+    if (part[n] != '$') return strstr(name, part) != NULL;
+    return m >= n && strncmp(name + m - n, part, n) == 0;
+}
+
+/* One tensor of a file to its place in found [count][3], by parameter and role.  One that fits nowhere is left untaken,
+   to be told of; one for another network is passed over. */
+static int dpoi_adapter_put(const dpoi_adapter_index *x, dpo_entry *e, dpo_entry **found)
+{
+    dpo_net    *n = x->net;
+    const char *name = dpoi_adapter_bare(e->name);
+    char        shown[128];
+    size_t      length = 0, prefix = dpoi_adapter_prefix(name, dpoi_adapter_row(n));
+    int         role;
+    int64_t     at;
+    for (size_t k = 0; k < sizeof dpoi_adapter_foreign / sizeof dpoi_adapter_foreign[0]; k++)
+        if (dpoi_adapter_is(name, dpoi_adapter_foreign[k].part))
+            return dpoi_fail(n->c, DPO_UNSUPPORTED, "%s: %s is no plain LoRA but %s, which is not supported", e->path,
+                             dpoi_shown(shown, e->name), dpoi_adapter_foreign[k].what);
+    for (int row = 0; row < 4 && !prefix; row++) if (dpoi_adapter_prefix(name, row)) return 1;
+    name += prefix;
+    role = dpoi_adapter_role(name, &length);
+    at = role == DPOI_ROLE_NONE ? -1 : dpoi_adapter_find(x, name, length);
+    if (at < 0) return 1;
+    if (found[at*3 + role])
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: two tensors adapt %s in the same way, one is %s", e->path,
+                         n->params[at].name, dpoi_shown(shown, e->name));
+    found[at*3 + role] = e;
+    return e->taken = 1;
+}
+
+/* Are the tensors e [DPOI_ROLE_NONE] a whole adapter that fits parameter p?  up [O,r] has the shape of a weight with r
+   inputs. */
+static int dpoi_adapter_check(dpo_net *n, const dpoi_param *p, dpo_entry **e)
+{
+    dpo_entry *down = e[DPOI_ROLE_DOWN], *up = e[DPOI_ROLE_UP], *alpha = e[DPOI_ROLE_ALPHA];
+    dpoi_place place;
+    int64_t    shape[4];
+    if (!down || !up)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: only one half of what adapts %s", (down ? down : up)->path, p->name);
+    memcpy(shape, p->shape, sizeof shape);
+    shape[0] = down->rank ? down->shape[0] : 0;
+    if (shape[0] < 1 || shape[0] > DPOI_MAX_RANK)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: the adapter of %s has rank %lld", down->path, p->name,
+                         (long long)shape[0]);
+    if (alpha && alpha->count != 1)
+        return dpoi_fail(n->c, DPO_BAD_FILE, "%s: alpha of %s is not one number", alpha->path, p->name);
+    place = dpoi_place_of(down);
+    if (!dpoi_check_place(n->c, &place, shape, p->form)) return 0;
+    shape[3] = shape[0]; shape[0] = p->shape[0]; shape[1] = shape[2] = 1;
+    place = dpoi_place_of(up);
+    return dpoi_check_place(n->c, &place, shape, dpoi_up_form(p->form));
+}
+
+/* One adapter from its three tensors, which were checked.  Tensors of the set before are used again where they have the
+   rank, so that who holds them (an optimizer) goes on; a file without alpha keeps the scale, which is 1 at first. */
+static int dpoi_adapter_read(dpo_net *n, dpoi_adapter *a, int param, dpo_entry **e, const dpoi_adapter_source *s)
+{
+    const dpoi_param *p = &n->params[param];
+    dpoi_adapter     *old = p->adapter ? &n->adapters.a[p->adapter - 1] : NULL;
+    dpoi_place        down = dpoi_place_of(e[DPOI_ROLE_DOWN]), up = dpoi_place_of(e[DPOI_ROLE_UP]);
+    int64_t           rank = down.e->shape[0];
+    double            scale = dpoi_adapter_scale(s, n, p, rank);
+    float             alpha;
+    a->scale = old ? old->scale : 1;
+    if (old && old->down->shape[0] == rank) {
+        *a = *old;
+        old->down = old->up = NULL;
+    } else if (!dpoi_adapter_make(n, a, param, (int)rank)) return 0;
+    if (scale != 0) a->scale = (float)scale;
+    if (e[DPOI_ROLE_ALPHA]) {
+        if (!dpo_entry_floats(e[DPOI_ROLE_ALPHA], 0, 1, &alpha)) return 0;
+        a->scale = alpha / (float)rank;
+    }
+    if (!(fabsf(a->scale) <= FLT_MAX)) return dpoi_fail(n->c, DPO_BAD_FILE, "alpha of %s is not finite", p->name);
+    return dpoi_load_place(a->down, p->form, &down) && dpoi_load_place(a->up, dpoi_up_form(p->form), &up);
+}
+
+/* One network's part of a file: what was found for each of its parameters. */
+typedef struct dpoi_adapter_part { dpo_net *net; dpo_entry **found; int64_t count; } dpoi_adapter_part;
+
+static void dpoi_adapter_part_free(dpoi_adapter_part *t)
+{
+    if (t->found) dpoi_release(t->net->c, t->found, (size_t)t->net->count * 3 * sizeof *t->found);
+}
+
+/* Find and check it; nothing changes yet.  t->count: how many layers the file adapts. */
+static int dpoi_adapter_part_find(dpoi_adapter_part *t, dpo_net *n, dpo_file *f)
+{
+    dpoi_adapter_index x;
+    int                ok = 1;
+    t->net = n;
+    t->count = 0;
+    t->found = (dpo_entry **)dpoi_calloc(n->c, (size_t)n->count * 3, sizeof *t->found);
+    if (!t->found || !dpoi_adapter_index_open(&x, n)) return 0;
+    for (int64_t i = 0; i < dpo_file_count(f) && ok; i++) ok = dpoi_adapter_put(&x, dpo_file_entry(f, i), t->found);
+    dpoi_adapter_index_close(&x);
+    for (int64_t i = 0; i < n->count && ok; i++) {
+        dpo_entry **e = &t->found[i*3];
+        if (!e[DPOI_ROLE_DOWN] && !e[DPOI_ROLE_UP]) { if (e[DPOI_ROLE_ALPHA]) e[DPOI_ROLE_ALPHA]->taken = 0; continue; }
+        t->count++;
+        ok = dpoi_adapter_check(n, &n->params[i], e);
+    }
+    return ok;
+}
+
+/* The set that the file describes becomes the network's, which has none if reading fails: tensors of the old one moved
+   into the new. */
+static int dpoi_adapter_part_take(dpoi_adapter_part *t, const dpoi_adapter_source *s)
+{
+    dpo_net         *n = t->net;
+    dpoi_adapter_set set;
+    int              ok = 1;
+    memset(&set, 0, sizeof set);
+    for (int64_t i = 0; i < n->count && ok; i++) {
+        dpoi_adapter *a;
+        if (!t->found[i*3]) continue;
+        a = dpoi_adapter_push(n->c, &set, n->count);
+        ok = a && dpoi_adapter_read(n, a, (int)i, &t->found[i*3], s);
+    }
+    if (!ok) dpoi_adapters_free(n->c, &set);
+    dpoi_adapters_set(n, &set);
+    return ok;
+}
+
+/* All networks' parts, or nothing: each is found and checked before the first changes. */
+static int dpoi_adapters_read(dpo_net **nets, int count, const dpoi_adapter_source *s)
+{
+    dpoi_adapter_part part[3];
+    dpo_ctx *c = nets[0]->c;
+    int64_t  layers = 0;
+    int      ok = 1, done = 0;
+    memset(part, 0, sizeof part);
+    for (; done < count && ok; done++) {
+        ok = dpoi_adapter_part_find(&part[done], nets[done], s->f);
+        layers += part[done].count;
+    }
+    if (ok && !layers) {
+        dpo_file_info info = dpo_file_describe(s->f);
+        ok = dpoi_fail(c, DPO_BAD_FILE, "%s: none of its %lld tensors adapts a layer of this %s; it is %s",
+                       dpo_file_path(s->f), (long long)dpo_file_count(s->f), count > 1 ? "model" : nets[0]->kind->name,
+                       info.what);
+    }
+    for (int i = 0; i < count && ok; i++) ok = dpoi_adapter_part_take(&part[i], s);
+    for (int i = 0; i < done; i++) dpoi_adapter_part_free(&part[i]);
+    if (ok) dpoi_file_unknown(c, s->f, count > 1 ? "the model" : nets[0]->kind->name);
+    return ok;
+}
+
+/* One network: what the file has for others is named among what is not used. */
+DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
+{
+    dpoi_adapter_source s;
+    int ok = n && dpoi_adapter_open(n->c, path, &s);
+    if (!n) return 0;
+    ok = ok && dpoi_adapters_read(&n, 1, &s);
+    dpoi_adapter_close(&s);
+    return ok;
+}
+
+/* The networks of a model that adapters are made for; returns how many. */
+static int dpoi_model_nets(dpo_model *m, dpo_net *nets[3])
+{
+    int n = 0;
+    nets[n++] = m->unet;
+    for (int i = 0; i < 2; i++) if (m->text[i]) nets[n++] = m->text[i];
+    return n;
+}
+
+DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path)
+{
+    dpoi_adapter_source s;
+    dpo_net *nets[3];
+    int      ok;
+    if (!m) return 0;
+    ok = dpoi_adapter_open(m->c, path, &s) && dpoi_adapters_read(nets, dpoi_model_nets(m, nets), &s);
+    dpoi_adapter_close(&s);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ writing */
+
+/* One tensor to save; the tag of dpo_writer_add.
+   form: DPOI_LINEAR ..., of down or of up. */
+typedef struct dpoi_adapter_item { const dpoi_adapter *a; int role, form; } dpoi_adapter_item;
+
+/* alpha = scale * rank, so that a reader who divides finds the scale again. */
+static float dpoi_adapter_alpha(const dpoi_adapter *a) { return a->scale * (float)a->down->shape[0]; }
+
+/* The dpo_fill_fn. */
+static int dpoi_adapter_fill(void *user, dpo_writer *w, void *tag)
+{
+    const dpoi_adapter_item *item = (const dpoi_adapter_item *)tag;
+    float alpha = dpoi_adapter_alpha(item->a);
+    (void)user;
+    if (item->role == DPOI_ROLE_ALPHA) return dpo_writer_floats(w, &alpha, 1);
+    return dpoi_save_tensor(w, item->role == DPOI_ROLE_DOWN ? item->a->down : item->a->up, item->form, 0);
+}
+
+/* The module of an adapter as a dialect names it, in name [DPOI_NAME]: for SDXL kohya's trainer has the original names,
+   for the others ours. */
+static void dpoi_adapter_module(const dpo_net *n, const dpoi_layout *l, const dpoi_param *p, int naming, char *name)
+{
+    const char *prefix = dpoi_adapter_prefixes[dpoi_adapter_row(n)][naming == DPO_PEFT];
+    int         original = naming != DPO_PEFT && n->kind == &dpoi_unet_kind
+                           && ((const dpoi_unet_config *)n->config)->add_dim;
+    if (original) dpoi_name_theirs(&dpoi_unet_naming, l, prefix, p->name, name);
+    else snprintf(name, DPOI_NAME, "%s%s", prefix, p->name);
+    name[dpoi_module_length(name)] = 0;                   /* without ".weight" */
+    for (char *s = name; *s && naming != DPO_PEFT; s++) if (*s == '.') *s = '_';
+}
+
+/* Down, up and (kohya) alpha of one adapter. */
+static int dpoi_adapter_add(dpo_net *n, const dpoi_layout *l, dpo_writer *w, const dpoi_adapter *a,
+                            dpoi_adapter_item *items, const dpo_adapter_format *d)
+{
+    static const char *const ends[2][3] = { { "lora_down.weight", "lora_up.weight", "alpha" },
+                                            { "lora_A.weight", "lora_B.weight", NULL } };
+    const dpoi_param *p = &n->params[a->param];
+    char    module[DPOI_NAME], name[DPOI_NAME + 32];
+    int64_t shape[4];
+    dpoi_adapter_module(n, l, p, d->naming, module);
+    for (int role = 0; role < DPOI_ROLE_NONE && ends[d->naming == DPO_PEFT][role]; role++) {
+        int rank = 0;
+        items[role].a = a;
+        items[role].role = role;
+        items[role].form = role == DPOI_ROLE_DOWN ? p->form : dpoi_up_form(p->form);
+        if (role != DPOI_ROLE_ALPHA) rank = dpoi_file_shape((role ? a->up : a->down)->shape, items[role].form, shape);
+        snprintf(name, sizeof name, "%s.%s", module, ends[d->naming == DPO_PEFT][role]);
+        if (!dpo_writer_add(w, name, dpoi_dtype_name(d->dtype), rank, shape, &items[role])) return 0;
+    }
+    return 1;
+}
+
+/* The rank and alpha of most layers' kind: those of the first; 1 in *same if all others have them too. */
+static const dpoi_adapter *dpoi_adapter_first(dpo_net **nets, int count, int *same)
+{
+    const dpoi_adapter *first = NULL;
+    *same = 1;
+    for (int k = 0; k < count; k++)
+        for (int64_t i = 0; i < nets[k]->adapters.count; i++) {
+            const dpoi_adapter *a = &nets[k]->adapters.a[i];
+            if (!first) first = a;
+            if (a->down->shape[0] != first->down->shape[0] || a->scale != first->scale) *same = 0;
+        }
+    return first;
+}
+
+/* What kohya's tools and those that read its files look for: A1111 and Forge tell SDXL by ss_base_model_version.
+   Nothing is claimed for a network that is none of the published ones. */
+static void dpoi_adapter_kohya(dpo_net **nets, int count, const dpo_model *m, dpo_writer *w)
+{
+    const dpoi_unet_config *g = nets[0]->kind == &dpoi_unet_kind ? (const dpoi_unet_config *)nets[0]->config : NULL;
+    const dpoi_family      *k = g ? dpoi_family_of_unet(g) : NULL;
+    int                     same, v = m && m->schedule.prediction == DPO_V_PREDICTION;
+    const dpoi_adapter     *a = dpoi_adapter_first(nets, count, &same);
+    char                    text[40];
+    snprintf(text, sizeof text, "%lld", (long long)a->down->shape[0]);
+    dpo_writer_metadata(w, "ss_network_dim", same ? text : "Dynamic");
+    snprintf(text, sizeof text, "%.9g", (double)dpoi_adapter_alpha(a));
+    for (char *s = text; *s; s++) if (*s == ',') *s = '.';               /* some locales' point */
+    dpo_writer_metadata(w, "ss_network_alpha", same ? text : "Dynamic");
+    dpo_writer_metadata(w, "ss_network_module", "networks.lora");
+    if (!k) return;
+    if (m) dpoi_model_metadata(m, w, k, 1);
+    else {
+        dpo_writer_metadata(w, "modelspec.sai_model_spec", "1.0.1");
+        snprintf(text, sizeof text, "%.30s/lora", k->architecture);
+        dpo_writer_metadata(w, "modelspec.architecture", text);
+    }
+    if (!k->base) return;
+    snprintf(text, sizeof text, "%s%s", k->base, v && !k->added ? "_v" : "");
+    dpo_writer_metadata(w, "ss_base_model_version", text);
+    dpo_writer_metadata(w, "ss_v2", strncmp(k->base, "sd_v2", 5) == 0 ? "True" : "False");
+}
+
+/* One of peft's patterns: the value of each layer that has not the usual one.  alphas: 0 writes ranks. */
+static void dpoi_adapter_exceptions(dpo_net *n, dpoi_text *t, const char *before, const char *key, int alphas)
+{
+    const dpoi_adapter *first = &n->adapters.a[0];
+    int                 any = 0;
+    dpoi_text_format(t, ", \"%s%s\": {", before, key);
+    for (int64_t i = 0; i < n->adapters.count; i++) {
+        const dpoi_adapter *a = &n->adapters.a[i];
+        const char         *name = n->params[a->param].name;
+        if (alphas ? dpoi_adapter_alpha(a) == dpoi_adapter_alpha(first) : a->down->shape[0] == first->down->shape[0])
+            continue;
+        dpoi_text_format(t, "%s\"%.*s\": ", any++ ? ", " : "", (int)dpoi_module_length(name), name);
+        dpoi_text_number(t, alphas ? (double)dpoi_adapter_alpha(a) : (double)a->down->shape[0]);
+    }
+    dpoi_text_add(t, "}");
+}
+
+/* The arguments of peft's LoraConfig, each with the network in front, as diffusers reads them.  Newer transformers
+   leave out "text_model.", older ones have it in front: an ending fits both. */
+static int dpoi_adapter_peft(dpo_net **nets, int count, dpo_writer *w)
+{
+    dpoi_text t;
+    int       any = 0, ok;
+    dpoi_text_start(&t, w->c);
+    for (int k = 0; k < count; k++) {
+        dpo_net            *n = nets[k];
+        const char         *before = dpoi_adapter_prefixes[dpoi_adapter_row(n)][1], *prefix = n->kind->optional_prefix;
+        const dpoi_adapter *first = n->adapters.a;
+        if (!n->adapters.count) continue;
+        dpoi_text_format(&t, "%s\"%sr\": %lld, \"%slora_alpha\": ", any++ ? ", " : "{", before,
+                         (long long)first->down->shape[0], before);
+        dpoi_text_number(&t, (double)dpoi_adapter_alpha(first));
+        dpoi_adapter_exceptions(n, &t, before, "rank_pattern", 0);
+        dpoi_adapter_exceptions(n, &t, before, "alpha_pattern", 1);
+        dpoi_text_format(&t, ", \"%starget_modules\": [", before);
+        for (int64_t i = 0; i < n->adapters.count; i++) {
+            const char *name = n->params[n->adapters.a[i].param].name;
+            if (prefix && strncmp(name, prefix, strlen(prefix)) == 0) name += strlen(prefix);
+            dpoi_text_format(&t, "%s\"%.*s\"", i ? ", " : "", (int)dpoi_module_length(name), name);
+        }
+        dpoi_text_add(&t, "]");
+    }
+    dpoi_text_add(&t, "}");
+    ok = !t.failed && dpo_writer_metadata(w, "lora_adapter_metadata", t.at);
+    dpoi_text_free(&t);
+    return ok;
+}
+
+/* Everything that describes the adapters, then what the caller says, which holds against it. */
+static int dpoi_adapter_metadata(dpo_net **nets, int count, const dpo_model *m, dpo_writer *w,
+                                 const dpo_adapter_format *d)
+{
+    const char *const *more = d->metadata;
+    if (d->naming == DPO_PEFT) { if (!dpoi_adapter_peft(nets, count, w)) return 0; }
+    else dpoi_adapter_kohya(nets, count, m, w);
+    for (; more && more[0] && more[1]; more += 2) if (!dpo_writer_metadata(w, more[0], more[1])) return 0;
+    return dpoi_ok(w->c);
+}
+
+/* The adapters of some networks as one file; m may be NULL.
+   items live until the writer has asked for all of them. */
+static int dpoi_adapters_save(dpo_net **nets, int count, const dpo_model *m, const char *path,
+                              const dpo_adapter_format *d)
+{
+    dpo_ctx           *c = nets[0]->c;
+    dpo_writer        *w;
+    dpoi_adapter_item *items, *next;
+    dpoi_layout        layout;
+    int64_t            room = 0;
+    int                ok = 1;
+    if (!dpoi_dtype_saved(c, d->dtype)) return 0;
+    if (d->naming != DPO_KOHYA && d->naming != DPO_PEFT)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "adapters are named as DPO_KOHYA or DPO_PEFT do, not %d", d->naming);
+    for (int k = 0; k < count; k++) room += nets[k]->adapters.count * DPOI_ROLE_NONE;
+    if (!room) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: there are no adapters to save", path);
+    if (!(items = next = (dpoi_adapter_item *)dpoi_calloc(c, (size_t)room, sizeof *items))) return 0;
+    w = dpo_writer_new(c, path);
+    ok = w && dpoi_adapter_metadata(nets, count, m, w, d);
+    for (int k = 0; k < count; k++) {
+        dpoi_layout_of(nets[k], &layout);
+        for (int64_t i = 0; i < nets[k]->adapters.count && ok; i++, next += DPOI_ROLE_NONE)
+            ok = dpoi_adapter_add(nets[k], &layout, w, &nets[k]->adapters.a[i], next, d);
+    }
+    if (ok) ok = dpo_writer_save(w, dpoi_adapter_fill, NULL);
+    else dpo_writer_free(w);
+    dpoi_release(c, items, (size_t)room * sizeof *items);
+    return ok;
+}
+
+/* kohya's naming. */
+DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
+{
+    dpo_adapter_format d;
+    memset(&d, 0, sizeof d);
+    d.dtype = dtype;
+    return n && path && dpoi_ok(n->c) && dpoi_adapters_save(&n, 1, NULL, path, &d);
+}
+
+DPO_DEF int dpo_model_adapter_save(dpo_model *m, const char *path, const dpo_adapter_format *d)
+{
+    dpo_net *nets[3];
+    if (!m || !path || !d || !dpoi_ok(m->c)) return 0;
+    return dpoi_adapters_save(nets, dpoi_model_nets(m, nets), m, path, d);
+}
+
+/* ------------------------------------------------------------------------------------------ merging, converting */
+
+/* row[k] += up[o] @ down [r,K], scaled. */
+static void dpoi_adapter_row_add(float *row, const float *up, const float *down, int64_t r, int64_t K, float scale)
+{
+    for (int64_t q = 0; q < r; q++) {
+        float s = scale * up[q];
+        for (int64_t k = 0; k < K; k++) row[k] += s * down[q*K + k];
+    }
+}
+
+/* W += scale * up @ down for one adapter: in F32, rounded once to the type that the weight is kept in.  All lie here in
+   our own order, [O,K] with K = kh*kw*I. */
+static int dpoi_adapter_fold(dpo_net *n, const dpoi_adapter *a)
+{
+    dpo_tensor *w = n->params[a->param].t;
+    int64_t     O = w->shape[0], K = dpo_count(w) / O, r = a->down->shape[0];
+    size_t      bytes = (size_t)(O*K + O*r + r*K) * sizeof(float);
+    float      *x = (float *)dpoi_calloc(n->c, bytes, 1), *up = x + O*K, *down = up + O*r;
+    int         ok = x && dpo_read(w, x) && dpo_read(a->up, up) && dpo_read(a->down, down);
+    for (int64_t o = 0; o < O && ok; o++)
+        dpoi_adapter_row_add(x + o*K, up + o*r, down, r, K, a->scale * n->strength);
+    ok = ok && dpo_write(w, x);
+    if (x) dpoi_release(n->c, x, bytes);
+    return ok;
+}
+
+/* The set is empty afterwards, and the strength 1 again. */
+DPO_DEF int dpo_adapter_merge(dpo_net *n)
+{
+    dpoi_adapter_set none;
+    if (!n || !dpoi_ok(n->c)) return 0;
+    for (int64_t i = 0; i < n->adapters.count; i++) if (!dpoi_adapter_fold(n, &n->adapters.a[i])) return 0;
+    memset(&none, 0, sizeof none);
+    dpoi_adapters_set(n, &none);
+    n->strength = 1;
+    return 1;
+}
+
+/* The networks of the family that the file is for, or of a folder's configurations, are planned without weights: they
+   know their names and shapes, which is all that adapters hang on. */
+DPO_DEF int dpo_adapter_convert(dpo_ctx *c, const char *from, const char *to, const dpo_adapter_format *d,
+                                const char *config)
+{
+    dpoi_adapter_source s;
+    dpo_model *m = NULL;
+    dpo_net   *nets[3];
+    int        ok, count;
+    if (!to || !d) return 0;
+    ok = dpoi_adapter_open(c, from, &s) && (m = dpoi_model_new(c, from)) != NULL;
+    if (ok) m->family = dpoi_family_of_adapter(s.f);
+    ok = ok && (!config || (m->folder = dpoi_strdup(c, config)) != NULL);
+    ok = ok && dpoi_model_build(m, DPO_F32, DPOI_PLANNED) != NULL;
+    count = ok ? dpoi_model_nets(m, nets) : 0;
+    ok = ok && dpoi_adapters_read(nets, count, &s) && dpoi_adapters_save(nets, count, m, to, d);
+    dpoi_adapter_close(&s);
+    for (int i = 0; i < count; i++) dpoi_disown(c, nets[i]);
+    if (ok && m->vae) dpoi_disown(c, m->vae);
+    if (m) dpoi_disown(c, m);
+    return ok;
 }
 
 /* ==========================================================================================================
@@ -13934,33 +17421,50 @@ DPO_DEF int dpo_schedule_alphas(dpo_ctx *c, const dpo_schedule *s, float *abar)
 /* ------------------------------------------------------------------------------------------ scheduler_config.json
 
    A file names a class of diffusers and says what differs from that class's defaults, which differ from class to class:
-   a file that was saved for one and loaded as another must not change its meaning.  What we cannot compute is refused
-   by name; what makes no difference here (solver orders, `variance_type`) is passed over. */
+   a file that was saved for one and loaded as another must not change its meaning.  What would change a picture and is
+   not computed here is refused by name. */
 
 /* A class's defaults, where classes differ; from the constructors of diffusers 0.42. */
 typedef struct dpoi_scheduler {
     const char *name;
-    int         sampler, spacing, set_alpha_to_one, clip_sample;
+    int         sampler, exact;           /* exact 0: a relative of the class stands in for it */
+    int         spacing, set_alpha_to_one, clip_sample;
     double      beta_start, beta_end;
 } dpoi_scheduler;
 
-/* Which of our two samplers stands in for a class: multistep and ancestral ones share Euler's view of the noise, in
-   sigmas, PNDM and DDPM that of DDIM. */
+/* Relatives have the same tables and the same way through them, and differ in how they join steps: PNDM of first order
+   is DDIM; the multistep ones share DPM-Solver's view of the noise, the others Euler's. */
 static const dpoi_scheduler dpoi_schedulers[] = {
-    { "DDIMScheduler",                   DPO_DDIM,  DPO_LEADING,  1, 1, 0.0001,  0.02  },
-    { "PNDMScheduler",                   DPO_DDIM,  DPO_LEADING,  0, 0, 0.0001,  0.02  },
-    { "DDPMScheduler",                   DPO_DDIM,  DPO_LEADING,  1, 1, 0.0001,  0.02  },
-    { "EulerDiscreteScheduler",          DPO_EULER, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
-    { "EulerAncestralDiscreteScheduler", DPO_EULER, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
-    { "DPMSolverMultistepScheduler",     DPO_EULER, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
-    { "UniPCMultistepScheduler",         DPO_EULER, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
-    { "LMSDiscreteScheduler",            DPO_EULER, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
-    { "HeunDiscreteScheduler",           DPO_EULER, DPO_LINSPACE, 0, 0, 0.00085, 0.012 },
+    { "DDIMScheduler",                   DPO_DDIM,         1, DPO_LEADING,  1, 1, 0.0001,  0.02  },
+    { "DDPMScheduler",                   DPO_DDPM,         1, DPO_LEADING,  1, 1, 0.0001,  0.02  },
+    { "EulerDiscreteScheduler",          DPO_EULER,        1, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
+    { "EulerAncestralDiscreteScheduler", DPO_EULER_A,      1, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
+    { "DPMSolverMultistepScheduler",     DPO_DPMPP_2M,     1, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
+    { "PNDMScheduler",                   DPO_DDIM,         0, DPO_LEADING,  0, 0, 0.0001,  0.02  },
+    { "UniPCMultistepScheduler",         DPO_DPMPP_2M,     0, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
+    { "DEISMultistepScheduler",          DPO_DPMPP_2M,     0, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
+    { "DPMSolverSinglestepScheduler",    DPO_DPMPP_2M,     0, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
+    { "DPMSolverSDEScheduler",           DPO_DPMPP_2M_SDE, 0, DPO_LINSPACE, 0, 0, 0.00085, 0.012 },
+    { "LMSDiscreteScheduler",            DPO_EULER,        0, DPO_LINSPACE, 0, 0, 0.0001,  0.02  },
+    { "HeunDiscreteScheduler",           DPO_EULER,        0, DPO_LINSPACE, 0, 0, 0.00085, 0.012 },
+    { "KDPM2DiscreteScheduler",          DPO_EULER,        0, DPO_LINSPACE, 0, 0, 0.00085, 0.012 },
+    { "KDPM2AncestralDiscreteScheduler", DPO_EULER_A,      0, DPO_LINSPACE, 0, 0, 0.00085, 0.012 }
 };
 
 static const char *const dpoi_beta_names[]       = { "linear", "scaled_linear", "squaredcos_cap_v2", NULL };
 static const char *const dpoi_prediction_names[] = { "epsilon", "v_prediction", NULL };
 static const char *const dpoi_spacing_names[]    = { "leading", "trailing", "linspace", NULL };
+static const char *const dpoi_final_names[]      = { "zero", "sigma_min", NULL };
+static const char *const dpoi_time_names[]       = { "discrete", "continuous", NULL };
+static const char *const dpoi_solver_names[]     = { "midpoint", "heun", NULL };
+static const char *const dpoi_variance_names[]   = { "fixed_small", "fixed_large", "fixed_small_log", NULL };
+static const char *const dpoi_linear_only[]      = { "linear", NULL };
+
+/* Samplers whose class has use_karras_sigmas. */
+static int dpoi_takes_karras(int kind)
+{
+    return kind == DPO_EULER || kind == DPO_DPMPP_2M || kind == DPO_DPMPP_2M_SDE;
+}
 
 /* The place of a text field in a list of names; -1 and an error that names the file for any other text.
    The first name of a list that matches; the lists' order is that of the enums. */
@@ -13978,9 +17482,8 @@ static int dpoi_config_choice(dpo_ctx *c, const char *path, const dpo_json *v, c
 static int dpoi_config_plain(dpo_ctx *c, const char *path, const dpo_json *v)
 {
     static const char *const off[] = { "thresholding", "use_exponential_sigmas", "use_beta_sigmas",
-                                       "use_flow_sigmas", NULL };
+                                       "use_flow_sigmas", "use_lu_lambdas", NULL };
     static const char *const unset[] = { "trained_betas", "sigma_min", "sigma_max", NULL };
-    const char *final;
     for (int i = 0; off[i]; i++)
         if (dpo_json_want_bool(v, off[i], 0))
             return dpoi_fail(c, DPO_UNSUPPORTED, "%s: %s is not supported", path, off[i]);
@@ -13989,25 +17492,56 @@ static int dpoi_config_plain(dpo_ctx *c, const char *path, const dpo_json *v)
         if (field && dpo_json_type(field) != DPO_JSON_NULL)
             return dpoi_fail(c, DPO_UNSUPPORTED, "%s: %s is not supported", path, unset[i]);
     }
-    final = dpo_json_want_text(v, "final_sigmas_type", "zero");
-    if (final && strcmp(final, "zero"))   /* sampling ends without noise, or the last step is another one */
-        return dpoi_fail(c, DPO_UNSUPPORTED, "%s: final_sigmas_type \"%s\" is not supported", path, final);
     if (dpo_json_want_bool(v, "clip_sample", 0) && dpo_json_want_double(v, "clip_sample_range", 1, 0, 1e9) != 1)
         return dpoi_fail(c, DPO_UNSUPPORTED, "%s: a clip_sample_range other than 1 is not supported", path);
+    dpoi_config_choice(c, path, v, "interpolation_type", dpoi_linear_only, 0);
     return dpoi_ok(c);
 }
 
-/* Field by field, with the defaults of the class that the file names.  PNDM has no clip_sample, whatever a file that
-   was written for another class still says. */
-static int dpoi_schedule_read(dpo_ctx *c, const char *path, const dpo_json *v, dpo_schedule *s)
+/* How a DPMSolverMultistepScheduler steps.  Order 3 is done in order 2, and DPM-Solver, which works on the noise, as
+   DPM-Solver++, which works on x0: the same path in other steps. */
+static void dpoi_config_solver(dpo_ctx *c, const char *path, const dpo_json *v, dpo_schedule *s)
+{
+    const char *algorithm = dpo_json_want_text(v, "algorithm_type", "dpmsolver++");
+    int         order = (int)dpo_json_want_int(v, "solver_order", 2, 1, 3);
+    if (algorithm && !strncmp(algorithm, "sde-", 4)) s->sampler = DPO_DPMPP_2M_SDE;
+    if (order == 3 || (algorithm && !strstr(algorithm, "dpmsolver++")))
+        dpoi_log(c, DPO_LOG_WARNING, "%s: %s of order %d is sampled by %s", path, algorithm ? algorithm : "?", order,
+                 dpo_sampler_name(s->sampler));
+    if (order == 1) s->solver |= DPO_FIRST_ORDER;
+    if (dpoi_config_choice(c, path, v, "solver_type", dpoi_solver_names, 0) == 1) s->solver |= DPO_HEUN;
+    if (!dpo_json_want_bool(v, "lower_order_final", 1)) s->solver |= DPO_NO_LOWER_FINAL;
+    if (dpo_json_want_bool(v, "euler_at_final", 0)) s->solver |= DPO_EULER_FINAL;
+    s->lambda_min = dpo_json_want_double(v, "lambda_min_clipped", 0, -100, 100);
+}
+
+/* The fields that belong to samplers, by the class that reads them: others ignore them in diffusers as well. */
+static void dpoi_config_sampler(dpo_ctx *c, const char *path, const dpo_json *v, const dpoi_scheduler *k,
+                                dpo_schedule *s)
+{
+    s->sampler = k->sampler;
+    if (k->exact && k->sampler == DPO_DPMPP_2M) dpoi_config_solver(c, path, v, s);
+    if (k->exact && k->sampler == DPO_DDPM)
+        s->large_variance = dpoi_config_choice(c, path, v, "variance_type", dpoi_variance_names, 0) == 1;
+    if (k->exact && k->sampler == DPO_EULER)
+        s->continuous = dpoi_config_choice(c, path, v, "timestep_type", dpoi_time_names, 0) == 1;
+    if (dpoi_takes_karras(k->sampler)) {
+        s->final_sigma_min = dpoi_config_choice(c, path, v, "final_sigmas_type", dpoi_final_names, 0) == 1;
+        if (dpo_json_want_bool(v, "use_karras_sigmas", 0)) s->sampler |= DPO_KARRAS;
+    }
+    if (!k->exact)
+        dpoi_log(c, DPO_LOG_WARNING, "%s: in place of %s stands %s", path, k->name, dpo_sampler_name(s->sampler));
+}
+
+/* Field by field, with the defaults of the class `name`.  PNDM has no clip_sample, whatever a file that was written for
+   another class still says. */
+static int dpoi_schedule_read(dpo_ctx *c, const char *path, const char *name, const dpo_json *v, dpo_schedule *s)
 {
     const dpoi_scheduler *k = NULL;
-    const char *name = dpo_json_want_text(v, "_class_name", "DDIMScheduler");
     for (size_t i = 0; name && i < sizeof dpoi_schedulers / sizeof *dpoi_schedulers; i++)
         if (!strcmp(name, dpoi_schedulers[i].name)) k = &dpoi_schedulers[i];
     if (!k) return dpoi_fail(c, DPO_UNSUPPORTED, "%s: the scheduler \"%s\" is not supported", path, name ? name : "?");
     memset(s, 0, sizeof *s);
-    s->sampler           = k->sampler;
     s->T                 = (int)dpo_json_want_int(v, "num_train_timesteps", 1000, 2, 1000000);
     s->beta_start        = dpo_json_want_double(v, "beta_start", k->beta_start, 1e-12, 1);
     s->beta_end          = dpo_json_want_double(v, "beta_end", k->beta_end, 1e-12, 1);
@@ -14018,7 +17552,7 @@ static int dpoi_schedule_read(dpo_ctx *c, const char *path, const dpo_json *v, d
     s->zero_terminal_snr = dpo_json_want_bool(v, "rescale_betas_zero_snr", 0);
     s->set_alpha_to_one  = dpo_json_want_bool(v, "set_alpha_to_one", k->set_alpha_to_one);
     s->clip_sample       = k->clip_sample && dpo_json_want_bool(v, "clip_sample", k->clip_sample);
-    s->karras            = dpo_json_want_bool(v, "use_karras_sigmas", 0);
+    dpoi_config_sampler(c, path, v, k, s);
     return dpoi_config_plain(c, path, v) && dpoi_schedule_ok(c, s);
 }
 
@@ -14041,19 +17575,31 @@ static void dpoi_json_without_infinities(char *text, size_t n)
     }
 }
 
-/* Parsed from a copy of the text, since infinities are struck out of it first.
-   1 MB at most. */
-DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
+/* From a text, of which a copy is parsed, since infinities are struck out of it first.  name: for errors. */
+static int dpoi_schedule_parse(dpo_ctx *c, const char *text, const char *name, dpo_schedule *s)
 {
-    char     *text;
-    size_t    n;
+    size_t    n = strlen(text);
+    char     *copy = dpoi_strdup(c, text);
     dpo_json *v;
     int       ok;
-    if (!path || !s || !dpoi_read_file(c, path, (size_t)1 << 20, &text, &n)) return 0;
-    dpoi_json_without_infinities(text, n);
-    v = dpo_json_parse(c, text, n, path);
-    ok = v && dpoi_schedule_read(c, path, v, s);
+    if (!copy) return 0;
+    dpoi_json_without_infinities(copy, n);
+    v = dpo_json_parse(c, copy, n, name);
+    ok = v && dpoi_schedule_read(c, name, dpo_json_want_text(v, "_class_name", "DDIMScheduler"), v, s);
     dpo_json_free(v);
+    dpoi_release(c, copy, n + 1);         /* not by its length: a zero byte would be an error above, not a new end */
+    return ok;
+}
+
+/* 1 MB at most. */
+DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
+{
+    char  *text;
+    size_t n;
+    int    ok;
+    if (!path || !s || !dpoi_read_file(c, path, (size_t)1 << 20, &text, &n)) return 0;
+    ok = strlen(text) == n ? dpoi_schedule_parse(c, text, path, s)
+                           : dpoi_fail(c, DPO_BAD_FILE, "%s: a zero byte where text should be", path);
     dpoi_release(c, text, n + 1);
     return ok;
 }
@@ -14067,27 +17613,56 @@ static void dpoi_number_text(char out[32], double x)
         if (*p == ',') *p = '.';
 }
 
-/* Fields in the order in which diffusers sorts them; what is not said is the class's default. */
-DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s)
+/* The class whose sampler this is: the first of the table.  The stochastic DPM-Solver is a setting of the plain one. */
+static const char *dpoi_scheduler_name(int sampler)
+{
+    int kind = sampler & ~DPO_KARRAS;
+    if (kind == DPO_DPMPP_2M_SDE) kind = DPO_DPMPP_2M;
+    for (size_t i = 0; i < sizeof dpoi_schedulers / sizeof *dpoi_schedulers; i++)
+        if (dpoi_schedulers[i].sampler == kind) return dpoi_schedulers[i].name;
+    return "DDIMScheduler";
+}
+
+/* The fields of a class's own, a line each; returns their length. */
+static int dpoi_schedule_own(const dpo_schedule *s, char *text, size_t size)
 {
     static const char *const truth[] = { "false", "true" };
-    char text[1024], start[32], end[32];
-    int  n, ddim;
+    char lambda[32] = "null";
+    int  kind = s->sampler & ~DPO_KARRAS, n = 0;
+    if (kind == DPO_DDPM)
+        n = snprintf(text, size, "  \"variance_type\": \"%s\",\n", dpoi_variance_names[!!s->large_variance]);
+    if (kind == DPO_DDIM || kind == DPO_DDPM)
+        return n + snprintf(text + n, size - (size_t)n, "  \"clip_sample\": %s,\n  \"set_alpha_to_one\": %s,\n",
+                            truth[!!s->clip_sample], truth[!!s->set_alpha_to_one]);
+    if (!dpoi_takes_karras(kind)) return 0;
+    n = snprintf(text, size, "  \"use_karras_sigmas\": %s,\n  \"final_sigmas_type\": \"%s\",\n",
+                  truth[s->sampler != kind], dpoi_final_names[!!s->final_sigma_min]);
+    if (kind == DPO_EULER)
+        return n + snprintf(text + n, size - (size_t)n, "  \"timestep_type\": \"%s\",\n",
+                            dpoi_time_names[!!s->continuous]);
+    if (s->lambda_min != 0) dpoi_number_text(lambda, s->lambda_min);
+    return n + snprintf(text + n, size - (size_t)n, "  \"algorithm_type\": \"%s\",\n  \"solver_order\": %d,\n"
+                        "  \"solver_type\": \"%s\",\n  \"lower_order_final\": %s,\n  \"euler_at_final\": %s,\n"
+                        "  \"lambda_min_clipped\": %s,\n", kind == DPO_DPMPP_2M_SDE ? "sde-dpmsolver++" : "dpmsolver++",
+                        s->solver & DPO_FIRST_ORDER ? 1 : 2, dpoi_solver_names[!!(s->solver & DPO_HEUN)],
+                        truth[!(s->solver & DPO_NO_LOWER_FINAL)], truth[!!(s->solver & DPO_EULER_FINAL)], lambda);
+}
+
+/* What is not said is the class's default. */
+DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s)
+{
+    char text[2048], start[32], end[32];
+    int  n;
     if (!path || !dpoi_schedule_ok(c, s)) return 0;
-    ddim = s->sampler != DPO_EULER;
     dpoi_number_text(start, s->beta_start);
     dpoi_number_text(end, s->beta_end);
-    n = snprintf(text, sizeof text, "{\n  \"_class_name\": \"%s\",\n  \"beta_end\": %s,\n  \"beta_schedule\": \"%s\",\n"
-                 "  \"beta_start\": %s,\n  \"num_train_timesteps\": %d,\n  \"prediction_type\": \"%s\",\n"
-                 "  \"rescale_betas_zero_snr\": %s,\n  \"steps_offset\": %d,\n  \"timestep_spacing\": \"%s\",\n",
-                 ddim ? "DDIMScheduler" : "EulerDiscreteScheduler", end, dpoi_beta_names[s->beta_schedule], start, s->T,
-                 dpoi_prediction_names[s->prediction], truth[!!s->zero_terminal_snr], s->steps_offset,
-                 dpoi_spacing_names[s->spacing]);
-    if (ddim)
-        n += snprintf(text + n, sizeof text - (size_t)n, "  \"clip_sample\": %s,\n  \"set_alpha_to_one\": %s\n}\n",
-                      truth[!!s->clip_sample], truth[!!s->set_alpha_to_one]);
-    else
-        n += snprintf(text + n, sizeof text - (size_t)n, "  \"use_karras_sigmas\": %s\n}\n", truth[!!s->karras]);
+    n = snprintf(text, sizeof text, "{\n  \"_class_name\": \"%s\",\n", dpoi_scheduler_name(s->sampler));
+    n += dpoi_schedule_own(s, text + n, sizeof text - (size_t)n);
+    n += snprintf(text + n, sizeof text - (size_t)n, "  \"beta_end\": %s,\n  \"beta_schedule\": \"%s\",\n"
+                  "  \"beta_start\": %s,\n  \"num_train_timesteps\": %d,\n  \"prediction_type\": \"%s\",\n"
+                  "  \"rescale_betas_zero_snr\": %s,\n  \"steps_offset\": %d,\n  \"timestep_spacing\": \"%s\"\n}\n",
+                  end, dpoi_beta_names[s->beta_schedule], start, s->T, dpoi_prediction_names[s->prediction],
+                  s->zero_terminal_snr ? "true" : "false", s->steps_offset, dpoi_spacing_names[s->spacing]);
     return dpoi_write_file(c, path, text, (size_t)n);
 }
 
@@ -14176,58 +17751,103 @@ DPO_DEF dpo_tensor *dpo_noise_time(const dpo_noise *n, dpo_tensor *t)
     return n && t ? dpo_reshape(n->ctx, dpo_embed(n->ctx, n->time, t), 1, t->shape) : NULL;
 }
 
-/* ------------------------------------------------------------------------------------------ samplers
+/* ------------------------------------------------------------------------------------------ names of samplers */
 
-   Each fills the rows of dpo_sampler.  With a = abar at t, the network's answer p gives x0 and the noise:
-     epsilon  x0 = (x - sqrt(1-a) p)/sqrt(a)           noise = p
-     v        x0 = sqrt(a) x - sqrt(1-a) p             noise = sqrt(1-a) x + sqrt(a) p
-   A new sampler is a function that fills the rows, a name in the enum and a line in dpoi_sampler_fill. */
+/* The first row of a sampler has the name that is ours and A1111's label; the others are what other programs say. */
+static const struct { const char *name, *label; int sampler; } dpoi_sampler_names[] = {
+    { "auto",                "Automatic",           DPO_SAMPLER_AUTO              },
+    { "ddim",                "DDIM",                DPO_DDIM                      },
+    { "ddpm",                "DDPM",                DPO_DDPM                      },
+    { "euler",               "Euler",               DPO_EULER                     },
+    { "euler_karras",        "Euler Karras",        DPO_EULER | DPO_KARRAS        },
+    { "euler_a",             "Euler a",             DPO_EULER_A                   },
+    { "dpmpp2m",             "DPM++ 2M",            DPO_DPMPP_2M                  },
+    { "dpmpp2m_karras",      "DPM++ 2M Karras",     DPO_DPMPP_2M | DPO_KARRAS     },
+    { "dpmpp2m_sde",         "DPM++ 2M SDE",        DPO_DPMPP_2M_SDE              },
+    { "dpmpp2m_sde_karras",  "DPM++ 2M SDE Karras", DPO_DPMPP_2M_SDE | DPO_KARRAS },
+    { "euler_ancestral",     NULL,                  DPO_EULER_A                   },
+    { "k_euler",             NULL,                  DPO_EULER                     },
+    { "k_euler_a",           NULL,                  DPO_EULER_A                   },
+    { "k_euler_ancestral",   NULL,                  DPO_EULER_A                   },
+    { "dpmsolver++",         NULL,                  DPO_DPMPP_2M                  }
+};
 
-enum { DPOI_A, DPOI_B, DPOI_C, DPOI_D, DPOI_E, DPOI_F, DPOI_P, DPOI_SCALE };
-
-/* Row A, B, ... of the table, [steps]. */
-static float *dpoi_row_of(const dpo_sampler *s, int row) { return s->host + (int64_t)row * s->steps; }
-
-/* Timestep k of n, counted from the noisy end; arXiv 2305.08891, table 2.
-   Leading counts up from 0 in steps of T/n, trailing down from T, linspace from T-1 to 0 with both
-   ends. */
-static double dpoi_timestep(const dpo_schedule *s, int n, int k)
+/* The next character that counts in a sampler's name: letters without case, digits, and + as p; 0 at the end. */
+static int dpoi_sampler_letter(const char **s)
 {
-    if (s->spacing == DPO_LEADING)  return (double)(s->T / n) * (n - 1 - k) + s->steps_offset;     /* 951 ... 51 1 */
-    if (s->spacing == DPO_TRAILING) return rint(s->T - k * ((double)s->T / n)) - 1;                /* 999 ... 99 49 */
-    return n > 1 ? (n - 1 - k) * ((s->T - 1.0) / (n - 1)) : 0;
+    for (; **s; ++*s) {
+        char ch = **s;
+        if ((ch >= 'a' && ch <= 'z') || (ch >= '0' && ch <= '9')) { ++*s; return ch; }
+        if (ch >= 'A' && ch <= 'Z') { ++*s; return ch - 'A' + 'a'; }
+        if (ch == '+') { ++*s; return 'p'; }
+    }
+    return 0;
 }
 
-/* DDIM, arXiv 2010.02502, equation 12, from t to t' = t - T/n (before 0: abar' = 1 or abar[0]):
-     x' = sqrt(a') x0 + sqrt(1 - a' - s^2) noise + s z,   s = eta sqrt((1-a')/(1-a)) sqrt(1 - a/a')
-   A = P E + dir noise_x and B = P F + dir noise_p gather what x and p contribute: x' = A x + B p + D
-   z. */
-static int dpoi_fill_ddim(dpo_sampler *s, const dpo_schedule *h, const float *abar, float eta)
+/* "DPM++ 2M Karras" is "dpmpp2m_karras". */
+DPO_DEF int dpo_sampler_named(const char *name)
 {
-    for (int k = 0; k < s->steps; k++) {
-        int    t = (int)rint(dpoi_timestep(h, s->steps, k)), to = t - h->T / s->steps;
-        if (t < 0 || t >= h->T)           /* steps_offset can push the first one over the end */
-            return dpoi_fail(s->ctx, DPO_BAD_ARGUMENT, "%d steps with this offset leave the schedule", s->steps);
-        double a = abar[t], b = to >= 0 ? abar[to] : h->set_alpha_to_one ? 1.0 : abar[0];  /* a and a' */
-        double sa = sqrt(a), sn = sqrt(1 - a), sigma = eta * sqrt((1 - b) / (1 - a) * (1 - a / b));
-        double P = sqrt(b), dir = 1 - b - sigma*sigma;
-        double noise_x = 0, noise_p = 1, E = 1 / sa, F = -sn / sa;
-        if (h->prediction == DPO_V_PREDICTION) { E = sa; F = -sn; noise_x = sn; noise_p = sa; }
-        else if (a <= 0)                  /* x is noise alone: x0 = (x - e)/0 */
-            return dpoi_fail(s->ctx, DPO_UNSUPPORTED, "epsilon prediction cannot start where no signal is left");
-        dir = dir > 0 ? sqrt(dir) : 0;    /* eta 1 takes all of it, and rounding a little more */
-        s->t[k] = (float)t;
-        dpoi_row_of(s, DPOI_A)[k] = (float)(P*E + dir*noise_x);
-        dpoi_row_of(s, DPOI_B)[k] = (float)(P*F + dir*noise_p);
-        dpoi_row_of(s, DPOI_D)[k] = (float)sigma;
-        dpoi_row_of(s, DPOI_E)[k] = (float)E;
-        dpoi_row_of(s, DPOI_F)[k] = (float)F;
-        dpoi_row_of(s, DPOI_P)[k] = (float)P;
-        dpoi_row_of(s, DPOI_SCALE)[k] = 1;
+    for (size_t i = 0; name && i < sizeof dpoi_sampler_names / sizeof *dpoi_sampler_names; i++) {
+        const char *a = name, *b = dpoi_sampler_names[i].name;
+        int x, y;
+        do { x = dpoi_sampler_letter(&a); y = dpoi_sampler_letter(&b); } while (x && x == y);
+        if (x == y) return dpoi_sampler_names[i].sampler;
     }
-    s->init_sigma = 1;                    /* DDIM's x always has variance 1: no scaling of the input either */
-    s->clip = h->clip_sample;
-    return 1;
+    return -1;
+}
+
+/* A label that a front end can show, and that other programs know; "?" for a number that is no sampler. */
+DPO_DEF const char *dpo_sampler_name(int sampler)
+{
+    for (size_t i = 0; i < sizeof dpoi_sampler_names / sizeof *dpoi_sampler_names; i++)
+        if (dpoi_sampler_names[i].sampler == sampler && dpoi_sampler_names[i].label) return dpoi_sampler_names[i].label;
+    return "?";
+}
+
+/* In the order of the table, for a line that says how a program is called. */
+DPO_DEF const char *dpo_sampler_list(void)
+{
+    return "auto ddim ddpm euler euler_karras euler_a dpmpp2m dpmpp2m_karras dpmpp2m_sde dpmpp2m_sde_karras";
+}
+
+/* ------------------------------------------------------------------------------------------ the way of a sampler
+
+   First the way: which timesteps, with which sigmas, and which part of them is taken.  Then the rows of dpo_sampler, in
+   the next part.  With s = sigma = sqrt((1-abar)/abar), the state of DDIM, DDPM, DPM-Solver is sqrt(abar) (x0 + s z),
+   that of Euler x0 + s z.  Where diffusers computes in float32 so does this: differences of nearly equal numbers are
+   what rounding left of them. */
+
+/* What a sampler's rows are made from. */
+typedef struct dpoi_plan {
+    dpo_ctx            *c;
+    const dpo_schedule *h;
+    int    kind, karras;                  /* DPO_DDIM ...; 1: Karras' spacing */
+    int    n, first, count;               /* steps of the whole way; the part of them that is taken */
+    float  eta;
+    float *table;                         /* [T] abar, or for samplers on sigmas these */
+    float *t, *sigma;                     /* [n] timesteps; [n+1] sigmas, the last where the way ends */
+} dpoi_plan;
+
+/* Whose state and steps are alike. */
+static int dpoi_is_solver (int kind) { return kind == DPO_DPMPP_2M || kind == DPO_DPMPP_2M_SDE; }
+static int dpoi_is_euler  (int kind) { return kind == DPO_EULER || kind == DPO_EULER_A; }
+
+/* Timestep k of n, counted from the noisy end, below `last`; arXiv 2305.08891, table 2.  Leading counts up from 0 in
+   whole steps, trailing down from the last, linspace from last-1 to 0.  DPM-Solver spaces n+1 and leaves the 0 out,
+   Euler alone takes fractions.  Trailing adds steps as numpy's arange does, whose halves round accordingly. */
+static double dpoi_timestep(const dpoi_plan *p, int last, int k)
+{
+    const dpo_schedule *h = p->h;
+    int    more = dpoi_is_solver(p->kind), spaces = p->n - 1 + more;
+    double left = spaces - k, step;
+    if (h->spacing == DPO_LEADING)        /* 951 ... 51 1, at 20 steps with an offset of 1 */
+        return (double)(last / (p->n + more)) * left + h->steps_offset;
+    if (h->spacing == DPO_TRAILING) {     /* 999 ... 99 49; arange sometimes gives one more, -1, which is left out */
+        step = (last - (double)h->T / p->n) - last;
+        return rint(last + k * step) - 1;
+    }
+    step = spaces > 0 ? (last - 1.0) / spaces : 0;        /* 999 946.4 ... 52.6 0 */
+    return dpoi_is_euler(p->kind) ? left * step : rint(left * step);
 }
 
 /* sqrt((1-a)/a) at a fractional timestep, between its neighbours. */
@@ -14240,58 +17860,262 @@ static double dpoi_sigma_at(const float *sigmas, int T, double t)
 }
 
 /* The timestep of a sigma, linear in its logarithm.
-   The inverse of dpoi_sigma_at, as Karras' spacing needs it: sigmas are chosen first, timesteps
-   follow. */
+   The inverse of dpoi_sigma_at, as Karras' spacing needs it: sigmas are chosen first, timesteps follow. */
 static double dpoi_time_of(const float *sigmas, int T, double sigma)
 {
-    double x = log(sigma > 1e-10 ? sigma : 1e-10), low, high, w;
+    double x = log(sigma > 1e-10 ? sigma : 1e-10), w;
+    float  low, high;                     /* numpy's logarithm of a float32 is one */
     int    i = 0;                         /* the last timestep whose sigma is not larger: they rise with t */
-    while (i < T - 2 && log((double)sigmas[i+1]) <= x) i++;
-    low = log((double)sigmas[i]);
-    high = log((double)sigmas[i+1]);
+    while (i < T - 2 && (float)log((double)sigmas[i+1]) <= x) i++;
+    low = (float)log((double)sigmas[i]);
+    high = (float)log((double)sigmas[i+1]);
     w = (low - x) / (low - high);
     w = w < 0 ? 0 : w > 1 ? 1 : w;
-    return i + w;
+    return (1 - w) * i + w * (i + 1);
 }
 
-/* Karras et al., arXiv 2206.00364, equation 5, with rho = 7, between the outermost sigmas that the spacing gave.
-   sigma falls from the first to the last: most > least. */
-static void dpoi_karras(double *sigma, int n)
+/* Sigma k of n; Karras et al., arXiv 2206.00364, equation 5, with rho = 7: small steps where sigma is small.
+   With one step alone it is the largest sigma. */
+static double dpoi_karras(double most, double least, int n, int k)
 {
-    double most = pow(sigma[0], 1/7.0), least = pow(sigma[n-1], 1/7.0);
-    for (int k = 0; k < n; k++) sigma[k] = pow(most + (n > 1 ? k / (n - 1.0) : 0) * (least - most), 7);
+    double a = pow(most, 1/7.0), b = pow(least, 1/7.0);
+    return pow(a + (n > 1 ? k / (n - 1.0) : 0) * (b - a), 7);
 }
 
-/* Euler on x = x0 + sigma noise, arXiv 2206.00364, algorithm 1 without churn.  s = sigma, s' the next one, 0 at last:
-     input = x/sqrt(s^2+1),   x' = x + (x - x0)/s (s' - s)
-     epsilon  x0 = x - s p              v  x0 = x/(s^2+1) - s/sqrt(s^2+1) p */
-static int dpoi_fill_euler(dpo_sampler *s, const dpo_schedule *h, float *abar, double *sigma)
+/* Karras' sigmas, between the outermost ones: for Euler those of its spacing, for DPM-Solver those of the schedule.
+   DPM-Solver's timesteps are whole numbers: rounded, but on the cosine schedule cut. */
+static void dpoi_plan_karras(dpoi_plan *p)
 {
-    double most = 0;
-    if (abar[h->T-1] <= 0) abar[h->T-1] = 5.9604645e-8f;  /* 2^-24, as diffusers does: no sigma is infinite */
-    for (int t = 0; t < h->T; t++) abar[t] = (float)sqrt((1.0f - abar[t]) / abar[t]);      /* from here on: sigmas */
-    for (int k = 0; k < s->steps; k++) {
-        s->t[k] = (float)dpoi_timestep(h, s->steps, k);
-        sigma[k] = dpoi_sigma_at(abar, h->T, s->t[k]);
+    const dpo_schedule *h = p->h;
+    int    solver = dpoi_is_solver(p->kind);
+    double most = solver ? p->table[h->T-1] : p->sigma[0], least = solver ? p->table[0] : p->sigma[p->n-1];
+    for (int k = 0; k < p->n; k++) {
+        double s = dpoi_karras(most, least, p->n, k), t = dpoi_time_of(p->table, h->T, s);
+        p->sigma[k] = (float)s;
+        p->t[k] = (float)(!solver ? t : h->beta_schedule == DPO_COSINE ? floor(t) : rint(t));
     }
-    if (h->karras) {
-        dpoi_karras(sigma, s->steps);
-        for (int k = 0; k < s->steps; k++) s->t[k] = (float)dpoi_time_of(abar, h->T, sigma[k]);
+}
+
+/* One more than the last timestep whose log(sqrt(abar)/sqrt(1-abar)) is not below lambda_min; T without that. */
+static int dpoi_last_timestep(const dpoi_plan *p)
+{
+    int last = p->h->T;
+    if (!dpoi_is_solver(p->kind) || p->h->lambda_min == 0) return last;
+    while (last > 1 && -log((double)p->table[last-1]) < p->h->lambda_min) last--;
+    return last;
+}
+
+/* abar becomes sigmas where the sampler works on them; then all timesteps, and the sigmas at these. */
+static int dpoi_plan_way(dpoi_plan *p)
+{
+    const dpo_schedule *h = p->h;
+    float *v = p->table;
+    int    sigmas = p->kind != DPO_DDIM && p->kind != DPO_DDPM, last;
+    if (sigmas && v[h->T-1] <= 0) v[h->T-1] = 5.9604645e-8f;              /* 2^-24, as diffusers: none is infinite */
+    for (int t = 0; sigmas && t < h->T; t++) v[t] = (float)sqrt((1.0f - v[t]) / v[t]);
+    last = dpoi_last_timestep(p);
+    for (int k = 0; k < p->n; k++) {
+        double t = dpoi_timestep(p, last, k);
+        if (t < 0 || (!sigmas && t >= h->T))              /* steps_offset can push the first one over the end */
+            return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "%d steps with this spacing and offset leave the schedule", p->n);
+        p->t[k] = (float)t;
+        p->sigma[k] = (float)dpoi_sigma_at(v, h->T, t);
     }
-    for (int k = 0; k < s->steps; k++) {
-        /* Sigmas are float32 in diffusers once they are spaced; ds = s' - s, q = s^2 + 1. */
-        double v = (float)sigma[k], ds = (k + 1 < s->steps ? (float)sigma[k+1] : 0) - v, q = v*v + 1;
-        int    eps = h->prediction == DPO_EPSILON;
-        if (!(v > 0)) return dpoi_fail(s->ctx, DPO_BAD_ARGUMENT, "a sampler's sigma is not above 0");
-        if (v > most) most = v;
+    if (p->karras) dpoi_plan_karras(p);
+    p->sigma[p->n] = sigmas && h->final_sigma_min && p->kind != DPO_EULER_A ? v[0] : 0;
+    for (int k = 0; sigmas && k < p->n; k++)
+        if (!(p->sigma[k] > 0)) return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "a sampler's sigma is not above 0");
+    return 1;
+}
+
+/* The part of the way that is taken.  strength: the last int(n*strength) steps, as diffusers' img2img; from and to cut
+   at T - from*T, as its denoising_start and denoising_end: a step at that timestep belongs to what comes before. */
+static int dpoi_plan_part(dpoi_plan *p, const dpo_sampler_desc *d)
+{
+    int T = p->h->T, end = p->n;          /* timesteps fall: what is left out stands in front or at the end */
+    p->first = 0;
+    if (d && d->from > 0) while (p->first < p->n && p->t[p->first] >= rint(T - d->from * T)) p->first++;
+    else if (d && d->strength > 0 && d->strength < 1) p->first = p->n - (int)(p->n * d->strength);
+    if (d && d->to > 0 && d->to < 1) while (end > p->first && p->t[end-1] < rint(T - d->to * T)) end--;
+    p->count = end - p->first;
+    if (p->count > 0) return 1;
+    return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "of %d steps none is left: it takes more strength, a longer part of the "
+                     "way, or more steps", p->n);
+}
+
+/* ------------------------------------------------------------------------------------------ rows of a sampler
+
+   Each function below fills steps first ... first+count-1.  With a = abar at t, the network's answer p gives
+     epsilon  x0 = (x - sqrt(1-a) p)/sqrt(a)           noise = p
+     v        x0 = sqrt(a) x - sqrt(1-a) p             noise = sqrt(1-a) x + sqrt(a) p
+   A new sampler is a function that fills the rows, a name in the enum and a line in dpoi_sampler_rows. */
+
+enum { DPOI_A, DPOI_B, DPOI_C, DPOI_D, DPOI_E, DPOI_F, DPOI_P, DPOI_SCALE, DPOI_SIGNAL, DPOI_NOISE, DPOI_ROWS };
+
+/* Row A, B, ... of the table, [steps], signal and noise [steps+1]. */
+static float *dpoi_row_of(const dpo_sampler *s, int row) { return s->host + (int64_t)row * s->room + s->first; }
+
+/* E and F of step k for a state of signal parts of x0 and noise parts of noise, whose squares sum to one:
+   solved for x0, epsilon divides by what is left of the signal, v needs no division. */
+static void dpoi_set_x0(dpo_sampler *s, int k, int prediction, double signal, double noise)
+{
+    dpoi_row_of(s, DPOI_E)[k] = (float)(prediction == DPO_EPSILON ? 1 / signal : signal);
+    dpoi_row_of(s, DPOI_F)[k] = (float)(prediction == DPO_EPSILON ? -noise / signal : -noise);
+}
+
+/* A and B of step k: x' = P x0 + keep x + e noise, with x0 and the noise in terms of x and p.
+   P is kept for clipping: a clamped x0 enters with the same factor.  Sums are formed in double and rounded once, so
+   that A does not suffer where its terms nearly cancel. */
+static void dpoi_set_step(dpo_sampler *s, int k, int prediction, double P, double keep, double e, double signal,
+                          double noise)
+{
+    int    eps = prediction == DPO_EPSILON;
+    double E = eps ? 1 / signal : signal, F = eps ? -noise / signal : -noise;
+    dpoi_row_of(s, DPOI_A)[k] = (float)(P*E + keep + (eps ? 0 : e*noise));
+    dpoi_row_of(s, DPOI_B)[k] = (float)(P*F + e * (eps ? 1 : signal));
+    dpoi_row_of(s, DPOI_P)[k] = (float)P;
+    dpoi_row_of(s, DPOI_SCALE)[k] = 1;
+    dpoi_set_x0(s, k, prediction, signal, noise);
+}
+
+/* DDIM, arXiv 2010.02502, equation 12, from t to t' = t - T/n (before 0: a' = 1 or abar[0]):
+     x' = sqrt(a') x0 + sqrt(1 - a' - s^2) noise + s z,   s = eta sqrt((1-a')/(1-a)) sqrt(1 - a/a') */
+static void dpoi_ddim_step(dpo_sampler *s, const dpoi_plan *p, int k)
+{
+    const dpo_schedule *h = p->h;
+    int   t = (int)p->t[k], to = t - h->T / p->n;
+    float a = p->table[t], b = to >= 0 ? p->table[to] : h->set_alpha_to_one ? 1.0f : p->table[0];
+    float sigma = p->eta * sqrtf((1 - b) / (1 - a) * (1 - a / b)), dir;
+    if (!(sigma > 0)) sigma = 0;          /* where t and t' have one abar */
+    dir = 1 - b - sigma*sigma;            /* eta 1 takes all of it, and rounding a little more */
+    dpoi_set_step(s, k, h->prediction, sqrtf(b), 0, dir > 0 ? sqrtf(dir) : 0, sqrtf(a), sqrtf(1 - a));
+    dpoi_row_of(s, DPOI_D)[k] = sigma;
+}
+
+/* DDPM, arXiv 2006.11239, equations 6 and 7, from t to the next timestep of the way (after the last: a' = 1):
+     x' = sqrt(a') b/(1-a) x0 + sqrt(a/a') (1-a')/(1-a) x + s z,   b = 1 - a/a',   s^2 = (1-a')/(1-a) b or b */
+static void dpoi_ddpm_step(dpo_sampler *s, const dpoi_plan *p, int k)
+{
+    const dpo_schedule *h = p->h;
+    float a = p->table[(int)p->t[k]], b = k + 1 < p->n ? p->table[(int)p->t[k+1]] : 1.0f;
+    float share = a / b, beta = 1 - share, variance = (1 - b) / (1 - a) * beta;
+    if (h->large_variance) variance = beta;
+    dpoi_set_step(s, k, h->prediction, sqrtf(b) * beta / (1 - a), sqrtf(share) * (1 - b) / (1 - a), 0, sqrtf(a),
+                  sqrtf(1 - a));
+    /* at t = 0 the picture is there; 1 - b = 0 leaves no variance either, unless it is the large one */
+    dpoi_row_of(s, DPOI_D)[k] = p->t[k] > 0 && variance > 0 ? sqrtf(variance) : 0;
+}
+
+/* DDIM and DDPM, whose state has variance 1 throughout: no scaling of the first noise, none of the input.
+   signal and noise stand at every step from the first to the end of the whole way, for masks look one step ahead. */
+static int dpoi_fill_ddim(dpo_sampler *s, const dpoi_plan *p)
+{
+    for (int k = p->first; k < p->first + p->count; k++) {
+        if (p->h->prediction == DPO_EPSILON && p->table[(int)p->t[k]] <= 0)    /* x is noise alone: x0 = (x - e)/0 */
+            return dpoi_fail(p->c, DPO_UNSUPPORTED, "epsilon prediction cannot start where no signal is left");
+        if (p->kind == DPO_DDIM) dpoi_ddim_step(s, p, k); else dpoi_ddpm_step(s, p, k);
+    }
+    for (int k = p->first; k < p->n; k++) {
+        float a = p->table[(int)p->t[k]];
+        dpoi_row_of(s, DPOI_SIGNAL)[k] = sqrtf(a);
+        dpoi_row_of(s, DPOI_NOISE)[k] = sqrtf(1 - a);
+    }
+    s->init_sigma = 1;
+    s->clip = p->h->clip_sample;
+    return 1;
+}
+
+/* Euler on x = x0 + sigma z, arXiv 2206.00364, algorithm 1 without churn.  s = sigma, s' the next one:
+     input = x/sqrt(s^2+1),   x' = x + (x - x0)/s (down - s) + up z
+     epsilon  x0 = x - s p              v  x0 = x/(s^2+1) - s/sqrt(s^2+1) p
+   down = s' and up = 0; ancestral: up^2 = s'^2 (s^2 - s'^2)/s^2, down^2 = s'^2 - up^2. */
+static int dpoi_fill_euler(dpo_sampler *s, const dpoi_plan *p)
+{
+    int eps = p->h->prediction == DPO_EPSILON;
+    for (int k = p->first; k < p->first + p->count; k++) {
+        float  v = p->sigma[k], to = p->sigma[k+1], up = 0, down = to;
+        double q = (double)v*v + 1, ds;
+        if (p->kind == DPO_EULER_A) {
+            up = sqrtf(to*to * (v*v - to*to) / (v*v));
+            down = sqrtf(to*to - up*up);
+        }
+        ds = down - v;
         dpoi_row_of(s, DPOI_A)[k] = (float)(eps ? 1 : 1 + ds * v / q);
         dpoi_row_of(s, DPOI_B)[k] = (float)(eps ? ds : ds / sqrt(q));
+        dpoi_row_of(s, DPOI_D)[k] = up;
         dpoi_row_of(s, DPOI_E)[k] = (float)(eps ? 1 : 1 / q);
         dpoi_row_of(s, DPOI_F)[k] = (float)(eps ? -v : -v / sqrt(q));
         dpoi_row_of(s, DPOI_SCALE)[k] = (float)(1 / sqrt(q));
     }
+    for (int k = p->first; k < p->n; k++) {
+        dpoi_row_of(s, DPOI_SIGNAL)[k] = 1;
+        dpoi_row_of(s, DPOI_NOISE)[k] = p->sigma[k];
+        /* the trained network knows t, and for this class 0.25 ln(sigma) in its place */
+        if (p->h->continuous && !eps && p->kind == DPO_EULER) p->t[k] = 0.25f * (float)log((double)p->sigma[k]);
+    }
     /* With leading spacing the first timestep is not the last of the schedule: its x0 is not yet gone. */
-    s->init_sigma = (float)(h->spacing == DPO_LEADING ? sqrt(most*most + 1) : most);
+    s->init_sigma = p->sigma[0];
+    if (p->h->spacing == DPO_LEADING) s->init_sigma = (float)sqrt((double)p->sigma[0]*p->sigma[0] + 1);
+    return 1;
+}
+
+/* What sigma is in a state of variance 1: alpha = 1/sqrt(sigma^2+1) parts of x0, noise = sigma alpha parts of noise;
+   lambda = log(alpha/noise) is infinite at the end. */
+typedef struct dpoi_lambda { float alpha, noise, lambda; } dpoi_lambda;
+
+static dpoi_lambda dpoi_lambda_of(float sigma)
+{
+    dpoi_lambda y;
+    y.alpha = 1 / sqrtf(sigma*sigma + 1);
+    y.noise = sigma * y.alpha;
+    y.lambda = (float)log((double)y.alpha) - (float)log((double)y.noise);
+    return y;
+}
+
+/* Does step k take the second order?  The first one has no x0 before it; the last one ends in 0, where it would divide
+   by infinity, or is steadier without when steps are few; and two equal sigmas in a row leave nothing to lean on. */
+static int dpoi_second_order(const dpoi_plan *p, int k)
+{
+    int solver = p->h->solver;
+    if (k == p->first || (solver & DPO_FIRST_ORDER) || p->sigma[k-1] == p->sigma[k]) return 0;
+    if (k < p->n - 1) return 1;
+    return !(solver & DPO_EULER_FINAL) && ((solver & DPO_NO_LOWER_FINAL) || p->n >= 15) && p->h->final_sigma_min;
+}
+
+/* DPM-Solver++ 2M, arXiv 2211.01095, algorithm 2, in diffusers' letters: from s to s', h = lambda' - lambda,
+     x' = noise'/noise w x + K x0 + K1 D1,   D1 = (x0 - x0_before)/r,   r = (lambda - lambda_before)/h
+     plain       w = 1         K = -alpha' (exp(-h) - 1)        K1 = K/2, or Heun's  alpha' ((exp(-h) - 1)/h + 1)
+     stochastic  w = exp(-h)   K =  alpha' (1 - exp(-2h))       K1 = K/2, or Heun's  alpha' ((1 - exp(-2h))/(-2h) + 1)
+                 and + noise' sqrt(1 - exp(-2h)) z
+   At the end h is infinite and x' = x0. */
+static void dpoi_solver_step(dpo_sampler *s, const dpoi_plan *p, int k)
+{
+    dpoi_lambda from = dpoi_lambda_of(p->sigma[k]), to = dpoi_lambda_of(p->sigma[k+1]), before;
+    int   sde = p->kind == DPO_DPMPP_2M_SDE, heun = p->h->solver & DPO_HEUN;
+    float h = to.lambda - from.lambda, once = (float)exp(-(double)h), twice = (float)exp(-2 * (double)h), lean = 0;
+    float K = sde ? to.alpha * (1 - twice) : -to.alpha * (once - 1);
+    if (dpoi_second_order(p, k)) {        /* lean = K1/r */
+        before = dpoi_lambda_of(p->sigma[k-1]);
+        lean = 0.5f * K;
+        if (heun) lean = to.alpha * (sde ? (1 - twice) / (-2*h) + 1 : (once - 1) / h + 1);
+        lean *= h / (from.lambda - before.lambda);
+    }
+    dpoi_set_step(s, k, p->h->prediction, (double)K + lean, to.noise / from.noise * (sde ? once : 1), 0, from.alpha,
+                  from.noise);
+    dpoi_row_of(s, DPOI_C)[k] = -lean;
+    dpoi_row_of(s, DPOI_D)[k] = sde ? to.noise * sqrtf(1 - twice) : 0;
+}
+
+/* All steps, and how a picture gets the noise of each: its state has variance 1, as DDIM's. */
+static int dpoi_fill_solver(dpo_sampler *s, const dpoi_plan *p)
+{
+    for (int k = p->first; k < p->first + p->count; k++) dpoi_solver_step(s, p, k);
+    for (int k = p->first; k < p->n; k++) {
+        dpoi_lambda v = dpoi_lambda_of(p->sigma[k]);
+        dpoi_row_of(s, DPOI_SIGNAL)[k] = v.alpha;
+        dpoi_row_of(s, DPOI_NOISE)[k] = v.noise;
+    }
+    s->init_sigma = 1;
     return 1;
 }
 
@@ -14299,62 +18123,89 @@ static int dpoi_fill_euler(dpo_sampler *s, const dpo_schedule *h, float *abar, d
 static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
 {
     dpo_sampler *s = (dpo_sampler *)object;
-    size_t       n = (size_t)s->steps;
-    for (int i = 0; i < 8; i++) dpo_param_free(s->rows[i]);
+    size_t       n = (size_t)s->room;
+    for (int i = 0; i < DPOI_ROWS; i++) dpo_param_free(s->rows[i]);
     dpo_param_free(s->one);
     dpo_param_free(s->x0);
-    if (s->t) dpoi_release(c, s->t, n * sizeof *s->t);
-    if (s->host) dpoi_release(c, s->host, n * 8 * sizeof *s->host);
+    if (s->t) dpoi_release(c, s->t - s->first, n * sizeof *s->t);
+    if (s->host) dpoi_release(c, s->host, n * DPOI_ROWS * sizeof *s->host);
     dpoi_release(c, s, sizeof *s);
 }
 
-/* Fill the host's table: abar first, then the sampler's own formulas.  The device gets its copy afterwards.
-   abar and sigma are scratch, gone with the call. */
-static int dpoi_sampler_rows(dpo_sampler *s, const dpo_schedule *h, const dpo_sampler_desc *d)
+/* The way, its part, and the rows, all in places of the whole way; then s begins at the part's first step: t moves
+   there, and dpoi_row_of counts from there. */
+static int dpoi_sampler_rows(dpo_sampler *s, dpoi_plan *p, const dpo_sampler_desc *d)
 {
-    dpo_ctx *c = s->ctx;
-    int      kind = d && d->sampler ? d->sampler : h->sampler, ok = 0;
-    float   *abar = (float *)dpoi_calloc(c, (size_t)h->T, sizeof *abar);
-    double  *sigma = (double *)dpoi_calloc(c, (size_t)s->steps, sizeof *sigma);
-    if (abar && sigma && dpo_schedule_alphas(c, h, abar)) {
-        if (kind == DPO_EULER)     ok = dpoi_fill_euler(s, h, abar, sigma);
-        else if (kind == DPO_DDIM) ok = dpoi_fill_ddim(s, h, abar, d ? d->eta : 0);
-        else                       dpoi_fail(c, DPO_UNSUPPORTED, "there is no sampler %d", kind);
-    }
-    if (abar) dpoi_release(c, abar, (size_t)h->T * sizeof *abar);
-    if (sigma) dpoi_release(c, sigma, (size_t)s->steps * sizeof *sigma);
+    int ok;
+    dpoi_row_of(s, DPOI_SIGNAL)[p->n] = 1;                /* after the last step, the picture */
+    if (!dpo_schedule_alphas(p->c, p->h, p->table) || !dpoi_plan_way(p) || !dpoi_plan_part(p, d)) return 0;
+    if (dpoi_is_euler(p->kind))       ok = dpoi_fill_euler(s, p);
+    else if (dpoi_is_solver(p->kind)) ok = dpoi_fill_solver(s, p);
+    else                              ok = dpoi_fill_ddim(s, p);
+    s->steps = p->count;
+    s->first = p->first;
+    s->t += p->first;
     return ok;
 }
 
-/* Host table, device rows, and what the rows imply: a sampler with D != 0 anywhere needs fresh noise. */
-static int dpoi_sampler_fill(dpo_sampler *s, const dpo_schedule *h, const dpo_sampler_desc *d)
+/* Host table, device rows, and what the rows imply: a sampler with D != 0 anywhere needs fresh noise.
+   abar and sigma are scratch, gone with the call. */
+static int dpoi_sampler_fill(dpo_sampler *s, dpoi_plan *p, const dpo_sampler_desc *d)
 {
     dpo_ctx *c = s->ctx;
-    s->t = (float *)dpoi_calloc(c, (size_t)s->steps, sizeof *s->t);
-    s->host = (float *)dpoi_calloc(c, (size_t)s->steps * 8, sizeof *s->host);
-    if (!s->t || !s->host) return 0;
-    for (int k = 0; k < s->steps; k++) s->host[k] = 1;
-    if (!(s->one = dpoi_table(c, s->host, s->steps)) || !dpoi_sampler_rows(s, h, d)) return 0;
-    for (int i = 0; i < 8; i++)
-        if (!(s->rows[i] = dpoi_table(c, dpoi_row_of(s, i), s->steps))) return 0;
-    for (int k = 0; k < s->steps; k++) s->wants_noise |= dpoi_row_of(s, DPOI_D)[k] != 0;
+    int      ok = 0;
+    s->t = (float *)dpoi_calloc(c, (size_t)s->room, sizeof *s->t);
+    s->host = (float *)dpoi_calloc(c, (size_t)s->room * DPOI_ROWS, sizeof *s->host);
+    p->t = s->t;
+    p->table = (float *)dpoi_calloc(c, (size_t)p->h->T, sizeof *p->table);
+    p->sigma = (float *)dpoi_calloc(c, (size_t)s->room, sizeof *p->sigma);
+    if (s->t && s->host && p->table && p->sigma && dpoi_sampler_rows(s, p, d)) {
+        for (int k = 0; k <= s->steps; k++) p->sigma[k] = 1;
+        ok = (s->one = dpoi_table(c, p->sigma, s->steps + 1)) != NULL;
+    }
+    if (p->table) dpoi_release(c, p->table, (size_t)p->h->T * sizeof *p->table);
+    if (p->sigma) dpoi_release(c, p->sigma, (size_t)s->room * sizeof *p->sigma);
+    for (int i = 0; i < DPOI_ROWS && ok; i++)
+        ok = (s->rows[i] = dpoi_table(c, dpoi_row_of(s, i), s->steps + 1)) != NULL;
+    for (int k = 0; ok && k < s->steps; k++) s->wants_noise |= dpoi_row_of(s, DPOI_D)[k] != 0;
+    return ok;
+}
+
+/* Is the request one that can be computed?  More steps than timesteps cannot be spaced; eta above 1 would take more
+   variance than there is.  !(x >= 0) refuses NaN too. */
+static int dpoi_sampler_ok(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_desc *d, const dpoi_plan *p)
+{
+    if (p->kind < 1 || p->kind >= DPO_SAMPLERS) return dpoi_fail(c, DPO_UNSUPPORTED, "there is no sampler %d", p->kind);
+    if (p->karras && !dpoi_takes_karras(p->kind))
+        return dpoi_fail(c, DPO_UNSUPPORTED, "Karras' sigmas are for Euler and DPM-Solver++, not for %s",
+                         dpo_sampler_name(p->kind));
+    if (p->n < 1 || p->n > h->T || !(p->eta >= 0 && p->eta <= 1))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a sampler takes 1 to %d steps, and eta 0 to 1", h->T);
+    if (d && !(d->strength >= 0 && d->strength <= 1 && d->from >= 0 && d->from < 1 && d->to >= 0 && d->to <= 1))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "strength, from and to of a sampler lie between 0 and 1");
     return 1;
 }
 
-/* More steps than timesteps cannot be spaced; eta above 1 would take more variance than there is. */
+/* The table of the whole way is made, and the rows of the part that d asks for are kept.
+   d may be NULL: 20 steps of the schedule's own sampler. */
 DPO_DEF dpo_sampler *dpo_sampler_new(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_desc *d)
 {
     dpo_sampler *s;
-    int          steps = d && d->steps ? d->steps : 20;
+    dpoi_plan    p;
+    int          which;
     if (!dpoi_schedule_ok(c, h)) return NULL;
-    if (steps < 1 || steps > h->T || (d && !(d->eta >= 0 && d->eta <= 1))) {
-        dpoi_fail(c, DPO_BAD_ARGUMENT, "a sampler takes 1 to %d steps, and eta 0 to 1", h->T);
-        return NULL;
-    }
-    if (!(s = (dpo_sampler *)dpoi_calloc(c, 1, sizeof *s))) return NULL;
+    memset(&p, 0, sizeof p);
+    which = d && d->sampler ? d->sampler : h->sampler;
+    p.c = c;
+    p.h = h;
+    p.kind = which & ~DPO_KARRAS;
+    p.karras = which != p.kind;
+    p.n = d && d->steps ? d->steps : 20;
+    p.eta = d ? d->eta : 0;
+    if (!dpoi_sampler_ok(c, h, d, &p) || !(s = (dpo_sampler *)dpoi_calloc(c, 1, sizeof *s))) return NULL;
     s->ctx = c;
-    s->steps = steps;
-    if (!dpoi_sampler_fill(s, h, d)) { dpoi_sampler_destroy(c, s); return NULL; }
+    s->room = p.n + 1;
+    if (!dpoi_sampler_fill(s, &p, d)) { dpoi_sampler_destroy(c, s); return NULL; }
     return dpoi_own(c, s, dpoi_sampler_destroy) ? s : NULL;
 }
 
@@ -14384,7 +18235,7 @@ static int dpoi_sampler_ready(dpo_sampler *s, int step, const dpo_tensor *x)
     return 1;
 }
 
-/* scale[k] x.  Row C of zeros serves as the second coefficient: x + 0 x. */
+/* scale[k] x.  Where the scale is not 1, row C is zero and serves as the second coefficient: x + 0 x. */
 DPO_DEF dpo_tensor *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x)
 {
     if (!dpoi_sampler_ready(s, step, x)) return NULL;
@@ -14443,42 +18294,61 @@ DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dp
     return dpoi_sampler_add(s, y, z, DPOI_D, k);
 }
 
+/* signal[step] x0 + noise[step] z; the row after the last step is 1 and 0. */
+DPO_DEF dpo_tensor *dpo_sampler_noisy(dpo_sampler *s, int step, dpo_tensor *x0, dpo_tensor *noise)
+{
+    if (!s || !x0 || !noise || !dpoi_sampler_ready(s, step == s->steps ? 0 : step, x0)) return NULL;
+    return dpo_mix(s->ctx, x0, noise, s->rows[DPOI_SIGNAL], s->rows[DPOI_NOISE],
+                   dpoi_same_index(s->ctx, x0->shape[0], step));
+}
+
 /* ------------------------------------------------------------------------------------------ pictures from prompts
 
    Per batch: text once, noise once, then the sampler's steps, each in a scope of its own, so that at any time only the
    state, the text and one forward pass are held.  A picture's numbers depend on (seed, its key) alone: two models, or
    two batch sizes, start from the same noise and can be compared picture by picture. */
 
+/* One model's share of the steps, and what it is told at each of them.
+   [N,..]: N = count, or with guidance 2 count: negative, then prompt. */
+typedef struct dpoi_stage {
+    dpo_model      *m;
+    dpo_model_info  info;
+    dpo_sampler    *s;
+    dpo_tensor     *emb, *pooled, *time_ids;
+} dpoi_stage;
+
 /* One call of dpo_sample, as its parts see it.
    All sizes are latents' sizes: pixels divided by info.factor. */
 typedef struct dpoi_sampling {
     dpo_ctx               *c;
-    dpo_model             *m;
     const dpo_sample_desc *d;
-    dpo_model_info         info;
-    dpo_sampler           *s;
+    dpoi_stage             stage[2];                      /* the model; its refiner */
+    int                    stages, steps;                 /* steps of all stages */
     int                    guided, first, count;          /* the batch at hand */
     int64_t                latent[3];                     /* h, w, C */
     dpo_tensor            *keys;                          /* I32 [count] */
-    dpo_tensor            *emb, *pooled, *time_ids;       /* [N,..], N = count, or 2 count: negative, then prompt */
+    dpo_tensor            *noise;                         /* [count,h,w,C] */
+    dpo_tensor            *known;                         /* [count,h,w,C] the picture to start from, or NULL */
+    dpo_tensor            *paint, *keep;                  /* [count,h,w,1] the mask and its opposite, or NULL */
 } dpoi_sampling;
 
 enum { DPOI_SAMPLING_BATCH = 64 };        /* the most pictures in one pass */
 
 /* The text of this batch; where there are no prompts, what stands for absent ones in this family.
    Absent entries are NULL pointers, an empty prompt is "". */
-static dpo_tensor *dpoi_sampling_text(const dpoi_sampling *g, const char *const *prompts, dpo_tensor **pooled)
+static dpo_tensor *dpoi_sampling_text(const dpoi_sampling *g, dpo_model *m, const char *const *prompts,
+                                      dpo_tensor **pooled)
 {
     const char *absent[DPOI_SAMPLING_BATCH];              /* NULL: no prompt at all, which SDXL takes for zeros */
     memset((void *)absent, 0, sizeof absent);
-    return dpo_encode_text(g->m, prompts ? prompts + g->first : absent, g->count, pooled);
+    return dpo_encode_text(m, prompts ? prompts + g->first : absent, g->count, pooled);
 }
 
 /* [N,..] -> [2N,..]: for [negative, prompt], for [winners, losers]. */
 static dpo_tensor *dpoi_twice(dpo_ctx *c, dpo_tensor *x) { return dpo_concat(c, x, x, 0); }
 
 /* What SDXL is told beside the text, [n,6]: original height and width, crop, target height and width.  The refiner has
-   five, an aesthetic score of 6 in place of the target. */
+   five, an aesthetic score in place of the target: 6 for what is wanted. */
 static dpo_tensor *dpoi_time_ids(dpo_ctx *c, int n, int ids, int64_t height, int64_t width)
 {
     float   one[6], *v;
@@ -14501,128 +18371,315 @@ static dpo_tensor *dpoi_time_ids(dpo_ctx *c, int n, int ids, int64_t height, int
     return x;
 }
 
-/* The caller's sizes for this batch, or those of the picture itself. */
-static dpo_tensor *dpoi_sampling_sizes(const dpoi_sampling *g)
+/* [count,1] of one number. */
+static dpo_tensor *dpoi_column(const dpoi_sampling *g, float value)
 {
-    dpo_tensor *x;
-    if (g->d->time_ids) x = dpo_slice(g->c, g->d->time_ids, 0, g->first, g->count);
-    else x = dpoi_time_ids(g->c, g->count, g->info.time_ids, g->latent[0] * g->info.factor,
-                           g->latent[1] * g->info.factor);
-    return g->guided ? dpoi_twice(g->c, x) : x;
+    float   v[DPOI_SAMPLING_BATCH];
+    int64_t shape[2];
+    for (int i = 0; i < g->count; i++) v[i] = value;
+    shape[0] = g->count;
+    shape[1] = 1;
+    return dpo_tensor_from(g->c, DPO_F32, 2, shape, v);
 }
 
-/* Everything that stays the same over a batch's steps. */
-static int dpoi_sampling_prepare(dpoi_sampling *g)
+/* The caller's sizes for this batch, or those of the picture itself.  Of five the last is the score, which is 2.5 for
+   what to lead away from; diffusers' negative_aesthetic_score. */
+static dpo_tensor *dpoi_sampling_sizes(const dpoi_sampling *g, const dpoi_stage *st)
+{
+    dpo_ctx    *c = g->c;
+    dpo_tensor *x, *sizes;
+    if (!g->d->time_ids) x = dpoi_time_ids(c, g->count, st->info.time_ids, g->latent[0] * st->info.factor,
+                                           g->latent[1] * st->info.factor);
+    else x = dpo_slice(c, g->d->time_ids, 0, g->first, g->count);
+    if (st->info.time_ids != 5) return g->guided ? dpoi_twice(c, x) : x;
+    sizes = dpo_slice(c, x, 1, 0, 4);
+    x = dpo_concat(c, sizes, dpoi_column(g, 6), 1);
+    return g->guided ? dpo_concat(c, dpo_concat(c, sizes, dpoi_column(g, 2.5f), 1), x, 0) : x;
+}
+
+/* What one stage is told at every step of this batch.
+   The refiner reads the same prompts through its own text encoder. */
+static int dpoi_stage_prepare(const dpoi_sampling *g, dpoi_stage *st)
 {
     dpo_ctx    *c = g->c;
     dpo_tensor *away, *away_pooled = NULL;
-    int32_t     keys[DPOI_SAMPLING_BATCH];
-    int64_t     shape[1];
-    for (int i = 0; i < g->count; i++) keys[i] = g->d->keys ? g->d->keys[g->first + i] : g->first + i;
-    shape[0] = g->count;
-    g->keys = dpo_tensor_from(c, DPO_I32, 1, shape, keys);
-    g->pooled = g->time_ids = NULL;       /* only SDXL has them */
-    g->emb = dpoi_sampling_text(g, g->d->prompts, &g->pooled);
+    st->pooled = st->time_ids = NULL;     /* only SDXL has them */
+    st->emb = dpoi_sampling_text(g, st->m, g->d->prompts, &st->pooled);
     if (g->guided) {
-        away = dpoi_sampling_text(g, g->d->negative, &away_pooled);        /* first: u, then c, as in the formula */
-        g->emb = dpo_concat(c, away, g->emb, 0);
-        if (g->pooled) g->pooled = dpo_concat(c, away_pooled, g->pooled, 0);
+        away = dpoi_sampling_text(g, st->m, g->d->negative, &away_pooled);     /* first: u, then c, as in the formula */
+        st->emb = dpo_concat(c, away, st->emb, 0);
+        if (st->pooled) st->pooled = dpo_concat(c, away_pooled, st->pooled, 0);
     }
-    if (g->info.time_ids) g->time_ids = dpoi_sampling_sizes(g);
-    return g->keys && g->emb && dpoi_ok(c);
+    if (st->info.time_ids) st->time_ids = dpoi_sampling_sizes(g, st);
+    return st->emb && dpoi_ok(c);
 }
 
-/* The network's answer at one step, guided: e = u + g (c - u).
+/* Pictures first ... first+count-1 as latents.  One at a time: the encoder takes far more memory than what it makes. */
+static dpo_tensor *dpoi_sampling_encode(const dpoi_sampling *g)
+{
+    dpo_ctx    *c = g->c;
+    int64_t     f = g->stage[0].info.factor, H = g->latent[0] * f, W = g->latent[1] * f;
+    dpo_tensor *all = NULL;
+    for (int i = 0; i < g->count; i++) {
+        int64_t     scope = dpo_scope(c);
+        dpo_tensor *x = dpo_from_rgb(c, g->d->image + (g->first + i) * H * W * 3, 1, H, W);
+        x = dpo_scope_end(c, scope, dpo_encode_images(g->stage[0].m, x, NULL));
+        all = i ? dpo_concat(c, dpo_last(all), dpo_last(x), 0) : x;
+    }
+    return all;
+}
+
+/* The mask of this batch, 1 where to paint: of each latent's pixels the first one counts, as in torch's nearest
+   neighbour; 128 is diffusers' 0.5. */
+static int dpoi_sampling_mask(dpoi_sampling *g)
+{
+    dpo_ctx *c = g->c;
+    int64_t  f = g->stage[0].info.factor, h = g->latent[0], w = g->latent[1], shape[4];
+    float   *v = (float *)dpoi_calloc(c, (size_t)(g->count * h * w), sizeof *v);
+    if (!v) return 0;
+    for (int64_t i = 0; i < g->count * h; i++)            /* i: a row of any of the pictures */
+        for (int64_t j = 0; j < w; j++)
+            v[i*w + j] = g->d->mask[((g->first * h + i) * w * f + j) * f] >= 128;
+    shape[0] = g->count; shape[1] = h; shape[2] = w; shape[3] = 1;
+    g->paint = dpo_tensor_from(c, DPO_F32, 4, shape, v);
+    dpoi_release(c, v, (size_t)(g->count * h * w) * sizeof *v);
+    g->keep = dpo_affine(c, g->paint, -1, 1);
+    return g->keep != NULL;
+}
+
+/* The first state: noise, or a picture with noise on it, or what the caller goes on from.  diffusers' inpainting takes
+   pure noise at full strength, its img2img never does.  Unit noise is given or drawn; pure noise is that times the
+   sampler's first sigma.  The same unit noise goes onto the kept part of a picture before every step. */
+static dpo_tensor *dpoi_sampling_start(dpoi_sampling *g)
+{
+    const dpo_sample_desc *d = g->d;
+    dpo_ctx     *c = g->c;
+    dpo_sampler *s = g->stage[0].s;
+    dpo_tensor  *state = NULL;
+    if (d->start) g->noise = dpo_slice(c, d->start, 0, g->first, g->count);
+    else          g->noise = dpo_randn(c, d->seed, DPOI_RANDOM_START, 0, g->keys, 3, g->latent);
+    g->known = g->paint = g->keep = NULL;
+    if (d->latents) state = dpo_slice(c, d->latents, 0, g->first, g->count);
+    if (d->image) g->known = dpoi_sampling_encode(g);
+    else if (state && !(d->from > 0)) g->known = state;
+    if (d->mask && !dpoi_sampling_mask(g)) return NULL;
+    if (d->from > 0) return state;
+    if (!g->known || (d->mask && (d->strength == 0 || d->strength == 1)))
+        return dpo_affine(c, g->noise, s->init_sigma, 0);
+    return dpo_sampler_noisy(s, 0, g->known, g->noise);
+}
+
+/* Standard deviation of each sample, [N,h,w,C] -> [N,1,1,1]. */
+static dpo_tensor *dpoi_deviation(dpo_ctx *c, dpo_tensor *x)
+{
+    int64_t     shape[4] = { 1, 1, 1, 1 };
+    dpo_tensor *y;
+    if (!x) return NULL;
+    shape[0] = x->shape[0];
+    shape[3] = dpo_count(x) / shape[0];
+    y = dpo_reshape(c, x, 4, shape);
+    y = dpo_binary(c, DPO_SUB, y, dpo_last(dpo_mean(c, y, 3)));
+    return dpo_act(c, dpo_last(dpo_mean(c, dpo_last(dpo_act(c, dpo_last(y), DPO_SQUARE)), 3)), DPO_SQRT);
+}
+
+/* e = u + g (c - u); with rescale r, e (r std(c)/std(e) + 1 - r).
+   p [2 count,h,w,C] = u, c. */
+static dpo_tensor *dpoi_sampling_guide(const dpoi_sampling *g, dpo_tensor *p)
+{
+    dpo_ctx    *c = g->c;
+    float       r = g->d->rescale;
+    dpo_tensor *u = dpo_slice(c, p, 0, 0, g->count), *t = dpo_slice(c, dpo_last(p), 0, g->count, g->count), *e;
+    e = dpo_affine(c, dpo_last(dpo_binary(c, DPO_SUB, t, u)), g->d->guidance, 0);
+    e = dpo_binary(c, DPO_ADD, u, dpo_last(e));
+    if (r == 0) return e;
+    t = dpo_binary(c, DPO_DIV, dpo_last(dpoi_deviation(c, t)), dpo_last(dpoi_deviation(c, e)));
+    return dpo_binary(c, DPO_MUL, e, dpo_last(dpo_affine(c, dpo_last(t), r, 1 - r)));
+}
+
+/* The network's answer at one step.
    One pass over 2 count samples costs less than two over count: the weights are read once. */
-static dpo_tensor *dpoi_sampling_predict(const dpoi_sampling *g, int step, dpo_tensor *x)
+static dpo_tensor *dpoi_sampling_predict(const dpoi_sampling *g, const dpoi_stage *st, int step, dpo_tensor *x)
 {
     dpo_ctx    *c = g->c;
     float       t[2 * DPOI_SAMPLING_BATCH];
     int64_t     shape[1];
     dpo_unet_in in;
-    dpo_tensor *p, *u;
+    dpo_tensor *p;
     memset(&in, 0, sizeof in);            /* the fields of other families stay NULL */
-    in.x = dpo_sampler_input(g->s, step, x);
+    in.x = dpo_sampler_input(st->s, step, x);
     if (g->guided) in.x = dpoi_twice(c, in.x);            /* both see the same x, and differ in the text alone */
     shape[0] = g->guided ? 2 * g->count : g->count;
-    for (int64_t i = 0; i < shape[0]; i++) t[i] = g->s->t[step];
+    for (int64_t i = 0; i < shape[0]; i++) t[i] = st->s->t[step];
     in.t = dpo_tensor_from(c, DPO_F32, 1, shape, t);
-    in.emb = g->emb;
-    in.pooled = g->pooled;
-    in.time_ids = g->time_ids;
+    in.emb = st->emb;
+    in.pooled = st->pooled;
+    in.time_ids = st->time_ids;
     in.adapters_off = g->d->adapters_off;
-    if (!in.x || !(p = dpo_unet(dpo_model_unet(g->m), &in)) || !g->guided) return in.x ? p : NULL;
-    u = dpo_slice(c, p, 0, 0, g->count);                  /* [count,h,w,C] each */
-    p = dpo_slice(c, dpo_last(p), 0, g->count, g->count);
-    p = dpo_affine(c, dpo_binary(c, DPO_SUB, dpo_last(p), u), g->d->guidance, 0);
-    return dpo_binary(c, DPO_ADD, u, p);
+    p = in.x ? dpo_unet(dpo_model_unet(st->m), &in) : NULL;
+    return p && g->guided ? dpoi_sampling_guide(g, p) : p;
 }
 
-/* All steps of one batch: the final state [count,h,w,C], in the scope of the caller.
-   z has the purpose STEP and the step's number, so that no step repeats another's noise. */
+/* One step: the answer, the sampler, and where a mask keeps the picture, the picture with the noise of the next step.
+   z has the purpose STEP and the step's number on the whole way, so that no step repeats another's noise. */
+static dpo_tensor *dpoi_sampling_step(const dpoi_sampling *g, const dpoi_stage *st, int k, dpo_tensor *x)
+{
+    dpo_ctx    *c = g->c;
+    dpo_tensor *p = dpoi_sampling_predict(g, st, k, x), *z = NULL, *known;
+    if (st->s->wants_noise)
+        z = dpo_randn(c, g->d->seed, DPOI_RANDOM_STEP, (uint32_t)(st->s->first + k), g->keys, 3, g->latent);
+    x = dpo_sampler_step(st->s, k, x, p, z);
+    if (!g->paint || !x) return x;
+    known = dpo_sampler_noisy(st->s, k + 1, g->known, g->noise);
+    known = dpo_binary(c, DPO_MUL, dpo_last(known), g->keep);
+    return dpo_binary(c, DPO_ADD, dpo_last(known), dpo_last(dpo_binary(c, DPO_MUL, dpo_last(x), g->paint)));
+}
+
+/* The host's word on a step; 0 if it wants to stop.
+   The state that it is shown lives until the next step. */
+static int dpoi_sampling_tell(const dpoi_sampling *g, int step, dpo_tensor *x)
+{
+    dpo_sample_progress e;
+    if (!g->d->on_step) return 1;
+    e.step = step;        e.steps = g->steps;
+    e.first = g->first;   e.count = g->count;   e.n = g->d->n;   e.x = x;
+    return g->d->on_step(g->d->user, &e) ? dpoi_fail(g->c, DPO_CANCELLED, "sampling was stopped") : 1;
+}
+
+/* All steps of one batch: the final state [count,h,w,C], in the scope of the caller. */
 static dpo_tensor *dpoi_sampling_batch(dpoi_sampling *g)
 {
     dpo_ctx    *c = g->c;
-    dpo_tensor *x = NULL, *p, *z = NULL;
-    if (!dpoi_sampling_prepare(g)) return NULL;
-    /* x_T: unit noise, given or drawn, times the sampler's first sigma. */
-    if (g->d->start) x = dpo_slice(c, g->d->start, 0, g->first, g->count);
-    else             x = dpo_randn(c, g->d->seed, DPOI_RANDOM_START, 0, g->keys, 3, g->latent);
-    x = dpo_affine(c, dpo_last(x), g->s->init_sigma, 0);
-    for (int k = 0; x && k < g->s->steps; k++) {
-        int64_t scope = dpo_scope(c);
-        p = dpoi_sampling_predict(g, k, x);
-        if (g->s->wants_noise) z = dpo_randn(c, g->d->seed, DPOI_RANDOM_STEP, (uint32_t)k, g->keys, 3, g->latent);
-        p = dpo_scope_end(c, scope, dpo_sampler_step(g->s, k, x, p, z));
-        dpoi_drop_data(x);                /* nothing is recorded here, so nobody reads it again */
-        x = p;
-        if (x && g->d->on_step) {
-            dpo_sample_progress e;
-            e.step = k + 1;       e.steps = g->s->steps;
-            e.first = g->first;   e.count = g->count;   e.n = g->d->n;   e.x = x;
-            if (g->d->on_step(g->d->user, &e)) { dpoi_fail(c, DPO_CANCELLED, "sampling was stopped"); return NULL; }
+    int32_t     keys[DPOI_SAMPLING_BATCH];
+    int64_t     shape[1];
+    int         step = 0;                 /* as the host counts, through both stages */
+    dpo_tensor *x, *y;
+    for (int i = 0; i < g->count; i++) keys[i] = g->d->keys ? g->d->keys[g->first + i] : g->first + i;
+    shape[0] = g->count;
+    g->keys = dpo_tensor_from(c, DPO_I32, 1, shape, keys);
+    x = dpoi_sampling_start(g);
+    for (int i = 0; i < g->stages; i++) {
+        dpoi_stage *st = &g->stage[i];
+        if (!x || !dpoi_stage_prepare(g, st)) return NULL;
+        for (int k = 0; x && k < st->s->steps; k++) {
+            int64_t scope = dpo_scope(c);
+            y = dpo_scope_end(c, scope, dpoi_sampling_step(g, st, k, x));
+            dpoi_drop_data(x);            /* nothing is recorded here, so nobody reads it again */
+            x = y;
+            if (x && !dpoi_sampling_tell(g, ++step, x)) return NULL;
         }
     }
     return x;
 }
 
-/* Check the request and make the table of its sampler.  What is wrong is said before any network runs. */
+/* A stage for part from..to of the way.
+   Its sampler's table is on the device before the first picture is begun. */
+static int dpoi_stage_open(dpoi_sampling *g, dpo_model *m, int sampler, double from, double to)
+{
+    const dpo_sample_desc *d = g->d;
+    const dpo_schedule    *h = d->schedule ? d->schedule : dpo_model_schedule(m);
+    dpoi_stage            *st = &g->stage[g->stages];
+    dpo_sampler_desc       sd;
+    memset(&sd, 0, sizeof sd);
+    sd.sampler = sampler;
+    sd.steps = d->steps;
+    sd.eta = d->eta;
+    sd.from = from;
+    sd.to = to;
+    /* with `from`, the sampler does not look at the strength */
+    if (d->image || d->latents) sd.strength = d->strength > 0 ? d->strength : d->mask ? 1 : 0.8;
+    st->m = m;
+    st->info = dpo_model_describe(m);
+    if (!(st->s = dpo_sampler_new(g->c, h, &sd))) return 0;
+    if (st->info.factor > 1) st->s->clip = 0;             /* latents have no bounds; diffusers does so too */
+    g->steps += st->s->steps;
+    g->stages++;
+    return 1;
+}
+
+/* The model alone, or to `refine` and from there its refiner, with the sampler that brought the state there. */
+static int dpoi_sampling_stages(dpoi_sampling *g, dpo_model *m)
+{
+    const dpo_sample_desc *d = g->d;
+    double         at = d->refine > 0 ? d->refine : 0.8;
+    dpo_model_info a, b;
+    int            sampler = d->sampler;
+    if (!d->refiner) return dpoi_stage_open(g, m, sampler, d->from, d->to);
+    a = dpo_model_describe(m);
+    b = dpo_model_describe(d->refiner);
+    if (dpoi_model_ctx(d->refiner) != g->c || a.channels != b.channels || a.factor != b.factor || !(at < 1))
+        return dpoi_fail(g->c, DPO_BAD_ARGUMENT, "a refiner has the model's context and latents, and takes over before "
+                         "the end");
+    if (!sampler) sampler = (d->schedule ? d->schedule : dpo_model_schedule(m))->sampler;
+    return dpoi_stage_open(g, m, sampler, d->from, at) && dpoi_stage_open(g, d->refiner, sampler, at, d->to);
+}
+
+/* [n,h,w,C], or not given: each of n pictures has a state of its own. */
+static int dpoi_sampling_shape(const dpoi_sampling *g, const dpo_tensor *x)
+{
+    if (!x || (x->rank == 4 && x->shape[0] == g->d->n && !memcmp(x->shape + 1, g->latent, sizeof g->latent))) return 1;
+    return dpoi_fail(g->c, DPO_BAD_SHAPE, "sampling starts from [%d,%lld,%lld,%d]", g->d->n, (long long)g->latent[0],
+                     (long long)g->latent[1], (int)g->latent[2]);
+}
+
+/* What is wrong with a request is said before any network runs. */
+static int dpoi_sampling_check(const dpoi_sampling *g, int factor)
+{
+    const dpo_sample_desc *d = g->d;
+    if (d->n < 1 || !d->prompts || d->width < 0 || d->height < 0 || d->width % factor || d->height % factor ||
+        d->batch < 0 || d->batch > DPOI_SAMPLING_BATCH)
+        return dpoi_fail(g->c, DPO_BAD_ARGUMENT, "sampling: prompts, a size that %d divides, batches of at most %d",
+                         factor, (int)DPOI_SAMPLING_BATCH);
+    if (!(d->strength >= 0 && d->strength <= 1 && d->rescale >= 0 && d->rescale <= 1 && d->guidance >= 0))
+        return dpoi_fail(g->c, DPO_BAD_ARGUMENT, "sampling: strength and rescale lie between 0 and 1, guidance is not "
+                         "negative");
+    if ((d->mask && !d->image && (!d->latents || d->from > 0)) || (d->from > 0 && !d->latents))
+        return dpoi_fail(g->c, DPO_BAD_ARGUMENT, "sampling: %s", d->mask ? "a mask needs the picture that it keeps"
+                         : "a later part of the way needs the state to go on from");
+    return dpoi_sampling_shape(g, d->start) && dpoi_sampling_shape(g, d->latents);
+}
+
+/* Also after a beginning that failed half-way. */
+static void dpoi_sampling_end(dpoi_sampling *g)
+{
+    for (int i = 0; i < g->stages; i++) dpo_sampler_free(g->stage[i].s);
+}
+
+/* Check the request and make the tables of its samplers. */
 static int dpoi_sampling_begin(dpoi_sampling *g, dpo_model *m, const dpo_sample_desc *d)
 {
-    dpo_sampler_desc sd;
-    int              f;
+    dpo_model_info info;
     memset(g, 0, sizeof *g);
     g->c = m && d ? dpoi_model_ctx(m) : NULL;
     if (!dpoi_ok(g->c)) return 0;
-    g->m = m;
     g->d = d;
-    g->info = dpo_model_describe(m);
+    info = dpo_model_describe(m);
     g->guided = d->guidance != 0 && d->guidance != 1;
-    f = g->info.factor;
-    g->latent[0] = (d->height ? d->height : g->info.size) / f;
-    g->latent[1] = (d->width ? d->width : g->info.size) / f;
-    g->latent[2] = g->info.channels;
-    if (d->n < 1 || !d->prompts || d->width < 0 || d->height < 0 || d->width % f || d->height % f || d->batch < 0 ||
-        d->batch > DPOI_SAMPLING_BATCH)
-        return dpoi_fail(g->c, DPO_BAD_ARGUMENT, "sampling: prompts, a size that %d divides, batches of at most %d",
-                         f, (int)DPOI_SAMPLING_BATCH);
-    if (d->start && (d->start->rank != 4 || d->start->shape[0] != d->n ||
-                     memcmp(d->start->shape + 1, g->latent, sizeof g->latent)))
-        return dpoi_fail(g->c, DPO_BAD_SHAPE, "sampling starts from [%d,%lld,%lld,%d]", d->n, (long long)g->latent[0],
-                         (long long)g->latent[1], g->info.channels);
-    sd.sampler = d->sampler;
-    sd.steps = d->steps;
-    sd.eta = d->eta;
-    if (!(g->s = dpo_sampler_new(g->c, dpo_model_schedule(m), &sd))) return 0;
-    if (f > 1) g->s->clip = 0;            /* latents have no bounds; diffusers' pipelines turn it off for them too */
-    return 1;
+    g->latent[0] = (d->height ? d->height : info.size) / info.factor;
+    g->latent[1] = (d->width ? d->width : info.size) / info.factor;
+    g->latent[2] = info.channels;
+    if (dpoi_sampling_check(g, info.factor) && dpoi_sampling_stages(g, m)) return 1;
+    dpoi_sampling_end(g);
+    return 0;
+}
+
+/* x [count,h,w,C] through the VAE, a picture at a time, into rgb [count,H,W,3] of `bytes` each. */
+static int dpoi_sampling_decode(const dpoi_sampling *g, dpo_tensor *x, uint8_t *rgb, int64_t bytes)
+{
+    dpo_ctx *c = g->c;
+    int      ok = 1;
+    for (int i = 0; ok && i < g->count; i++) {
+        int64_t scope = dpo_scope(c);
+        ok = dpo_to_rgb(dpo_decode_latents(g->stage[0].m, dpo_last(dpo_slice(c, x, 0, i, 1))), rgb + bytes * i);
+        dpo_scope_end(c, scope, NULL);
+    }
+    return ok;
 }
 
 /* Batch after batch: into rgb, or joined into *all. */
 static int dpoi_sampling_run(dpoi_sampling *g, uint8_t *rgb, dpo_tensor **all)
 {
     const dpo_sample_desc *d = g->d;
-    int64_t bytes = g->latent[0] * g->latent[1] * 3;
+    int64_t f = g->stage[0].info.factor, bytes = g->latent[0] * f * g->latent[1] * f * 3;
     int     batch = d->batch ? d->batch : 8;              /* enough rows to keep the products' panels busy */
     for (g->first = 0; g->first < d->n; g->first += batch) {
         int64_t     scope = dpo_scope(g->c);
@@ -14630,7 +18687,7 @@ static int dpoi_sampling_run(dpoi_sampling *g, uint8_t *rgb, dpo_tensor **all)
         g->count = d->n - g->first < batch ? d->n - g->first : batch;
         x = dpoi_sampling_batch(g);
         /* Bytes leave before the scope ends; latents go to the scope around it. */
-        if (x && rgb && !dpo_to_rgb(x, rgb + bytes * g->first)) x = NULL;
+        if (x && rgb && !dpoi_sampling_decode(g, x, rgb + bytes * g->first, bytes)) x = NULL;
         if (!x) { dpo_scope_end(g->c, scope, NULL); return 0; }
         x = dpo_scope_end(g->c, scope, all ? x : NULL);
         if (all) *all = *all ? dpo_concat(g->c, dpo_last(*all), dpo_last(x), 0) : x;
@@ -14645,14 +18702,10 @@ DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
     dpoi_sampling g;
     int           ok;
     if (!rgb || !dpoi_sampling_begin(&g, m, d)) return 0;
-    if (g.info.channels != 3 || g.info.factor != 1) {
-        dpo_sampler_free(g.s);
-        return dpoi_fail(g.c, DPO_UNSUPPORTED, "dpo_sample: this model diffuses latents, whose decoder is not there");
-    }
     dpo_no_grad(g.c, 1);
     ok = dpoi_sampling_run(&g, rgb, NULL);
     dpo_no_grad(g.c, -1);
-    dpo_sampler_free(g.s);
+    dpoi_sampling_end(&g);
     return ok;
 }
 
@@ -14666,7 +18719,7 @@ DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
     dpo_no_grad(g.c, 1);
     ok = dpoi_sampling_run(&g, NULL, &all);
     dpo_no_grad(g.c, -1);
-    dpo_sampler_free(g.s);
+    dpoi_sampling_end(&g);
     return ok ? all : NULL;
 }
 
@@ -14983,6 +19036,108 @@ DPO_DEF int dpo_image_save(dpo_ctx *c, const char *path, const dpo_image *x)
     return ok;
 }
 
+/* ------------------------------------------------------------------------------------------ text in a PNG
+
+   A PNG is 8 bytes and then chunks: length of the data, type, data, CRC of the last two; numbers have their high byte
+   first.  stb writes none with text, so one is put in behind the first, whose data always has 13 bytes:
+     tEXt   key 0 text                        Latin-1
+     iTXt   key 0 0 0 0 0 text                UTF-8; not compressed, no language, no translated key */
+
+enum { DPOI_PNG_FIRST = 8 + 8 + 13 + 4 }; /* bytes up to the end of the first chunk */
+
+static void dpoi_png_number(uint8_t *to, uint32_t v)
+{
+    for (int i = 0; i < 4; i++) to[i] = (uint8_t)(v >> (24 - 8*i));
+}
+
+/* The CRC of PNG and zip, bit by bit: a few KB at most. */
+static uint32_t dpoi_png_crc(const uint8_t *p, size_t n)
+{
+    uint32_t crc = 0xffffffffu;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= p[i];
+        for (int k = 0; k < 8; k++) crc = crc & 1 ? crc >> 1 ^ 0xedb88320u : crc >> 1;
+    }
+    return ~crc;
+}
+
+/* How many bytes the text has in Latin-1, which ends at U+00FF; -1 if that cannot hold it, -2 if it is not UTF-8.
+   out NULL: only count. */
+static int64_t dpoi_latin1(const char *text, uint8_t *out)
+{
+    size_t   n = strlen(text);
+    int64_t  count = 0;
+    int      wide = 0;
+    uint32_t cp;
+    for (size_t i = 0, len; i < n; i += len) {
+        if (!(len = (size_t)dpoi_utf8_read(text + i, n - i, &cp))) return -2;
+        wide |= cp > 0xff;
+        if (out && cp <= 0xff) out[count] = (uint8_t)cp;
+        count++;
+    }
+    return wide ? -1 : count;
+}
+
+/* The whole chunk in fresh memory.  key and text were checked, bytes = what dpoi_latin1 said of the text. */
+static uint8_t *dpoi_png_chunk(dpo_ctx *c, const char *key, const char *text, int64_t latin, size_t *size)
+{
+    size_t   name = strlen(key) + 1, gap = latin < 0 ? 4 : 0, n = latin < 0 ? strlen(text) : (size_t)latin;
+    uint8_t *p = (uint8_t *)dpoi_calloc(c, *size = name + gap + n + 12, 1);
+    if (!p) return NULL;
+    dpoi_png_number(p, (uint32_t)(name + gap + n));
+    memcpy(p + 4, latin < 0 ? "iTXt" : "tEXt", 4);
+    memcpy(p + 8, key, name);             /* its zero byte goes along */
+    if (latin < 0) memcpy(p + 8 + name + gap, text, n);
+    else dpoi_latin1(text, p + 8 + name);
+    dpoi_png_number(p + 8 + name + gap + n, dpoi_png_crc(p + 4, name + gap + n + 4));
+    return p;
+}
+
+/* Is it a key as PNG has them, and a text that fits a chunk?
+   Blanks at the ends and two in a row are not allowed there either, but nobody refuses them. */
+static int dpoi_png_text_ok(dpo_ctx *c, const char *key, const char *text, int64_t *latin)
+{
+    size_t n = key ? strlen(key) : 0;
+    int    plain = n >= 1 && n <= 79;
+    if (!dpoi_ok(c)) return 0;
+    for (size_t i = 0; i < n; i++) plain = plain && key[i] >= 32 && key[i] < 127;
+    if (!plain || !text || strlen(text) > ((size_t)1 << 24))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a PNG's text has a key of 1 to 79 plain characters, and 16 MiB at most");
+    if ((*latin = dpoi_latin1(text, NULL)) == -2)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "the text for a PNG's \"%s\" is not UTF-8", key);
+    return 1;
+}
+
+/* The picture's first chunk, the text, the rest, in one piece: the file is written whole or not at all. */
+static int dpoi_png_write(dpo_ctx *c, const char *path, const uint8_t *png, size_t bytes, const uint8_t *chunk,
+                          size_t size)
+{
+    uint8_t *all = (uint8_t *)dpoi_calloc(c, bytes + size, 1);
+    int      ok;
+    if (!all) return 0;
+    memcpy(all, png, DPOI_PNG_FIRST);
+    memcpy(all + DPOI_PNG_FIRST, chunk, size);
+    memcpy(all + DPOI_PNG_FIRST + size, png + DPOI_PNG_FIRST, bytes - DPOI_PNG_FIRST);
+    ok = dpoi_write_file(c, path, all, bytes + size);
+    dpoi_release(c, all, bytes + size);
+    return ok;
+}
+
+/* Latin-1 where that holds the text, as Pillow decides for A1111. */
+DPO_DEF int dpo_image_save_text(dpo_ctx *c, const char *path, const dpo_image *x, const char *key, const char *text)
+{
+    size_t   bytes = 0, size = 0;
+    int64_t  latin;
+    uint8_t *png, *chunk;
+    int      ok;
+    if (!path || !dpoi_png_text_ok(c, key, text, &latin) || !(png = dpo_png_encode(c, x, &bytes))) return 0;
+    chunk = bytes > DPOI_PNG_FIRST ? dpoi_png_chunk(c, key, text, latin, &size) : NULL;
+    ok = chunk && dpoi_png_write(c, path, png, bytes, chunk, size);
+    if (chunk) dpoi_release(c, chunk, size);
+    dpo_png_free(c, png, bytes);
+    return ok;
+}
+
 /* ------------------------------------------------------------------------------------------ resizing
 
    Pillow's resampling to the byte (src/libImaging/Resample.c): a triangle as wide as two source pixels, or when
@@ -15148,19 +19303,22 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
 }
 
 /* ==========================================================================================================
-   >>impl optim                                                          AdamW, clipping, averages, learning rate
+   >>impl optim                                               AdamW, Adafactor, clipping, averages, learning rate
    ========================================================================================================== */
 
 /* The optimizer touches weights through kernels alone: squares of every gradient, one clipping factor,
    one fused update.  The host writes three numbers into the step record and reads none, so that a step
-   can be captured and replayed.  Weights, gradients and moments share one layout, panels and all; the
-   zeros behind a panel's last channel have zero gradients and stay zeros. */
+   can be captured and replayed.  Weights, gradients and AdamW's moments share one layout, panels and all;
+   the zeros behind a panel's last channel have zero gradients and stay zeros. */
 
-/* What is kept beside the weights: two moments of every gradient, in the layout of their weight (panels included), so
-   that the update runs over plain memory. */
+/* What is kept beside the weights.  AdamW: two moments of every gradient, in the layout of their weight (panels
+   included), so that the update runs over plain memory.  Adafactor: in m the rows' means of the squares, NULL where
+   they are not factored, in v the columns' or the squares themselves. */
 struct dpo_optim {
     dpo_ctx       *c;
-    dpo_adamw_desc d;
+    int            kind;                  /* DPO_ADAMW or DPO_ADAFACTOR */
+    dpo_adamw_desc d;                     /* of AdamW; eps, weight_decay and max_norm of both */
+    float          decay, clip;           /* of Adafactor */
     int            count;
     int64_t        steps;
     dpo_tensor   **params, **m, **v;      /* [count] each, one allocation */
@@ -15182,6 +19340,36 @@ static void dpoi_optim_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, o, sizeof *o);
 }
 
+/* Adafactor's factors of one parameter, over the last two axes that it has in PyTorch: of a linear layer [O,I] and of a
+   table rows and columns, of a convolution [O,I,kh,kw] those of each kernel, in the weight's panels.  Kernels of one
+   number have nothing to factor. */
+static int dpoi_optim_factors(dpo_optim *o, int i)
+{
+    const dpo_tensor *p = o->params[i];
+    int64_t           row[4], col[4];
+    memcpy(row, p->shape, sizeof row);
+    memcpy(col, p->shape, sizeof col);
+    if (p->rank == 4 && !p->linear && p->shape[1] * p->shape[2] > 1) {
+        row[2] = col[1] = 1;              /* [O,kh,1,I] and [O,1,kw,I] */
+        o->m[i] = dpoi_persistent(o->c, DPO_F32, 4, row, p->panel, NULL);
+        o->v[i] = dpoi_persistent(o->c, DPO_F32, 4, col, p->panel, NULL);
+    } else if (p->linear || p->rank == 2) {
+        col[0] = p->shape[p->rank - 1];   /* [O] and [I] */
+        o->m[i] = dpoi_persistent(o->c, DPO_F32, 1, row, 0, NULL);
+        o->v[i] = dpoi_persistent(o->c, DPO_F32, 1, col, 0, NULL);
+    } else return (o->v[i] = dpoi_persistent(o->c, DPO_F32, p->rank, p->shape, p->panel, NULL)) != NULL;
+    return o->m[i] && o->v[i];
+}
+
+static int dpoi_optim_moments(dpo_optim *o, int i)
+{
+    const dpo_tensor *p = o->params[i];
+    if (o->kind == DPO_ADAFACTOR) return dpoi_optim_factors(o, i);
+    o->m[i] = dpoi_persistent(o->c, DPO_F32, p->rank, p->shape, p->panel, NULL);
+    o->v[i] = dpoi_persistent(o->c, DPO_F32, p->rank, p->shape, p->panel, NULL);
+    return o->m[i] && o->v[i];
+}
+
 /* Moments of zeros for every parameter, then the two small tensors of the step.
    F32 only: below 1 BF16 values lie 2^-8 apart, far more than a step. */
 static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
@@ -15197,8 +19385,7 @@ static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
         if (!p || !p->persistent || p->dtype != DPO_F32)
             return dpoi_fail(c, DPO_BAD_ARGUMENT, "parameter %d %s cannot be trained: it must be F32 and persistent", i,
                              p && p->name ? p->name : "");
-        if (!(o->m[i] = dpoi_persistent(c, DPO_F32, p->rank, p->shape, p->panel, NULL))) return 0;
-        if (!(o->v[i] = dpoi_persistent(c, DPO_F32, p->rank, p->shape, p->panel, NULL))) return 0;
+        if (!dpoi_optim_moments(o, i)) return 0;
     }
     shape[0] = o->count;                  /* one number a parameter, added up in their order by DPO_OP_CLIP */
     o->sums = dpo_param_new(c, DPO_F32, 1, shape, NULL);
@@ -15207,25 +19394,50 @@ static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
     return o->sums && o->record;
 }
 
-/* Zeros in d become the defaults of torch.optim.AdamW, all but its weight decay of 0.01: off is off here.
-   Betas of exactly 0 cannot be asked for: a zero stands for the default. */
-DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+/* An optimizer with its settings, which are checked here, whichever it is. */
+static dpo_optim *dpoi_optim_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_optim *settings)
 {
     dpo_optim *o;
     if (!dpoi_ok(c)) return NULL;
     if (!params || count < 1) { dpoi_fail(c, DPO_BAD_ARGUMENT, "an optimizer without parameters"); return NULL; }
     if (!(o = (dpo_optim *)dpoi_calloc(c, 1, sizeof *o))) return NULL;
+    *o = *settings;
     o->c = c;
     o->count = count;
-    if (d) o->d = *d;
-    if (o->d.beta1 == 0) o->d.beta1 = 0.9f;
-    if (o->d.beta2 == 0) o->d.beta2 = 0.999f;
-    if (o->d.eps == 0)   o->d.eps = 1e-8f;
-    if (!(o->d.beta1 > 0 && o->d.beta1 < 1 && o->d.beta2 > 0 && o->d.beta2 < 1 && o->d.eps > 0 &&
-          o->d.weight_decay >= 0 && o->d.max_norm >= 0))              /* a NaN fails one of them */
-        dpoi_fail(c, DPO_BAD_ARGUMENT, "AdamW: betas lie between 0 and 1, the rest is not negative");
+    if (!(o->d.beta1 > 0 && o->d.beta1 < 1 && o->d.beta2 > 0 && o->d.beta2 < 1 && o->d.eps > 0 && o->clip > 0 &&
+          o->d.weight_decay >= 0 && o->d.max_norm >= 0 && o->decay > 0 && o->decay <= 1))      /* a NaN fails one */
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: betas and decay lie between 0 and 1, the rest is not negative",
+                  o->kind == DPO_ADAMW ? "AdamW" : "Adafactor");
     if (dpo_status(c) != DPO_OK || !dpoi_optim_fill(o, params)) { dpoi_optim_destroy(c, o); return NULL; }
     return dpoi_own(c, o, dpoi_optim_destroy) ? o : NULL;
+}
+
+/* Zeros in d become the defaults of torch.optim.AdamW, all but its weight decay of 0.01: off is off here.
+   Betas of exactly 0 cannot be asked for: a zero stands for the default. */
+DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+{
+    dpo_optim o;
+    memset(&o, 0, sizeof o);
+    if (d) o.d = *d;
+    if (o.d.beta1 == 0) o.d.beta1 = 0.9f;
+    if (o.d.beta2 == 0) o.d.beta2 = 0.999f;
+    if (o.d.eps == 0)   o.d.eps = 1e-8f;
+    o.decay = o.clip = 1;                 /* not read */
+    return dpoi_optim_new(c, params, count, &o);
+}
+
+/* Zeros in d become the defaults of transformers' Adafactor. */
+DPO_DEF dpo_optim *dpo_adafactor_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adafactor_desc *d)
+{
+    dpo_optim o;
+    memset(&o, 0, sizeof o);
+    o.kind = DPO_ADAFACTOR;
+    o.d.beta1 = o.d.beta2 = 0.5f;         /* not read */
+    o.decay = d && d->decay != 0 ? d->decay : 0.8f;
+    o.clip  = d && d->clip != 0 ? d->clip : 1;
+    o.d.eps = d && d->eps != 0 ? d->eps : 1e-30f;
+    if (d) { o.d.weight_decay = d->weight_decay; o.d.max_norm = d->max_norm; }
+    return dpoi_optim_new(c, params, count, &o);
 }
 
 DPO_DEF void    dpo_optim_free (dpo_optim *o)       { if (o) dpoi_disown(o->c, o); }
@@ -15273,20 +19485,32 @@ static int dpoi_optim_clip(dpo_optim *o)
     return dpoi_run(o->c, &a);
 }
 
-/* g = factor * gradient,   m = b1 m + (1-b1) g,   v = b2 v + (1-b2) g^2
-     w -= lr (wd w + (m/bias1) / (sqrt(v/bias2) + eps))                   arXiv 1711.05101, algorithm 2
+/* With g = factor * gradient,
+   AdamW, arXiv 1711.05101, algorithm 2:
+     m = b1 m + (1-b1) g,   v = b2 v + (1-b2) g^2
+     w -= lr (wd w + (m/bias1) / (sqrt(v/bias2) + eps))
+   Adafactor, arXiv 1804.04235, algorithm 4, with b = 1 - k^-decay and means over a weight's last two axes:
+     row = b row + (1-b) mean over the columns of (g^2 + eps),   col likewise
+     u = g / sqrt(row/mean(row) * col),   or where it is not factored  g / sqrt(col)
+     w -= lr (wd w + u / max(1, rms(u)/clip))
    A factor of 0 leaves m, v and w as they are. */
 static int dpoi_optim_update(dpo_optim *o, int i)
 {
     dpo_args a;
     if (!o->params[i]->grad) return 1;
     memset(&a, 0, sizeof a);
-    a.op = DPO_OP_ADAMW;
+    a.op = o->kind == DPO_ADAFACTOR ? DPO_OP_ADAFACTOR : DPO_OP_ADAMW;
     a.in[0] = dpoi_view(o->params[i]->grad);
     a.in[1] = dpoi_view(o->m[i]);
     a.in[2] = dpoi_view(o->v[i]);
     a.in[3] = dpoi_view(o->record);
     a.out = dpoi_view(o->params[i]);
+    if (o->kind == DPO_ADAFACTOR) {
+        a.p.adafactor.eps = o->d.eps;
+        a.p.adafactor.clip = o->clip;
+        a.p.adafactor.weight_decay = o->d.weight_decay;
+        return dpoi_run(o->c, &a);
+    }
     a.p.adamw.beta1 = o->d.beta1;
     a.p.adamw.beta2 = o->d.beta2;
     a.p.adamw.eps = o->d.eps;
@@ -15299,11 +19523,12 @@ static int dpoi_optim_update(dpo_optim *o, int i)
 static int dpoi_optim_record(dpo_optim *o, float lr)
 {
     dpo_backend *b = o->c->backend;
+    double       k = (double)o->steps;
     float        r[3];
     r[DPO_REC_LR] = lr;
     /* in double: 1 - 0.999^1 has three digits left in float */
-    r[DPO_REC_BIAS1] = (float)(1 - pow((double)o->d.beta1, (double)o->steps));
-    r[DPO_REC_BIAS2] = (float)(1 - pow((double)o->d.beta2, (double)o->steps));
+    r[DPO_REC_BIAS1] = (float)(1 - pow((double)o->d.beta1, k));
+    r[DPO_REC_BIAS2] = (float)(o->kind == DPO_ADAFACTOR ? pow(k, -(double)o->decay) : 1 - pow((double)o->d.beta2, k));
     if (b->copy(b->self, o->record->data, r, sizeof r, DPO_COPY_UP) == DPO_OK) return 1;
     return dpoi_fail(o->c, DPO_DEVICE, "copying the step record failed");
 }
@@ -15383,8 +19608,8 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
 /* ------------------------------------------------------------------------------------------ state on disk
 
    A run that goes on must do so to the bit, so F32 is written as it is, and the step record with it.
-   One safetensors file: record, and for parameter i "weight.i.name", "m.i.name", "v.i.name", "average.i.name"; the
-   metadata says which run it belongs to. */
+   One safetensors file: record, and for parameter i "weight.i.name", "m.i.name", "v.i.name", "average.i.name", with
+   "row" and "col" for Adafactor's m and v; the metadata says which run it belongs to. */
 
 enum { DPOI_STATE_WEIGHT, DPOI_STATE_M, DPOI_STATE_V, DPOI_STATE_AVERAGE, DPOI_STATE_PARTS };
 
@@ -15396,8 +19621,7 @@ typedef struct dpoi_state {
     int               metas;              /* so many */
 } dpoi_state;
 
-/* Tensor i of a part; NULL where this run has no such part.
-   Averages may be missing as a whole, never for single parameters. */
+/* Tensor i of a part; NULL where this run has no such part: averages as a whole, rows of what is not factored. */
 static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
 {
     dpo_tensor **of[DPOI_STATE_PARTS];
@@ -15411,9 +19635,10 @@ static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
 /* The number makes it unique, the name says to a reader what it is. */
 static void dpoi_state_name(const dpoi_state *s, int part, int i, char *out, size_t size)
 {
-    static const char *const names[] = { "weight", "m", "v", "average" };
+    static const char *const names[2][DPOI_STATE_PARTS] = { { "weight", "m", "v", "average" },
+                                                            { "weight", "row", "col", "average" } };
     const char *name = s->o->params[i]->name;
-    snprintf(out, size, "%s.%d.%s", names[part], i, name ? name : "");
+    snprintf(out, size, "%s.%d.%s", names[s->o->kind == DPO_ADAFACTOR][part], i, name ? name : "");
 }
 
 /* A tensor's values to the writer, as they lie in plain order.
@@ -16400,7 +20625,7 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
         d->lr_schedule < DPO_LR_CONSTANT || d->lr_schedule > DPO_LR_COSINE)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: there is no such objective, loss or learning rate schedule");
     if (!(d->lr > 0 && d->lr < 1e3f) || !(d->beta > 0 && d->beta < 1e12f) ||
-        !(d->empty_prompts >= 0 && d->empty_prompts <= 1) || !(d->timestep_bias >= 0) ||
+        !(d->empty_prompts >= 0 && d->empty_prompts <= 1) || !(d->timestep_bias > -1 && d->timestep_bias <= 100) ||
         !(d->average >= 0 && d->average < 1) || d->rank < 0 || !(d->alpha >= 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: lr, beta, empty_prompts, average, rank or alpha out of range");
     if (d->train_text && d->rank)
@@ -16505,7 +20730,8 @@ static int dpoi_train_params(dpo_trainer *t)
         /* Now rather than in the first backward: after the first step no step takes new memory. */
         if (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL)) return 0;
     }
-    t->o = dpo_adamw_new(t->c, t->params, t->count, &t->d.adamw);
+    if (t->d.optimizer == DPO_ADAFACTOR) t->o = dpo_adafactor_new(t->c, t->params, t->count, &t->d.adafactor);
+    else t->o = dpo_adamw_new(t->c, t->params, t->count, &t->d.adamw);
     return t->o != NULL;
 }
 

@@ -1,9 +1,9 @@
 /* bench.c - how fast does diffdpo.h do the work that people wait for, and is it right at full size?
 
    build   cc -O2 examples/bench.c -o bench -lm -lpthread
-   run     ./bench WORK [--dtype f32|bf16] [--device cpu|cuda] [--isa plain|avx2|avx512] [--threads N] [--batch N]
-                        [--repeat 3] [--checkpoint] [--profile]
-           ./bench peak [--isa NAME] [--threads N]       what the machine could do: arithmetic, memory
+   run     ./bench WORK [--dtype f32|bf16] [--device cpu|cuda] [--isa plain|avx2|avx512|amx] [--threads N] [--batch N]
+                        [--repeat 3] [--checkpoint] [--profile] [--products f32|bf16]
+           ./bench peak [--dtype f32|bf16] [--isa NAME] [--threads N]       what the machine could do: arithmetic, memory
            ./bench --check DIR [options]                 the step that pytorch_peer.py --save DIR took, and the differences
    WORK    MODEL_TASK, random weights, new random inputs every step:
            sd15, sdxl, small (10 M parameters, 32x32x3, 16 tokens)
@@ -33,11 +33,11 @@
 
 enum { FORWARD, DPO_LORA, DPO_FULL };
 static const char *const task_names[] = { "forward", "dpo_lora", "dpo_full" };
-static const char *const isa_names[]  = { "best", "plain", "avx2", "avx512" };      /* DPO_ISA_BEST ... */
+static const char *const isa_names[]  = { "best", "plain", "avx2", "avx512", "amx" };      /* DPO_ISA_BEST ... */
 
 typedef struct options {
     const char *work, *check, *device;
-    int         dtype, isa, threads, batch, repeat, checkpoint, profile;
+    int         dtype, isa, threads, batch, repeat, checkpoint, profile, products;
 } options;
 
 /* ----------------------------------------------------------------------------------------------- models */
@@ -274,6 +274,7 @@ static dpo_desc desc_of(const options *o)
     memset(&d, 0, sizeof d);
     d.isa = o->isa;
     d.threads = o->threads;
+    d.products = o->products;
     return d;
 }
 
@@ -650,7 +651,7 @@ static int run_check(bench *b, const char *dir)
 
 /* ----------------------------------------------------------------------------------------------- the machine's peak */
 
-typedef struct peak_job { int isa; double seconds, work; const float *memory; size_t count; volatile float result; } peak_job;
+typedef struct peak_job { int isa, half; double seconds, work; const float *memory; size_t count; volatile float result; } peak_job;
 
 /* Twelve independent chains hide the latency of the multiply-add; each counts 2 flop a lane. */
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -673,6 +674,25 @@ PEAK(peak_avx512, "avx512f", __m512, _mm512_set1_ps, _mm512_fmadd_ps, 16, SUM_51
 PEAK(peak_avx2, "avx2,fma", __m256, _mm256_set1_ps, _mm256_fmadd_ps, 8, SUM_256)
 #endif
 
+/* BF16: four tiles of 16x16 sums over 32 numbers. */
+#ifdef DPOI_SIMD_AMX
+DPOI_AMX static double peak_tiles(int64_t rounds, volatile float *result)
+{
+    static const uint16_t zeros[512];
+    float c[256];
+    dpoi_amx_begin();
+    _tile_zero(0);  _tile_zero(1);  _tile_zero(2);  _tile_zero(3);
+    _tile_loadd(4, zeros, 64);  _tile_loadd(5, zeros, 64);  _tile_loadd(6, zeros, 64);  _tile_loadd(7, zeros, 64);
+    for (int64_t r = 0; r < rounds; r++) {
+        _tile_dpbf16ps(0, 4, 6);  _tile_dpbf16ps(1, 4, 7);  _tile_dpbf16ps(2, 5, 6);  _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 64);
+    dpoi_amx_end();
+    *result = c[0];
+    return 4.0 * 2*16*16*32 * (double)rounds;
+}
+#endif
+
 static double peak_plain(int64_t rounds, volatile float *result)
 {
     float x[16], a = 0.999f, b = 0.001f, sum = 0;
@@ -687,7 +707,10 @@ static double peak_plain(int64_t rounds, volatile float *result)
 static double peak_rounds(peak_job *j, int64_t rounds)
 {
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (j->isa == DPO_ISA_AVX512) return peak_avx512(rounds, &j->result);
+#ifdef DPOI_SIMD_AMX
+    if (j->half && j->isa == DPO_ISA_AMX) return peak_tiles(rounds / 20, &j->result);
+#endif
+    if (j->isa >= DPO_ISA_AVX512) return peak_avx512(rounds, &j->result);
     if (j->isa == DPO_ISA_AVX2) return peak_avx2(rounds, &j->result);
 #endif
     return peak_plain(rounds, &j->result);
@@ -721,7 +744,7 @@ static void *peak_memory(void *arg)
 }
 
 /* The sum of all threads' rates; the best of five. */
-static double peak_of(void *(*work)(void *), int isa, int threads, const float *memory, size_t floats)
+static double peak_of(void *(*work)(void *), int isa, int half, int threads, const float *memory, size_t floats)
 {
     pthread_t id[64];
     peak_job  jobs[64];
@@ -730,6 +753,7 @@ static double peak_of(void *(*work)(void *), int isa, int threads, const float *
         double rate = 0;
         for (int i = 0; i < threads; i++) {
             jobs[i].isa = isa;
+            jobs[i].half = half;
             jobs[i].count = floats / (size_t)threads;
             jobs[i].memory = memory ? memory + (size_t)i * jobs[i].count : NULL;
             if (pthread_create(&id[i], NULL, work, &jobs[i]) != 0) threads = i;
@@ -743,33 +767,33 @@ static double peak_of(void *(*work)(void *), int isa, int threads, const float *
     return best;
 }
 
-static int best_isa(int most)
+/* What the library would use. */
+static int best_isa(const options *o)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if ((most == DPO_ISA_BEST || most == DPO_ISA_AVX512) && __builtin_cpu_supports("avx512f")) return DPO_ISA_AVX512;
-    if (most != DPO_ISA_PLAIN && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return DPO_ISA_AVX2;
-#endif
-    (void)most;
-    return DPO_ISA_PLAIN;
+    dpo_desc     d = desc_of(o);
+    dpo_backend *b = dpo_cpu_open(&d);
+    int          isa = b ? ((dpoi_cpu *)b->self)->isa : DPO_ISA_PLAIN;
+    if (b) b->close(b->self);
+    return isa;
 }
 
 static int run_peak(const options *o)
 {
     size_t floats = (size_t)1 << 27;      /* 512 MiB: larger than any cache */
-    int    isa = best_isa(o->isa), threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    int    isa = best_isa(o), half = o->dtype != DPO_F32, threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
     float *memory = (float *)malloc(floats * sizeof *memory);
     double flops, bandwidth = 0;
     if (threads < 1) threads = 1;
     if (threads > 64) threads = 64;
-    flops = peak_of(peak_arithmetic, isa, threads, NULL, 0);
+    flops = peak_of(peak_arithmetic, isa, half, threads, NULL, 0);
     if (memory) {
         for (size_t i = 0; i < floats; i++) memory[i] = 1;
-        bandwidth = peak_of(peak_memory, isa, threads, memory, floats);
+        bandwidth = peak_of(peak_memory, isa, half, threads, memory, floats);
     }
     free(memory);
-    printf("{\"work\": \"peak\", \"by\": \"diffdpo %d.%d.%d\", \"isa\": \"%s\", \"threads\": %d, \"gflops_f32\": %.1f,"
+    printf("{\"work\": \"peak\", \"by\": \"diffdpo %d.%d.%d\", \"isa\": \"%s\", \"threads\": %d, \"gflops_%s\": %.1f,"
            " \"read_gigabytes_per_second\": %.1f}\n", DIFFDPO_VERSION >> 16, DIFFDPO_VERSION >> 8 & 255, DIFFDPO_VERSION & 255,
-           isa_names[isa], threads, flops / 1e9, bandwidth / 1e9);
+           isa_names[isa], threads, half ? "bf16" : "f32", flops / 1e9, bandwidth / 1e9);
     return 0;
 }
 
@@ -777,8 +801,9 @@ static int run_peak(const options *o)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: bench MODEL_TASK | peak | --check DIR  [--dtype f32|bf16] [--device cpu|cuda] [--isa plain|avx2|avx512]\n"
-                    "             [--threads N] [--batch N] [--repeat N] [--checkpoint] [--profile]\n"
+    fprintf(stderr, "usage: bench MODEL_TASK | peak | --check DIR  [--dtype f32|bf16] [--device cpu|cuda]\n"
+                    "             [--isa plain|avx2|avx512|amx] [--products f32|bf16] [--threads N] [--batch N] [--repeat N]\n"
+                    "             [--checkpoint] [--profile]\n"
                     "       MODEL sd15, sdxl, small; TASK forward, dpo_lora, dpo_full\n");
     return 2;
 }
@@ -796,8 +821,9 @@ static int set_option(options *o, const char *name, const char *value)
     static const char *const devices[] = { "cpu", "cuda" };
     if (strcmp(name, "--check") == 0)   { o->check = value; return 1; }
     if (strcmp(name, "--dtype") == 0)   { o->dtype = choose(value, dtypes, 2); return o->dtype >= 0; }
+    if (strcmp(name, "--products") == 0) { o->products = choose(value, dtypes, 2); return o->products >= 0; }
     if (strcmp(name, "--device") == 0)  { o->device = value; return choose(value, devices, 2) >= 0; }
-    if (strcmp(name, "--isa") == 0)     { o->isa = choose(value, isa_names, 4); return o->isa >= 0; }
+    if (strcmp(name, "--isa") == 0)     { o->isa = choose(value, isa_names, 5); return o->isa >= 0; }
     if (strcmp(name, "--threads") == 0) { o->threads = atoi(value); return o->threads > 0; }
     if (strcmp(name, "--batch") == 0)   { o->batch = atoi(value); return o->batch > 0 && o->batch <= 1024; }
     if (strcmp(name, "--repeat") == 0)  { o->repeat = atoi(value); return o->repeat > 0 && o->repeat <= 100; }

@@ -2,8 +2,8 @@
 
    build   cc -O2 examples/pretrain.c -o pretrain -lm -lpthread
    run     ./emoji_data emoji-data --size 16
-           ./pretrain emoji-data emoji [--steps 26000] [--batch 8] [--lr 1.5e-3] [--seed 1] [--bias 0]
-                      [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE]
+           ./pretrain emoji-data emoji [--steps 12000] [--batch 16] [--lr 1e-3] [--seed 1] [--bias 2]
+                      [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE] [--bf16]
    result  emoji/            a pipeline folder in the layout of diffusers, F16: tokenizer, text encoder, UNet, schedule
            emoji-state/      the state of the run; called again with the same settings, it goes on from there
 
@@ -15,7 +15,7 @@
 
 /* ---- Vocabulary: byte-pair merges of the captions' words (arXiv 1508.07909), in CLIP's two files --------------- */
 
-enum { MERGES = 510, TOKENS = 16, WORD = 48, WORDS = 4096, UNITS = 512, LAST = 256 };
+enum { MERGES = 3000, TOKENS = 16, WORD = 48, WORDS = 4096, UNITS = 512, LAST = 256 };
 
 /* A symbol is a number: 0..255 a byte, 256..511 a byte that ends a word, 512+k the result of merge k. */
 typedef struct { int symbol[WORD], length, count; } word;
@@ -65,11 +65,12 @@ static void add_caption(vocabulary *v, const char *text)
     }
 }
 
-/* The pair of neighbours that occurs most often, the first found of equals; 0 if none occurs twice. */
+/* The pair of neighbours that occurs most often, the first found of equals; 0 if none is left: then every word is one
+   token, and a network this small need not learn to spell. */
 static int best_pair(const vocabulary *v, int *left, int *right)
 {
     enum { SIZE = UNITS + MERGES };
-    int *seen = (int *)calloc((size_t)SIZE * SIZE, sizeof *seen), best = 1;
+    int *seen = (int *)calloc((size_t)SIZE * SIZE, sizeof *seen), best = 0;
     if (!seen) return 0;
     for (int i = 0; i < v->count; i++)
         for (int k = 0; k + 1 < v->words[i].length; k++) {
@@ -78,7 +79,7 @@ static int best_pair(const vocabulary *v, int *left, int *right)
             if (*n > best) { best = *n; *left = v->words[i].symbol[k]; *right = v->words[i].symbol[k + 1]; }
         }
     free(seen);
-    return best > 1;
+    return best > 0;
 }
 
 static void merge_pair(vocabulary *v, int left, int right)
@@ -176,7 +177,14 @@ static int write_folder(dpo_ctx *c, const vocabulary *v, const char *folder)
 
 /* ---- Data and the run ------------------------------------------------------------------------------------------- */
 
-typedef struct { const char *data, *out, *from; int64_t steps, stop; int batch, threads; float lr, bias; uint64_t seed; double minutes, start; } settings;
+typedef struct {
+    const char *data, *out, *from;
+    int64_t     steps, stop;
+    int         batch, threads, bf16;     /* bf16: products of rounded factors, where the CPU has AMX */
+    float       lr, bias;
+    uint64_t    seed;
+    double      minutes, start;
+} settings;
 
 /* Training rows of captions.jsonl: into the vocabulary (v) or, if v is NULL, with their pictures into the pairs. */
 static int64_t read_captions(dpo_ctx *c, const settings *s, vocabulary *v, dpo_pairs *pairs)
@@ -269,13 +277,14 @@ static int run(dpo_ctx *c, settings *s)
 
 int main(int argc, char **argv)
 {
-    settings s = { NULL, NULL, NULL, 26000, 0, 8, 0, 1.5e-3f, 0, 1, 0, 0 };
+    settings s = { NULL, NULL, NULL, 12000, 0, 16, 0, 0, 1e-3f, 2, 1, 0, 0 };
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(argv[i], "--steps"))        { s.steps = atoi(value); i++; }
         else if (!strcmp(argv[i], "--batch"))   { s.batch = atoi(value); i++; }
         else if (!strcmp(argv[i], "--threads")) { s.threads = atoi(value); i++; }
         else if (!strcmp(argv[i], "--from"))    { s.from = value; i++; }
+        else if (!strcmp(argv[i], "--bf16"))    s.bf16 = 1;
         else if (!strcmp(argv[i], "--bias"))    { s.bias = (float)atof(value); i++; }
         else if (!strcmp(argv[i], "--stop"))    { s.stop = atoi(value); i++; }
         else if (!strcmp(argv[i], "--lr"))      { s.lr = (float)atof(value); i++; }
@@ -285,10 +294,11 @@ int main(int argc, char **argv)
         else s.out = argv[i];
     }
     if (!s.out) { fprintf(stderr, "usage: pretrain DATA OUT [--steps N] [--batch N] [--lr X] [--seed N]\n"
-            "                [--bias B] [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE]\n"); return 2; }
+            "                [--bias B] [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE] [--bf16]\n"); return 2; }
     dpo_desc desc = { 0 };
     desc.log = dpo_log_stderr;
     desc.threads = s.threads;
+    desc.products = s.bf16 ? DPO_BF16 : DPO_F32;
     dpo_ctx *c = dpo_open(&desc);
     int      ok = run(c, &s);
     if (!ok && !dpo_error(c)) fprintf(stderr, "pretrain: stopped\n");

@@ -1,7 +1,7 @@
-/* fuzz.c - hostile bytes for the readers: safetensors, JSON, tokenizer.
+/* fuzz.c - hostile bytes for the readers: safetensors, JSON, tokenizer, names of checkpoints, adapters.
 
    fuzzer  clang -g -O1 -fsanitize=fuzzer,address,undefined -DFUZZ_JSON tests/fuzz.c -o fuzz_json -lm -lpthread
-           (-DFUZZ_SAFETENSORS, -DFUZZ_TOKENIZER), then ./fuzz_json -runs=1000000
+           (-DFUZZ_SAFETENSORS, -DFUZZ_TOKENIZER, -DFUZZ_NAMES, -DFUZZ_ADAPTERS), then ./fuzz_json -runs=1000000
    driver  cc -g -O1 -fsanitize=address,undefined tests/fuzz.c -o fuzz -lm -lpthread, then ./fuzz [N] [seed]: N random
            changes of built-in seeds for each reader */
 #define DIFFDPO_IMPLEMENTATION
@@ -159,9 +159,170 @@ static void fuzz_tokenizer(const uint8_t *data, size_t n)
     dpo_clear_error(c);
 }
 
+/* ---------------------------------------------------------------------------------------------- names of files
+
+   An input is lines "name|2,3": a file of such tensors, F32 and zero.  A first line that begins with '{' is the metadata
+   of an adapter in peft's form. */
+
+enum { FUZZ_BYTES = 1 << 16 };            /* of such a file */
+
+/* The shape behind the last '|', each axis 0 to 63, four at most; *bytes: of the tensor. */
+static int fuzz_shape(const char *s, const char *end, int *shape, size_t *bytes)
+{
+    int rank = 0, digits = 0;
+    *bytes = 4;
+    for (shape[0] = 0; s < end && rank < 4; s++) {
+        if (*s >= '0' && *s <= '9') { shape[rank] = (shape[rank]*10 + (*s - '0')) % 64; digits = 1; }
+        else { rank += digits; digits = 0; if (rank < 4) shape[rank] = 0; }
+    }
+    rank += digits && rank < 4;
+    for (int i = 0; i < rank; i++) *bytes *= (size_t)shape[i];
+    return rank;
+}
+
+/* The file that the lines describe, in p [FUZZ_BYTES]; its length. */
+static size_t fuzz_file(const uint8_t *data, size_t n, uint8_t *p)
+{
+    const char *at = (const char *)data, *end = at + n;
+    uint64_t    offset = 0, header;
+    dpoi_text   t;
+    int         any = 0;
+    dpoi_text_start(&t, fuzz_context());
+    dpoi_text_add(&t, "{\"__metadata__\":{\"format\":\"pt\"");
+    for (; at < end; any++) {
+        const char *line = (const char *)memchr(at, '\n', (size_t)(end - at)), *bar;
+        char        name[400];
+        int         shape[5], rank;
+        size_t      bytes, length;
+        if (!line) line = end;
+        length = (size_t)(line - at);
+        for (bar = line; bar > at && *bar != '|';) bar--;
+        if (bar == at) bar = line;
+        rank = fuzz_shape(bar, line, shape, &bytes);
+        if (!any && *at == '{') bar = line;
+        length = (size_t)(bar - at);
+        if (length >= sizeof name) length = sizeof name - 1;
+        memcpy(name, at, length);
+        name[length] = 0;
+        if (!any) dpoi_text_add(&t, *at == '{' ? ",\"lora_adapter_metadata\":" : "}");
+        if (!any && *at == '{') { dpoi_text_quote(&t, name); dpoi_text_add(&t, "}"); }
+        else if (offset + bytes < FUZZ_BYTES / 2) {
+            dpoi_text_add(&t, ",");
+            dpoi_text_quote(&t, name);
+            dpoi_text_add(&t, ":{\"dtype\":\"F32\",\"shape\":[");
+            for (int i = 0; i < rank; i++) dpoi_text_format(&t, "%s%d", i ? "," : "", shape[i]);
+            dpoi_text_format(&t, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)offset,
+                             (unsigned long long)(offset + bytes));
+            offset += bytes;
+        }
+        at = line + 1;
+    }
+    if (!any) dpoi_text_add(&t, "}");
+    dpoi_text_add(&t, "}");
+    header = (uint64_t)t.n;
+    if (8 + header + offset > FUZZ_BYTES) { dpoi_text_free(&t); return 0; }
+    memcpy(p, &header, 8);
+    memcpy(p + 8, t.at, (size_t)header);
+    memset(p + 8 + header, 0, (size_t)offset);
+    dpoi_text_free(&t);
+    return (size_t)(8 + header + offset);
+}
+
+static const char fuzz_unet[] = "{\"block_out_channels\": [4, 8], \"layers_per_block\": 1, \"norm_num_groups\": 2,"
+    "\"down_block_types\": [\"CrossAttnDownBlock2D\", \"DownBlock2D\"], \"up_block_types\": [\"UpBlock2D\","
+    "\"CrossAttnUpBlock2D\"], \"cross_attention_dim\": 6, \"attention_head_dim\": 2}";
+static const char fuzz_text[] = "{\"hidden_size\": 6, \"intermediate_size\": 8, \"num_hidden_layers\": 2,"
+    "\"num_attention_heads\": 2, \"vocab_size\": 10, \"max_position_embeddings\": 4}";
+static const char fuzz_vae[] = "{\"block_out_channels\": [4, 8], \"down_block_types\": [\"DownEncoderBlock2D\","
+    "\"DownEncoderBlock2D\"], \"up_block_types\": [\"UpDecoderBlock2D\", \"UpDecoderBlock2D\"], \"norm_num_groups\": 2}";
+
+/* Networks that know their names and have no weights. */
+static dpo_net *fuzz_net(int which)
+{
+    static dpo_net *nets[3];
+    if (!nets[0]) {
+        nets[0] = dpoi_net_plan(fuzz_context(), &dpoi_unet_kind, fuzz_unet, "unet", DPO_F32);
+        nets[1] = dpoi_net_plan(fuzz_context(), &dpoi_clip_text, fuzz_text, "text", DPO_F32);
+        nets[2] = dpoi_net_plan(fuzz_context(), &dpoi_vae_kind, fuzz_vae, "vae", DPO_F32);
+        fuzz_need(nets[0] && nets[1] && nets[2], dpo_error(fuzz_context()));
+    }
+    return nets[which];
+}
+
+/* What the file is, and whether it holds a network; then the input itself as one of our names. */
+static void fuzz_names(const uint8_t *data, size_t n)
+{
+    static const dpoi_naming *const namings[] = { &dpoi_unet_naming, &dpoi_openclip_naming, &dpoi_vae_naming };
+    static const char *const prefixes[] = { DPOI_UNET_PREFIX, "cond_stage_model.model.", "first_stage_model." };
+    static uint8_t bytes[FUZZ_BYTES];
+    dpo_ctx    *c = fuzz_context();
+    size_t      length = fuzz_file(data, n, bytes);
+    dpo_file   *f = length ? dpo_safetensors_memory(c, bytes, length, "fuzz.safetensors") : NULL;
+    char        name[DPOI_NAME], theirs[DPOI_NAME + 8];
+    dpoi_layout layout;
+    dpoi_origin s;
+    dpo_clear_error(c);
+    dpo_file_describe(f);
+    for (int k = 0; k < 3; k++) {
+        dpo_net *net = fuzz_net(k);
+        dpoi_layout_of(net, &layout);
+        memset(&s, 0, sizeof s);
+        s.f = f;
+        s.prefix = prefixes[k];
+        s.layout = &layout;
+        s.naming = namings[k];
+        if (f) dpoi_net_match(net, &s);
+        dpo_clear_error(c);
+        s.naming = NULL;
+        if (f) dpoi_net_match(net, &s);
+        dpo_clear_error(c);
+        length = n < sizeof name - 1 ? n : sizeof name - 1;
+        memcpy(name, data, length);
+        name[length] = 0;
+        strcpy(theirs + DPOI_NAME, "unhurt");
+        dpoi_name_theirs(namings[k], &layout, prefixes[k], name, theirs);
+        fuzz_need(strlen(theirs) < DPOI_NAME && !strcmp(theirs + DPOI_NAME, "unhurt"), "a name that is too long");
+    }
+    dpo_file_close(f);
+    dpo_clear_error(c);
+}
+
+/* The file as an adapter of a UNet and a text encoder: taken, or refused with nothing changed. */
+static void fuzz_adapters(const uint8_t *data, size_t n)
+{
+    static uint8_t bytes[FUZZ_BYTES];
+    dpo_ctx            *c = fuzz_context();
+    size_t              length = fuzz_file(data, n, bytes);
+    dpoi_adapter_source s;
+    dpo_net            *nets[2];
+    const char         *text;
+    nets[0] = fuzz_net(0);
+    nets[1] = fuzz_net(1);
+    memset(&s, 0, sizeof s);
+    s.f = length ? dpo_safetensors_memory(c, bytes, length, "fuzz.safetensors") : NULL;
+    if ((text = dpo_file_metadata(s.f, "lora_adapter_metadata")) != NULL)
+        s.config = dpo_json_parse(c, text, strlen(text), "lora_adapter_metadata");
+    dpo_clear_error(c);
+    if (s.f) {
+        int ok = dpoi_adapters_read(nets, 2, &s);
+        int64_t count = nets[0]->adapters.count + nets[1]->adapters.count;
+        fuzz_need(ok == !dpo_error(c) && ok == (count > 0), "adapters and an error, or neither");
+        for (int k = 0; k < 2; k++) {
+            dpoi_adapter_set none;
+            for (int64_t i = 0; i < nets[k]->adapters.count; i++)
+                fuzz_need(fabsf(nets[k]->adapters.a[i].scale) <= FLT_MAX, "a scale that is not finite");
+            memset(&none, 0, sizeof none);
+            dpoi_adapters_set(nets[k], &none);
+        }
+    }
+    dpo_clear_error(c);
+    dpoi_adapter_close(&s);
+    dpo_clear_error(c);
+}
+
 /* ---------------------------------------------------------------------------------------------- who calls them */
 
-#if defined(FUZZ_JSON) || defined(FUZZ_SAFETENSORS) || defined(FUZZ_TOKENIZER)
+#if defined(FUZZ_JSON) || defined(FUZZ_SAFETENSORS) || defined(FUZZ_TOKENIZER) || defined(FUZZ_NAMES) || defined(FUZZ_ADAPTERS)
 #ifdef __cplusplus
 extern "C"
 #endif
@@ -170,14 +331,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
 #if defined(FUZZ_JSON)
     fuzz_json(data, n);
-    (void)fuzz_safetensors; (void)fuzz_tokenizer;
 #elif defined(FUZZ_SAFETENSORS)
     fuzz_safetensors(data, n);
-    (void)fuzz_json; (void)fuzz_tokenizer;
-#else
+#elif defined(FUZZ_TOKENIZER)
     fuzz_tokenizer(data, n);
-    (void)fuzz_json; (void)fuzz_safetensors;
+#elif defined(FUZZ_NAMES)
+    fuzz_names(data, n);
+#else
+    fuzz_adapters(data, n);
 #endif
+    (void)fuzz_json; (void)fuzz_safetensors; (void)fuzz_tokenizer; (void)fuzz_names; (void)fuzz_adapters;
     return 0;
 }
 #else
@@ -196,6 +359,26 @@ static const char *const fuzz_text_seeds[] = { "\2the cat's and  thing!!! on",
         "\2caf\xC3\xA9 e\xCC\x81 \xE1\x84\x80\xE1\x85\xA1 <|endoftext|> <|ENDOFTEXT|>!",
     "\3{\"<|startoftext|>\":0,\"<|endoftext|>\":1,\"a\":2,\"n</w>\":3,\"an</w>\":4}|a n</w>\n" };
 
+static const char *const fuzz_name_seeds[] = {
+    "model.diffusion_model.input_blocks.0.0.weight|4,4,3,3\nmodel.diffusion_model.input_blocks.1.0.in_layers.0.weight|4\n"
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight|4,6\n",
+    "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight|18,6\ncond_stage_model.model.text_projection|6,6\n"
+        "first_stage_model.decoder.up.1.block.2.conv1.weight|8,8,3,3\nv_pred|0\n",
+    "up_blocks.1.upsamplers.0.conv.weight", "down_blocks.0.resnets.0.conv_shortcut.weight",
+    "text_model.encoder.layers.1.self_attn.q_proj.weight" };
+static const char *const fuzz_adapter_seeds[] = {
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight|2,4\n"
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight|4,2\n"
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha|\n",
+    "{\"unet.r\": 2, \"unet.lora_alpha\": 3, \"unet.alpha_pattern\": {\"attn1.to_q\": 4}}\n"
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight|2,4\n"
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight|4,2\n",
+    "lora_unet_input_blocks_1_0_in_layers_2.lora_down.weight|1,4,3,3\nlora_unet_input_blocks_1_0_in_layers_2.lora_up.weight|4,1,1,1\n"
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight|1,6\n"
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight|8,1\n",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down.weight|1,8\n"
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight|8,1\n" };
+
 typedef void (*fuzz_fn)(const uint8_t *data, size_t n);
 
 /* One to four changes of p[*n], which has room for 512 bytes. */
@@ -203,7 +386,8 @@ static void fuzz_change(uint8_t *p, size_t *n, uint64_t *rng)
 {
     static const char *const words[] = { "0", "18446744073709551615", "-1", "[", "{", "\"", ",", ":", "}", "]",
                                         "\\u", "F32", "data_offsets",
-                                         "\xF0\x9F", "\xCC\x81", "1e999", "<|endoftext|>", "\n", "\0" };
+                                         "\xF0\x9F", "\xCC\x81", "1e999", "<|endoftext|>", "\n", "\0", "|", ".", "_", "lora_",
+                                         ".alpha", "unet.", "attn1", "blocks.7." };
     for (int k = (int)(test_random(rng) % 4); k >= 0; k--) {
         size_t at = *n ? (size_t)(test_random(rng) % *n) : 0, w;
         const char *word = words[test_random(rng) % (sizeof words / sizeof *words)];
@@ -247,6 +431,8 @@ int main(int argc, char **argv)
     fuzz_run("json", fuzz_json, fuzz_json_seeds, 4, 0, runs, seed);
     fuzz_run("safetensors", fuzz_safetensors, fuzz_st_seeds, 2, 1, runs, seed);
     fuzz_run("tokenizer", fuzz_tokenizer, fuzz_text_seeds, 3, 0, runs, seed);
+    fuzz_run("names", fuzz_names, fuzz_name_seeds, 5, 0, runs / 4 + 1, seed);          /* each looks at three networks */
+    fuzz_run("adapters", fuzz_adapters, fuzz_adapter_seeds, 4, 0, runs / 4 + 1, seed);
     dpo_close(fuzz_context());
     return test_report();
 }

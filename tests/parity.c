@@ -210,6 +210,75 @@ static void check_texts(dpo_ctx *c, dpo_model *m)
     dpo_file_close(f);
 }
 
+/* ----------------------------------------------------------------------------------------------- VAE */
+
+/* Files hold the posterior as the network gives it, and latents before they are scaled. */
+static dpo_tensor *unscaled(dpo_ctx *c, dpo_model *m, dpo_tensor *mean)
+{
+    return dpo_affine(c, mean, 1/dpo_model_describe(m).latent_scale, 0);
+}
+
+static dpo_tensor *scaled(dpo_ctx *c, dpo_model *m, dpo_tensor *z)
+{
+    return dpo_affine(c, z, dpo_model_describe(m).latent_scale, 0);
+}
+
+/* One file of images, posteriors, latents and what is decoded from them. */
+static void check_vae(dpo_ctx *c, dpo_model *m, const char *name)
+{
+    int64_t     scope = dpo_scope(c);
+    dpo_file   *f = open_case(c, name, ".safetensors");
+    dpo_tensor *mean, *logvar, *y;
+    if (!f) return;
+    dpo_no_grad(c, 1);
+    mean = dpo_encode_images(m, tensor_of(c, f, "image", 1), &logvar);
+    check(join(name, ".mean"), compare(unscaled(c, m, mean), dpo_file_find(f, "mean"), 1), 1e-5);
+    check(join(name, ".logvar"), compare(logvar, dpo_file_find(f, "logvar"), 1), 1e-5);
+    y = dpo_decode_latents(m, scaled(c, m, tensor_of(c, f, "latents", 1)));
+    check(join(name, ".decoded"), compare(y, dpo_file_find(f, "decoded"), 1), 1e-5);
+    dpo_no_grad(c, -1);
+    dpo_file_close(f);
+    dpo_scope_end(c, scope, NULL);
+}
+
+/* Gradients of both halves with respect to what goes in, not recomputed and recomputed. */
+static void check_vae_gradients(dpo_ctx *c, dpo_model *m, int checkpoint)
+{
+    int64_t     scope = dpo_scope(c);
+    dpo_file   *f = open_case(c, "vae_gradients", ".safetensors");
+    dpo_tensor *x, *z, *mean, *logvar, *dmean, *dlogvar;
+    if (!f) return;
+    dpo_model_vae_options(m, 0, checkpoint);
+    x = tensor_of(c, f, "image", 1);
+    z = tensor_of(c, f, "latents", 1);
+    if (x && z) x->needs_grad = z->needs_grad = 1;
+    mean = unscaled(c, m, dpo_encode_images(m, x, &logvar));
+    dmean = dpo_binary(c, DPO_MUL, mean, tensor_of(c, f, "dmean", 1));
+    dlogvar = dpo_binary(c, DPO_MUL, logvar, tensor_of(c, f, "dlogvar", 1));
+    dpo_backward(dpo_sum(c, dpo_binary(c, DPO_ADD, dmean, dlogvar), -1));
+    dpo_backward_from(dpo_decode_latents(m, scaled(c, m, z)), tensor_of(c, f, "ddecoded", 1));
+    check(checkpoint ? "vae.dimage, recomputed" : "vae.dimage",
+          compare(x ? x->grad : NULL, dpo_file_find(f, "dimage"), 1), 5e-5);
+    check(checkpoint ? "vae.dlatents, recomputed" : "vae.dlatents",
+          compare(z ? z->grad : NULL, dpo_file_find(f, "dlatents"), 1), 5e-5);
+    dpo_model_vae_options(m, 0, 0);
+    dpo_file_close(f);
+    dpo_scope_end(c, scope, NULL);
+}
+
+/* diffusers' tiled_encode and tiled_decode, with tiles of the size that the file's one number `tile` says. */
+static void check_vae_tiled(dpo_ctx *c, dpo_model *m)
+{
+    dpo_file *f = open_case(c, "vae_tiled", ".safetensors");
+    float     tile = 0;
+    if (!f) return;
+    dpo_entry_floats(dpo_file_find(f, "tile"), 0, 1, &tile);
+    dpo_file_close(f);
+    if (dpo_model_vae_options(m, (int)tile, 0)) check_vae(c, m, "vae_tiled");
+    else check("vae_tiled", NAN, 0);
+    dpo_model_vae_options(m, 0, 0);
+}
+
 /* ----------------------------------------------------------------------------------------------- UNet */
 
 static dpo_unet_in unet_input(dpo_ctx *c, dpo_file *f)
@@ -279,14 +348,14 @@ static void check_unet(dpo_ctx *c, dpo_model *m, int checkpoint)
 
 /* ----------------------------------------------------------------------------------------------- sampling */
 
-typedef struct sampling { dpo_file *f; int steps; } sampling;
+typedef struct sampling { const char *name; dpo_file *f; int steps; } sampling;
 
 static int on_sample_step(void *user, const dpo_sample_progress *p)
 {
     sampling  *s = (sampling *)user;
     dpo_entry *e = dpo_file_find(s->f, numbered("latents_after", p->step - 1, ""));
     if (e) e->taken = 1;
-    check(numbered("sample.step.", p->step - 1, ""), compare(p->x, e, 1), 1e-4);
+    check(numbered(join(s->name, ".step."), p->step - 1, ""), compare(p->x, e, 1), 1e-4);
     s->steps++;
     return 0;
 }
@@ -307,19 +376,33 @@ static dpo_tensor *sample_ids(dpo_ctx *c, const dpo_json *v)
     return dpo_tensor_from(c, DPO_F32, 2, shape, ids);
 }
 
-static void check_sample(dpo_ctx *c, dpo_model *m)
+/* Numbers from 0 to 255 in PyTorch's layout as bytes with channels last, to be freed; NULL where there are none. */
+static uint8_t *bytes_of(dpo_entry *e)
+{
+    float   *x = values_of(e, 1);
+    uint8_t *y = x ? (uint8_t *)malloc((size_t)e->count) : NULL;
+    for (int64_t i = 0; y && i < e->count; i++) y[i] = (uint8_t)x[i];
+    free(x);
+    return y;
+}
+
+/* One sampled picture: from noise, or from a picture, perhaps under a mask; with the pipeline's scheduler or another. */
+static void check_sample(dpo_ctx *c, dpo_model *m, const char *name)
 {
     int64_t         scope = dpo_scope(c);
     dpo_json       *v;
     sampling        s;
     dpo_sample_desc d;
+    dpo_schedule    schedule;
     const char     *prompt;
     dpo_entry      *image;
     dpo_tensor     *x;
-    if (!exists("sample.json")) return;
+    uint8_t        *picture, *mask;
+    if (!exists(join(name, ".json"))) return;
     memset(&d, 0, sizeof d);
-    v = dpo_json_load(c, path("sample.json"));
-    s.f = dpo_safetensors_open(c, path("sample.safetensors"));
+    v = dpo_json_load(c, path(join(name, ".json")));
+    s.name = name;
+    s.f = dpo_safetensors_open(c, path(join(name, ".safetensors")));
     s.steps = 0;
     image = dpo_file_find(s.f, "image");
     prompt = dpo_json_want_text(v, "prompt", "");
@@ -327,18 +410,28 @@ static void check_sample(dpo_ctx *c, dpo_model *m)
     d.prompts = &prompt;
     d.steps = (int)dpo_json_want_int(v, "steps", 0, 1, 1000);
     d.guidance = (float)dpo_json_want_double(v, "guidance_scale", 1, 0, 100);
+    d.rescale = (float)dpo_json_want_double(v, "guidance_rescale", 0, 0, 1);
+    d.strength = dpo_json_want_double(v, "strength", 0, 0, 1);
+    d.refine = dpo_json_want_double(v, "refine", 0, 0, 1);
+    if (dpo_json_get(v, "refiner")) d.refiner = dpo_model_load(c, path(dpo_json_want_text(v, "refiner", "")), DPO_F32);
     d.start = tensor_of(c, s.f, "latents", 1);
     d.time_ids = sample_ids(c, dpo_json_get(v, "time_ids"));
     d.height = image ? (int)image->shape[2] : 0;
     d.width = image ? (int)image->shape[3] : 0;
+    d.image = picture = bytes_of(dpo_file_find(s.f, "picture"));
+    d.mask = mask = bytes_of(dpo_file_find(s.f, "mask"));
     d.on_step = on_sample_step;
     d.user = &s;
+    if (dpo_json_get(v, "config") && dpoi_schedule_read(c, name, dpo_json_want_text(v, "scheduler", ""),
+                                                        dpo_json_get(v, "config"), &schedule)) d.schedule = &schedule;
     x = dpo_sample_latents(m, &d);
-    if (s.steps != d.steps) check("sample.steps", fabs((double)s.steps - d.steps), 0);
-    if (dpo_model_describe(m).factor > 1) skip("sample.image", "the VAE is not there yet");
-    else check("sample.image", compare(dpo_clamp(c, dpo_affine(c, x, 0.5f, 0.5f), 0, 1), image, 1), 1e-4);
+    if (s.steps != dpo_json_want_int(v, "taken", d.steps, 1, 1000)) check(join(name, ".steps"), s.steps, 0);
+    x = dpo_decode_latents(m, x);         /* a model of pixels gives them back as they are */
+    check(join(name, ".image"), compare(dpo_clamp(c, dpo_affine(c, x, 0.5f, 0.5f), 0, 1), image, 1), 1e-4);
     dpo_file_close(s.f);
     dpo_json_free(v);
+    free(picture);
+    free(mask);
     dpo_scope_end(c, scope, NULL);
 }
 
@@ -486,20 +579,23 @@ static void train_steps(dpo_ctx *c, const char *name, dpo_model *m, const dpo_js
     int             lora = dpo_json_type(dpo_json_get(v, "lora_rank")) == DPO_JSON_NUMBER, count;
     dpo_tensor    **params;
     dpo_noise      *noise = dpo_noise_new(c, dpo_model_schedule(m));
+    int             factored = strcmp(dpo_json_want_text(v, "optimizer", "adamw"), "adafactor") == 0;
     dpo_adamw_desc  a;
+    dpo_adafactor_desc b;
     dpo_objective   o;
     dpo_optim      *optim;
     float         **start;
     memset(&a, 0, sizeof a);
+    memset(&b, 0, sizeof b);
     memset(&o, 0, sizeof o);
-    a.weight_decay = (float)number_at(v, "weight_decay");
-    a.max_norm = (float)number_at(v, "max_grad_norm");
+    a.weight_decay = b.weight_decay = (float)number_at(v, "weight_decay");
+    a.max_norm = b.max_norm = (float)number_at(v, "max_grad_norm");
     o.beta = (float)number_at(v, "beta");
     if (lora) lora_start(unet, name, v);
     else { o.reference = dpo_net_copy(unet, DPO_F32); dpo_net_trainable(unet, 1); }
     params = trained(unet, &count);
     start = snapshot(params, count);
-    optim = dpo_adamw_new(c, params, count, &a);
+    optim = factored ? dpo_adafactor_new(c, params, count, &b) : dpo_adamw_new(c, params, count, &a);
     for (int k = 0; k < (int)dpo_json_count(steps) && !dpo_error(c); k++) {
         int64_t  scope = dpo_scope(c);
         dpo_draw d = draw_of(c, f, k);
@@ -539,8 +635,7 @@ static void check_train(const char *run)
     m = dpo_model_load(c, path("pipeline"), DPO_F32);
     v = dpo_json_load(c, path(join(name, ".json")));
     f = dpo_safetensors_open(c, path(join(name, ".safetensors")));
-    if (strcmp(dpo_json_want_text(v, "optimizer", "adamw"), "adamw") != 0) skip(name, "the optimizer is not there yet");
-    else if (m && f) {
+    if (m && f) {
         train_steps(c, name, m, v, f);
         if (strcmp(run, "lora") == 0) check_lora_final(c, name, dpo_model_unet(m));
     }
@@ -550,17 +645,23 @@ static void check_train(const char *run)
 
 static void check_pipeline(void)
 {
+    static const char *const samples[] = {
+        "sample", "img2img", "img2img_all", "inpaint", "inpaint_some", "rescaled", "refined"
+    };
     dpo_ctx   *c = dpo_open(&desc);
     dpo_model *m = dpo_model_load(c, path("pipeline"), DPO_F32);
     if (m) {
         check_texts(c, m);
-        if (exists("vae.safetensors")) skip("vae", "the VAE is not there yet");
-        if (exists("vae_small.safetensors")) skip("vae_small", "the VAE is not there yet");
+        check_vae(c, m, "vae");
+        check_vae(c, m, "vae_small");
+        check_vae_tiled(c, m);
+        check_vae_gradients(c, m, 0);
+        check_vae_gradients(c, m, 1);
         check_unet(c, m, 0);
         check_unet(c, m, 1);
         check_unet_output(c, m, "unet_oblong");
         check_unet_output(c, m, "unet_faint");
-        check_sample(c, m);
+        for (size_t i = 0; i < sizeof samples / sizeof *samples; i++) check_sample(c, m, samples[i]);
     }
     check_context(c, "pipeline");
     dpo_close(c);
@@ -603,31 +704,15 @@ static void check_tables(dpo_ctx *c)
     dpo_file_close(f);
 }
 
-static dpo_schedule schedule_of(const dpo_json *v)
-{
-    static const char *const predictions[] = { "epsilon", "v_prediction" };
-    static const char *const spacings[] = { "leading", "trailing", "linspace" };
-    dpo_schedule s = dpo_schedule_sd();
-    s.T                 = (int)dpo_json_want_int(v, "num_train_timesteps", 1000, 1, 100000);
-    s.beta_start        = dpo_json_want_double(v, "beta_start", 1e-4, 0, 1);
-    s.beta_end          = dpo_json_want_double(v, "beta_end", 2e-2, 0, 1);
-    s.beta_schedule     = one_of(dpo_json_want_text(v, "beta_schedule", "linear"), beta_names, 3);
-    s.prediction        = one_of(dpo_json_want_text(v, "prediction_type", "epsilon"), predictions, 2);
-    s.spacing           = one_of(dpo_json_want_text(v, "timestep_spacing", "linspace"), spacings, 3);
-    s.steps_offset      = (int)dpo_json_want_int(v, "steps_offset", 0, 0, 1000);
-    s.zero_terminal_snr = dpo_json_want_bool(v, "rescale_betas_zero_snr", 0);
-    s.set_alpha_to_one  = dpo_json_want_bool(v, "set_alpha_to_one", 1);
-    s.clip_sample       = dpo_json_want_bool(v, "clip_sample", 0);
-    s.karras            = dpo_json_want_bool(v, "use_karras_sigmas", 0);
-    return s;
-}
-
 /* All steps of one sampler on the stand-in model eps(x, t) = 0.3 x + 0.1 sin(t/100); the worst step. */
 static double sampler_error(dpo_ctx *c, const char *name, const dpo_schedule *s, const dpo_sampler_desc *d, dpo_file *f)
 {
     dpo_sampler *sampler = dpo_sampler_new(c, s, d);
-    dpo_tensor  *x = tensor_of(c, f, join(name, ".x_init"), 1);
+    dpo_tensor  *x = tensor_of(c, f, join(name, ".x_init"), 1), *known = tensor_of(c, f, join(name, ".known"), 1);
     double       worst = sampler && x ? 0 : NAN;
+    if (known)                            /* it starts from a picture */
+        worst = compare(dpo_sampler_noisy(sampler, 0, known, tensor_of(c, f, join(name, ".start_noise"), 1)),
+                        dpo_file_find(f, join(name, ".x_init")), 1);
     for (int k = 0; sampler && x && k < sampler->steps; k++) {
         double      error, t = sampler->t[k];
         dpo_entry  *want = dpo_file_find(f, numbered(join(name, ".x"), k, ""));
@@ -648,7 +733,7 @@ static double sampler_error(dpo_ctx *c, const char *name, const dpo_schedule *s,
     return worst;
 }
 
-/* A file that Python wrote, which has -Infinity where JSON has no word for it; 0 stands there afterwards. */
+/* A file that Python wrote, which has -Infinity where JSON has no word for it; null stands there afterwards. */
 static dpo_json *python_json(dpo_ctx *c, const char *name)
 {
     FILE     *f = fopen(path(name), "rb");
@@ -658,12 +743,13 @@ static dpo_json *python_json(dpo_ctx *c, const char *name)
     if (!f || !text) { if (f) fclose(f); free(text); return NULL; }
     n = fread(text, 1, (1 << 20) - 1, f);
     fclose(f);
-    while ((at = strstr(text, "Infinity")) != NULL) memcpy(at, "0       ", 8);
+    while ((at = strstr(text, "-Infinity")) != NULL) memcpy(at, "null     ", 9);
     v = dpo_json_parse(c, text, n, name);
     free(text);
     return v;
 }
 
+/* Each case's configuration is read as a scheduler_config.json of its class would be, and AUTO must take its sampler. */
 static void check_samplers(dpo_ctx *c)
 {
     dpo_json       *v = python_json(c, "samplers.json");
@@ -672,16 +758,18 @@ static void check_samplers(dpo_ctx *c)
     for (int64_t i = 0; i < dpo_json_count(cases); i++) {
         const dpo_json  *one = dpo_json_at(cases, i);
         const char      *name = dpo_json_want_text(one, "name", ""), *kind = dpo_json_want_text(one, "class", "");
-        dpo_schedule     s = schedule_of(dpo_json_get(one, "config"));
+        dpo_schedule     s;
         dpo_sampler_desc d;
         int64_t          scope = dpo_scope(c);
+        double           error = NAN;
         memset(&d, 0, sizeof d);
         d.steps = (int)dpo_json_want_int(one, "steps", 0, 1, 1000);
+        d.strength = dpo_json_want_double(one, "strength", 0, 0, 1);
         d.eta = (float)dpo_json_want_double(dpo_json_get(one, "step"), "eta", 0, 0, 1);
-        if (strcmp(kind, "DDIMScheduler") == 0) d.sampler = DPO_DDIM;
-        if (strcmp(kind, "EulerDiscreteScheduler") == 0) d.sampler = DPO_EULER;
-        if (d.sampler == DPO_SAMPLER_AUTO) skip(join("sampler.", name), "the sampler is not there yet");
-        else check(join("sampler.", name), sampler_error(c, name, &s, &d, f), 1e-5);
+        if (dpoi_schedule_read(c, name, kind, dpo_json_get(one, "config"), &s)) error = sampler_error(c, name, &s, &d, f);
+        check_context(c, name);
+        dpo_clear_error(c);
+        check(join("sampler.", name), error, 1e-5);
         dpo_scope_end(c, scope, NULL);
     }
     dpo_file_close(f);

@@ -2,8 +2,9 @@
 # run.sh - build and run the tests.
 #
 #   sh tests/run.sh              every test that takes minutes or less
-#   sh tests/run.sh NAME ...     these: a program of tests/, parity, compile, header, and the long ones,
-#                                asan, valgrind, wine, isa, fuzz-long, quickstart; full is all of them
+#   sh tests/run.sh NAME ...     these: a program of tests/, parity, interop, compile, header, and the long ones,
+#                                asan, valgrind, wine, isa, fuzz-long, quickstart; full is all of them; by name alone
+#                                fullsize, which needs 8 GB of disk and of memory
 #   sh tests/run.sh --build      every program of tests/ and examples/ into build/, run nothing
 #   sh tests/run.sh --install    first install the compilers that are missing (Debian, as root), then run
 #   sh tests/run.sh --list       the names
@@ -217,6 +218,21 @@ run_quickstart() {
     for judge in warm soft compact; do run_logged "quickstart $judge" one_quickstart $judge; done
 }
 
+# Models of the published sizes, in FULLSIZE (sd15 sdxl): made in build/fullsize-work, run, removed.
+run_fullsize() {
+    build build fullsize
+    mkdir -p build/fullsize-work
+    for f in ${FULLSIZE:-sd15 sdxl}; do
+        need=2500000
+        case $f in sdxl|refiner) need=8000000 ;; esac
+        if [ "$(df -Pk build | awk 'NR == 2 { print $4 }')" -lt $need ]; then skip "fullsize $f" "less than $need KB of disk"; continue; fi
+        run_logged "fullsize $f, making" build/fullsize make $f build/fullsize-work/$f.safetensors
+        run_logged "fullsize $f" build/fullsize run build/fullsize-work/$f.safetensors
+        grep -E ' s   resident|context held' "build/log/fullsize-$f.txt"
+        rm -f build/fullsize-work/$f.safetensors
+    done
+}
+
 run_named() {
     case $1 in
     compile)    run_logged compile sh tests/compile.sh ;;
@@ -229,10 +245,12 @@ run_named() {
     wine)       run_wine ;;
     isa)        run_isa ;;
     quickstart) run_quickstart ;;
+    interop)    build build interop convert; run_logged interop sh tests/interop.sh ;;
+    fullsize)   run_fullsize ;;
     fuzz-long)  build build fuzz; FUZZ_RUNS=${FUZZ_RUNS:-200000} run_program build fuzz fuzz-long ;;
     default)    run_default ;;
     full)       run_default; for t in $LONG; do run_named $t; done ;;
-    *)          if [ -f "tests/$1.sh" ]; then build build tiny_model quickstart; run_logged "$1" sh "tests/$1.sh"; return; fi
+    *)          if [ -f "tests/$1.sh" ]; then build build tiny_model quickstart sample; run_logged "$1" sh "tests/$1.sh"; return; fi
                 if [ ! -f "tests/$1.c" ]; then echo "run.sh: there is no test $1"; failed=$((failed + 1)); return; fi
                 build build "$1"; run_program build "$1" "$1" ;;
     esac
@@ -243,13 +261,14 @@ run_default() {
     # shellcheck disable=SC2046
     build build $(programs)
     for p in $(programs); do
-        case $p in test_*|fuzz|parity|tiny_model) continue ;; esac
+        case $p in test_*|fuzz|parity|tiny_model|interop|fullsize) continue ;; esac
         if [ -f "build/$p" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi      # that it builds is its test
     done
     for t in $(tests); do run_program build "$t" "$t"; done
     for t in $(scripts); do run_logged "$t" sh "tests/$t.sh"; done
     # shellcheck disable=SC2086
     run_parity build/parity parity $GOLDEN --
+    run_named interop
     run_named header
     run_named compile
 }
@@ -258,11 +277,11 @@ run_default() {
 
 case ${1:-} in
 --one)     build_one "$2" "$3"; exit ;;
---list)    tests; scripts; printf '%s\n' parity compile header $LONG full; exit ;;
+--list)    tests; scripts; printf '%s\n' parity interop compile header $LONG full fullsize; exit ;;
 --build)   # shellcheck disable=SC2046
            mkdir -p build; build build $(programs) || exit 1; exit 0 ;;
 --install) install_packages; shift ;;
--*)        sed -n '2,14s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
+-*)        sed -n '2,15s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
 esac
 mkdir -p build/log
 if ! have "${CC%% *}"; then

@@ -3,14 +3,15 @@
    build   cc -O2 tests/test_kernels.c -o build/test_kernels -lm -lpthread
    checks  each instruction set against plain C; one thread against three, bit for bit; a sample alone against the same
            sample in a batch, bit for bit; plain C's gradients against differences of its forward; gradients that are
-           added to; inputs and gradients left out; BF16 and F16.  Shapes are random and odd.                        */
+           added to; inputs and gradients left out; BF16 and F16; products that round their factors.  Shapes are
+           random and odd.                                                                                           */
 #include <stdint.h>
 #define DIFFDPO_IMPLEMENTATION
 #define DIFFDPO_NO_STB
 #include "../diffdpo.h"
 #include "dpo_test.h"
 
-enum { ISAS = 3, WAYS = 2*ISAS };
+enum { ISAS = 3, WAYS = 2*ISAS };          /* AMX differs from AVX-512 in products of BF16 alone */
 static const char *const isa_names[ISAS] = { "plain", "avx2", "avx512" };
 static dpo_backend *ways[WAYS];           /* [isa][1 or 3 threads]; NULL: the machine lacks it */
 
@@ -178,6 +179,7 @@ static test_result backward(dpo_backend *b, const test_case *t, const test_resul
     for (int i = 0; i < DPO_MAX_INPUTS; i++) {
         if ((want & (unsigned)op_grads[a.op]) >> i & 1 && t->a.in[i].data && !(t->ids >> i & 1)) {
             a.din[i] = a.in[i];
+            a.din[i].dtype = DPO_F32;
             r.count[2 + i] = stored(&a.in[i]);
             a.din[i].data = r.data[2 + i] = block(add >> i & 1 ? t->a.in[i].data : NULL, r.count[2 + i]);
         }
@@ -255,31 +257,44 @@ static test_case narrowed(const test_case *t, int dtype)
     return n;
 }
 
+/* One backend: n is t in half precision. */
+static void half_on(dpo_backend *b, const test_case *t, const test_case *n, int dtype, const test_result *f,
+                    double tolerance)
+{
+    size_t count = stored(&t->a.out);
+    void *narrow_out = malloc(count*2 + 1);
+    dpo_args a = n->a;
+    test_result h;
+    memset(&h, 0, sizeof h);
+    memset(narrow_out, 0xff, count*2);
+    a.out.dtype = dtype;
+    a.out.data = narrow_out;
+    h.count[0] = count;
+    h.data[0] = block(NULL, count);
+    h.status = call(b, &a);
+    dpoi_widen(dtype, (int64_t)count, narrow_out, h.data[0]);
+    compare(t, dtype == DPO_BF16 ? "in bf16" : "in f16", &h, f, tolerance);
+    free(narrow_out);
+    free_result(&h);
+}
+
+static void finish_narrowed(const test_case *t, test_case *n)
+{
+    for (int i = 0; i < DPO_MAX_INPUTS; i++) if (n->a.in[i].data != t->a.in[i].data) free(n->a.in[i].data);
+}
+
 /* Inputs, outputs and weights in half precision: what F32 gives for the same numbers, rounded. */
 static void half(const test_case *t, int dtype)
 {
     test_case n = narrowed(t, dtype);
     for (int w = 0; w < WAYS; w += 2) {
-        test_result f, h;
-        size_t count = stored(&t->a.out);
-        void *narrow_out = malloc(count*2 + 1);
-        dpo_args a = n.a;
-        if (!ways[w]) { free(narrow_out); continue; }
+        test_result f;
+        if (!ways[w]) continue;
         f = forward(ways[w], t);
-        memset(&h, 0, sizeof h);
-        memset(narrow_out, 0xff, count*2);
-        a.out.dtype = dtype;
-        a.out.data = narrow_out;
-        h.count[0] = count;
-        h.data[0] = block(NULL, count);
-        h.status = call(ways[w], &a);
-        dpoi_widen(dtype, (int64_t)count, narrow_out, h.data[0]);
-        compare(t, dtype == DPO_BF16 ? "in bf16" : "in f16", &h, &f, dtype == DPO_BF16 ? 5e-3 : 6e-4);
-        free(narrow_out);
+        half_on(ways[w], t, &n, dtype, &f, dtype == DPO_BF16 ? 5e-3 : 6e-4);
         free_result(&f);
-        free_result(&h);
     }
-    for (int i = 0; i < DPO_MAX_INPUTS; i++) if (n.a.in[i].data != t->a.in[i].data) free(n.a.in[i].data);
+    finish_narrowed(t, &n);
 }
 
 static void run_backward(const test_case *t, const test_result *f, int way, const float *dout, unsigned want, unsigned add,
@@ -377,12 +392,14 @@ static void check_batch(const test_case *t, unsigned x)
 
 /* ------------------------------------------------------------------------------------------ the cases */
 
-static void test_conv(uint64_t *seed)
+/* A convolution or linear layer: channels up to `most`, kernels 1, 3 and up to `kernel`. */
+static test_case conv_case(uint64_t *seed, int most, int kernel)
 {
     test_case t;
-    int64_t N = test_int(seed, 1, 3), H = test_int(seed, 3, 9), W = test_int(seed, 3, 9), I = test_int(seed, 1, 40);
-    int64_t O = test_int(seed, 1, 40), k = test_int(seed, 0, 1) ? 3 : 1, stride = test_int(seed, 1, 2), r = test_int(seed, 1, 9);
+    int64_t N = test_int(seed, 1, 3), H = test_int(seed, 3, 9), W = test_int(seed, 3, 9), I = test_int(seed, 1, most);
+    int64_t O = test_int(seed, 1, most), k = test_int(seed, 0, 1) ? 3 : 1, stride = test_int(seed, 1, 2), r = test_int(seed, 1, 9);
     int pad = k == 3 ? test_int(seed, 0, 1) : 0, linear = k == 1 && stride == 1 && test_int(seed, 0, 1);
+    if (kernel > 3 && test_int(seed, 0, 3) == 0) { k = test_int(seed, 2, kernel);  stride = test_int(seed, 1, 3);  pad = (int)k - 1;  linear = 0; }
     int64_t Y = (H + 2*pad - k)/stride + 1, X = (W + 2*pad - k)/stride + 1;
     char text[64];
     snprintf(text, sizeof text, "%dx%dx%dx%d -> %d, kernel %d stride %d", (int)N, (int)H, (int)W, (int)I, (int)O, (int)k, (int)stride);
@@ -408,6 +425,12 @@ static void test_conv(uint64_t *seed)
     t.a.p.conv.pad_top = t.a.p.conv.pad_left = pad;
     t.a.p.conv.scale = 0.37f;
     t.a.out = view(4, N, Y, X, O);
+    return t;
+}
+
+static void test_conv(uint64_t *seed)
+{
+    test_case t = conv_case(seed, 40, 3);
     if (test_int(seed, 0, 3) == 0) {                      /* an activation has no backward of its own here */
         test_result f, o;
         test_case plain = t;
@@ -425,6 +448,104 @@ static void test_conv(uint64_t *seed)
     t.tolerance = 1e-5;
     check_batch(&t, 0x99);
     check_case(&t, seed);
+}
+
+/* ------------------------------------------------------------------------------------------ products of BF16
+
+   Where products may round their factors: plain C of factors that are BF16 already, which leaves F32's rounding of the
+   sums (and the adapter's own first half); of others within 2^-7 of the largest result. */
+
+static dpo_backend *rounding[2];          /* 1 and 3 threads; NULL: nothing here rounds */
+static dpo_backend *exact_amx;            /* rounds only what is BF16 already */
+
+/* n numbers to the nearest BF16. */
+static void round_off(float *x, size_t n)
+{
+    for (size_t i = 0; x && i < n; i++) x[i] = dpoi_bf16_to_f32(dpoi_f32_to_bf16(x[i]));
+}
+
+static void check_rounding(const test_case *t, double tolerance, const test_result *oracle, const float *dout,
+                           unsigned add)
+{
+    test_result r[2], g[2], wanted = dout ? backward(ways[0], t, oracle, dout, ~0u, add) : *oracle;
+    for (int w = 0; w < 2; w++) {
+        if (!dout) g[w] = forward(rounding[w], t);
+        else {
+            r[w] = forward(rounding[w], t);
+            g[w] = backward(rounding[w], t, &r[w], dout, ~0u, add);
+            free_result(&r[w]);
+        }
+    }
+    compare(t, dout ? "backward, rounded" : "forward, rounded", &g[0], &wanted, tolerance);
+    compare(t, dout ? "backward, rounded, 3 threads" : "forward, rounded, 3 threads", &g[1], &g[0], 0);
+    if (dout) free_result(&wanted);
+    for (int w = 0; w < 2; w++) free_result(&g[w]);
+}
+
+/* Tensors of BF16 are read and written as they lie; `oracle` is what F32 gives for the same numbers. */
+static void check_rounding_half(const test_case *t, double tolerance, const test_result *oracle, const float *dout)
+{
+    test_case n = narrowed(t, DPO_BF16);
+    test_result f = forward(ways[0], t), g, wanted = backward(ways[0], t, oracle, dout, ~0u, 0);
+    half_on(rounding[0], t, &n, DPO_BF16, &f, 5e-3);
+    half_on(exact_amx, t, &n, DPO_BF16, &f, 5e-3);
+    g = backward(rounding[0], &n, oracle, dout, ~0u, 0);
+    compare(t, "backward in bf16", &g, &wanted, tolerance);
+    free_result(&f);
+    free_result(&g);
+    free_result(&wanted);
+    finish_narrowed(t, &n);
+}
+
+/* exact: the factors are BF16 before. */
+static void test_rounding(uint64_t *seed, int most, int exact)
+{
+    test_case t = conv_case(seed, most, 6);
+    size_t n = stored(&t.a.out);
+    float *dout = (float *)malloc(n*4 + 1);
+    double tolerance = exact && !t.a.in[5].data ? 1e-5 : 8e-3;
+    test_result oracle;
+    for (size_t i = 0; i < n; i++) dout[i] = test_float(seed);
+    for (int i = 0; exact && i < DPO_MAX_INPUTS; i++) if (t.a.in[i].data) round_off((float *)t.a.in[i].data, stored(&t.a.in[i]));
+    if (exact) round_off(dout, n);
+    oracle = forward(ways[0], &t);
+    check_rounding(&t, tolerance, &oracle, NULL, 0);
+    check_rounding(&t, tolerance, &oracle, dout, 0);
+    check_rounding(&t, tolerance, &oracle, dout, ~0u);
+    check_rounding_half(&t, tolerance, &oracle, dout);
+    free_result(&oracle);
+    if (!t.a.in[5].data) {                /* an activation, and each sample alone */
+        t.a.p.conv.act = DPO_SILU;
+        oracle = forward(ways[0], &t);
+        check_rounding(&t, tolerance*4, &oracle, NULL, 0);
+        free_result(&oracle);
+    }
+    {
+        dpo_backend *before[WAYS];
+        memcpy(before, ways, sizeof ways);
+        memset(ways, 0, sizeof ways);
+        ways[0] = rounding[0];
+        check_batch(&t, 0x99);
+        memcpy(ways, before, sizeof ways);
+    }
+    free(dout);
+    finish(&t);
+}
+
+static void open_rounding(void)
+{
+    for (int w = 0; w < 2; w++) {
+        dpo_desc d;
+        memset(&d, 0, sizeof d);
+        d.threads = w ? 3 : 1;
+        d.products = DPO_BF16;
+        rounding[w] = dpo_cpu_open(&d);
+        if (!rounding[w] || ((dpoi_cpu *)rounding[w]->self)->isa >= DPO_ISA_AMX) continue;
+        SKIP("products of BF16 with %d threads: this machine or build has no such kernels", d.threads);
+        rounding[w]->close(rounding[w]->self);
+        rounding[w] = NULL;
+    }
+    if (rounding[0]) exact_amx = dpo_cpu_open(NULL);
 }
 
 static void test_group_norm(uint64_t *seed, int act, int64_t P, float offset)
@@ -491,12 +612,13 @@ static void test_layer_norm(uint64_t *seed)
     check_case(&t, seed);
 }
 
-static void test_attention(uint64_t *seed)
+/* Heads of up to `deep` channels, sequences of up to `most`. */
+static test_case attention_case(uint64_t *seed, int deep, int most)
 {
     test_case t;
-    int64_t N = test_int(seed, 1, 3), heads = test_int(seed, 1, 4), D = heads*test_int(seed, 1, 40);
+    int64_t N = test_int(seed, 1, 3), heads = test_int(seed, 1, 4), D = heads*test_int(seed, 1, deep);
     int causal = test_int(seed, 0, 1);
-    int64_t T = test_int(seed, 1, 50), S = causal ? T : test_int(seed, 1, 50);
+    int64_t T = test_int(seed, 1, most), S = causal ? T : test_int(seed, 1, most);
     char text[64];
     snprintf(text, sizeof text, "%dx%dx%d, %d keys, %d heads%s", (int)N, (int)T, (int)D, (int)S, (int)heads, causal ? ", causal" : "");
     start(&t, DPO_OP_ATTENTION, text);
@@ -508,8 +630,35 @@ static void test_attention(uint64_t *seed)
     t.a.out = view(3, N, T, D, 1);
     t.stat = view(3, N, heads, T, 1);
     t.tolerance = 1e-5;
+    return t;
+}
+
+static void test_attention(uint64_t *seed)
+{
+    test_case t = attention_case(seed, 40, 50);
     check_batch(&t, 7);
     check_case(&t, seed);
+}
+
+/* Numbers of BF16, of which only the probabilities are rounded: 2^-9 of what they weigh. */
+static void test_attention_rounding(uint64_t *seed, int deep, int most)
+{
+    test_case t = attention_case(seed, deep, most), n;
+    dpo_backend *before[WAYS];
+    test_result f;
+    for (int i = 0; i < 3; i++) round_off((float *)t.a.in[i].data, stored(&t.a.in[i]));
+    f = forward(ways[0], &t);
+    check_rounding(&t, 8e-3, &f, NULL, 0);
+    n = narrowed(&t, DPO_BF16);
+    half_on(exact_amx, &t, &n, DPO_BF16, &f, 1e-2);
+    finish_narrowed(&t, &n);
+    free_result(&f);
+    memcpy(before, ways, sizeof ways);
+    memset(ways, 0, sizeof ways);
+    ways[0] = rounding[0];
+    check_batch(&t, 7);
+    memcpy(ways, before, sizeof ways);
+    finish(&t);
 }
 
 static void test_geglu(uint64_t *seed)
@@ -992,6 +1141,7 @@ int main(int argc, char **argv)
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     int rounds = argc > 1 ? atoi(argv[1]) : 25;
     open_ways();
+    open_rounding();
     test_numbers();
     for (int i = 0; i < rounds; i++) one_round(&seed);
     for (int i = 0; i < 3; i++) {
@@ -1009,6 +1159,12 @@ int main(int argc, char **argv)
     test_randn(&seed);
     test_copy(&seed);
     test_hook(&seed);
+    for (int i = 0; rounding[0] && rounding[1] && i < 2*rounds; i++) {
+        test_rounding(&seed, i % 8 ? 40 : 300, i % 4 != 3);
+        test_attention_rounding(&seed, i % 4 ? 40 : 170, i % 4 ? 50 : 600);
+    }
+    for (int w = 0; w < 2; w++) if (rounding[w]) rounding[w]->close(rounding[w]->self);
+    if (exact_amx) exact_amx->close(exact_amx->self);
     for (int w = 0; w < WAYS; w++) if (ways[w]) ways[w]->close(ways[w]->self);
     return test_report();
 }

@@ -410,7 +410,7 @@ static void test_misfits(void)
     put(FOLDER "/misfit", "model_index.json", "{\"_class_name\": \"FluxPipeline\", "
         "\"transformer\": [\"diffusers\", \"FluxTransformer2DModel\"]}");
     refuse_model(FOLDER "/misfit", "a FluxPipeline has no UNet");
-    refuse_model(FOLDER "/nowhere", "model_index.json");
+    refuse_model(FOLDER "/nowhere", "no such file or folder");
     dpo_close(c);
 }
 

@@ -187,7 +187,7 @@ static void test_samplers(dpo_ctx *c)
     d.steps = 8;                          /* divides 1000: else trailing DDIM ends at timestep 0, not before it */
     for (s.spacing = DPO_LEADING; s.spacing <= DPO_LINSPACE; s.spacing++)
         for (s.prediction = DPO_EPSILON; s.prediction <= DPO_V_PREDICTION; s.prediction++)
-            for (d.sampler = DPO_DDIM; d.sampler <= DPO_EULER; d.sampler++) {
+            for (d.sampler = DPO_DDIM; d.sampler < DPO_SAMPLERS; d.sampler++) {
                 d.eta = 0;
                 check_sampler(c, &s, &d);
                 d.eta = 1;
@@ -220,7 +220,7 @@ static void test_configs(dpo_ctx *c)
     CHECK(config_says(c, "{\"_class_name\": \"PNDMScheduler\", \"steps_offset\": 1}", &s) && !s.set_alpha_to_one && !s.clip_sample &&
           s.steps_offset == 1 && s.sampler == DPO_DDIM, "PNDM's defaults");
     CHECK(config_says(c, "{\"_class_name\": \"DPMSolverMultistepScheduler\", \"lambda_min_clipped\": -Infinity}", &s) &&
-          s.spacing == DPO_LINSPACE && s.sampler == DPO_EULER, "DPM-Solver's, with Python's infinity");
+          s.spacing == DPO_LINSPACE && s.sampler == DPO_DPMPP_2M, "DPM-Solver's, with Python's infinity");
     CHECK(!config_says(c, "{\"_class_name\": \"DDIMScheduler\", \"prediction_type\": \"sample\"}", &s), "prediction_type sample");
     CHECK(!config_says(c, "{\"_class_name\": \"FlowMatchEulerDiscreteScheduler\"}", &s), "another scheduler");
     CHECK(!config_says(c, "{\"_class_name\": \"DDIMScheduler\", \"beta_start\": 2}", &s), "beta_start 2");
