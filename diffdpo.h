@@ -110,6 +110,7 @@
      - GEGLU: the second half is the gate, with the erf form of GELU
      - AdamW decays by lr * weight_decay before the step; clipping divides by norm + 1e-6
      - upsampling goes to the skip connection's size, not to twice its own, when sizes are odd
+     - the stride-2 convolutions of a VAE's encoder pad below and to the right alone, and all its norms have eps 1e-6
      - an absent field of a configuration means its class's default, not zero
 
    HOW TO ADD AN OP   a row in DPO_OPS (>>api backend); its numbers in dpo_params; a public function with its shape rule
@@ -13348,13 +13349,15 @@ static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int64_t O, int k, int64_
     int64_t     shape[4];
     float       spread = dpoi_default_spread(k * k * I);
     dpoi_param *p;
+    int         adapter;
     shape[0] = O; shape[1] = shape[2] = k; shape[3] = I;
     p = dpoi_param_at(r, "weight", form, shape, &w);
-    if (bias) *bias = dpoi_param_vector(r, "bias", O, 0, spread);
     if (!p) return NULL;
     if (r->declare) p->spread = spread;
-    if (p->adapter && r->adapters && r->net->strength != 0) {
-        const dpoi_adapter *a = &r->net->adapters.a[p->adapter - 1];
+    adapter = p->adapter;                 /* p itself ends here: noting the bias may move the array that it points into */
+    if (bias) *bias = dpoi_param_vector(r, "bias", O, 0, spread);
+    if (adapter && r->adapters && r->net->strength != 0) {
+        const dpoi_adapter *a = &r->net->adapters.a[adapter - 1];
         e->down = a->down;
         e->up = a->up;
         e->scale = a->scale * r->net->strength;
@@ -14177,8 +14180,8 @@ typedef struct dpoi_unet_config {
 
 /* ------------------------------------------------------------------------------------------ configuration */
 
-/* A field of config.json and the value that it must have, as a piece of JSON: another would be another network, which is
-   refused by the field's name and never computed wrongly.  NULL: it is read below, or changes nothing in the result. */
+/* A field of config.json and the value that it must have, as a piece of JSON: another would be another network, which
+   is refused by the field's name and never computed wrongly.  NULL: it is read below, or changes nothing. */
 typedef struct dpoi_field { const char *key, *value; } dpoi_field;
 
 /* upcast_attention changes nothing: scores are F32 anyway. */
@@ -14661,8 +14664,8 @@ static dpo_tensor *dpoi_unet_mid(dpoi_unet_pass *u, dpo_tensor *x, int own)
     return x;
 }
 
-/* A VAE's pictures grow on their way up, and what the smaller ones left idle does not hold the larger ones: it goes back
-   to the backend, but only where a new region is needed anyway.  The second picture of a size finds all in place. */
+/* A VAE's pictures grow on their way up, and what the smaller ones left idle does not hold the larger ones: it goes
+   back to the backend, but only where a new region is needed anyway.  A second picture finds all in place. */
 static void dpoi_unet_room(dpo_ctx *c, const dpo_tensor *x, int64_t times)
 {
     dpo_view v = dpoi_view(x);
@@ -14954,7 +14957,7 @@ typedef struct dpoi_tiles {
     dpo_ctx    *c;
     dpoi_vae_piece *piece;
     int64_t     size, step;               /* of what goes in: a piece, and from one to the next */
-    int64_t     fade, keep;               /* of what comes out: the rows or columns that fade, and those that are kept */
+    int64_t     fade, keep;               /* of what comes out: rows or columns that fade, those that are kept */
     int64_t     rows, columns;            /* of pieces */
     dpo_tensor **above;                   /* [columns] the last `fade` rows of the pieces above */
 } dpoi_tiles;
@@ -15046,7 +15049,8 @@ static dpo_tensor *dpoi_tiles_row(dpoi_tiles *t, dpo_tensor *x, int64_t i)
     return row;
 }
 
-/* Put a row of pieces [N,h,W',C] into the result y [N,H',W',C] from line `at` on, outside the tape.  The row ends here. */
+/* Put a row of pieces [N,h,W',C] into the result y [N,H',W',C] from line `at` on, outside the tape.  The row ends
+   here. */
 static int dpoi_tiles_put(const dpoi_tiles *t, dpo_tensor *y, dpo_tensor *row, int64_t at)
 {
     dpo_backend *b = t->c->backend;

@@ -88,8 +88,8 @@ static dpo_tensor *encode(dpo_ctx *c, dpo_model *m, dpo_tensor **pooled)
     return x;
 }
 
-/* One step of guided sampling at a size, and the picture. */
-static void step(dpo_ctx *c, dpo_model *m, int size, int dtype)
+/* One step of guided sampling at a size, and the picture: states in F32, as dpo_sample has them. */
+static void step(dpo_ctx *c, dpo_model *m, int size)
 {
     dpo_model_info   d = dpo_model_describe(m);
     dpo_sampler_desc s;
@@ -107,25 +107,27 @@ static void step(dpo_ctx *c, dpo_model *m, int size, int dtype)
     sampler = dpo_sampler_new(c, dpo_model_schedule(m), &s);
     if (!sampler) return;
     in.emb = encode(c, m, &pooled);
-    if (dtype != DPO_F32) in.emb = dpo_cast(c, dpo_last(in.emb), dtype);
     shape[0] = 1;
     x = dpo_tensor_from(c, DPO_I32, 1, shape, keys);
     shape[0] = shape[1] = size / d.factor; shape[2] = d.channels;
     x = dpo_affine(c, dpo_randn(c, 1, 1, 0, x, 3, shape), sampler->init_sigma, 0);
     y = dpo_sampler_input(sampler, 0, x);
     in.x = dpo_concat(c, y, y, 0);
-    if (dtype != DPO_F32) in.x = dpo_cast(c, dpo_last(in.x), dtype);
     t[0] = t[1] = sampler->t[0];
     ids[0] = 2; ids[1] = d.time_ids;
     in.t = dpo_tensor_from(c, DPO_F32, 1, ids, t);
     for (int i = 0; i < 12; i++) sizes[i] = (float)size;
     if (d.time_ids) in.time_ids = dpo_tensor_from(c, DPO_F32, 2, ids, sizes);
-    in.pooled = pooled && dtype != DPO_F32 ? dpo_cast(c, pooled, dtype) : pooled;
+    in.pooled = pooled;
     y = dpo_unet(dpo_model_unet(m), &in);
-    if (dtype != DPO_F32) y = dpo_cast(c, dpo_last(y), DPO_F32);
     y = dpo_binary(c, DPO_ADD, dpo_slice(c, y, 0, 0, 1), dpo_slice(c, y, 0, 1, 1));     /* the sum will do */
     x = dpo_sampler_step(sampler, 0, x, dpo_affine(c, y, 0.5f, 0), NULL);
-    if (x) { float first[1]; y = dpo_slice(c, dpo_reshape(c, x, 1, (shape[0] = dpo_count(x), shape)), 0, 0, 1); CHECK(y && dpo_read(y, first) && first[0] == first[0], "not a number"); }
+    if (x) {
+        float first;
+        shape[0] = dpo_count(x);
+        y = dpo_slice(c, dpo_reshape(c, x, 1, shape), 0, 0, 1);
+        CHECK(y && dpo_read(y, &first) && first == first, "the step gives no number: %s", dpo_error(c));
+    }
     snprintf(what, sizeof what, "text and one step (batch 2) at %dx%d", size, size);
     report(what, dpo_seconds() - start);
     start = dpo_seconds();
@@ -158,8 +160,8 @@ static void run(dpo_ctx *c, const char *path, int dtype)
     CHECK(m != NULL, "%s", dpo_error(c));
     if (!m) return;
     report("loaded", dpo_seconds() - start);
-    step(c, m, xl ? 512 : 256, dtype);
-    step(c, m, xl ? 1024 : 512, dtype);
+    step(c, m, xl ? 512 : 256);
+    step(c, m, xl ? 1024 : 512);
     CHECK(!dpo_error(c), "%s", dpo_error(c));
     printf("the context held %.2f GB at most\n", (double)dpo_memory_peak(c, 0) / 1073741824);
     if (dtype == DPO_BF16 && resident("VmHWM") > 0)

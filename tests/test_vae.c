@@ -475,7 +475,8 @@ static void test_tiles(void)
         dpo_model_vae_options(m, tile, 0);
         y = dpo_decode_latents(m, z);
         v = dpo_encode_images(m, x, NULL);
-        CHECK(difference(y, whole) < 1.2 && difference(y, whole) > 0, "tiles of %d decode %g off", tile, difference(y, whole));
+        CHECK(difference(y, whole) < 1.2 && difference(y, whole) > 0, "tiles of %d decode %g off", tile,
+              difference(y, whole));
         CHECK(difference(v, whole_z) < 1.2 && difference(v, whole_z) > 0, "tiles of %d encode %g off", tile,
               difference(v, whole_z));
         again = dpo_decode_latents(m, dpo_slice(c, z, 0, 1, 1));

@@ -257,7 +257,7 @@ def check_samplers():
                       "step": {"eta": eta}})
     run(DDIMScheduler, 8, 0.75, 0.5, sd, trail, dict(clip_sample=False)); run(DDIMScheduler, 3, 0, 0, cos, v, lin); run(DDIMScheduler, 6, 0, 1.0, zero, trail, sd)
     run(DDPMScheduler, 5, 0, 0, sd, v, trail, dict(variance_type="fixed_large")); run(DDPMScheduler, 7, 0.5, 0, sd, lin, dict(clip_sample=False))
-    run(Euler, 5, 0, 0, sd, v, lead, karras, least, dict(steps_offset=1)); run(Euler, 4, 0, 0, sd, zero, trail); run(Euler, 10, 0.6, 0, sd, karras)
+    run(Euler, 5, 0, 0, sd, v, lead, karras, least, dict(steps_offset=1)); run(Euler, 4, 0, 0, sd, zero, lead); run(Euler, 10, 0.6, 0, sd, karras)
     run(Euler, 4, 0, 0, sd, v, dict(timestep_type="continuous")); run(EulerA, 4, 0, 0, sd, zero, lead); run(EulerA, 10, 0.7, 0, sd, trail)
     run(DPM, 4, 0, 0, sd, lead, dict(steps_offset=3)); run(DPM, 5, 0, 0, sd, v, trail, least); run(DPM, 16, 0.4, 0, sd, lin, least, dict(solver_type="heun"))
     run(DPM, 4, 0, 0, sd, least, dict(lower_order_final=False)); run(DPM, 16, 0.4, 0, sd, least, dict(euler_at_final=True)); run(DPM, 4, 0, 0, sd, dict(solver_order=1))
