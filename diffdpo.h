@@ -46,7 +46,7 @@
        >>manual      the model of the world, errors, memory, threads, macros, numbers, how to add an op
        >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, train, backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
-                     tensor, tape, ops, backends, cpu, rows, kernels, products, attention, open,
+                     tensor, tape, ops, backends, cpu, rows, kernels, products, amx, convolution, attention, open,
                      nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, train
        >>end         license
 
