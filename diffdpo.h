@@ -20372,12 +20372,12 @@ static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *
     return ok;
 }
 
-/* Only pictures whose pixels are diffused, for now: latents need the VAE's encoder. */
+/* Only models whose pixels are diffused: a host encodes latents itself and calls dpo_diffusion_loss. */
 static int dpoi_needs_pixels(dpo_model *m, const char *what)
 {
     dpo_model_info info = dpo_model_describe(m);
     if (info.channels == 3 && info.factor == 1) return 1;
-    return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: this model diffuses latents, and their encoder is not there", what);
+    return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: this model diffuses latents; the trainer takes models of pixels", what);
 }
 
 /* A log-likelihood ratio in disguise: beta log p_th(x)/p_ref(x) up to a constant, bounded by the denoising errors
