@@ -7225,19 +7225,19 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 /* Whether there are tiles of BF16 and the system lets this process use them.  Bits of CPUID: leaf 7 EDX 22 AMX-BF16,
    24 AMX-TILE; its subleaf 1 EAX 5 AVX512-BF16.  Linux gives the tiles' 8 KiB of state a thread only to those who ask:
    arch_prctl (158 on x86-64) with ARCH_REQ_XCOMP_PERM and the state's number, 18. */
+#if defined(DPOI_SIMD_AMX)
 static int dpoi_isa_amx(void)
 {
-#ifdef DPOI_SIMD_AMX
     unsigned a, b, c, d, more;
     long status;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
     if (!__get_cpuid_count(7, 1, &more, &b, &c, &d) || !(more >> 5 & 1)) return 0;
     __asm__ __volatile__("syscall" : "=a"(status) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     return status == 0;
-#else
-    return 0;
-#endif
 }
+#elif defined(DPOI_SIMD_X86) && defined(__GNUC__)
+static int dpoi_isa_amx(void) { return 0; }
+#endif
 
 /* The best set that processor and system support: the system must save the wide registers too (XCR0).
    Bits of CPUID: leaf 1 ECX 12 FMA, 27 OSXSAVE, 29 F16C; leaf 7 EBX 5 AVX2, 16 AVX512F, 17 DQ, 30 BW,
