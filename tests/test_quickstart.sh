@@ -59,7 +59,7 @@ spoil() {
 }
 spoil 'no weights'      'diffusion_pytorch_model' unet/diffusion_pytorch_model.safetensors 'head -c 0'
 spoil 'short weights'   'diffusion_pytorch_model' unet/diffusion_pytorch_model.safetensors 'head -c 5000'
-spoil 'no captions'     '9 captions, 256 are'     captions.jsonl 'head -n 9'
+spoil 'no captions'     '9 captions, 528 are'     captions.jsonl 'head -n 9'
 spoil 'torn captions'   'captions.jsonl'          captions.jsonl 'head -c 999'
 spoil 'equal captions'  '1 captions, '            captions.jsonl "sed 's/<[0-9]*>/<1>/'"
 

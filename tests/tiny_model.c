@@ -1,7 +1,7 @@
 /* tiny_model.c - a pipeline of two small levels with random weights, and captions for it: for tests of programs.
 
    build   cc -O1 tests/tiny_model.c -o build/tiny_model -lm -lpthread
-   run     build/tiny_model DIR          makes DIR, in the layout of examples/emoji: 8x8 pixels, 16 tokens, 400 captions */
+   run     build/tiny_model DIR          makes DIR, in the layout of examples/emoji: 8x8 pixels, 16 tokens, 600 captions */
 #define DIFFDPO_IMPLEMENTATION
 #include "../diffdpo.h"
 #include <stdio.h>
@@ -68,7 +68,7 @@ static int put_captions(const char *folder)
 {
     FILE *f = create(folder, "captions.jsonl");
     if (!f) return 0;
-    for (int i = 0; i < 400; i++)
+    for (int i = 0; i < 600; i++)
         fprintf(f, "{\"caption\": \"thing <%d> & \\\"more\\\" \\u00e9\", \"split\": \"%s\"}\n", i, i % 10 ? "train" : "held");
     return fclose(f) == 0;
 }
