@@ -21645,11 +21645,11 @@ DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
 
 static uint64_t dpoi_rotate(uint64_t x, int r) { return x << r | x >> (64 - r); }
 
+/* Written out, compilers make it one load where the machine's order is this one. */
 static uint64_t dpoi_load64(const uint8_t *p)
 {
-    uint64_t x = 0;
-    for (int i = 7; i >= 0; i--) x = x << 8 | p[i];
-    return x;
+    return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
+           (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
 }
 
 static void dpoi_store64(uint8_t *p, uint64_t x) { for (int i = 0; i < 8; i++, x >>= 8) p[i] = (uint8_t)x; }
