@@ -12536,57 +12536,55 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
-   Forward where the numbers are BF16, or may be rounded: 32 queries of one head at a time go along the keys in blocks
-   of up to 256, s [32][256] and o [32][d] in F32, p rounded.  Keys and values are packed once for all queries of a
-   head: k [S/16][d/32][16 pairs of channels][16 keys][2] and v [S/32][d/16][16 pairs of keys][16 channels][2], zeros
-   where S or d end. */
+   Where the numbers are BF16, or may be rounded: 32 rows of one head at a time go along the other axis in blocks, with
+   scores in F32 [32][block] and results [32][d], p and ds rounded.  Forward's and dq's rows are queries and go along
+   keys; dk's and dv's are keys and go along queries:
+
+     forward   s = q k^T                 o  = sum p v
+     dq        s = q k^T   t = do v^T    dq = sum ds k             p = exp(scale s - lse), ds = scale p (t - delta)
+     dk, dv    s = k q^T   t = v do^T    dk = sum ds q   dv = sum p do                                           */
 
 /* Whether this call takes that way. */
 static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 {
-    return cpu->isa >= DPO_ISA_AMX && !a->backward &&
+    return cpu->isa >= DPO_ISA_AMX &&
            (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
 }
 
 #ifdef DPOI_SIMD_AMX
 
-enum { DPOI_AMX_KEYS = 256 };             /* keys a block: 32 KiB of scores */
+/* Keys a block: 32 KiB of scores; in backward half of it, for there are two kinds. */
+enum { DPOI_AMX_KEYS = 256, DPOI_AMX_BACK = 128 };
 
-typedef struct dpoi_amx_attention {
-    dpoi_attention g;
-    int     type[3], y_type;              /* of q, k, v and o: F32 or BF16 */
-    int64_t deep, wide, keys;             /* tiles of d as k of a product and as its columns; tiles of 32 keys */
-    int64_t blocks, jobs, units;          /* of 32 queries a head; of work */
-    uint16_t *k, *v;
-    float  *scratch;                      /* a job: q, s, p and o */
-} dpoi_amx_attention;
+/* x [N,length,D] of one tensor, packed by head and 32 rows for all units of the head, zeros where length or d end: as
+   what rows meet, scores [2][d/32][16 pairs of channels][16 rows][2], and as what scores gather, mix [d/16][16 pairs of
+   rows][16 channels][2].  Either may be NULL. */
+typedef struct dpoi_amx_side {
+    const dpoi_attention *g;
+    const float *x;
+    int     type;
+    int64_t length, deep, wide;           /* tiles of d as k of a product and as its columns */
+    uint16_t *scores, *mix;
+} dpoi_amx_side;
 
-/* Floats a job: q [deep][2][512] and p [8][2][512] of BF16, s [32][256], o [32][wide*16]. */
-static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+/* Packs of one head, and of all; numbers. */
+static int64_t dpoi_amx_side_tiles(const dpoi_amx_side *s) { return dpoi_pieces(s->length, 32); }
+static int64_t dpoi_amx_side_size(const dpoi_amx_side *s, int64_t tiles)
 {
-    return t->deep*DPOI_TILE_SIZE + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + 32*t->wide*16;
+    return s->g->N*s->g->heads*dpoi_amx_side_tiles(s)*tiles*DPOI_TILE_SIZE;
 }
 
-/* Splits work; returns its floats. */
-static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_attention *t)
+/* Takes its room from *work, which stays NULL when sizes are asked for; returns its floats. */
+static int64_t dpoi_amx_side_of(dpoi_amx_side *s, const dpoi_attention *g, const float *x, int type, int64_t length,
+                                int scores, int mix, float *work)
 {
-    dpoi_attention *g = &t->g;
-    int64_t heads, worth, k, v;
-    *g = dpoi_attention_of(cpu, a);
-    heads = g->N*g->heads;
-    for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
-    t->y_type = a->out.dtype;
-    t->deep = dpoi_pieces(g->d, 32);  t->wide = dpoi_pieces(g->d, 16);  t->keys = dpoi_pieces(g->S, 32);
-    t->blocks = dpoi_pieces(g->T, 32);
-    t->units = heads*t->blocks;
-    worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
-    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
-    k = heads*t->keys*2*t->deep*DPOI_TILE_SIZE/2;
-    v = heads*t->keys*t->wide*DPOI_TILE_SIZE/2;
-    t->k = (uint16_t *)(void *)g->work;
-    t->v = g->work ? (uint16_t *)(void *)(g->work + k) : NULL;
-    t->scratch = g->work ? g->work + k + v : NULL;
-    return k + v + t->jobs*dpoi_amx_attention_scratch(t);
+    int64_t at = 0;
+    s->g = g;  s->x = x;  s->type = type;  s->length = length;
+    s->deep = dpoi_pieces(g->d, 32);  s->wide = dpoi_pieces(g->d, 16);
+    s->scores = s->mix = NULL;
+    if (scores) { s->scores = (uint16_t *)(void *)work;  at = dpoi_amx_side_size(s, 2*s->deep)/2; }
+    if (mix)    { s->mix = work ? (uint16_t *)(void *)(work + at) : NULL;  at += dpoi_amx_side_size(s, s->wide)/2; }
+    return at;
 }
 
 /* y[c][r] = x[r][c] of 16 by 16. */
@@ -12595,112 +12593,91 @@ DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
     for (int k = 0; k < 4; k++) dpoi_transpose_avx2(x + k/2*128 + k % 2*8, 16, y + k % 2*128 + k/2*8, 16);
 }
 
-/* 32 keys of one head. */
-DPOI_AMX static void dpoi_amx_attention_pack_task(void *arg, int64_t task)
+/* 32 rows from `row` on of one head that starts at x[at]. */
+DPOI_AMX static void dpoi_amx_side_scores(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
 {
-    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
-    const dpoi_attention *g = &t->g;
-    int64_t head = task/t->keys, key = task % t->keys*32, at = head/g->heads*g->S*g->D + head % g->heads*g->d;
-    uint16_t *k = t->k + task*2*t->deep*DPOI_TILE_SIZE, *v = t->v + task*t->wide*DPOI_TILE_SIZE;
     float words[256] DPOI_ALIGNED;
     for (int64_t half = 0; half < 2; half++)
-        for (int64_t c = 0; c < t->deep; c++, k += DPOI_TILE_SIZE) {
+        for (int64_t c = 0; c < s->deep; c++, to += DPOI_TILE_SIZE) {
             for (int64_t i = 0; i < 16; i++) {
-                int64_t j = key + half*16 + i;
-                const float *x = dpoi_amx_at(g->k, t->type[1], at + j*g->D + c*32);
+                int64_t j = row + half*16 + i;
                 __m512i line = _mm512_setzero_si512();
-                if (j < g->S) line = dpoi_amx_line(x, t->type[1], g->d - c*32);
+                if (j < s->length) line = dpoi_amx_line(dpoi_amx_at(s->x, s->type, at + j*s->g->D + c*32), s->type,
+                                                        s->g->d - c*32);
                 _mm512_store_si512(words + i*16, line);
             }
-            dpoi_amx_turn(words, (float *)(void *)k);
-        }
-    for (int64_t c = 0; c < t->wide; c++)
-        for (int64_t i = 0; i < 16; i++, v += 32) {
-            int64_t j = key + 2*i, from = at + j*g->D + c*16;
-            const float *x = j < g->S ? dpoi_amx_at(g->v, t->type[2], from) : NULL;
-            const float *y = j + 1 < g->S ? dpoi_amx_at(g->v, t->type[2], from + g->D) : NULL;
-            _mm512_storeu_si512(v, dpoi_amx_pair(x, y, t->type[2], g->d - c*16));
+            dpoi_amx_turn(words, (float *)(void *)to);
         }
 }
 
-/* What one unit works with. */
-typedef struct dpoi_amx_unit {
-    int64_t head, first, rows;            /* queries first..first+rows-1 */
-    uint16_t *q, *p;
-    float  *s, *o;
-    float   most[32], sum[32];
-} dpoi_amx_unit;
+DPOI_AMX static void dpoi_amx_side_mix(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
+{
+    int64_t D = s->g->D;
+    for (int64_t c = 0; c < s->wide; c++)
+        for (int64_t i = 0; i < 16; i++, to += 32) {
+            int64_t j = row + 2*i, from = at + j*D + c*16;
+            const float *x = j < s->length ? dpoi_amx_at(s->x, s->type, from) : NULL;
+            const float *y = j + 1 < s->length ? dpoi_amx_at(s->x, s->type, from + D) : NULL;
+            _mm512_storeu_si512(to, dpoi_amx_pair(x, y, s->type, s->g->d - c*16));
+        }
+}
 
-/* s [32][256] = q k^T for tiles from..to-1 of 32 keys. */
-DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
+DPOI_AMX static void dpoi_amx_side_task(void *arg, int64_t task)
+{
+    const dpoi_amx_side *s = (const dpoi_amx_side *)arg;
+    int64_t tiles = dpoi_amx_side_tiles(s), head = task/tiles, row = task % tiles*32;
+    int64_t at = head/s->g->heads*s->length*s->g->D + head % s->g->heads*s->g->d;
+    if (s->scores) dpoi_amx_side_scores(s, at, row, s->scores + task*2*s->deep*DPOI_TILE_SIZE);
+    if (s->mix)    dpoi_amx_side_mix(s, at, row, s->mix + task*s->wide*DPOI_TILE_SIZE);
+}
+
+static void dpoi_amx_side_run(dpoi_amx_side *s)
+{
+    dpoi_parallel(s->g->cpu, s->g->N*s->g->heads*dpoi_amx_side_tiles(s), dpoi_amx_side_task, s);
+}
+
+/* 32 rows of a head that stand still: first..first+rows-1 of x, into a [d/32][2][16][32], zeros after them. */
+DPOI_AMX static void dpoi_amx_rows(const dpoi_amx_side *s, int64_t head, int64_t first, int64_t rows, uint16_t *a)
+{
+    int64_t at = (head/s->g->heads*s->length + first)*s->g->D + head % s->g->heads*s->g->d;
+    for (int64_t i = 0; i < 32; i++)
+        if (i < rows) dpoi_amx_put(a + i*32, 0, dpoi_amx_at(s->x, s->type, at + i*s->g->D), s->type, s->g->d);
+        else          dpoi_amx_put(a + i*32, 0, NULL, DPO_F32, s->deep*32);
+}
+
+/* s [32][row] = a b^T for packs from..to-1 of one head of b; `two`: rows 16 to 31 are wanted. */
+DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *a,
+                                     int two, float *s, int64_t row)
 {
     dpoi_amx_strip r;
-    float *s = u->s;
-    r.steps = t->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
-    r.a[0] = u->q;
-    r.a[1] = u->rows > 16 ? u->q + DPOI_TILE_SIZE : NULL;
+    r.steps = b->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    r.a[0] = a;
+    r.a[1] = two ? a + DPOI_TILE_SIZE : NULL;
     for (; from < to; from++, s += 32) {
-        r.b[0] = t->k + (u->head*t->keys + from)*2*t->deep*DPOI_TILE_SIZE;
-        r.b[1] = r.b[0] + t->deep*DPOI_TILE_SIZE;
+        r.b[0] = b->scores + (head*dpoi_amx_side_tiles(b) + from)*2*b->deep*DPOI_TILE_SIZE;
+        r.b[1] = r.b[0] + b->deep*DPOI_TILE_SIZE;
         dpoi_amx_zero();
         dpoi_amx_run(&r);
-        _tile_stored(0, s, DPOI_AMX_KEYS*4);
-        _tile_stored(1, s + 16, DPOI_AMX_KEYS*4);
-        _tile_stored(2, s + 16*DPOI_AMX_KEYS, DPOI_AMX_KEYS*4);
-        _tile_stored(3, s + 16*DPOI_AMX_KEYS + 16, DPOI_AMX_KEYS*4);
+        _tile_stored(0, s, row*4);
+        _tile_stored(1, s + 16, row*4);
+        _tile_stored(2, s + 16*row, row*4);
+        _tile_stored(3, s + 16*row + 16, row*4);
     }
 }
 
-/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
-   most, sum and o move to the new maximum as in dpoi_scores_forward_avx512. */
-DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+/* o [32][wide*16] += p b for packs from..to-1 of one head of b; p [to-from][2][16][32]. */
+DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *p,
+                                     int two, float *o)
 {
-    const float *s = u->s + i*DPOI_AMX_KEYS;
-    uint16_t *p = u->p + i*32;
-    __m512 scale = _mm512_set1_ps(t->g.scale), low = _mm512_set1_ps(-INFINITY), high = low, sum = _mm512_setzero_ps();
-    float most = u->most[i], shrink;
-    for (int64_t j = 0; j < seen; j += 16) {
-        __mmask16 k = seen - j >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (seen - j)) - 1);
-        high = _mm512_max_ps(high, _mm512_mask_loadu_ps(low, k, s + j));
-    }
-    if (seen > 0) {                       /* scale is positive */
-        float largest = _mm512_reduce_max_ps(high)*t->g.scale;
-        if (!(largest <= most)) most = largest;
-    }
-    high = _mm512_set1_ps(most);
-    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
-        int64_t left = seen - j;
-        __mmask32 k = left >= 32 ? 0xffffffffu : left <= 0 ? 0 : (__mmask32)((1u << left) - 1);
-        __m512 f = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, high));
-        __m512 h = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, high));
-        f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
-        h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
-        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
-        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
-    }
-    shrink = _mm512_cvtss_f32(dpoi_exp_score_avx512(_mm512_set1_ps(u->most[i] - most)));
-    if (!(u->most[i] > -INFINITY)) shrink = 0;
-    u->sum[i] = u->sum[i]*shrink + _mm512_reduce_add_ps(sum);
-    if (most != u->most[i])
-        for (int64_t c = 0; c < t->wide*16; c += 16) {
-            float *o = u->o + i*t->wide*16 + c;
-            _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
-        }
-    u->most[i] = most;
-}
-
-/* o += p v for tiles from..to-1 of 32 keys. */
-DPOI_AMX static void dpoi_amx_mix(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
-{
-    int64_t row = t->wide*16*4, half = t->wide*16*16;
+    int64_t row = b->wide*16*4, half = b->wide*16*16;
     dpoi_amx_strip r;
-    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = t->wide*DPOI_TILE_SIZE;  r.b_row = 64;
-    r.a[0] = u->p;
-    r.a[1] = u->rows > 16 ? u->p + DPOI_TILE_SIZE : NULL;
-    for (int64_t c = 0; c < t->wide; c += 2) {
-        float *o = u->o + c*16, *last = c + 1 < t->wide ? o + 16 : o;      /* a lone tile: loaded twice */
-        r.b[0] = t->v + ((u->head*t->keys + from)*t->wide + c)*DPOI_TILE_SIZE;
-        r.b[1] = c + 1 < t->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
+    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = b->wide*DPOI_TILE_SIZE;  r.b_row = 64;
+    r.a[0] = p;
+    r.a[1] = two ? p + DPOI_TILE_SIZE : NULL;
+    for (int64_t c = 0; c < b->wide; c += 2, o += 32) {
+        float *last = c + 1 < b->wide ? o + 16 : o;                         /* a lone tile: loaded twice */
+        r.b[0] = b->mix + ((head*dpoi_amx_side_tiles(b) + from)*b->wide + c)*DPOI_TILE_SIZE;
+        r.b[1] = c + 1 < b->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
         _tile_loadd(0, o, row);         _tile_loadd(1, last, row);
         _tile_loadd(2, o + half, row);  _tile_loadd(3, last + half, row);
         dpoi_amx_run(&r);
@@ -12712,57 +12689,307 @@ DPOI_AMX static void dpoi_amx_mix(const dpoi_amx_attention *t, const dpoi_amx_un
     }
 }
 
-/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
-DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by the polynomial of degree 4 that has the least relative error there,
+   2.6e-6, which is a thousandth of what rounding to BF16 takes. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_exp2(__m512 x)
+{
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), e = _mm512_set1_ps(0.0095701f);
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.05591786f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.24024745f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.69312181f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.99999926f));
+    return _mm512_scalef_ps(e, n);
+}
+
+/* Those of 32 columns from `from` on that lie in low..high-1. */
+static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
+{
+    int64_t a = dpoi_most(0, dpoi_least(32, low - from)), b = dpoi_most(a, dpoi_least(32, high - from));
+    return (uint32_t)((((uint64_t)1 << b) - 1) & ~(((uint64_t)1 << a) - 1));
+}
+
+#define DPOI_LOG2E 1.44269504f
+
+/* A job's share of work: rows first..first+rows-1 of one head, a and a2 [d/32][2][16][32], scores s and t, p and ds
+   [block/32][2][16][32], results o and o2 [32][wide*16]. */
+typedef struct dpoi_amx_unit {
+    int64_t head, first, rows;
+    uint16_t *a, *a2, *p, *ds;
+    float  *s, *t, *o, *o2;
+    float   most[32], sum[32];
+} dpoi_amx_unit;
+
+/* sides: q, k, v, do.  In forward scratch has the first of each pair above alone. */
+typedef struct dpoi_amx_attention {
+    dpoi_attention g;
+    dpoi_amx_side side[4];
+    int     type[4], y_type;              /* of q, k, v and o, and of do: F32 or BF16 */
+    int     by_key;                       /* backward: rows are keys */
+    int64_t blocks, jobs, units;          /* of 32 rows a head; of work */
+    float  *scratch;
+} dpoi_amx_attention;
+
+/* Floats a job: as dpoi_amx_unit says, [32][256] scores or two [32][128]. */
+static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+{
+    const dpoi_amx_side *s = t->side;
+    return 2*s->deep*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 2*32*s->wide*16;
+}
+
+static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job)
+{
+    const dpoi_amx_side *s = t->side;
+    dpoi_amx_unit u;
+    memset(&u, 0, sizeof u);
+    u.s  = t->scratch + job*dpoi_amx_attention_scratch(t);
+    u.t  = u.s + 32*DPOI_AMX_BACK;
+    u.o  = u.s + 32*DPOI_AMX_KEYS;
+    u.o2 = u.o + 32*s->wide*16;
+    u.p  = (uint16_t *)(void *)(u.o2 + 32*s->wide*16);
+    u.ds = u.p + DPOI_AMX_BACK/32*2*DPOI_TILE_SIZE;
+    u.a  = u.p + DPOI_AMX_KEYS/32*2*DPOI_TILE_SIZE;
+    u.a2 = u.a + s->deep*2*DPOI_TILE_SIZE;
+    return u;
+}
+
+/* Deals the rows of `length` out to jobs. */
+static void dpoi_amx_attention_split(dpoi_amx_attention *t, int64_t length)
 {
     const dpoi_attention *g = &t->g;
-    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->wide*16;
-    int64_t keys = dpoi_pieces(g->causal ? u->first + u->rows : g->S, 32);
-    memset(u->o, 0, (size_t)(32*size)*sizeof(float));
-    for (int64_t i = 0; i < 32; i++) {
-        u->most[i] = -INFINITY;  u->sum[i] = 0;
-        if (i < u->rows) dpoi_amx_put(u->q + i*32, 0, dpoi_amx_at(g->q, t->type[0], at + i*g->D), t->type[0], g->d);
-        else             dpoi_amx_put(u->q + i*32, 0, NULL, DPO_F32, t->deep*32);
+    int64_t worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
+    t->blocks = dpoi_pieces(length, 32);
+    t->units = g->N*g->heads*t->blocks;
+    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
+}
+
+/* Lays out work, which is NULL when its size is asked for; returns its floats. */
+static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_attention *t)
+{
+    dpoi_attention *g = &t->g;
+    const float *x[4];
+    float *work;
+    int64_t at = 0;
+    int back = a->backward;
+    *g = dpoi_attention_of(cpu, a);
+    for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
+    t->type[3] = a->dout.dtype;
+    t->y_type = a->out.dtype;
+    x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
+    work = g->work;
+    g->delta = work;
+    if (back) at = dpoi_pieces(g->N*g->heads*g->T, 16)*16;
+    for (int i = 0; i < 4; i++)
+        at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], i == 1 || i == 2 ? g->S : g->T, back || i == 1,
+                               back ? i != 2 : i == 2, work ? work + at : NULL);
+    t->scratch = work ? work + at : NULL;
+    dpoi_amx_attention_split(t, back && g->S > g->T ? g->S : g->T);
+    return at + t->jobs*dpoi_amx_attention_scratch(t);
+}
+
+/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
+   most, sum and o move to the new maximum as in dpoi_scores_forward_avx512. */
+DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+{
+    const float *s = u->s + i*DPOI_AMX_KEYS;
+    uint16_t *p = u->p + i*32;
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), low = _mm512_set1_ps(-INFINITY), high = low;
+    __m512 sum = _mm512_setzero_ps();
+    float most = u->most[i], shrink;
+    int64_t size = t->side->wide*16;
+    for (int64_t j = 0; j < seen; j += 16)
+        high = _mm512_max_ps(high, _mm512_mask_loadu_ps(low, (__mmask16)dpoi_amx_seen(j, 0, seen), s + j));
+    if (seen > 0) {                       /* scale is positive */
+        float largest = _mm512_reduce_max_ps(high)*t->g.scale;
+        if (!(largest <= most)) most = largest;
     }
-    DPOI_AMX_READY();
-    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
-        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32);
-        dpoi_amx_scores(t, u, from, to);
-        for (int i = 0; i < (u->rows > 16 ? 32 : 16); i++) {
-            int64_t wide = (to - from)*32, seen = g->causal ? u->first + i + 1 : g->S;
-            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
-            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+    high = _mm512_set1_ps(most*DPOI_LOG2E);
+    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
+        uint32_t k = dpoi_amx_seen(j, 0, seen);
+        __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, high));
+        __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, high));
+        f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
+        h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
+        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
+    }
+    shrink = u->most[i] > -INFINITY ? expf(u->most[i] - most) : 0;
+    u->sum[i] = u->sum[i]*shrink + _mm512_reduce_add_ps(sum);
+    if (most != u->most[i])
+        for (int64_t c = 0; c < size; c += 16) {
+            float *o = u->o + i*size + c;
+            _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
         }
-        DPOI_AMX_READY();
-        dpoi_amx_mix(t, u, from, to);
-    }
+    u->most[i] = most;
+}
+
+/* o divided by the sums, and lse. */
+DPOI_AMX static void dpoi_amx_attention_end(const dpoi_amx_attention *t, const dpoi_amx_unit *u)
+{
+    const dpoi_attention *g = &t->g;
+    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->side->wide*16;
     for (int64_t i = 0; i < u->rows; i++) {
         __m512 share = _mm512_set1_ps(1/u->sum[i]);
         if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i] + logf(u->sum[i]);
         for (int64_t c = 0; c < g->d; c += 16) {
-            __mmask16 k = g->d - c >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (g->d - c)) - 1);
             __m512 f = _mm512_mul_ps(_mm512_loadu_ps(u->o + i*size + c), share);
-            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, k, 0, f, f);
+            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, (__mmask16)dpoi_amx_seen(c, 0, g->d), 0, f, f);
         }
     }
 }
 
-/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
-DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
+/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
+DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
 {
-    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
-    dpoi_amx_unit u;
-    u.s = t->scratch + job*dpoi_amx_attention_scratch(t);
-    u.o = u.s + 32*DPOI_AMX_KEYS;
-    u.q = (uint16_t *)(void *)(u.o + 32*t->wide*16);
-    u.p = u.q + t->deep*2*DPOI_TILE_SIZE;
+    const dpoi_attention *g = &t->g;
+    int64_t keys = dpoi_pieces(g->causal ? dpoi_least(u->first + u->rows, g->S) : g->S, 32);
+    int two = u->rows > 16;
+    memset(u->o, 0, (size_t)(32*t->side->wide*16)*sizeof(float));
+    for (int64_t i = 0; i < 32; i++) { u->most[i] = -INFINITY;  u->sum[i] = 0; }
+    dpoi_amx_rows(&t->side[0], u->head, u->first, u->rows, u->a);
+    DPOI_AMX_READY();
+    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
+        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32), wide = (to - from)*32;
+        dpoi_amx_scores(&t->side[1], u->head, from, to, u->a, two, u->s, DPOI_AMX_KEYS);
+        for (int i = 0; i < (two ? 32 : 16); i++) {
+            int64_t seen = g->causal ? u->first + i + 1 : g->S;
+            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
+            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+        }
+        DPOI_AMX_READY();
+        dpoi_amx_gather(&t->side[2], u->head, from, to, u->p, two, u->o);
+    }
+    dpoi_amx_attention_end(t, u);
+}
+
+/* Row i of p and ds in tiles from columns from.. of the other axis, `wide` of them; low..high-1 are seen. */
+DPOI_AMX static void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int i, int64_t from,
+                                     int64_t low, int64_t high, int64_t wide)
+{
+    const float *s = u->s + i*DPOI_AMX_BACK, *r = u->t + i*DPOI_AMX_BACK;
+    const float *lse = t->g.lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
+    uint16_t *p = u->p + i*32, *ds = u->ds + i*32;
+    __m512 scale = _mm512_set1_ps(t->g.scale), scale2 = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e, d, f[2], h[2];
+    int64_t row = dpoi_least(u->first + i, t->g.T - 1);                     /* a row that is none sees nothing */
+    e = _mm512_set1_ps(lse[row]*DPOI_LOG2E);
+    d = _mm512_set1_ps(delta[row]);
+    for (int64_t j = 0; j < wide; j += 32, p += 2*DPOI_TILE_SIZE, ds += 2*DPOI_TILE_SIZE) {
+        uint32_t seen = dpoi_amx_seen(j, low, high);
+        for (int o = 0; o < 2; o++) {
+            __mmask16 k = (__mmask16)(seen >> 16*o);
+            int64_t at = j + 16*o;
+            if (t->by_key) {
+                e = _mm512_mul_ps(_mm512_maskz_loadu_ps(k, lse + from + at), _mm512_set1_ps(DPOI_LOG2E));
+                d = _mm512_maskz_loadu_ps(k, delta + from + at);
+            }
+            f[o] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale2, e));
+            f[o] = _mm512_maskz_mov_ps(k, f[o]);
+            h[o] = _mm512_maskz_mul_ps(k, _mm512_mul_ps(f[o], scale), _mm512_sub_ps(_mm512_loadu_ps(r + at), d));
+        }
+        if (t->by_key) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
+        _mm512_storeu_si512(ds, (__m512i)_mm512_cvtne2ps_pbh(h[1], h[0]));
+    }
+}
+
+/* The unit's rows of a gradient [N,length,D] = o, or += . */
+DPOI_AMX static void dpoi_amx_unit_store(const dpoi_attention *g, const dpoi_amx_unit *u, int64_t length, const float *o,
+                                         float *y, int add)
+{
+    int64_t size = dpoi_pieces(g->d, 16)*16;
+    if (!y) return;
+    y += (u->head/g->heads*length + u->first)*g->D + u->head % g->heads*g->d;
+    for (int64_t i = 0; i < u->rows; i++, y += g->D)
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
+            __m512 f = _mm512_loadu_ps(o + i*size + c);
+            if (add) f = _mm512_add_ps(f, _mm512_maskz_loadu_ps(k, y + c));
+            _mm512_mask_storeu_ps(y + c, k, f);
+        }
+}
+
+/* Rows first.. of one head, led along the other axis' `along` rows, which are sides b (meets a) and b2 (meets a2). */
+DPOI_AMX static void dpoi_amx_back_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+{
+    const dpoi_attention *g = &t->g;
+    const dpoi_amx_side *a = &t->side[t->by_key ? 1 : 0], *a2 = &t->side[t->by_key ? 2 : 3];
+    const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
+    int64_t end = g->causal && !t->by_key ? dpoi_least(u->first + u->rows, b->length) : b->length;
+    int64_t from = g->causal && t->by_key ? u->first/32 : 0, tiles = dpoi_pieces(end, 32);
+    int two = u->rows > 16;
+    memset(u->o, 0, (size_t)(2*32*a->wide*16)*sizeof(float));
+    dpoi_amx_rows(a, u->head, u->first, u->rows, u->a);
+    dpoi_amx_rows(a2, u->head, u->first, u->rows, u->a2);
+    DPOI_AMX_READY();
+    for (; from < tiles; from += DPOI_AMX_BACK/32) {
+        int64_t to = dpoi_least(tiles, from + DPOI_AMX_BACK/32), wide = (to - from)*32;
+        dpoi_amx_scores(b, u->head, from, to, u->a, two, u->s, DPOI_AMX_BACK);
+        dpoi_amx_scores(b2, u->head, from, to, u->a2, two, u->t, DPOI_AMX_BACK);
+        for (int i = 0; i < (two ? 32 : 16); i++) {
+            int64_t low = 0, high = i < u->rows ? b->length - from*32 : 0;
+            if (g->causal && t->by_key) low = u->first + i - from*32;
+            if (g->causal && !t->by_key) high = dpoi_least(high, u->first + i + 1 - from*32);
+            dpoi_amx_slopes(t, u, i, from*32, low, high, wide);
+        }
+        DPOI_AMX_READY();
+        if (!t->by_key || g->dk) dpoi_amx_gather(b, u->head, from, to, u->ds, two, u->o);
+        if (t->by_key && g->dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, two, u->o2);
+    }
+    dpoi_amx_unit_store(g, u, a->length, u->o, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
+    if (t->by_key) dpoi_amx_unit_store(g, u, a->length, u->o2, g->dv, (int)(g->add >> 2 & 1));
+}
+
+/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
+DPOI_AMX static void dpoi_amx_attention_jobs(const dpoi_amx_attention *t, int64_t job, int back)
+{
+    dpoi_amx_unit u = dpoi_amx_unit_of(t, job);
+    int64_t length = t->by_key ? t->g.S : t->g.T;
     dpoi_amx_begin();
     for (int64_t i = t->units*job/t->jobs; i < t->units*(job + 1)/t->jobs; i++) {
         u.head = i/t->blocks;  u.first = i % t->blocks*32;
-        u.rows = dpoi_least(32, t->g.T - u.first);
-        dpoi_amx_attention_unit(t, &u);
+        u.rows = dpoi_least(32, length - u.first);
+        if (back) dpoi_amx_back_unit(t, &u);
+        else      dpoi_amx_attention_unit(t, &u);
     }
     dpoi_amx_end();
+}
+
+static void dpoi_amx_attention_task(void *arg, int64_t job)
+{
+    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 0);
+}
+static void dpoi_amx_back_task(void *arg, int64_t job)
+{
+    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 1);
+}
+
+/* dpoi_attention_delta_task with o and do as they lie, a query's sums in one order. */
+DPOI_AMX static void dpoi_amx_delta_task(void *arg, int64_t head)
+{
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    const dpoi_attention *g = &t->g;
+    int64_t at = head/g->heads*g->T*g->D + head % g->heads*g->d;
+    for (int64_t i = 0; i < g->T; i++, at += g->D) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
+            sum = _mm512_fmadd_ps(dpoi_amx_load(g->dout, t->type[3], at + c, k),
+                                  dpoi_amx_load(g->o, t->y_type, at + c, k), sum);
+        }
+        g->delta[head*g->T + i] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+/* Scores are made twice, as in F32. */
+static void dpoi_amx_attention_backward(dpoi_amx_attention *t)
+{
+    const dpoi_attention *g = &t->g;
+    for (int i = 0; i < 4; i++) dpoi_amx_side_run(&t->side[i]);
+    dpoi_parallel(g->cpu, g->N*g->heads, dpoi_amx_delta_task, t);
+    t->by_key = 0;
+    dpoi_amx_attention_split(t, g->T);
+    if (g->dq) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
+    t->by_key = 1;
+    dpoi_amx_attention_split(t, g->S);
+    if (g->dk || g->dv) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
 }
 #endif /* DPOI_SIMD_AMX */
 
@@ -12774,7 +13001,11 @@ static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *
     dpoi_attention g = dpoi_attention_of(NULL, a);
 #ifdef DPOI_SIMD_AMX
     dpoi_amx_attention t;
-    if (dpoi_attention_rounds(cpu, a)) return (size_t)dpoi_amx_attention_of(NULL, a, &t)*sizeof(float);
+    if (dpoi_attention_rounds(cpu, a)) {
+        dpo_args sizes = *a;
+        sizes.work = NULL;
+        return (size_t)dpoi_amx_attention_of(NULL, &sizes, &t)*sizeof(float);
+    }
 #endif
     if (cpu->isa != DPO_ISA_PLAIN) return (size_t)dpoi_attention_layout(&g, a->backward)*sizeof(float);
     return (size_t)(g.N*g.heads*DPOI_PLAIN_PARTS*2*(g.T > g.S ? g.T : g.S))*sizeof(double);
@@ -12787,7 +13018,9 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_amx_attention t;
     if (dpoi_attention_rounds(cpu, a)) {
         dpoi_amx_attention_of(cpu, a, &t);
-        dpoi_parallel(cpu, g.N*g.heads*t.keys, dpoi_amx_attention_pack_task, &t);
+        t.by_key = 0;
+        dpoi_amx_side_run(&t.side[1]);
+        dpoi_amx_side_run(&t.side[2]);
         dpoi_parallel(cpu, t.jobs, dpoi_amx_attention_task, &t);
         return DPO_OK;
     }
@@ -12807,6 +13040,14 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);
     int64_t heads = g.N*g.heads;
+#ifdef DPOI_SIMD_AMX
+    dpoi_amx_attention t;
+    if (dpoi_attention_rounds(cpu, a)) {
+        dpoi_amx_attention_of(cpu, a, &t);
+        dpoi_amx_attention_backward(&t);
+        return DPO_OK;
+    }
+#endif
     if (cpu->isa == DPO_ISA_PLAIN) {
         if (g.dq) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dq_task, &g);
         if (g.dk || g.dv) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dkv_task, &g);
