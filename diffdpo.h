@@ -17509,7 +17509,7 @@ static int dpoi_adapter_fold(dpo_net *n, const dpoi_adapter *a)
     dpo_tensor *w = n->params[a->param].t;
     int64_t     O = w->shape[0], K = dpo_count(w) / O, r = a->down->shape[0];
     size_t      bytes = (size_t)(O*K + O*r + r*K) * sizeof(float);
-    float      *x = (float *)dpoi_calloc(n->c, bytes, 1), *up = x + O*K, *down = up + O*r;
+    float      *x = (float *)dpoi_calloc(n->c, bytes, 1), *up = x ? x + O*K : NULL, *down = x ? up + O*r : NULL;
     int         ok = x && dpo_read(w, x) && dpo_read(a->up, up) && dpo_read(a->down, down);
     for (int64_t o = 0; o < O && ok; o++)
         dpoi_adapter_row_add(x + o*K, up + o*r, down, r, K, a->scale * n->strength);
