@@ -217,7 +217,7 @@ DPO_DEF double   dpo_seconds(void);                        /* a clock that only 
 struct dpo_tensor {
     int         rank, dtype;
     int64_t     shape[DPO_MAX_RANK];      /* axes beyond rank are 1 */
-    int         panel;                    /* 0, or weights of a product stored as panels (see dpo_view) */
+    int         panel, pairs;             /* 0, or weights of a product stored as panels (see dpo_view) */
     int         needs_grad;
     void       *data;
     dpo_tensor *grad;                     /* same shape and layout, F32; NULL until backward reached it */
@@ -985,12 +985,13 @@ DPO_DEF int dpo_train_average(dpo_trainer *t);
 
 /* What a kernel sees of a tensor.  panel == 0: dense, outermost axis first.  panel == P: weights [O,kh,kw,I] of a
    product, stored as [ceil(O/P)][kh*kw*I][P], that is P output channels side by side for each k = (ky*kw + kx)*I + i,
-   zeros where O ends: the order in which a product reads them, and the only copy there is. */
+   zeros where O ends: the order in which a product reads them, and the only copy there is.  With pairs, each two lines
+   of k are woven, [ceil(O/P)][K/2][P][2]. */
 typedef struct dpo_view {
     void   *data;                         /* NULL: this input was left out, or this result is not wanted */
     int     dtype, rank;
     int64_t shape[DPO_MAX_RANK];          /* axes beyond rank are 1 */
-    int     panel;
+    int     panel, pairs;
 } dpo_view;
 
 /* name, inputs, inputs that get a gradient (bits), what backward reads (bits: inputs, DPOI_OUT, DPOI_STAT).
@@ -1080,6 +1081,7 @@ struct dpo_backend {
     const char *name;
     void       *self;
     int         panel;                    /* P of dpo_view for weights of products; 0: dense */
+    int         pairs;                    /* 1: those of BF16 lie in pairs where their K is even */
     void       *(*alloc)  (void *self, size_t bytes);                    /* NULL: no memory; 64-byte aligned */
     void        (*release)(void *self, void *data, size_t bytes);
     int         (*copy)   (void *self, void *to, const void *from, size_t bytes, int direction);
@@ -5416,6 +5418,12 @@ static size_t dpoi_view_bytes(const dpo_view *v)
     return (size_t)(n * v->shape[1] * v->shape[2] * v->shape[3]) * dpoi_dtype_size(v->dtype);
 }
 
+/* Whether weights of K numbers an output lie in pairs there. */
+static int dpoi_paired(const dpo_backend *b, int panel, int dtype, int64_t K)
+{
+    return panel && b->pairs && dtype == DPO_BF16 && K % 2 == 0;
+}
+
 /* What a kernel sees of x; all zeros for NULL. */
 static dpo_view dpoi_view(const dpo_tensor *x)
 {
@@ -5426,6 +5434,7 @@ static dpo_view dpoi_view(const dpo_tensor *x)
     v.dtype = x->dtype;
     v.rank = x->rank;
     v.panel = x->panel;
+    v.pairs = x->pairs;
     memcpy(v.shape, x->shape, sizeof v.shape);
     return v;
 }
@@ -5470,6 +5479,7 @@ static int dpoi_set_shape(dpo_ctx *c, dpo_tensor *t, int dtype, int rank, const 
     t->rank = rank;
     t->dtype = dtype;
     t->panel = panel;
+    t->pairs = dpoi_paired(c->backend, panel, dtype, t->shape[1]*t->shape[2]*t->shape[3]);
     return 1;
 }
 
@@ -5672,7 +5682,7 @@ static void dpoi_move(void *to, const void *from, size_t size, const dpoi_axes *
 }
 
 /* n rows of K elements to the panels that hold them (up), or from there.  Columns behind the last row are left as they
-   are: the caller's zeros. */
+   are: the caller's zeros.  Pairs of two bytes each move as elements of four, of which there are half as many. */
 static void dpoi_panels_move(void *panels, void *rows, size_t size, int64_t n, int64_t K, int64_t P, int up)
 {
     dpoi_axes a;
@@ -5693,9 +5703,9 @@ static void dpoi_reorder(const dpo_view *v, void *bytes, void *values, int to_vi
 {
     int64_t O = v->shape[0], K = v->shape[1]*v->shape[2]*v->shape[3], P = v->panel;
     for (int64_t o = 0; o < O; o++) {
-        int64_t at = P ? o/P*K*P + o % P : o*K, step = P ? P : 1;
-        float  *x = (float *)values + o*K, *f = (float *)bytes;
-        for (int64_t k = 0; k < K; k++, at += step) {
+        float *x = (float *)values + o*K, *f = (float *)bytes;
+        for (int64_t k = 0; k < K; k++) {
+            int64_t at = !P ? o*K + k : v->pairs ? o/P*K*P + (k/2*P + o % P)*2 + k % 2 : (o/P*K + k)*P + o % P;
             uint16_t *h = (uint16_t *)bytes + at;
             if (dpoi_dtype_size(v->dtype) == 4) memcpy(to_view ? f + at : x + k, to_view ? x + k : f + at, 4);
             else if (to_view) dpoi_narrow(v->dtype, 1, x + k, h);
@@ -5741,10 +5751,10 @@ static int dpoi_ferry_run(dpoi_ferry *f, dpo_tensor *x, int64_t first, int64_t n
     char   *there = (char *)x->data + (size_t)(first*f->K) * f->size, *here = (char *)(P ? f->stage : f->rows);
     int     status;
     if (up && held > n) memset(f->stage, 0, bytes);
-    if (up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 1);
+    if (up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 1);
     status = b->copy(b->self, up ? there : here, up ? here : there, bytes, up ? DPO_COPY_UP : DPO_COPY_DOWN);
     if (status != DPO_OK) return dpoi_fail(x->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
-    if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 0);
+    if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 0);
     return 1;
 }
 
@@ -7077,6 +7087,7 @@ static int dpoi_check_mirror(dpoi_check *k, const dpo_view *from, dpo_view *to)
     int          ok;
     *to = *from;
     if (from->panel) to->panel = o->panel;
+    to->pairs = dpoi_paired(o, to->panel, to->dtype, to->shape[1]*to->shape[2]*to->shape[3]);
     bytes = dpoi_view_bytes(to);
     to->data = o->alloc(o->self, bytes);
     raw = calloc(1, bytes);
@@ -8687,7 +8698,25 @@ static void dpoi_copy_piece(const dpoi_job *j, int64_t from, int64_t to)
         j->cpu->rows.narrow(y->dtype, n, tmp, q + i*ys);
     }
 }
-/* x [..] -> y [..] of the same layout; panels are repacked by the host, never here.
+/* Weights into pairs, or out of them: the same 32 numbers on both sides, [2][16] and [16][2]. */
+static void dpoi_copy_pairs(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpo_view *x = &j->a->in[0], *y = &j->a->out;
+    const char *p = (const char *)x->data + from*32*(int64_t)dpoi_dtype_size(x->dtype);
+    char *q = (char *)y->data + from*32*(int64_t)dpoi_dtype_size(y->dtype);
+    for (; from < to; from++, p += 32*dpoi_dtype_size(x->dtype), q += 32*dpoi_dtype_size(y->dtype)) {
+        float a[32], b[32];
+        if (x->dtype == DPO_F32) memcpy(a, p, sizeof a);
+        else j->cpu->rows.widen(x->dtype, 32, p, a);
+        for (int i = 0; i < 32; i++)
+            if (x->pairs) b[i % 2*16 + i/2] = a[i];
+            else          b[i] = a[i % 2*16 + i/2];
+        if (y->dtype == DPO_F32) memcpy(q, b, sizeof b);
+        else j->cpu->rows.narrow(y->dtype, 32, b, q);
+    }
+}
+
+/* x [..] -> y [..] of the same layout but for pairs; panels are repacked by the host, never here.
    I32 is only copied as I32. */
 static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
 {
@@ -8695,7 +8724,8 @@ static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
         cpu->why = "no copy between these layouts or types";
         return DPO_UNSUPPORTED;
     }
-    dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, NULL, dpoi_copy_piece);
+    if (a->in[0].pairs != a->out.pairs) dpoi_cut(cpu, a, dpoi_stored(&a->out)/32, 32, NULL, dpoi_copy_pairs);
+    else dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, NULL, dpoi_copy_piece);
     return DPO_OK;
 }
 /* Gradients are F32 on both sides: a copy or an addition. */
@@ -10037,6 +10067,7 @@ typedef struct dpoi_conv {
     float  *y, *work;
     const float *zero;                    /* as many zeros as the longest run of a pixel row */
     int     amx;                          /* products round their factors to BF16 */
+    int     pairs;                        /* w lies in pairs, [ceil(O/16)][K/2][16][2] */
     int     x_type, w_type, residual_type, y_type;         /* DPO_F32, or with amx DPO_BF16 */
     const dpo_args *a;
 } dpoi_conv;
@@ -10070,6 +10101,7 @@ static dpoi_conv dpoi_conv_of(const dpoi_cpu *cpu, const dpo_args *a)
     g.dy = (const float *)a->dout.data;  g.u = (const float *)a->stat.data;
     g.y  = (float *)a->out.data;         g.work = (float *)a->work;
     g.amx = dpoi_conv_rounds(cpu, a);
+    g.pairs = w->pairs;
     g.x_type = x->dtype;  g.w_type = w->dtype;  g.residual_type = a->in[4].dtype;
     g.y_type = a->backward ? DPO_F32 : y->dtype;
     g.a  = a;
@@ -10540,6 +10572,7 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
 typedef struct dpoi_source {
     const float *x, *w;                   /* [N,H,W,I], panels [K][16] */
     int     x_type, w_type;               /* DPO_F32, or for AMX DPO_BF16 */
+    int     paired;                       /* w lies in pairs, if not in whole tiles */
     const uint16_t *pairs;                /* for AMX: w in BF16, see >>impl amx; NULL: still to be made */
     int64_t H, W, I, kh, kw, stride, top, left, K;
 } dpoi_source;
@@ -10717,6 +10750,9 @@ static void dpoi_product_run(dpoi_cpu_product *p)
     dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->groups, p->span), dpoi_product_task, p);
 }
 
+/* Weights in pairs serve as they lie where K ends with a tile, 32 values of k. */
+static int dpoi_whole_tiles(int64_t K) { return K % 32 == 0; }
+
 /* A product that reads x [N,H,W,I] through g's window; y is dense. */
 static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const float *x, const float *w, int64_t O,
                                         float *y)
@@ -10731,6 +10767,8 @@ static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const
     s->stride = g->stride;  s->top = g->top;  s->left = g->left;  s->K = g->K;
     s->x_type = x == g->x ? g->x_type : DPO_F32;
     s->w_type = w == g->w ? g->w_type : DPO_F32;
+    s->paired = w == g->w && g->pairs;
+    if (s->paired && dpoi_whole_tiles(g->K)) s->pairs = (const uint16_t *)(const void *)w;
     return p;
 }
 
@@ -10997,7 +11035,7 @@ static dpoi_axis dpoi_axis_of(int64_t a, int64_t pad, int64_t kernel, int64_t st
 /* The scratch holds one class at a time. */
 typedef struct dpoi_flip {
     const float *w;                       /* panels of [O,kh,kw,I] */
-    int     w_type;                       /* DPO_F32, or for AMX DPO_BF16 */
+    int     w_type, paired;               /* DPO_F32, or for AMX DPO_BF16; in pairs */
     float  *to;
     int64_t O, I, kw, K, stride;
     dpoi_axis y, x;
@@ -11159,7 +11197,7 @@ DPOI_AMX DPOI_INLINE __m512i dpoi_amx_pair(const float *x, const float *y, int t
 /* One panel of weights w [ceil(O/16)][K][16] as pairs. */
 typedef struct dpoi_amx_weights {
     const float *w;
-    int     type;
+    int     type, paired;
     uint16_t *to;
     int64_t K;
 } dpoi_amx_weights;
@@ -11167,7 +11205,13 @@ typedef struct dpoi_amx_weights {
 DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
 {
     const dpoi_amx_weights *p = (const dpoi_amx_weights *)arg;
-    uint16_t *to = p->to + panel*dpoi_amx_padded(p->K)*DPOI_PANEL;
+    int64_t size = dpoi_amx_padded(p->K)*DPOI_PANEL;
+    uint16_t *to = p->to + panel*size;
+    if (p->paired) {
+        memcpy(to, dpoi_amx_at(p->w, p->type, panel*p->K*DPOI_PANEL), (size_t)(p->K*DPOI_PANEL)*2);
+        memset(to + p->K*DPOI_PANEL, 0, (size_t)(size - p->K*DPOI_PANEL)*2);
+        return;
+    }
     for (int64_t k = 0; k < dpoi_amx_padded(p->K); k += 2, to += 2*DPOI_PANEL) {
         const float *w = dpoi_amx_at(p->w, p->type, (panel*p->K + k)*DPOI_PANEL);
         const float *high = k + 1 < p->K ? dpoi_amx_at(w, p->type, DPOI_PANEL) : NULL;
@@ -11426,6 +11470,7 @@ static void dpoi_amx_product_run(dpoi_cpu_product *p)
         dpoi_amx_weights w;
         if (p->source[s].pairs || !p->source[s].K) continue;
         w.w = p->source[s].w;  w.type = p->source[s].w_type;  w.K = p->source[s].K;  w.to = (uint16_t *)(void *)p->room;
+        w.paired = p->source[s].paired;
         dpoi_parallel(p->cpu, p->panels, dpoi_amx_weights_task, &w);
         p->source[s].pairs = w.to;
         p->room += dpoi_amx_room(p->O, w.K);
@@ -11441,16 +11486,37 @@ static void dpoi_amx_product_run(dpoi_cpu_product *p)
 
 /* ------------------------------------------------------------------------------------------- gradient of x */
 
-/* Numbers one by one, where O is odd and pairs reach over places of the kernel: k = j O + o of 16 channels i. */
-static void dpoi_amx_flip_slowly(const dpoi_flip *p, const float *w, int64_t j, int64_t ni, uint16_t *to)
+/* Number (k,o) of weights that lie as p->w does. */
+static float dpoi_amx_flip_at(const dpoi_flip *p, int64_t k, int64_t o)
+{
+    int64_t panel = o/DPOI_PANEL*p->K*DPOI_PANEL, c = o % DPOI_PANEL;
+    return dpoi_load(p->w, p->w_type, panel + (p->paired ? (k/2*DPOI_PANEL + c)*2 + k % 2 : k*DPOI_PANEL + c));
+}
+
+/* Numbers one by one, where O is odd and pairs reach over places of the kernel: k = j O + o of 16 channels i; from: the
+   first of them in w.  Where I is odd, w's own pairs reach over its places, too. */
+static void dpoi_amx_flip_slowly(const dpoi_flip *p, int64_t from, int64_t j, int64_t ni, uint16_t *to)
 {
     for (int64_t o = 0; o < p->O; o++)
         for (int64_t i = 0; i < DPOI_PANEL; i++) {
             int64_t k = j*p->O + o;
-            int64_t at = (o/DPOI_PANEL*p->K + i)*DPOI_PANEL + o % DPOI_PANEL;
-            float value = i < ni ? dpoi_load(w, p->w_type, at) : 0;
-            to[(k/2*DPOI_PANEL + i)*2 + k % 2] = dpoi_f32_to_bf16(value);
+            to[(k/2*DPOI_PANEL + i)*2 + k % 2] = dpoi_f32_to_bf16(i < ni ? dpoi_amx_flip_at(p, from + i, o) : 0);
         }
+}
+
+/* Lines from.. of one panel of w, 16 channels o each: BF16 in words [i][8]. */
+DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int64_t ni, float *words)
+{
+    for (int64_t i = 0; i < ni; i += p->paired ? 2 : 1) {
+        const float *line = dpoi_amx_at(w, p->w_type, i*DPOI_PANEL);
+        __m256i *to = (__m256i *)(void *)(words + i*8);
+        if (p->paired) {
+            __m512i both = _mm512_loadu_si512(line);
+            _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(both));
+            _mm256_storeu_si256(to + 1, _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+        } else if (p->w_type != DPO_F32) memcpy(to, line, 2*DPOI_PANEL);
+        else _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(line)));
+    }
 }
 
 /* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile.  A
@@ -11461,28 +11527,20 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
     int64_t places = p->y.count*p->x.count, i0 = task/places*DPOI_PANEL, j = task % places;
     int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride, K = places*p->O;
     int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride;
-    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0);
+    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0), from = (ky*p->kw + kx)*p->I + i0;
     uint16_t *panel = (uint16_t *)(void *)p->to + task/places*dpoi_amx_padded(K)*DPOI_PANEL;
-    const float *w = dpoi_amx_at(p->w, p->w_type, ((ky*p->kw + kx)*p->I + i0)*DPOI_PANEL);
     float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
-    if (j == places - 1 && p->O % 2 == 0)
-        memset(panel + K*DPOI_PANEL, 0, (size_t)(dpoi_amx_padded(K) - K)*2*DPOI_PANEL);
-    if (p->O % 2) {
-        if (j == places - 1)
-            for (int64_t k = K; k < dpoi_amx_padded(K); k++)
-                for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
-        dpoi_amx_flip_slowly(p, w, j, ni, panel);
+    if (j == places - 1)
+        for (int64_t k = K; k < dpoi_amx_padded(K); k++)
+            for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
+    if (p->O % 2 || (p->paired && p->I % 2)) {
+        dpoi_amx_flip_slowly(p, from, j, ni, panel);
         return;
     }
     memset(words, 0, sizeof words);
-    for (int64_t o = 0; o < p->O; o += DPOI_PANEL, w = dpoi_amx_at(w, p->w_type, p->K*DPOI_PANEL)) {
+    for (int64_t o = 0; o < p->O; o += DPOI_PANEL) {
         uint16_t *to = panel + (j*p->O + o)*DPOI_PANEL;
-        for (int64_t i = 0; i < ni; i++)
-            if (p->w_type != DPO_F32) memcpy(words + i*8, dpoi_amx_at(w, p->w_type, i*DPOI_PANEL), 2*DPOI_PANEL);
-            else {
-                __m256i h = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w + i*DPOI_PANEL));
-                _mm256_storeu_si256((__m256i *)(void *)(words + i*8), h);
-            }
+        dpoi_amx_flip_lines(p, dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL), ni, words);
         dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
         dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
         memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
@@ -11713,6 +11771,7 @@ static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y,
     if (g->amx) { task = dpoi_amx_flip_task;  s.pairs = (const uint16_t *)(const void *)to; }
 #endif
     f.w_type = w == g->w ? g->w_type : DPO_F32;
+    f.paired = w == g->w && g->pairs;
     f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
     dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
@@ -11863,7 +11922,8 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     dpoi_conv_plan p;
     dpoi_conv u = dpoi_conv_up(g);
-    int64_t step = dpoi_conv_sums(g) + dpoi_conv_room(g, g->O, g->K, 0);
+    int64_t step = dpoi_conv_sums(g);
+    if (!g->pairs || !dpoi_whole_tiles(g->K)) step += dpoi_conv_room(g, g->O, g->K, 0);
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
     p.step = p.u + (g->M*g->r + 15)/16*16;
@@ -13152,6 +13212,7 @@ static size_t dpoi_widened(const dpoi_cpu *cpu, const dpo_args *a, dpo_args *w, 
         if (!dpoi_narrow_view(views[i]) || dpoi_kept_narrow(cpu, a, w, views[i])) continue;
         if (work) views[i]->data = work + at;
         views[i]->dtype = DPO_F32;
+        views[i]->pairs = 0;
         at += dpoi_lines((size_t)dpoi_stored(views[i])*sizeof(float));
     }
     return at;
@@ -13278,6 +13339,7 @@ static void dpoi_cpu_fill(dpoi_cpu *cpu)
     dpo_backend *b = &cpu->backend;
     b->size = (uint32_t)sizeof *b;       b->version = DIFFDPO_VERSION;
     b->name = "cpu";                     b->self = cpu;                  b->panel = 16;
+    b->pairs = cpu->isa >= DPO_ISA_AMX;
     b->alloc = dpoi_cpu_alloc;           b->release = dpoi_cpu_release;
     b->copy = dpoi_cpu_copy_bytes;       b->zero = dpoi_cpu_zero;
     b->workspace = dpoi_cpu_workspace;   b->run = dpoi_cpu_run;
