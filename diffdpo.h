@@ -10587,9 +10587,8 @@ typedef struct dpoi_cpu_product {
     int64_t N, Y, X, O, at_n, at_y, at_x;
     float  *y;
     const float *bias, *vec, *add, *zero; /* add: laid out as y, or y itself; zero: as many zeros as the longest run */
-    float  *room;                         /* for AMX: where pairs of weights are made, */
-    int     y_type, add_type;             /* other types than F32, */
-    float  *sums;                         /* and y in F32 until its last chunk, if it is BF16 */
+    float  *room;                         /* for AMX: scratch, see dpoi_conv_room, */
+    int     y_type, add_type;             /* and other types than F32 */
     int64_t M, panels, groups, block, blocks, span;        /* how the work is cut, see dpoi_product_run */
 } dpoi_cpu_product;
 
@@ -11067,9 +11066,10 @@ static void dpoi_flip_task(void *arg, int64_t task)
      c[i][j] += sum_{k < 16} a[i][2k] b[k][j][0] + a[i][2k+1] b[k][j][1]      a [16][32]  b [16][16][2]  c [16][16]
 
    so that b holds its numbers in pairs of k.  A product takes 32 pixels by two panels at a time, in four tiles of
-   sums: pixels are rounded into a buffer of the job, [k/32][2][16][32], once for all panels of the job, and weights
-   into pairs, [ceil(O/16)][k/2][16][2], once a call.  Sums run along k in one order: what a pixel gets does not depend
-   on its neighbours, on the batch, or on the threads. */
+   sums: a step of k loads four tiles for four products, and what comes from the second-level cache keeps up as long as
+   one of both sides lies in the first.  Weights come in pairs, [ceil(O/16)][k/2][16][2]: those of BF16 lie so (see
+   dpo_view), others are rounded into them once a call.  Sums run along k in one order: what a pixel gets does not
+   depend on its neighbours, on the batch, or on the threads. */
 
 #ifdef DPOI_SIMD_AMX
 
@@ -11078,9 +11078,6 @@ enum {
     DPOI_TILE_SIZE = 512,                 /* numbers in a tile of BF16 */
     DPOI_AMX_ROWS  = 32,                  /* pixels of one block: two tiles */
     DPOI_AMX_WIDE  = 32,                  /* channels of one block: two panels */
-    DPOI_AMX_STEPS = 20,                  /* tiles of k between two visits to y: 40 KiB of pixels */
-    DPOI_AMX_EXTRA = 2,                   /* and of the second source, if it shares the last chunk */
-    DPOI_AMX_SPAN  = 40,                  /* panels of a job: 800 KiB of weights a chunk stay in its cache */
     DPOI_AMX_JOB   = 40000000             /* multiplications and additions that are worth a job */
 };
 
@@ -11115,11 +11112,11 @@ static int64_t dpoi_amx_room(int64_t O, int64_t K)
 
    Tiles 0 to 3 are c[row tile][panel], 4 and 5 the two of a, 6 and 7 the two of b. */
 
-/* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; b's rows are b_row
-   bytes apart.  a[1] or b[1] may be NULL. */
+/* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; their rows are
+   a_row and b_row bytes apart.  a[1] or b[1] may be NULL. */
 typedef struct dpoi_amx_strip {
     const uint16_t *a[2], *b[2];
-    int64_t a_step, b_step, b_row, steps;
+    int64_t a_step, a_row, b_step, b_row, steps;
 } dpoi_amx_strip;
 
 /* `two` and `wide` are constants where this is inlined. */
@@ -11128,10 +11125,10 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two,
     const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1];
     for (int64_t k = 0; k < s->steps; k++) {
         _tile_loadd(6, b0, s->b_row);
-        _tile_loadd(4, a0, 64);
+        _tile_loadd(4, a0, s->a_row);
         _tile_dpbf16ps(0, 4, 6);
         if (wide) { _tile_loadd(7, b1, s->b_row);  _tile_dpbf16ps(1, 4, 7); }
-        if (two)  { _tile_loadd(5, a1, 64);        _tile_dpbf16ps(2, 5, 6); }
+        if (two)  { _tile_loadd(5, a1, s->a_row);        _tile_dpbf16ps(2, 5, 6); }
         if (two && wide) _tile_dpbf16ps(3, 5, 7);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
@@ -11219,22 +11216,150 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
     }
 }
 
-/* ------------------------------------------------------------------------------------------- products over pixels */
+/* ------------------------------------------------------------------------------------------- products over pixels
 
-/* The pixels of one block; place: where they lie in y. */
+   Pixels come to the tiles in one of three ways, the same for all panels of weights:
+
+     as they lie   a 1x1 kernel over BF16 whose channels fill tiles: 16 pixels are the rows of a tile
+     in slots      a larger kernel, stride 1: a copy in BF16, row after row with zeros between, so that place (ky,kx) of
+                   the kernel is a shift by ky*wide + kx slots and every tile lies there ready; results of slots that
+                   are no pixel are thrown away
+     in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
+
+   A job takes `block` slots and a span of panels.  For two panels after the other it goes along k and, inside of that,
+   over its slots: what two panels need of a chunk of k stays in the first-level cache, its slots in the second.  Where
+   k is one chunk, sums never leave the tiles; else they wait in [block][32] between chunks. */
+
+enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
+
+enum {
+    DPOI_AMX_RUN   = 4,                   /* tiles of channels at one place of the kernel, then the next place */
+    DPOI_AMX_CHUNK = 12,                  /* tiles of k at a 1x1 kernel between two visits to the sums: 24 KiB */
+    DPOI_AMX_WHOLE = 96,                  /* tiles of k that are not cut into chunks */
+    DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
+    DPOI_AMX_HELD  = 600000,              /* bytes of a job's slots */
+    DPOI_AMX_LARGE = 4000000,             /* bytes of a result that no cache keeps for its reader */
+    DPOI_AMX_JOBS  = 24                   /* wanted, where each is worth DPOI_AMX_JOB */
+};
+
+/* How one source comes, and where. */
+typedef struct dpoi_amx_factor {
+    int     way;
+    int64_t steps;                        /* tiles of channels a place, or of all k (tiled) */
+    int64_t seen;                         /* slots of the copy */
+    int64_t a_at, b_at, floats;           /* offsets in room: of the copy, of pairs of weights; how much */
+    const uint16_t *a, *b;
+} dpoi_amx_factor;
+
+typedef struct dpoi_amx_product {
+    const dpoi_cpu_product *p;
+    dpoi_amx_factor f[2];
+    int64_t wide, high, slots;            /* slots a row, rows an image, in all */
+    int64_t panels, block, blocks, span, spans;
+    int     stream;                       /* 1: y is written past the caches, which it would only flush */
+    int     chunked;                      /* 1: sums wait between chunks, in */
+    float  *sums;                         /* [spans][slots][32] */
+    int64_t sums_at, room;                /* floats */
+    int     source;                       /* that is brought over */
+} dpoi_amx_product;
+
+/* How far the kernel reaches over one end of an axis, the farther of both. */
+static int64_t dpoi_amx_gap(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad)
+{
+    return dpoi_most(0, dpoi_most(pad, (out - 1)*stride + kernel - pad - size));
+}
+
+static int dpoi_amx_way(const dpoi_cpu_product *p, const dpoi_source *s)
+{
+    int one = s->kh*s->kw == 1 && s->stride == 1 && !s->top && !s->left && s->H == p->Y && s->W == p->X;
+    if (s->I % DPOI_TILE_K) return DPOI_AMX_TILED;
+    if (one) return s->x_type == DPO_BF16 && s->I <= DPOI_AMX_NEAR && p->N*p->Y*p->X % DPOI_AMX_ROWS == 0 ?
+                    DPOI_AMX_AS_IT_LIES : DPOI_AMX_TILED;
+    return s->stride == 1 && s->kh*s->kw > 1 ? DPOI_AMX_SLOTTED : DPOI_AMX_TILED;
+}
+
+/* The second source never decides how slots lie: it follows them, in tiles. */
+static void dpoi_amx_lay_slots(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    const dpoi_source *s = &p->source[0];
+    t->f[0].way = dpoi_amx_way(p, s);
+    t->f[1].way = DPOI_AMX_TILED;
+    t->wide = p->X;  t->high = p->Y;
+    if (t->f[0].way == DPOI_AMX_SLOTTED) {
+        t->wide = dpoi_most(s->W + dpoi_amx_gap(s->W, p->X, s->kw, 1, s->left), p->X);
+        t->high = dpoi_most(s->H + dpoi_amx_gap(s->H, p->Y, s->kh, 1, s->top), p->Y);
+    }
+    t->slots = dpoi_pieces(p->N*t->high*t->wide, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+}
+
+/* Offsets of one source's copies in room, from `at` on. */
+static int64_t dpoi_amx_factor_of(dpoi_amx_product *t, int i, int64_t at)
+{
+    const dpoi_source *s = &t->p->source[i];
+    dpoi_amx_factor *f = &t->f[i];
+    if (!s->K) return at;
+    f->steps = (f->way == DPOI_AMX_TILED ? dpoi_pieces(s->K, DPOI_TILE_K) : s->I/DPOI_TILE_K);
+    f->a_at = at;
+    if (f->way == DPOI_AMX_SLOTTED) {
+        f->seen = t->slots + (s->kh - 1)*t->wide + s->kw - 1;
+        at += f->seen*s->I/2;
+    }
+    if (f->way == DPOI_AMX_TILED) at += t->slots*f->steps*DPOI_TILE_K/2;
+    f->b_at = at;
+    if (!s->pairs) at += dpoi_amx_room(t->p->O, s->K);
+    return at;
+}
+
+/* Blocks and spans of panels: of shapes alone. */
+static void dpoi_amx_cut(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    const dpoi_source *s = &p->source[0];
+    int64_t slot = 2*(t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, t->f[0].steps)*DPOI_TILE_K : s->I), jobs, worth;
+    t->panels = dpoi_pieces(p->O, DPOI_PANEL);
+    t->block = dpoi_least(dpoi_most(DPOI_AMX_HELD/slot, 128), 512)/DPOI_AMX_ROWS*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
+    jobs = dpoi_least(DPOI_AMX_JOBS, worth);
+    t->spans = dpoi_least(dpoi_pieces(jobs, t->blocks), dpoi_pieces(t->panels, 2));
+    t->span = dpoi_pieces(dpoi_pieces(t->panels, t->spans), 2)*2;
+    t->spans = dpoi_pieces(t->panels, t->span);
+}
+
+/* Everything that follows from shapes and types; p->room may be NULL. */
+static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
+{
+    dpoi_amx_product t;
+    int64_t places = p->source[0].kh*p->source[0].kw;
+    memset(&t, 0, sizeof t);
+    t.p = p;
+    dpoi_amx_lay_slots(&t);
+    for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
+    dpoi_amx_cut(&t);
+    t.chunked = t.f[0].steps*(t.f[0].way == DPOI_AMX_TILED ? 1 : places) > DPOI_AMX_WHOLE;
+    t.sums_at = t.room;
+    if (t.chunked) t.room += t.spans*t.blocks*t.block*DPOI_AMX_WIDE;
+    return t;
+}
+
+/* ---- bringing pixels over
+
+   32 slots of the result; place: where a pixel lies in y, -1 for a slot that is none. */
 typedef struct dpoi_amx_pixels {
-    int     rows;
     int64_t n[DPOI_AMX_ROWS], y[DPOI_AMX_ROWS], x[DPOI_AMX_ROWS], place[DPOI_AMX_ROWS];
 } dpoi_amx_pixels;
 
-static void dpoi_amx_pixels_at(const dpoi_cpu_product *p, int64_t m, int64_t end, dpoi_amx_pixels *at)
+static void dpoi_amx_pixels_at(const dpoi_amx_product *t, int64_t m, dpoi_amx_pixels *at)
 {
-    int64_t x = m % p->X, y = m/p->X % p->Y, n = m/(p->X*p->Y);
-    at->rows = (int)dpoi_least(DPOI_AMX_ROWS, end - m);
-    for (int i = 0; i < at->rows; i++) {
+    const dpoi_cpu_product *p = t->p;
+    int64_t x = m % t->wide, y = m/t->wide % t->high, n = m/(t->wide*t->high);
+    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
         at->n[i] = n;  at->y[i] = y;  at->x[i] = x;
-        at->place[i] = n*p->at_n + y*p->at_y + x*p->at_x;
-        if (++x == p->X) { x = 0;  if (++y == p->Y) { y = 0;  n++; } }
+        at->place[i] = x < p->X && y < p->Y && n < p->N ? n*p->at_n + y*p->at_y + x*p->at_x : -1;
+        if (++x == t->wide) { x = 0;  if (++y == t->high) { y = 0;  n++; } }
     }
 }
 
@@ -11260,56 +11385,82 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_put(uint16_t *row, int64_t k, const float *x,
     if (count > 0) _mm512_storeu_si512(to, dpoi_amx_line(x, type, count));
 }
 
-/* A place on the line of k: place (ky,kx) of the kernel, and how far into a piece of `run` numbers from there.  Pieces
-   are I numbers, or whole rows of the kernel where a pixel's kernel lies inside of the image. */
-typedef struct dpoi_amx_place { int64_t run, step, ky, kx, off; } dpoi_amx_place;
-
-static dpoi_amx_place dpoi_amx_place_of(const dpoi_source *s, int64_t k, int inside)
+/* What pixel i sees of source s, all its K numbers; type is a constant where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx_pixels *m, int i, const int type,
+                                            uint16_t *row)
 {
-    dpoi_amx_place p;
-    p.step = inside ? s->kw : 1;
-    p.run = p.step*s->I;
-    p.ky = k/p.run*p.step/s->kw;
-    p.kx = k/p.run*p.step % s->kw;
-    p.off = k % p.run;
-    return p;
-}
-
-/* What pixel i sees of source s from place `at` on, `count` numbers; type is a constant where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx_pixels *m, int i,
-                                            const dpoi_amx_place *at, int64_t count, const int type, uint16_t *row)
-{
-    int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left;
-    int64_t inside = v >= 0 && v + s->kw <= s->W, k = 0, ky, kx, off;
+    int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left, k = 0;
+    int64_t step = v >= 0 && v + s->kw <= s->W ? s->kw : 1;          /* whole rows of the kernel where they are inside */
     const float *image = dpoi_amx_at(s->x, type, m->n[i]*s->H*s->W*s->I);
-    at += inside;
-    for (ky = at->ky, kx = at->kx, off = at->off; k < count; off = 0) {
-        int64_t n = dpoi_least(at->run - off, count - k), y = h + ky, x = v + kx;
-        int seen = y >= 0 && y < s->H && x >= 0 && x < s->W;
-        dpoi_amx_put(row, k, seen ? dpoi_amx_at(image, type, (y*s->W + x)*s->I + off) : NULL, type, n);
-        k += n;  kx += at->step;
-        if (kx >= s->kw) { kx = 0;  ky++; }
-    }
+    for (int64_t y = h; y < h + s->kh; y++)
+        for (int64_t x = v; x < v + s->kw; x += step, k += step*s->I) {
+            int seen = y >= 0 && y < s->H && x >= 0 && x < s->W;
+            dpoi_amx_put(row, k, seen ? dpoi_amx_at(image, type, (y*s->W + x)*s->I) : NULL, type, step*s->I);
+        }
 }
 
-/* Tiles of a block's pixels for k0 <= k < k1 of one source: [k/32][2][16][32]; returns where they end. */
-DPOI_AMX static uint16_t *dpoi_amx_pack(const dpoi_source *s, const dpoi_amx_pixels *at, int64_t k0, int64_t k1,
-                                        uint16_t *to)
+/* 32 slots of a source in tiles. */
+DPOI_AMX static void dpoi_amx_tiles_task(void *arg, int64_t task)
 {
-    int rows = at->rows > 16 ? 32 : 16;
-    int64_t count = dpoi_least(k1, s->K) - k0;
-    dpoi_amx_place place[2];
-    for (int i = 0; i < 2; i++) place[i] = dpoi_amx_place_of(s, k0, i);
-    for (int i = 0; i < rows; i++) {
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    const dpoi_source *s = &t->p->source[t->source];
+    int64_t steps = t->f[t->source].steps;
+    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[t->source].a_at) + task*steps*2*DPOI_TILE_SIZE;
+    dpoi_amx_pixels at;
+    dpoi_amx_pixels_at(t, task*DPOI_AMX_ROWS, &at);
+    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
         uint16_t *row = to + i*DPOI_TILE_K;
-        if (i >= at->rows)             dpoi_amx_put(row, 0, NULL, DPO_F32, k1 - k0);
-        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, at, i, place, count, DPO_F32, row);
-        else                           dpoi_amx_pack_row(s, at, i, place, count, DPO_BF16, row);
+        if (at.place[i] < 0)           dpoi_amx_put(row, 0, NULL, DPO_F32, steps*DPOI_TILE_K);
+        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, &at, i, DPO_F32, row);
+        else                           dpoi_amx_pack_row(s, &at, i, DPO_BF16, row);
     }
-    return to + (k1 - k0)/DPOI_TILE_K*2*DPOI_TILE_SIZE;
 }
 
-/* 16 numbers of F32 or BF16 from number i on, those in k. */
+/* DPOI_AMX_SLOTS slots of the copy of a source. */
+enum { DPOI_AMX_SLOTS = 64 };
+DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
+{
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    const dpoi_source *s = &t->p->source[0];
+    int64_t q = task*DPOI_AMX_SLOTS, end = dpoi_least(t->f[0].seen, q + DPOI_AMX_SLOTS);
+    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[0].a_at) + q*s->I;
+    for (; q < end; q++) {
+        int64_t at = q - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high, n = at/t->wide/t->high;
+        int seen = at >= 0 && x < s->W && y < s->H && n < t->p->N;
+        const float *pixel = seen ? dpoi_amx_at(s->x, s->x_type, ((n*s->H + y)*s->W + x)*s->I) : NULL;
+        for (int64_t i = 0; i < s->I; i += 32, to += 32)
+            _mm512_storeu_si512(to, seen ? dpoi_amx_line(dpoi_amx_at(pixel, s->x_type, i), s->x_type, 32)
+                                         : _mm512_setzero_si512());
+    }
+}
+
+/* Both sources' pixels and weights, where they do not serve as they lie. */
+static void dpoi_amx_bring(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    for (int i = 0; i < 2; i++) {
+        const dpoi_source *s = &p->source[i];
+        dpoi_amx_factor *f = &t->f[i];
+        dpoi_amx_weights w;
+        if (!s->K) continue;
+        t->source = i;
+        f->a = f->way == DPOI_AMX_AS_IT_LIES ? (const uint16_t *)(const void *)s->x
+                                             : (const uint16_t *)(const void *)(p->room + f->a_at);
+        if (f->way == DPOI_AMX_SLOTTED)
+            dpoi_parallel(p->cpu, dpoi_pieces(f->seen, DPOI_AMX_SLOTS), dpoi_amx_slots_task, t);
+        if (f->way == DPOI_AMX_TILED) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
+        f->b = s->pairs;
+        if (f->b) continue;
+        w.w = s->w;  w.type = s->w_type;  w.paired = s->paired;  w.K = s->K;
+        w.to = (uint16_t *)(void *)(p->room + f->b_at);
+        f->b = w.to;
+        dpoi_parallel(p->cpu, t->panels, dpoi_amx_weights_task, &w);
+    }
+}
+
+/* ---- results
+
+   16 numbers of F32 or BF16 from number i on, those in k. */
 DPOI_AMX DPOI_INLINE __m512 dpoi_amx_load(const float *x, int type, int64_t i, __mmask16 k)
 {
     if (type == DPO_F32) return _mm512_maskz_loadu_ps(k, x + i);
@@ -11330,158 +11481,168 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_save(float *y, const int type, int64_t i, __m
     }
 }
 
-/* One call's share of y's numbers: what is added to the sums, and where they go. */
-typedef struct dpoi_amx_end_of {
-    const float *add, *bias, *vec;
-    int     add_type, act;
-    float  *y;
-} dpoi_amx_end_of;
-
-/* type, that of y, and full are constants where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o,
-                                              const dpoi_amx_end_of *e, const int type, const int full, float *c)
+/* The same past the caches, whole lines of them. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_stream(float *y, const int type, int64_t i, __m512 f0, __m512 f1)
 {
+    if (type == DPO_F32) {
+        _mm512_stream_ps(y + i, f0);
+        _mm512_stream_ps(y + i + 16, f1);
+    } else _mm512_stream_si512((__m512i *)(void *)((uint16_t *)(void *)y + i), (__m512i)_mm512_cvtne2ps_pbh(f1, f0));
+}
+
+/* y = act(c + add + bias + vec) for channels o.. of a block, c [32][32]; type, that of y, and full are constants where
+   this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o,
+                                              const int type, const int full, float *c)
+{
+    const dpoi_cpu_product *p = t->p;
     int64_t width = full ? (int64_t)DPOI_AMX_WIDE : p->O - o;
     __mmask16 k0 = full || width > 15 ? (__mmask16)0xffff : (__mmask16)((1u << width) - 1);
     __mmask16 k1 = full ? (__mmask16)0xffff : width <= 16 ? (__mmask16)0 : (__mmask16)((1u << (width - 16)) - 1);
     __m512 b0 = _mm512_setzero_ps(), b1 = b0;
-    if (e->bias) { b0 = _mm512_maskz_loadu_ps(k0, e->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, e->bias + o + 16); }
-    for (int i = 0; i < at->rows; i++, c += DPOI_AMX_WIDE) {
+    if (p->bias) { b0 = _mm512_maskz_loadu_ps(k0, p->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, p->bias + o + 16); }
+    for (int i = 0; i < DPOI_AMX_ROWS; i++, c += DPOI_AMX_WIDE) {
         int64_t place = at->place[i] + o;
+        if (at->place[i] < 0) continue;
         __m512 f0 = _mm512_load_ps(c), f1 = _mm512_load_ps(c + 16);
-        if (e->add) {
-            f0 = _mm512_add_ps(f0, dpoi_amx_load(e->add, e->add_type, place, k0));
-            f1 = _mm512_add_ps(f1, dpoi_amx_load(e->add, e->add_type, place + 16, k1));
+        if (p->add) {
+            f0 = _mm512_add_ps(f0, dpoi_amx_load(p->add, p->add_type, place, k0));
+            f1 = _mm512_add_ps(f1, dpoi_amx_load(p->add, p->add_type, place + 16, k1));
         }
         f0 = _mm512_add_ps(f0, b0);  f1 = _mm512_add_ps(f1, b1);
-        if (e->vec) {
-            f0 = _mm512_add_ps(f0, _mm512_maskz_loadu_ps(k0, e->vec + at->n[i]*p->O + o));
-            f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, e->vec + at->n[i]*p->O + o + 16));
+        if (p->vec) {
+            f0 = _mm512_add_ps(f0, _mm512_maskz_loadu_ps(k0, p->vec + at->n[i]*p->O + o));
+            f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, p->vec + at->n[i]*p->O + o + 16));
         }
-        if (e->act != DPO_NONE) {
+        if (p->act != DPO_NONE) {
             _mm512_store_ps(c, f0);  _mm512_store_ps(c + 16, f1);
-            p->cpu->rows.map(e->act, width, c, NULL, NULL, NULL, c, 0);
+            p->cpu->rows.map(p->act, width, c, NULL, NULL, NULL, c, 0);
             f0 = _mm512_load_ps(c);  f1 = _mm512_load_ps(c + 16);
         }
-        dpoi_amx_save(e->y, type, place, k0, k1, f0, f1);
+        if (full && t->stream) dpoi_amx_stream(p->y, type, place, f0, f1);
+        else                   dpoi_amx_save(p->y, type, place, k0, k1, f0, f1);
     }
 }
 
-/* Adds to c [32][32] what y's channels o.. want beside the product, and writes them.  The first chunk adds bias, vec
-   and residual, the others what y holds, or `sums` for it; the last applies the activation. */
-DPOI_AMX static void dpoi_amx_store(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o, int first,
-                                    int last, float *c)
+DPOI_AMX static void dpoi_amx_store(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o, float *c)
 {
-    int full = p->O - o >= DPOI_AMX_WIDE;
-    float *held = p->y_type == DPO_F32 ? p->y : p->sums;
-    dpoi_amx_end_of e;
-    e.add = first ? p->add : held;      e.add_type = first ? p->add_type : DPO_F32;
-    e.bias = first ? p->bias : NULL;    e.vec = first ? p->vec : NULL;
-    e.y = last ? p->y : held;           e.act = last ? p->act : DPO_NONE;
-    if (e.y == held)  { if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 1, c);
-                        else      dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 0, c); }
-    else if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 1, c);
-    else           dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 0, c);
+    int full = t->p->O - o >= DPOI_AMX_WIDE;
+    if (t->p->y_type == DPO_F32) { if (full) dpoi_amx_store_rows(t, at, o, DPO_F32, 1, c);
+                                   else      dpoi_amx_store_rows(t, at, o, DPO_F32, 0, c); }
+    else if (full) dpoi_amx_store_rows(t, at, o, DPO_BF16, 1, c);
+    else           dpoi_amx_store_rows(t, at, o, DPO_BF16, 0, c);
 }
 
-/* Chunk `chunk` of k: from..to of both sources, in whole tiles; 0: there is none.  Chunks of a source are of even
-   sizes; a short second source shares the first one's last chunk. */
-typedef struct dpoi_amx_chunk { int64_t from[2], to[2]; int last; } dpoi_amx_chunk;
+/* ---- products
 
-static int dpoi_amx_chunk_of(const dpoi_cpu_product *p, int64_t chunk, dpoi_amx_chunk *r)
+   Sums of two panels by 32 slots to and from memory, rows of 32. */
+DPOI_AMX static void dpoi_amx_sums_load(const float *c)
 {
-    int64_t tiles[2], chunks[2], s;
-    for (s = 0; s < 2; s++) {
-        tiles[s] = dpoi_pieces(p->source[s].K, DPOI_TILE_K);
-        chunks[s] = dpoi_pieces(tiles[s], DPOI_AMX_STEPS);
-        r->from[s] = r->to[s] = 0;
+    const int64_t row = DPOI_AMX_WIDE*4;
+    _tile_loadd(0, c, row);       _tile_loadd(1, c + 16, row);
+    c += 16*DPOI_AMX_WIDE;
+    _tile_loadd(2, c, row);       _tile_loadd(3, c + 16, row);
+}
+DPOI_AMX static void dpoi_amx_sums_save(float *c)
+{
+    const int64_t row = DPOI_AMX_WIDE*4;
+    _tile_stored(0, c, row);      _tile_stored(1, c + 16, row);
+    c += 16*DPOI_AMX_WIDE;
+    _tile_stored(2, c, row);      _tile_stored(3, c + 16, row);
+}
+
+/* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
+   of pixels at all of them. */
+DPOI_AMX static void dpoi_amx_part(const dpoi_amx_product *t, int i, int64_t m, int64_t panel, int64_t ky, int64_t c0,
+                                   int64_t c1)
+{
+    const dpoi_source *s = &t->p->source[i];
+    const dpoi_amx_factor *f = &t->f[i];
+    int64_t size = dpoi_amx_padded(s->K)*DPOI_PANEL, kw = f->way == DPOI_AMX_TILED ? 1 : s->kw;
+    const uint16_t *b = f->b + panel*size;
+    dpoi_amx_strip r;
+    r.steps = c1 - c0;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    for (int64_t kx = 0; kx < kw; kx++) {
+        if (f->way == DPOI_AMX_TILED) {
+            r.a[0] = f->a + (m/DPOI_AMX_ROWS*f->steps + c0)*2*DPOI_TILE_SIZE;
+            r.a[1] = r.a[0] + DPOI_TILE_SIZE;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;
+        } else {
+            r.a[0] = f->a + (m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
+            r.a[1] = r.a[0] + 16*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
+        }
+        r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
+        r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
+        dpoi_amx_run(&r);
     }
-    if (!chunks[0]) chunks[0] = 1;        /* nothing to sum, but y is written */
-    if (tiles[1] <= DPOI_AMX_EXTRA) chunks[1] = 0;
-    if (chunk >= chunks[0] + chunks[1]) return 0;
-    r->last = chunk == chunks[0] + chunks[1] - 1;
-    s = chunk >= chunks[0];
-    if (s) chunk -= chunks[0];
-    r->from[s] = tiles[s]*chunk/chunks[s]*DPOI_TILE_K;
-    r->to[s]   = tiles[s]*(chunk + 1)/chunks[s]*DPOI_TILE_K;
-    if (r->last && !chunks[1]) r->to[1] = tiles[1]*DPOI_TILE_K;
-    return 1;
 }
 
-/* Two panels, from `panel` on, of one block of pixels that is packed in a. */
-DPOI_AMX static void dpoi_amx_block(const dpoi_cpu_product *p, const dpoi_amx_chunk *r, const uint16_t *a, int two,
-                                    int64_t panel, float *c)
+/* The sums so far are in the tiles: the second source, then y. */
+DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_product *t, int64_t m, int64_t panel)
 {
-    int wide = panel + 1 < p->panels;
-    dpoi_amx_zero();
-    for (int s = 0; s < 2; s++) {
-        int64_t size = dpoi_amx_padded(p->source[s].K)*DPOI_PANEL;
-        dpoi_amx_strip t;
-        t.steps = (r->to[s] - r->from[s])/DPOI_TILE_K;
-        if (!t.steps) continue;
-        t.a[0] = a;  t.a[1] = two ? a + DPOI_TILE_SIZE : NULL;  t.a_step = 2*DPOI_TILE_SIZE;
-        t.b[0] = p->source[s].pairs + panel*size + r->from[s]*DPOI_PANEL;
-        t.b[1] = wide ? t.b[0] + size : NULL;  t.b_step = DPOI_TILE_SIZE;  t.b_row = 64;
-        dpoi_amx_run(&t);
-        a += t.steps*2*DPOI_TILE_SIZE;
-    }
-    _tile_stored(0, c, DPOI_AMX_WIDE*sizeof(float));
-    if (wide) _tile_stored(1, c + 16, DPOI_AMX_WIDE*sizeof(float));
-    if (two)  _tile_stored(2, c + 16*DPOI_AMX_WIDE, DPOI_AMX_WIDE*sizeof(float));
-    if (two && wide) _tile_stored(3, c + 16*DPOI_AMX_WIDE + 16, DPOI_AMX_WIDE*sizeof(float));
+    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
+    dpoi_amx_pixels at;
+    if (t->f[1].steps) dpoi_amx_part(t, 1, m, panel, 0, 0, t->f[1].steps);
+    dpoi_amx_sums_save(c);
+    DPOI_AMX_READY();
+    dpoi_amx_pixels_at(t, m, &at);
+    dpoi_amx_store(t, &at, panel*DPOI_PANEL, c);
 }
 
-/* A job is `block` pixels by `span` panels.  For each chunk of k all pixels of the job: the chunk's weights stay in the
-   second-level cache while pixels stream by, 32 of them in the first-level cache for all panels. */
+/* Two panels, slots m0..end-1, where all of k is one chunk. */
+DPOI_AMX static void dpoi_amx_whole(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel)
+{
+    int64_t steps = t->f[0].steps, rows = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh;
+    int64_t run = rows*t->p->source[0].kw == 1 || t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, steps) : DPOI_AMX_RUN;
+    for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+        dpoi_amx_zero();
+        for (int64_t ky = 0; ky < rows; ky++)
+            for (int64_t c = 0; c < steps; c += run)
+                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
+        dpoi_amx_finish(t, m, panel);
+    }
+}
+
+/* The same with sums [block][32] between chunks. */
+DPOI_AMX static void dpoi_amx_chunks(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel, float *sums)
+{
+    int tiled = t->f[0].way == DPOI_AMX_TILED;
+    int64_t steps = t->f[0].steps, rows = tiled ? 1 : t->p->source[0].kh;
+    int64_t run = tiled || t->p->source[0].kw == 1 ? DPOI_AMX_CHUNK : DPOI_AMX_RUN;
+    for (int64_t ky = 0; ky < rows; ky++)
+        for (int64_t c = 0; c < steps; c += run)
+            for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+                float *at = sums + (m - m0)*DPOI_AMX_WIDE;
+                if (ky + c == 0) dpoi_amx_zero();
+                else dpoi_amx_sums_load(at);
+                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
+                if (ky == rows - 1 && c + run >= steps) dpoi_amx_finish(t, m, panel);
+                else dpoi_amx_sums_save(at);
+            }
+}
+
 DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
 {
-    const dpoi_cpu_product *p = (const dpoi_cpu_product *)arg;
-    int64_t m0 = i % p->blocks*p->block, end = dpoi_least(p->M, m0 + p->block);
-    int64_t panel = i/p->blocks*p->span, panels = dpoi_least(p->panels, panel + p->span);
-    uint16_t a[(DPOI_AMX_STEPS + DPOI_AMX_EXTRA)*2*DPOI_TILE_SIZE] DPOI_ALIGNED;
-    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    dpoi_amx_chunk r;
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block), span = i/t->blocks;
+    int64_t last = dpoi_least(t->panels, (span + 1)*t->span);
+    float *sums = t->sums + i*t->block*DPOI_AMX_WIDE;
     dpoi_amx_begin();
-    for (int64_t chunk = 0; dpoi_amx_chunk_of(p, chunk, &r); chunk++)
-        for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-            dpoi_amx_pixels at;
-            uint16_t *to = a;
-            dpoi_amx_pixels_at(p, m, end, &at);
-            for (int s = 0; s < 2; s++)
-                if (r.to[s] > r.from[s]) to = dpoi_amx_pack(p->source + s, &at, r.from[s], r.to[s], to);
-            DPOI_AMX_READY();
-            for (int64_t j = panel; j < panels; j += 2) {
-                dpoi_amx_block(p, &r, a, at.rows > 16, j, c);
-                dpoi_amx_store(p, &at, j*DPOI_PANEL, chunk == 0, r.last, c);
-            }
-        }
+    for (int64_t panel = span*t->span; panel < last; panel += 2)
+        if (t->chunked) dpoi_amx_chunks(t, m, end, panel, sums);
+        else            dpoi_amx_whole(t, m, end, panel);
+    if (t->stream) _mm_sfence();
     dpoi_amx_end();
 }
 
-/* Weights that are not in pairs yet are brought into them, in p->room.  Jobs take all panels that fit the cache, unless
-   there are too few pixels to make jobs of.  Shapes alone decide. */
-static void dpoi_amx_product_run(dpoi_cpu_product *p)
+static void dpoi_amx_product_run(const dpoi_cpu_product *p)
 {
-    int64_t all = p->source[0].K + p->source[1].K + 1, spans;
-    p->M = p->N*p->Y*p->X;
-    if (!p->M) return;
-    p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    for (int s = 0; s < 2; s++) {
-        dpoi_amx_weights w;
-        if (p->source[s].pairs || !p->source[s].K) continue;
-        w.w = p->source[s].w;  w.type = p->source[s].w_type;  w.K = p->source[s].K;  w.to = (uint16_t *)(void *)p->room;
-        w.paired = p->source[s].paired;
-        dpoi_parallel(p->cpu, p->panels, dpoi_amx_weights_task, &w);
-        p->source[s].pairs = w.to;
-        p->room += dpoi_amx_room(p->O, w.K);
-    }
-    spans = dpoi_pieces(p->panels, DPOI_AMX_SPAN);
-    p->block = dpoi_most(128, DPOI_AMX_JOB/(2*all*dpoi_pieces(p->O, spans)) + 1);
-    p->block = dpoi_pieces(dpoi_least(p->block, p->M), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
-    p->blocks = dpoi_pieces(p->M, p->block);
-    while (p->blocks*spans < 8 && dpoi_pieces(p->panels, spans) > 8 && all*p->block*p->O/spans > DPOI_AMX_JOB) spans++;
-    p->span = (dpoi_pieces(p->panels, spans) + 1)/2*2;
-    dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->panels, p->span), dpoi_amx_product_task, p);
+    dpoi_amx_product t = dpoi_amx_product_of(p);
+    if (!t.slots) return;
+    t.sums = p->room ? p->room + t.sums_at : NULL;
+    t.stream = p->N*p->Y*p->X*p->O*(p->y_type == DPO_F32 ? 4 : 2) >= DPOI_AMX_LARGE && p->O % DPOI_AMX_WIDE == 0 &&
+               (uintptr_t)p->y % 64 == 0 && !(p->at_n % 32 || p->at_y % 32 || p->at_x % 32);
+    dpoi_amx_bring(&t);
+    dpoi_parallel(p->cpu, t.blocks*t.spans, dpoi_amx_product_task, &t);
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of x */
@@ -11567,12 +11728,6 @@ typedef struct dpoi_amx_outer {
     uint16_t *v, *d;
 } dpoi_amx_outer;
 
-/* How far the kernel reaches over one end of an axis, the farther of both. */
-static int64_t dpoi_amx_gap(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad)
-{
-    return dpoi_most(0, dpoi_most(pad, (out - 1)*stride + kernel - pad - size));
-}
-
 static dpoi_amx_outer dpoi_amx_outer_of(const dpoi_conv *g, int64_t O)
 {
     dpoi_amx_outer p;
@@ -11617,7 +11772,6 @@ static const float *dpoi_amx_slot(const dpoi_amx_outer *p, int64_t q)
 }
 
 /* The pairs of DPOI_AMX_SLOTS slots. */
-enum { DPOI_AMX_SLOTS = 64 };
 DPOI_AMX static void dpoi_amx_x_task(void *arg, int64_t task)
 {
     const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
@@ -11674,6 +11828,7 @@ DPOI_AMX static void dpoi_amx_outer_chunk(const dpoi_amx_outer *p, int64_t tap, 
     dpoi_amx_strip t;
     t.steps  = to - from;
     t.a_step = p->otiles*DPOI_TILE_SIZE;
+    t.a_row  = 64;
     t.b_step = step*DPOI_TILE_SIZE;
     t.b_row  = step*64;
     t.a[0] = p->d + (from*p->otiles + o)*DPOI_TILE_SIZE;
@@ -11746,65 +11901,83 @@ static void dpoi_conv_product(const dpoi_conv *g, dpoi_cpu_product *p)
     dpoi_product_run(p);
 }
 
-/* Floats of scratch for the weights of a product [O,K] where they cannot be read as they lie. */
-static int64_t dpoi_conv_room(const dpoi_conv *g, int64_t O, int64_t K, int flipped)
+/* Floats of scratch for one product, at p->room when it runs. */
+static int64_t dpoi_conv_room(const dpoi_conv *g, const dpoi_cpu_product *p)
+{
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) return dpoi_amx_product_of(p).room;
+#endif
+    (void)g;  (void)p;
+    return 0;
+}
+
+/* Floats of scratch for weights [O,K] that were turned around. */
+static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
 {
 #ifdef DPOI_SIMD_AMX
     if (g->amx) return dpoi_amx_room(O, K);
 #endif
     (void)g;
-    return flipped ? dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K : 0;
+    return dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K;
 }
 
-/* Floats of y that wait for their last chunk of k where y itself is narrower. */
-static int64_t dpoi_conv_sums(const dpoi_conv *g) { return g->y_type == DPO_F32 ? 0 : (g->M*g->O + 15)/16*16; }
-
-/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; fills scratch with its weights.
+/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
-static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy,
-                                 const float *w, int64_t O, float *to)
+static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int64_t O, float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
+    static const uint16_t asked = 0;      /* any address, while sizes are asked for */
+    s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
+    if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &asked;
+    return s;
+}
+
+/* Its weights. */
+static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *w, int64_t O,
+                          float *to)
+{
     void (*task)(void *arg, int64_t i) = dpoi_flip_task;
     dpoi_flip f;
 #ifdef DPOI_SIMD_AMX
-    if (g->amx) { task = dpoi_amx_flip_task;  s.pairs = (const uint16_t *)(const void *)to; }
+    if (g->amx) task = dpoi_amx_flip_task;
 #endif
     f.w_type = w == g->w ? g->w_type : DPO_F32;
     f.paired = w == g->w && g->pairs;
     f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
     dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
-    s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
-    return s;
 }
 
-/* Pixels (a + stride*y, b + stride*x) of dx. */
-static void dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
+/* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned. */
+static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
 {
     dpoi_axis y = dpoi_axis_of(a, g->top, g->kh, g->stride), x = dpoi_axis_of(b, g->left, g->kw, g->stride);
     float *dx = (float *)g->a->din[0].data;
     dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->I, dx + (a*g->W + b)*g->I);
+    int64_t places = y.count*x.count, first = dpoi_flip_room(g, g->I, places*g->O), at = first;
     memset(p.source, 0, sizeof p.source);
     p.Y = dpoi_pieces(g->H - a, g->stride);  p.X = dpoi_pieces(g->W - b, g->stride);
     p.at_n = g->H*g->W*g->I;  p.at_y = g->stride*g->W*g->I;  p.at_x = g->stride*g->I;
     p.add = g->a->add & 1 ? p.y : NULL;
-    p.source[0] = dpoi_flip_run(cpu, g, y, x, g->dy, g->w, g->O, work);
-    work += dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
-    if (g->r) p.source[1] = dpoi_flip_run(cpu, g, y, x, du, g->down, g->r, work);
-    dpoi_conv_product(g, &p);
+    p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->O, work);
+    if (g->r) {
+        p.source[1] = dpoi_flip_source(g, y, x, du, g->r, work ? work + first : NULL);
+        at += dpoi_flip_room(g, g->I, places*g->r);
+    }
+    if (work) {
+        dpoi_flip_run(cpu, g, y, x, g->w, g->O, work);
+        if (g->r) dpoi_flip_run(cpu, g, y, x, g->down, g->r, work + first);
+        p.room = work + at;
+        dpoi_conv_product(g, &p);
+    }
+    return at + dpoi_conv_room(g, &p);
 }
 
 /* Scratch for all classes of dx, one after the other. */
-static int64_t dpoi_conv_dx_work(const dpoi_conv *g)
+static int64_t dpoi_conv_dx_work(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     int64_t most = 0;
-    for (int64_t i = 0; i < g->stride*g->stride; i++) {
-        dpoi_axis y = dpoi_axis_of(i/g->stride, g->top, g->kh, g->stride);
-        dpoi_axis x = dpoi_axis_of(i % g->stride, g->left, g->kw, g->stride);
-        int64_t room = dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
-        if (g->r) room += dpoi_conv_room(g, g->I, y.count*x.count*g->r, 1);
-        most = dpoi_most(most, room);
-    }
+    for (int64_t i = 0; i < g->stride*g->stride; i++)
+        most = dpoi_most(most, dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, NULL, NULL));
     return most;
 }
 
@@ -11916,30 +12089,54 @@ static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
     return u;
 }
 
+/* y of forward, but for what its adapter's first half makes, `scaled`. */
+static dpoi_cpu_product dpoi_forward_product(dpoi_cpu *cpu, const dpoi_conv *g, const float *scaled)
+{
+    dpoi_cpu_product p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
+    p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
+    p.add_type = g->residual_type;  p.y_type = g->y_type;
+    if (g->r) p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
+    return p;
+}
+
+/* du [M,r] = dy up^T; pairs of up^T lie at `to`. */
+static dpoi_cpu_product dpoi_adapter_product(dpoi_cpu *cpu, const dpoi_conv *g, float *du, float *to)
+{
+    dpoi_conv u = dpoi_conv_up(g);
+    dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
+    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
+    p.source[0] = dpoi_flip_source(&u, one, one, g->dy, g->O, to);
+    return p;
+}
+
 /* The plan is made from the same shapes when the size is asked for and when the call runs: both must
    agree to the byte. */
 static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     dpoi_conv_plan p;
     dpoi_conv u = dpoi_conv_up(g);
-    int64_t step = dpoi_conv_sums(g);
-    if (!g->pairs || !dpoi_whole_tiles(g->K)) step += dpoi_conv_room(g, g->O, g->K, 0);
+    dpoi_cpu_product y = dpoi_forward_product(cpu, g, NULL);
+    int64_t step = dpoi_conv_room(g, &y);
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
     p.step = p.u + (g->M*g->r + 15)/16*16;
-    if (g->r) step = dpoi_most(step + dpoi_conv_room(g, g->O, g->r, 0), dpoi_conv_room(g, g->r, g->K, 0));
+    if (g->r) {
+        dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, NULL);
+        step = dpoi_most(step, dpoi_conv_room(g, &down));
+    }
     p.end  = p.step + step;
     if (!g->a->backward) return p;
     step = 0;
     p.chunks = dpoi_pieces(g->Y*g->X, DPOI_SUMS);
     p.w = dpoi_gradient_of(cpu, g, g->O);
-    if (g->a->din[0].data) step = dpoi_conv_dx_work(g);
+    if (g->a->din[0].data) step = dpoi_conv_dx_work(cpu, g);
     if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(g, &p.w));
     if (g->a->din[2].data || g->a->din[3].data) step = dpoi_most(step, g->N*p.chunks*g->O);
     if (g->r) {
         p.down = dpoi_gradient_of(cpu, g, g->r);
         p.up   = dpoi_gradient_of(cpu, &u, g->O);
-        step   = dpoi_most(step, dpoi_conv_room(g, g->r, g->O, 1));
+        y      = dpoi_adapter_product(cpu, g, NULL, NULL);
+        step   = dpoi_most(step, dpoi_flip_room(g, g->r, g->O) + dpoi_conv_room(g, &y));
         step   = dpoi_most(step, dpoi_gradient_work(g, &p.down));
         step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(&u, &p.up));
     }
@@ -11965,18 +12162,14 @@ static void dpoi_fast_forward(dpoi_cpu *cpu, dpoi_conv *g)
     float *scaled = g->work + plan.u, *u = g->u ? (float *)g->a->stat.data : scaled;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
-    p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
-    p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
-    p.add_type = g->residual_type;  p.y_type = g->y_type;
-    p.sums = g->work + plan.step;
-    p.room = p.sums + dpoi_conv_sums(g);
     if (g->r) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, u);
         down.room = g->work + plan.step;
         dpoi_conv_product(g, &down);
         dpoi_conv_strength(g, u, scaled);
-        p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
     }
+    p = dpoi_forward_product(cpu, g, scaled);
+    p.room = g->work + plan.step;
     dpoi_conv_product(g, &p);
 }
 
@@ -11986,8 +12179,9 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     const dpo_args *a = g->a;
     dpoi_conv u = dpoi_conv_up(g);
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
-    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
-    p.source[0] = dpoi_flip_run(cpu, &u, one, one, g->dy, g->up, g->O, step);
+    dpoi_cpu_product p = dpoi_adapter_product(cpu, g, du, step);
+    dpoi_flip_run(cpu, &u, one, one, g->up, g->O, step);
+    p.room = step + dpoi_flip_room(g, g->r, g->O);
     dpoi_conv_product(g, &p);
     dpoi_conv_strength(g, du, du);
     if (a->din[5].data)
@@ -12710,7 +12904,7 @@ DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64
                                      int two, float *s, int64_t row)
 {
     dpoi_amx_strip r;
-    r.steps = b->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    r.steps = b->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
     r.a[0] = a;
     r.a[1] = two ? a + DPOI_TILE_SIZE : NULL;
     for (; from < to; from++, s += 32) {
@@ -12731,7 +12925,8 @@ DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64
 {
     int64_t row = b->wide*16*4, half = b->wide*16*16;
     dpoi_amx_strip r;
-    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = b->wide*DPOI_TILE_SIZE;  r.b_row = 64;
+    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = b->wide*DPOI_TILE_SIZE;
+    r.b_row = 64;
     r.a[0] = p;
     r.a[1] = two ? p + DPOI_TILE_SIZE : NULL;
     for (int64_t c = 0; c < b->wide; c += 2, o += 32) {
