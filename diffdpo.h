@@ -11235,7 +11235,8 @@ enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
 enum {
     DPOI_AMX_RUN   = 4,                   /* tiles of channels at one place of the kernel, then the next place */
     DPOI_AMX_CHUNK = 12,                  /* tiles of k at a 1x1 kernel between two visits to the sums: 24 KiB */
-    DPOI_AMX_WHOLE = 96,                  /* tiles of k that are not cut into chunks */
+    DPOI_AMX_WHOLE = 96,                  /* tiles of k that are not cut into chunks, */
+    DPOI_AMX_SHIFT = 384,                 /* and of a larger kernel, whose places see the same lines */
     DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
     DPOI_AMX_HELD  = 600000,              /* bytes of a job's slots */
     DPOI_AMX_LARGE = 4000000,             /* bytes of a result that no cache keeps for its reader */
@@ -11339,7 +11340,7 @@ static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
     dpoi_amx_lay_slots(&t);
     for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
     dpoi_amx_cut(&t);
-    t.chunked = t.f[0].steps*(t.f[0].way == DPOI_AMX_TILED ? 1 : places) > DPOI_AMX_WHOLE;
+    t.chunked = t.f[0].way == DPOI_AMX_SLOTTED ? t.f[0].steps*places > DPOI_AMX_SHIFT : t.f[0].steps > DPOI_AMX_WHOLE;
     t.sums_at = t.room;
     if (t.chunked) t.room += t.spans*t.blocks*t.block*DPOI_AMX_WIDE;
     return t;
@@ -12971,7 +12972,7 @@ typedef struct dpoi_amx_unit {
     int64_t head, first, rows;
     uint16_t *a, *a2, *p, *ds;
     float  *s, *t, *o, *o2;
-    float   most[32], sum[32];
+    float   most[32], sum[32][16];
 } dpoi_amx_unit;
 
 /* sides: q, k, v, do.  In forward scratch has the first of each pair above alone. */
@@ -12980,6 +12981,7 @@ typedef struct dpoi_amx_attention {
     dpoi_amx_side side[4];
     int     type[4], y_type;              /* of q, k, v and o, and of do: F32 or BF16 */
     int     by_key;                       /* backward: rows are keys */
+    float  *lse;                          /* [N,heads,T] over ln 2 */
     int64_t blocks, jobs, units;          /* of 32 rows a head; of work */
     float  *scratch;
 } dpoi_amx_attention;
@@ -13032,7 +13034,8 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
     x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
     work = g->work;
     g->delta = work;
-    if (back) at = dpoi_pieces(g->N*g->heads*g->T, 16)*16;
+    t->lse = work ? work + g->N*g->heads*g->T : NULL;
+    if (back) at = dpoi_pieces(2*g->N*g->heads*g->T, 16)*16;
     for (int i = 0; i < 4; i++)
         at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], i == 1 || i == 2 ? g->S : g->T, back || i == 1,
                                back ? i != 2 : i == 2, work ? work + at : NULL);
@@ -13041,40 +13044,54 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
     return at + t->jobs*dpoi_amx_attention_scratch(t);
 }
 
+/* The largest of a row's `seen` scores. */
+DPOI_AMX static float dpoi_amx_largest(const float *s, int64_t seen)
+{
+    __m512 low = _mm512_set1_ps(-INFINITY), a = low, b = low;
+    int64_t j = 0;
+    for (; j + 32 <= seen; j += 32) {
+        a = _mm512_max_ps(a, _mm512_loadu_ps(s + j));
+        b = _mm512_max_ps(b, _mm512_loadu_ps(s + j + 16));
+    }
+    for (; j < seen; j += 16)
+        a = _mm512_max_ps(a, _mm512_mask_loadu_ps(low, (__mmask16)dpoi_amx_seen(j, 0, seen), s + j));
+    return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+}
+
+/* Row i meets a larger score: what it has summed shrinks by 2^(most - now); before the first it is zero. */
+DPOI_AMX static void dpoi_amx_shrink(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, float now)
+{
+    __m512 shrink = dpoi_amx_exp2(_mm512_set1_ps(u->most[i] > -INFINITY ? u->most[i] - now : 0));
+    int64_t size = t->side->wide*16;
+    float *o = u->o + i*size;
+    u->most[i] = now;
+    _mm512_storeu_ps(u->sum[i], _mm512_mul_ps(_mm512_loadu_ps(u->sum[i]), shrink));
+    for (int64_t c = 0; c < size; c += 16) _mm512_storeu_ps(o + c, _mm512_mul_ps(_mm512_loadu_ps(o + c), shrink));
+}
+
 /* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
-   most, sum and o move to the new maximum as in dpoi_scores_forward_avx512. */
+   most, in powers of two, sum and o move to the new maximum.  Sums stay apart in 16 lanes to the end. */
 DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
 {
     const float *s = u->s + i*DPOI_AMX_KEYS;
     uint16_t *p = u->p + i*32;
-    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), low = _mm512_set1_ps(-INFINITY), high = low;
-    __m512 sum = _mm512_setzero_ps();
-    float most = u->most[i], shrink;
-    int64_t size = t->side->wide*16;
-    for (int64_t j = 0; j < seen; j += 16)
-        high = _mm512_max_ps(high, _mm512_mask_loadu_ps(low, (__mmask16)dpoi_amx_seen(j, 0, seen), s + j));
-    if (seen > 0) {                       /* scale is positive */
-        float largest = _mm512_reduce_max_ps(high)*t->g.scale;
-        if (!(largest <= most)) most = largest;
-    }
-    high = _mm512_set1_ps(most*DPOI_LOG2E);
+    float now = dpoi_amx_largest(s, seen)*t->g.scale*DPOI_LOG2E;            /* scale is positive */
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), most, sum;
+    if (!(now <= u->most[i])) dpoi_amx_shrink(t, u, i, now);
+    most = _mm512_set1_ps(u->most[i]);
+    sum = _mm512_loadu_ps(u->sum[i]);
     for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
-        uint32_t k = dpoi_amx_seen(j, 0, seen);
-        __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, high));
-        __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, high));
-        f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
-        h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
+        __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, most));
+        __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, most));
+        if (j + 32 > seen) {
+            uint32_t k = dpoi_amx_seen(j, 0, seen);
+            f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
+            h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
+        }
         sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
         _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
     }
-    shrink = u->most[i] > -INFINITY ? expf(u->most[i] - most) : 0;
-    u->sum[i] = u->sum[i]*shrink + _mm512_reduce_add_ps(sum);
-    if (most != u->most[i])
-        for (int64_t c = 0; c < size; c += 16) {
-            float *o = u->o + i*size + c;
-            _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
-        }
-    u->most[i] = most;
+    _mm512_storeu_ps(u->sum[i], sum);
 }
 
 /* o divided by the sums, and lse. */
@@ -13083,8 +13100,9 @@ DPOI_AMX static void dpoi_amx_attention_end(const dpoi_amx_attention *t, const d
     const dpoi_attention *g = &t->g;
     int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->side->wide*16;
     for (int64_t i = 0; i < u->rows; i++) {
-        __m512 share = _mm512_set1_ps(1/u->sum[i]);
-        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i] + logf(u->sum[i]);
+        float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(u->sum[i]));
+        __m512 share = _mm512_set1_ps(1/sum);
+        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i]/DPOI_LOG2E + logf(sum);
         for (int64_t c = 0; c < g->d; c += 16) {
             __m512 f = _mm512_mul_ps(_mm512_loadu_ps(u->o + i*size + c), share);
             dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, (__mmask16)dpoi_amx_seen(c, 0, g->d), 0, f, f);
@@ -13099,7 +13117,8 @@ DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_a
     int64_t keys = dpoi_pieces(g->causal ? dpoi_least(u->first + u->rows, g->S) : g->S, 32);
     int two = u->rows > 16;
     memset(u->o, 0, (size_t)(32*t->side->wide*16)*sizeof(float));
-    for (int64_t i = 0; i < 32; i++) { u->most[i] = -INFINITY;  u->sum[i] = 0; }
+    memset(u->sum, 0, sizeof u->sum);
+    for (int64_t i = 0; i < 32; i++) u->most[i] = -INFINITY;
     dpoi_amx_rows(&t->side[0], u->head, u->first, u->rows, u->a);
     DPOI_AMX_READY();
     for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
@@ -13116,38 +13135,38 @@ DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_a
     dpoi_amx_attention_end(t, u);
 }
 
-/* Row i of p and ds in tiles from columns from.. of the other axis, `wide` of them; low..high-1 are seen. */
+/* Row i of p and ds/scale in tiles from columns from.. of the other axis, `wide` of them; low..high-1 are seen.  t->lse
+   is in powers of two. */
 DPOI_AMX static void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int i, int64_t from,
                                      int64_t low, int64_t high, int64_t wide)
 {
     const float *s = u->s + i*DPOI_AMX_BACK, *r = u->t + i*DPOI_AMX_BACK;
-    const float *lse = t->g.lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
+    const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
     uint16_t *p = u->p + i*32, *ds = u->ds + i*32;
-    __m512 scale = _mm512_set1_ps(t->g.scale), scale2 = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e, d, f[2], h[2];
     int64_t row = dpoi_least(u->first + i, t->g.T - 1);                     /* a row that is none sees nothing */
-    e = _mm512_set1_ps(lse[row]*DPOI_LOG2E);
-    d = _mm512_set1_ps(delta[row]);
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e = _mm512_set1_ps(lse[row]), d = _mm512_set1_ps(delta[row]);
+    __m512 f[2], h[2];
     for (int64_t j = 0; j < wide; j += 32, p += 2*DPOI_TILE_SIZE, ds += 2*DPOI_TILE_SIZE) {
-        uint32_t seen = dpoi_amx_seen(j, low, high);
+        uint32_t seen = low <= j && j + 32 <= high ? 0xffffffffu : dpoi_amx_seen(j, low, high);
         for (int o = 0; o < 2; o++) {
             __mmask16 k = (__mmask16)(seen >> 16*o);
             int64_t at = j + 16*o;
             if (t->by_key) {
-                e = _mm512_mul_ps(_mm512_maskz_loadu_ps(k, lse + from + at), _mm512_set1_ps(DPOI_LOG2E));
+                e = _mm512_maskz_loadu_ps(k, lse + from + at);
                 d = _mm512_maskz_loadu_ps(k, delta + from + at);
             }
-            f[o] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale2, e));
+            f[o] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale, e));
             f[o] = _mm512_maskz_mov_ps(k, f[o]);
-            h[o] = _mm512_maskz_mul_ps(k, _mm512_mul_ps(f[o], scale), _mm512_sub_ps(_mm512_loadu_ps(r + at), d));
+            h[o] = _mm512_maskz_mul_ps(k, f[o], _mm512_sub_ps(_mm512_loadu_ps(r + at), d));
         }
         if (t->by_key) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
         _mm512_storeu_si512(ds, (__m512i)_mm512_cvtne2ps_pbh(h[1], h[0]));
     }
 }
 
-/* The unit's rows of a gradient [N,length,D] = o, or += . */
+/* The unit's rows of a gradient [N,length,D] = scale o, or += . */
 DPOI_AMX static void dpoi_amx_unit_store(const dpoi_attention *g, const dpoi_amx_unit *u, int64_t length, const float *o,
-                                         float *y, int add)
+                                         float scale, float *y, int add)
 {
     int64_t size = dpoi_pieces(g->d, 16)*16;
     if (!y) return;
@@ -13155,7 +13174,7 @@ DPOI_AMX static void dpoi_amx_unit_store(const dpoi_attention *g, const dpoi_amx
     for (int64_t i = 0; i < u->rows; i++, y += g->D)
         for (int64_t c = 0; c < g->d; c += 16) {
             __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
-            __m512 f = _mm512_loadu_ps(o + i*size + c);
+            __m512 f = _mm512_mul_ps(_mm512_loadu_ps(o + i*size + c), _mm512_set1_ps(scale));
             if (add) f = _mm512_add_ps(f, _mm512_maskz_loadu_ps(k, y + c));
             _mm512_mask_storeu_ps(y + c, k, f);
         }
@@ -13188,8 +13207,8 @@ DPOI_AMX static void dpoi_amx_back_unit(const dpoi_amx_attention *t, dpoi_amx_un
         if (!t->by_key || g->dk) dpoi_amx_gather(b, u->head, from, to, u->ds, two, u->o);
         if (t->by_key && g->dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, two, u->o2);
     }
-    dpoi_amx_unit_store(g, u, a->length, u->o, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
-    if (t->by_key) dpoi_amx_unit_store(g, u, a->length, u->o2, g->dv, (int)(g->add >> 2 & 1));
+    dpoi_amx_unit_store(g, u, a->length, u->o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
+    if (t->by_key) dpoi_amx_unit_store(g, u, a->length, u->o2, 1, g->dv, (int)(g->add >> 2 & 1));
 }
 
 /* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
@@ -13216,7 +13235,7 @@ static void dpoi_amx_back_task(void *arg, int64_t job)
     dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 1);
 }
 
-/* dpoi_attention_delta_task with o and do as they lie, a query's sums in one order. */
+/* dpoi_attention_delta_task with o and do as they lie, a query's sums in one order; and lse. */
 DPOI_AMX static void dpoi_amx_delta_task(void *arg, int64_t head)
 {
     const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
@@ -13230,6 +13249,7 @@ DPOI_AMX static void dpoi_amx_delta_task(void *arg, int64_t head)
                                   dpoi_amx_load(g->o, t->y_type, at + c, k), sum);
         }
         g->delta[head*g->T + i] = _mm512_reduce_add_ps(sum);
+        t->lse[head*g->T + i] = g->lse[head*g->T + i]*DPOI_LOG2E;
     }
 }
 
