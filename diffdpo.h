@@ -11239,6 +11239,7 @@ enum {
     DPOI_AMX_SHIFT = 384,                 /* and of a larger kernel, whose places see the same lines */
     DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
     DPOI_AMX_HELD  = 600000,              /* bytes of a job's slots */
+    DPOI_AMX_COPY  = 32000000,            /* bytes of a copy; larger pictures go in stripes */
     DPOI_AMX_LARGE = 4000000,             /* bytes of a result that no cache keeps for its reader */
     DPOI_AMX_JOBS  = 24                   /* wanted, where each is worth DPOI_AMX_JOB */
 };
@@ -11635,7 +11636,7 @@ DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
     dpoi_amx_end();
 }
 
-static void dpoi_amx_product_run(const dpoi_cpu_product *p)
+static void dpoi_amx_product_go(const dpoi_cpu_product *p)
 {
     dpoi_amx_product t = dpoi_amx_product_of(p);
     if (!t.slots) return;
@@ -11644,6 +11645,60 @@ static void dpoi_amx_product_run(const dpoi_cpu_product *p)
                (uintptr_t)p->y % 64 == 0 && !(p->at_n % 32 || p->at_y % 32 || p->at_x % 32);
     dpoi_amx_bring(&t);
     dpoi_parallel(p->cpu, t.blocks*t.spans, dpoi_amx_product_task, &t);
+}
+
+/* Rows of the result whose copy keeps below DPOI_AMX_COPY; all of them: one call does it. */
+static int64_t dpoi_amx_stripe_rows(const dpoi_cpu_product *p)
+{
+    const dpoi_source *s = &p->source[0];
+    int     way = dpoi_amx_way(p, s);
+    int64_t row = 2*(way == DPOI_AMX_TILED ? p->X*dpoi_amx_padded(s->K) : s->W*s->I) + 1;
+    if (way == DPOI_AMX_AS_IT_LIES || p->N*p->Y*row <= DPOI_AMX_COPY) return p->N*p->Y;
+    return dpoi_least(p->Y, dpoi_most(1, DPOI_AMX_COPY/row));
+}
+
+/* The rows from y of sample n, as a product of their own. */
+static dpoi_cpu_product dpoi_amx_stripe(const dpoi_cpu_product *p, int64_t n, int64_t y, int64_t rows)
+{
+    dpoi_cpu_product q = *p;
+    int64_t at = n*p->at_n + y*p->at_y, wide = p->y_type == DPO_F32 ? 4 : 2, add = p->add_type == DPO_F32 ? 4 : 2;
+    q.N = 1;
+    q.Y = dpoi_least(rows, p->Y - y);
+    if (p->y)   q.y   = (float *)(void *)((char *)(void *)p->y + at*wide);
+    if (p->add) q.add = (const float *)(const void *)((const char *)(const void *)p->add + at*add);
+    if (p->vec) q.vec = p->vec + n*p->O;
+    for (int i = 0; i < 2; i++) {         /* the rows of x that these see */
+        dpoi_source *s = &q.source[i];
+        int64_t from = dpoi_most(0, dpoi_least(s->H, y*s->stride - s->top));
+        int64_t end = dpoi_most(from, dpoi_least(s->H, (y + q.Y - 1)*s->stride - s->top + s->kh));
+        if (s->x) s->x = dpoi_amx_at(s->x, s->x_type, (n*s->H + from)*s->W*s->I);
+        s->top += from - y*s->stride;
+        s->H = end - from;
+    }
+    return q;
+}
+
+/* Floats of scratch at p->room. */
+static int64_t dpoi_amx_product_room(const dpoi_cpu_product *p)
+{
+    int64_t rows = dpoi_amx_stripe_rows(p), most = 0;
+    if (rows >= p->N*p->Y) return dpoi_amx_product_of(p).room;
+    for (int64_t y = 0; y < p->Y; y += rows) {
+        dpoi_cpu_product q = dpoi_amx_stripe(p, 0, y, rows);
+        most = dpoi_most(most, dpoi_amx_product_of(&q).room);
+    }
+    return most;
+}
+
+static void dpoi_amx_product_run(const dpoi_cpu_product *p)
+{
+    int64_t rows = dpoi_amx_stripe_rows(p);
+    if (rows >= p->N*p->Y) { dpoi_amx_product_go(p);  return; }
+    for (int64_t n = 0; n < p->N; n++)
+        for (int64_t y = 0; y < p->Y; y += rows) {
+            dpoi_cpu_product q = dpoi_amx_stripe(p, n, y, rows);
+            dpoi_amx_product_go(&q);
+        }
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of x */
@@ -11906,7 +11961,7 @@ static void dpoi_conv_product(const dpoi_conv *g, dpoi_cpu_product *p)
 static int64_t dpoi_conv_room(const dpoi_conv *g, const dpoi_cpu_product *p)
 {
 #ifdef DPOI_SIMD_AMX
-    if (g->amx) return dpoi_amx_product_of(p).room;
+    if (g->amx) return dpoi_amx_product_room(p);
 #endif
     (void)g;  (void)p;
     return 0;
