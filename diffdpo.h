@@ -1087,6 +1087,8 @@ struct dpo_backend {
     size_t      (*workspace)(void *self, const dpo_args *a);             /* scratch bytes that this call needs */
     int         (*run)    (void *self, const dpo_args *a);
     int         (*sync)   (void *self);
+    int         (*step)   (void *self, int begin);        /* or NULL.  1 before and 0 after calls that will come again, */
+                                          /* the same with other numbers: a device may record and replay them */
     const char *(*explain)(void *self);   /* the last failure in words, or NULL */
     void        (*close)  (void *self);
 };
@@ -1102,7 +1104,22 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model);
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc);
 
 #ifdef DIFFDPO_CUDA
-extern dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in diffdpo_cuda.cu */
+/* In diffdpo_cuda.cu.  The backend of one NVIDIA GPU, for dpo_desc.backend: dpo_cuda_open(0, DIFFDPO_VERSION).  Without a
+   usable device it is a backend all the same, and dpo_open says in its context what is wrong; NULL only without memory on
+   the host.  dpo_cuda_about: the device, its memory and its compute capability, or what is wrong. */
+extern dpo_backend *dpo_cuda_open(int device, uint32_t version);
+extern const char  *dpo_cuda_about(const dpo_backend *b);
+
+/* Settings, to be made before the first step; 1, or 0 where b is no CUDA backend. */
+enum {
+    DPO_CUDA_PRODUCTS,                    /* DPO_BF16: factors that are F32 are rounded, as dpo_desc.products does; 0: they are not */
+    DPO_CUDA_TF32,                        /* 1: products of F32 may use TF32; 0: they do not */
+    DPO_CUDA_GRAPHS,                      /* 0: steps are not captured; 1, as it starts: they are */
+    DPO_CUDA_PLAIN,                       /* 1: no tensor cores but cuBLAS's: for comparing kernels */
+    DPO_CUDA_SYNC,                        /* 1: wait after each kernel, so that a failure names the one that failed; slow */
+    DPO_CUDA_OPTIONS
+};
+extern int dpo_cuda_set(dpo_backend *b, int option, int value);
 #endif
 #ifdef __cplusplus
 }
@@ -5785,11 +5802,14 @@ DPO_DEF int dpo_write(dpo_tensor *x, const void *values)
 static int dpoi_open_backend(dpo_ctx *c, const dpo_desc *d)
 {
     dpo_backend *b = d->backend ? d->backend : dpo_cpu_open(d);
+    const char  *why;
     if (!b) return dpoi_fail(c, DPO_OUT_OF_MEMORY, "no memory for the CPU backend");
     if (b->size != sizeof *b || b->version != DIFFDPO_VERSION)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "a backend of another version: compile it and diffdpo.h together");
     c->backend = b;
-    return 1;
+    if (b->sync(b->self) == DPO_OK) return 1;
+    why = b->explain(b->self);            /* a device that could not be opened is found here */
+    return dpoi_fail(c, DPO_DEVICE, "%s: %s", b->name, why ? why : "does not answer");
 }
 
 /* Everything but the context itself may fail and be told by dpo_error. */
@@ -6967,6 +6987,7 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model)
     b->workspace = dpoi_dry_workspace;
     b->run = dpoi_dry_run;
     b->sync = dpoi_dry_sync;
+    b->step = NULL;
     b->explain = dpoi_dry_explain;
     b->close = dpoi_dry_close;
     return b;
@@ -7177,6 +7198,7 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->workspace = dpoi_check_workspace;
     b->run = dpoi_check_run;
     b->sync = dpoi_check_sync;
+    b->step = NULL;                       /* each call is compared as it comes */
     b->explain = dpoi_check_explain;
     b->close = dpoi_check_close;
     return b;
