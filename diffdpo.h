@@ -5934,6 +5934,18 @@ static int dpoi_run(dpo_ctx *c, dpo_args *a)
                      why ? why : "failed");
 }
 
+/* Around calls that will come again alike, for devices that record and replay them.  What fails is told at the end, for
+   there the device may find it. */
+static int dpoi_device_step(dpo_ctx *c, int begin)
+{
+    dpo_backend *b = c->backend;
+    const char  *why;
+    int          status = b->step ? b->step(b->self, begin) : (int)DPO_OK;
+    if (status == DPO_OK) return 1;
+    why = b->explain(b->self);
+    return dpoi_fail(c, status, "a step on %s: %s", b->name, why ? why : "failed");
+}
+
 /* ------------------------------------------------------------------------------------------ recording */
 
 /* A call as an op function fills it in: tensors, and views with the shapes that the kernel wants. */
@@ -18588,9 +18600,10 @@ static dpo_tensor *dpoi_sampling_batch(dpoi_sampling *g)
         if (!x || !dpoi_stage_prepare(g, st)) return NULL;
         for (int k = 0; x && k < st->s->steps; k++) {
             int64_t scope = dpo_scope(c);
-            y = dpo_scope_end(c, scope, dpoi_sampling_step(g, st, k, x));
+            int     ok = dpoi_device_step(c, 1);
+            y = dpo_scope_end(c, scope, ok ? dpoi_sampling_step(g, st, k, x) : NULL);
             dpoi_drop_data(x);            /* nothing is recorded here, so nobody reads it again */
-            x = y;
+            x = dpoi_device_step(c, 0) ? y : NULL;
             if (x && !dpoi_sampling_tell(g, ++step, x)) return NULL;
         }
     }
@@ -21129,22 +21142,30 @@ static int dpoi_train_ready(dpo_trainer *t)
     return !t->stopped && t->steps_done < t->d.steps;
 }
 
-/* The figures are read only after the whole step was handed to the device.
+/* All that the device does in a step, from draws to weights.
    The learning rate is that of the number of steps done before, 0 at the first. */
-DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
+static int dpoi_train_update(dpo_trainer *t, float lr)
 {
-    dpo_progress p;
-    double       started = dpo_seconds();
-    float        lr, decay;
-    if (!dpoi_train_ready(t)) return 0;
-    t->phase = DPOI_GRADIENTS;
-    lr = dpo_lr(t->d.lr_schedule, t->d.lr, t->d.warmup, t->d.steps, t->steps_done);
+    float decay = dpo_average_decay(t->steps_done, t->d.average);
     for (int k = 0; k < t->d.accumulation; k++)
         if (!dpoi_train_micro(t, k)) return 0;
     t->phase = DPOI_UPDATE;
     if (!dpo_optim_step(t->o, lr)) return 0;
-    decay = dpo_average_decay(t->steps_done, t->d.average);
-    if (t->average && !dpo_average(t->c, t->average, t->params, t->count, decay)) return 0;
+    return !t->average || dpo_average(t->c, t->average, t->params, t->count, decay);
+}
+
+/* The figures are read only after the whole step was handed to the device. */
+DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
+{
+    dpo_progress p;
+    double       started = dpo_seconds();
+    float        lr;
+    int          ok;
+    if (!dpoi_train_ready(t)) return 0;
+    t->phase = DPOI_GRADIENTS;
+    lr = dpo_lr(t->d.lr_schedule, t->d.lr, t->d.warmup, t->d.steps, t->steps_done);
+    ok = dpoi_device_step(t->c, 1) && dpoi_train_update(t, lr);
+    if (!dpoi_device_step(t->c, 0) || !ok) return 0;
     t->phase = DPOI_BETWEEN;
     t->steps_done++;
     if (!dpoi_train_report(t, started, lr, &p)) return 0;
