@@ -101,7 +101,7 @@ static const char *const dpoc_names[DPO_OP_COUNT] = {
 /* Keeps what went wrong: the call, its reason, the op.  A kernel that fails while it runs is found by a later call. */
 static int dpoc_fail(dpoc *d, int status, const char *call, const char *why)
 {
-    snprintf(d->text, sizeof d->text, "%s: %s%s%s", call, why, d->op ? " in " : "", d->op ? d->op : "");
+    snprintf(d->text, sizeof d->text, "%.200s: %.80s%s%.20s", call, why, d->op ? " in " : "", d->op ? d->op : "");
     return status;
 }
 
@@ -1579,6 +1579,7 @@ enum { DPOC_FROM_X, DPOC_FROM_DYT, DPOC_FROM_DY, DPOC_FROM_W, DPOC_FROM_WT };
 
 typedef struct dpoc_tiles {
     int     mode, type, add, splits;      /* DPOC_Y ...; of both factors; out is added to; parts of depth */
+    int     wide[2];                      /* eight numbers of a factor can be loaded at once */
     int     H, W, I, Y, X, O, kh, kw, stride, top, left;
     int64_t rows, cols, depth, span;      /* of the product; span: depth of a part, a multiple of DPOC_DEPTH */
     const void *a, *b;
@@ -1685,10 +1686,146 @@ static __global__ void dpoc_parts_kernel(dpoc_tiles g)
     }
 }
 
-/*TENSORCONV*/
-enum { DPOC_HIGH = 128 };
-static __global__ void dpoc_conv_tensor_kernel(dpoc_tiles g) { (void)g; }
-/*ENDTENSORCONV*/
+/* ------------------------------------------------------------------------------------------ tensor cores
+
+   mma.sync.m16n8k16: d [16][8] += a [16][16] b [16][8], factors of 16 bits, sums in F32, shared out over a warp.  With
+   g = lane/4 and t = lane%4 (PTX manual, warp-level matrix fragments):
+     a[0..3] are pairs (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8)     b[0..1] pairs (2t, g), (2t+8, g)
+     d[0..3] are (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1) */
+template<int type> static __device__ __forceinline__ void dpoc_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
+{
+#ifdef DIFFDPO_CUDA_STAND_IN
+    stand_in_mma(d, a, b, type == DPO_BF16 ? dpoc_of_bf16 : dpoc_of_f16);
+#else
+    if (type == DPO_BF16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+/* Two numbers as one pair, the first in the low half. */
+template<int type> static __device__ __forceinline__ uint32_t dpoc_pair(float x, float y)
+{
+    if (type == DPO_BF16) return dpoc_to_bf16(x) | (uint32_t)dpoc_to_bf16(y) << 16;
+    return dpoc_to_f16(x) | (uint32_t)dpoc_to_f16(y) << 16;
+}
+
+/* A block computes 128 x 64 numbers from slices of 32 of the depth; each of its 8 warps 32 x 32 of them: 16 products of
+   16x8x16 a slice for 8 loads of four words, which is what shared memory can feed.  Two slices take turns: the next one is
+   fetched into registers while this one is multiplied.  Rows are 40 halves apart: the eight rows that a warp reads at once
+   then lie in different banks, and begin on 16 bytes.  30 KB of shared memory, some 100 registers: two blocks a processor. */
+enum { DPOC_HIGH = 128, DPOC_PITCH = DPOC_DEPTH + 8 };
+
+typedef struct dpoc_conv_shared { alignas(16) uint16_t a[2][DPOC_HIGH][DPOC_PITCH];  alignas(16) uint16_t b[2][DPOC_SIDE][DPOC_PITCH]; } dpoc_conv_shared;
+
+/* Eight numbers of a factor: (line, k..k+7), or where depth is the major axis (line..line+7, k).  Wide: they lie side by side,
+   on 16 bytes. */
+static __device__ __forceinline__ uint4 dpoc_eight(const dpoc_tiles &g, int second, int64_t line, int64_t k, int64_t lines, int64_t end)
+{
+    const uint16_t *p = (const uint16_t *)(second ? g.b : g.a);
+    int      deep = dpoc_deep(g.mode, second), from = dpoc_from(g.mode, second);
+    uint32_t h[4] = { 0, 0, 0, 0 };
+    if (g.wide[second]) {
+        int64_t at = line < lines && k < end ? dpoc_place(g, from, deep ? k : line, deep ? line : k) : -1;
+        uint4   zero = { 0, 0, 0, 0 };
+        return at < 0 ? zero : *(const uint4 *)(p + at);
+    }
+    DPOC_UNROLL
+    for (int e = 0; e < 8; e++) {
+        int64_t l = deep ? line + e : line, kk = deep ? k : k + e;
+        int64_t at = l < lines && kk < end ? dpoc_place(g, from, deep ? kk : l, deep ? l : kk) : -1;
+        if (at >= 0) h[e/2] |= (uint32_t)p[at] << e % 2*16;
+    }
+    uint4 v = { h[0], h[1], h[2], h[3] };
+    return v;
+}
+
+/* Eight u of a slice of `lines` lines: where it lies, and into shared memory, where k always runs along a row. */
+static __device__ __forceinline__ void dpoc_eight_at(int deep, int lines, int u, int *line, int *k)
+{
+    *line = deep ? u % (lines/8)*8 : u/(DPOC_DEPTH/8);
+    *k    = deep ? u/(lines/8) : u % (DPOC_DEPTH/8)*8;
+}
+static __device__ __forceinline__ void dpoc_eight_put(uint16_t (*to)[DPOC_PITCH], int deep, int line, int k, uint4 v)
+{
+    uint32_t h[4] = { v.x, v.y, v.z, v.w };
+    if (!deep) { *(uint4 *)&to[line][k] = v;  return; }
+    DPOC_UNROLL
+    for (int e = 0; e < 8; e++) to[line + e][k] = (uint16_t)(h[e/2] >> e % 2*16);
+}
+
+static __device__ __forceinline__ uint32_t dpoc_word(const uint16_t *p) { return *(const uint32_t *)p; }
+
+/* A warp's 32 x 32 numbers of one slice. */
+template<int type> static __device__ __forceinline__ void dpoc_slice(uint16_t (*a)[DPOC_PITCH], uint16_t (*b)[DPOC_PITCH], float sum[2][4][4])
+{
+    int lane = (int)threadIdx.x % 32, g = lane/4, t = lane % 4;
+    DPOC_UNROLL
+    for (int k = 2*t; k < DPOC_DEPTH; k += 16) {
+        uint32_t fa[2][4], fb[4][2];
+        DPOC_UNROLL
+        for (int i = 0; i < 2; i++) {
+            fa[i][0] = dpoc_word(&a[16*i + g][k]);      fa[i][1] = dpoc_word(&a[16*i + g + 8][k]);
+            fa[i][2] = dpoc_word(&a[16*i + g][k + 8]);  fa[i][3] = dpoc_word(&a[16*i + g + 8][k + 8]);
+        }
+        DPOC_UNROLL
+        for (int j = 0; j < 4; j++) { fb[j][0] = dpoc_word(&b[8*j + g][k]);  fb[j][1] = dpoc_word(&b[8*j + g][k + 8]); }
+        DPOC_UNROLL
+        for (int i = 0; i < 2; i++) {
+            DPOC_UNROLL
+            for (int j = 0; j < 4; j++) dpoc_mma<type>(sum[i][j], fa[i], fb[j]);
+        }
+    }
+}
+
+template<int type> static __device__ void dpoc_conv_tensor(const dpoc_tiles &g, dpoc_conv_shared &s)
+{
+    int     t = (int)threadIdx.x, warp = t/32, lane = t % 32, deep[2] = { dpoc_deep(g.mode, 0), dpoc_deep(g.mode, 1) };
+    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*DPOC_SIDE;
+    int64_t k0 = blockIdx.z*g.span, end = k0 + g.span < g.depth ? k0 + g.span : g.depth;
+    int     la[2], ka[2], lb, kb, turn = 0, high = warp/2*32, wide = warp % 2*32;
+    float   sum[2][4][4] = { { { 0 } } };
+    uint4   va[2], vb;
+    for (int e = 0; e < 2; e++) dpoc_eight_at(deep[0], DPOC_HIGH, t + e*DPOC_THREADS, &la[e], &ka[e]);
+    dpoc_eight_at(deep[1], DPOC_SIDE, t, &lb, &kb);
+    for (int e = 0; e < 2; e++) va[e] = dpoc_eight(g, 0, row + la[e], k0 + ka[e], g.rows, end);
+    vb = dpoc_eight(g, 1, col + lb, k0 + kb, g.cols, end);
+    for (; k0 < end; k0 += DPOC_DEPTH, turn ^= 1) {
+        for (int e = 0; e < 2; e++) dpoc_eight_put(s.a[turn], deep[0], la[e], ka[e], va[e]);
+        dpoc_eight_put(s.b[turn], deep[1], lb, kb, vb);
+        __syncthreads();                  /* one a slice: the other slice was read before the last one */
+        if (k0 + DPOC_DEPTH < end) {
+            for (int e = 0; e < 2; e++) va[e] = dpoc_eight(g, 0, row + la[e], k0 + DPOC_DEPTH + ka[e], g.rows, end);
+            vb = dpoc_eight(g, 1, col + lb, k0 + DPOC_DEPTH + kb, g.cols, end);
+        }
+        dpoc_slice<type>(&s.a[turn][high], &s.b[turn][wide], sum);
+    }
+    DPOC_UNROLL
+    for (int i = 0; i < 2; i++) {
+        DPOC_UNROLL
+        for (int j = 0; j < 4; j++) {
+            DPOC_UNROLL
+            for (int e = 0; e < 4; e++)
+                dpoc_store(g, blockIdx.z, row + high + 16*i + lane/4 + e/2*8, col + wide + 8*j + lane % 4*2 + e % 2, sum[i][j][e]);
+        }
+    }
+}
+static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_bf16_kernel(dpoc_tiles g)
+{
+    __shared__ dpoc_conv_shared s;
+    dpoc_conv_tensor<DPO_BF16>(g, s);
+}
+static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_f16_kernel(dpoc_tiles g)
+{
+    __shared__ dpoc_conv_shared s;
+    dpoc_conv_tensor<DPO_F16>(g, s);
+}
+
 /* The sizes and operands of one call, the same for forward and backward. */
 typedef struct dpoc_conv {
     int64_t N, H, W, I, Y, X, O, r;       /* x [N,H,W,I] -> y [N,Y,X,O]; r: rank of the adapter, 0 without one */
@@ -1732,12 +1869,22 @@ static dpoc_tiles dpoc_tiles_of(const dpoc_conv *g, const dpo_args *a, int mode,
     return t;
 }
 
+/* Can eight numbers of a factor be loaded at once?  They must not cross from one tap's channels into the next's: I or O is a
+   multiple of 8. */
+static int dpoc_wide(const dpoc_tiles *g, int second)
+{
+    int from = g->mode == DPOC_Y ? (second ? DPOC_FROM_W : DPOC_FROM_X) : g->mode == DPOC_DX ? (second ? DPOC_FROM_WT : DPOC_FROM_DYT)
+             : second ? DPOC_FROM_X : DPOC_FROM_DY;
+    int channels = from == DPOC_FROM_X || from == DPOC_FROM_W || from == DPOC_FROM_WT ? g->I : g->O;
+    return channels % 8 == 0 && (uintptr_t)(second ? g->b : g->a) % 16 == 0;
+}
+
 /* Few tiles of a great depth would leave most processors idle: the depth is cut so that there are about 256 blocks, which
    is two a processor on the largest devices.  Counted a sample where samples are rows: no sample's sums depend on the
    others; and not by this device's processors: all devices give the same bits. */
 static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
 {
-    int     tensor = 0 && g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN];
+    int     tensor = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN];
     int64_t high = tensor ? (int)DPOC_HIGH : (int)DPOC_SIDE, rows = g.mode == DPOC_DW ? g.rows : g.rows/samples;
     int64_t tiles = dpoc_pieces(rows, high)*dpoc_pieces(g.cols, DPOC_SIDE), most = dpoc_pieces(g.depth, 512);
     int64_t splits = dpoc_least(dpoc_least(256/tiles < 1 ? 1 : 256/tiles, most), 64);
@@ -1749,8 +1896,10 @@ static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
     g.splits = (int)dpoc_pieces(g.depth, g.span);
     if (g.splits > 1) g.part = (float *)dpoc_carve(r, (size_t)(g.splits*g.rows*g.cols)*sizeof(float));
     dim3 grid((unsigned)dpoc_pieces(g.rows, high), (unsigned)dpoc_pieces(g.cols, DPOC_SIDE), (unsigned)g.splits);
-    if (tensor) DPOC_LAUNCH(r, dpoc_conv_tensor_kernel, grid, DPOC_THREADS, (g));
-    else        DPOC_LAUNCH(r, dpoc_conv_kernel, grid, DPOC_THREADS, (g));
+    for (int w = 0; w < 2; w++) g.wide[w] = dpoc_wide(&g, w);
+    if (!tensor)                  DPOC_LAUNCH(r, dpoc_conv_kernel, grid, DPOC_THREADS, (g));
+    else if (g.type == DPO_BF16)  DPOC_LAUNCH(r, dpoc_conv_bf16_kernel, grid, DPOC_THREADS, (g));
+    else                          DPOC_LAUNCH(r, dpoc_conv_f16_kernel, grid, DPOC_THREADS, (g));
     if (g.splits > 1) DPOC_LAUNCH(r, dpoc_parts_kernel, dpoc_grid(g.rows*g.cols), DPOC_THREADS, (g));
 }
 

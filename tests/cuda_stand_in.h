@@ -1,6 +1,6 @@
 /* cuda_stand_in.h - as much of CUDA as diffdpo_cuda.cu uses, on the CPU, so that its kernels can be tested without a GPU.
 
-   use     g++ -std=c++11 -O2 -DDIFFDPO_CUDA_STAND_IN -x c++ -c diffdpo_cuda.cu; the file then includes this one.
+   use     g++ -std=c++11 -O2 -fno-strict-aliasing -DDIFFDPO_CUDA_STAND_IN -x c++ -c diffdpo_cuda.cu; the file then includes this one.
 
    A kernel runs block by block.  The threads of a block are contexts of their own on one thread of the CPU: each runs
    until it reaches a barrier or a shuffle, then the next one.  A barrier that only some threads of a block or warp reach
@@ -55,6 +55,7 @@ struct stand_in_fiber { jmp_buf at; ucontext_t first; char *stack; int state, st
 static stand_in_fiber                stand_in_fibers[STAND_IN_MOST];
 static jmp_buf                       stand_in_scheduler;
 static int                           stand_in_now;        /* the thread that runs */
+static unsigned                      stand_in_turn[STAND_IN_MOST];         /* exchanges that it took part in */
 static const std::function<void()>  *stand_in_kernel;
 extern "C" char __start_stand_in_shared[], __stop_stand_in_shared[];
 
@@ -114,7 +115,7 @@ static void stand_in_warp(int first, int end)
 static void stand_in_block(int threads)
 {
     memset(__start_stand_in_shared, 0xff, (size_t)(__stop_stand_in_shared - __start_stand_in_shared));
-    for (int t = 0; t < threads; t++) stand_in_fibers[t].state = STAND_IN_READY;
+    for (int t = 0; t < threads; t++) { stand_in_fibers[t].state = STAND_IN_READY;  stand_in_turn[t] = 0; }
     for (int waiting = 1; waiting;) {
         int warps = (threads + 31) / 32;
         for (int i = 0; i < warps; i++) {
@@ -144,17 +145,16 @@ static void stand_in_grid(dim3 grid, dim3 block, const std::function<void()> &ke
 static inline void __syncthreads(void)               { stand_in_wait(STAND_IN_BLOCK); }
 static inline void __syncwarp(unsigned = ~0u)         { stand_in_wait(STAND_IN_WARP); }
 
-/* What each thread of the block shows to its warp. */
-static char stand_in_shown[STAND_IN_MOST][16];
+/* What each thread of the block shows to its warp: two slots in turn, so that one barrier an exchange is enough. */
+static char     stand_in_shown[2][STAND_IN_MOST][16];
 
 template<class T> static T stand_in_exchange(T x, int lane)
 {
-    int first = stand_in_now & ~31;
+    int t = stand_in_now, slot = (int)(stand_in_turn[t]++ & 1);
     T   y;
-    memcpy(stand_in_shown[stand_in_now], &x, sizeof x);
+    memcpy(stand_in_shown[slot][t], &x, sizeof x);
     __syncwarp();
-    memcpy(&y, stand_in_shown[first + (lane & 31)], sizeof y);
-    __syncwarp();
+    memcpy(&y, stand_in_shown[slot][(t & ~31) + (lane & 31)], sizeof y);
     return y;
 }
 template<class T> static T __shfl_xor_sync(unsigned, T x, int mask)  { return stand_in_exchange(x, (stand_in_now & 31) ^ mask); }

@@ -95,7 +95,7 @@ static dpo_backend *open_cuda(int graphs)
 /* The same bits whether steps are replayed or not, and the CPU's weights but for rounding. */
 static void check_replay(int rank, float average)
 {
-    enum { STEPS = 14 };
+    enum { STEPS = 10 };
     outcome cpu = train(NULL, rank, STEPS, average), eager = train(open_cuda(0), rank, STEPS, average), graph;
     double  worst = 0, most = 0;
 #ifdef STAND_IN
@@ -121,6 +121,209 @@ static void check_replay(int rank, float average)
 }
 
 
+/* ---- every op in every type ------------------------------------------------------------------------------------- */
+
+/* A call made from a seed, the same on every backend: its result and the gradients of its inputs. */
+typedef struct probe {
+    dpo_ctx    *c;
+    uint64_t    seed;
+    int         dtype, exact;             /* exact: factors are BF16, products of them differ by the order of sums alone */
+    char        name[128];
+    dpo_tensor *in[8];
+    int         count;
+    float      *out[9];
+    int64_t     n[9];
+} probe;
+
+static int pick(probe *p, int least, int most) { return least + (int)(test_random(&p->seed) % (uint64_t)(most - least + 1)); }
+
+/* The next input: normal numbers of type p->dtype (rounded to BF16 first, so that all types hold them), or a weight. */
+static dpo_tensor *input(probe *p, int weight, int rank, int64_t a, int64_t b, int64_t d, int64_t e)
+{
+    int64_t     shape[4] = { a, b, d, e }, n = a*b*d*e;
+    float      *v = (float *)malloc((size_t)n * sizeof *v);
+    dpo_tensor *x;
+    for (int64_t i = 0; i < n; i++) v[i] = dpoi_bf16_to_f32(dpoi_f32_to_bf16((float)test_normal(&p->seed) * (weight ? 0.3f : 1)));
+    if (weight) { x = dpo_weight_new(p->c, p->dtype, rank, shape, "w"); dpo_write(x, v); }
+    else x = dpo_tensor_from(p->c, p->dtype, rank, shape, v);
+    if (x) x->needs_grad = 1;
+    free(v);
+    return p->in[p->count++] = x;
+}
+
+/* wide: channels are multiples of 8, and many. */
+static dpo_tensor *probe_conv(probe *p, int wide)
+{
+    int64_t   N = pick(p, 1, 3), H = pick(p, 3, 12), W = pick(p, 3, 12), I = wide ? 8*pick(p, 1, 20) : pick(p, 1, 40), k = pick(p, 0, 2) ? 3 : 1;
+    int64_t   O = wide ? 8*pick(p, 1, 20) : pick(p, 1, 70), r = pick(p, 0, 2) ? 0 : pick(p, 1, 9), stride = pick(p, 1, 2), y, x;
+    int       pad[4] = { 0, 0, 0, 0 };
+    dpo_extra e;
+    dpo_tensor *in, *w, *bias = NULL;
+    memset(&e, 0, sizeof e);
+    if (k == 3) for (int i = 0; i < 4; i++) pad[i] = pick(p, 0, 1);
+    y = (H + pad[0] + pad[1] - k)/stride + 1;
+    x = (W + pad[2] + pad[3] - k)/stride + 1;
+    snprintf(p->name, sizeof p->name, "conv %dx%dx%dx%d to %d, kernel %d, stride %d, rank %d", (int)N, (int)H, (int)W, (int)I, (int)O, (int)k, (int)stride, (int)r);
+    in = input(p, 0, 4, N, H, W, I);
+    w = input(p, 1, 4, O, k, k, I);
+    if (pick(p, 0, 1)) bias = input(p, 0, 1, O, 1, 1, 1);
+    if (pick(p, 0, 1)) e.vec = input(p, 0, 2, N, O, 1, 1);
+    if (pick(p, 0, 1)) e.residual = input(p, 0, 4, N, y, x, O);
+    if (r) {
+        e.scale = 0.5f;
+        e.down = input(p, 1, 4, r, k, k, I);
+        e.up = input(p, 1, 4, O, 1, 1, r);
+        if (pick(p, 0, 1)) e.strength = input(p, 0, 1, N, 1, 1, 1);
+        p->exact = 0;                     /* x down is rounded in between */
+    }
+    e.act = pick(p, 0, 3) ? DPO_NONE : DPO_SILU;
+    return dpo_conv2d(p->c, in, w, bias, (int)stride, pad, &e);
+}
+
+static dpo_tensor *probe_attention(probe *p, int wide)
+{
+    int64_t N = pick(p, 1, 2), heads = pick(p, 1, 3), d = wide ? 8*pick(p, 1, 20) : pick(p, 1, 70), T = pick(p, 1, 150), S = pick(p, 1, 150);
+    int     causal = pick(p, 0, 2) == 0;
+    dpo_tensor *q, *k, *v;
+    if (pick(p, 0, 15) == 0) d = 264;
+    if (causal) S = T;
+    snprintf(p->name, sizeof p->name, "attention %dx%d, %d keys, %d heads of %d%s", (int)N, (int)T, (int)S, (int)heads, (int)d, causal ? ", causal" : "");
+    q = input(p, 0, 3, N, T, heads*d, 1);
+    k = input(p, 0, 3, N, S, heads*d, 1);
+    v = input(p, 0, 3, N, S, heads*d, 1);
+    p->exact = 0;
+    return dpo_attention(p->c, q, k, v, (int)heads, causal);
+}
+
+static dpo_tensor *probe_norm(probe *p, int layer)
+{
+    int64_t G = pick(p, 1, 5), C = G*pick(p, 1, 40), N = pick(p, 1, 3), P = pick(p, 1, 400);
+    dpo_tensor *x, *gamma, *beta;
+    snprintf(p->name, sizeof p->name, "%s %dx%dx%d", layer ? "layer norm" : "group norm", (int)N, (int)P, (int)C);
+    x = input(p, 0, 3, N, P, C, 1);
+    gamma = input(p, 0, 1, C, 1, 1, 1);
+    beta = input(p, 0, 1, C, 1, 1, 1);
+    if (layer) return dpo_layer_norm(p->c, x, gamma, beta, 1e-3f);
+    return dpo_group_norm(p->c, x, gamma, beta, (int)G, 1e-3f, pick(p, 0, 1) ? DPO_SILU : DPO_NONE);
+}
+
+static dpo_tensor *probe_small(probe *p, int which)
+{
+    int64_t a = pick(p, 1, 4), b = pick(p, 1, 30), d = which % 2 ? 8*pick(p, 1, 9) : pick(p, 1, 60);
+    dpo_tensor *x, *y;
+    snprintf(p->name, sizeof p->name, "small op %d on %dx%dx%d", which, (int)a, (int)b, (int)d);
+    if (which < 2)  return dpo_geglu(p->c, input(p, 0, 3, a, b, 2*d, 1));
+    if (which < 4)  return dpo_act(p->c, input(p, 0, 3, a, b, d, 1), pick(p, 0, 1) ? DPO_SILU : DPO_GELU);
+    if (which < 6)  { x = input(p, 0, 3, a, b, d, 1); y = input(p, 0, 1, d, 1, 1, 1); return dpo_binary(p->c, pick(p, DPO_ADD, DPO_MUL), x, y); }
+    if (which < 8)  { x = input(p, 0, 3, a, b, d, 1); y = input(p, 0, 3, a, b, 16, 1); return dpo_concat(p->c, x, y, 2); }
+    if (which < 10) return dpo_upsample(p->c, input(p, 0, 4, a, b, 3, d), 2*b, 5);
+    if (which < 12) return dpo_slice(p->c, input(p, 0, 3, a, b, d, 1), 1, b/2, b - b/2);
+    if (which < 14) return dpo_sum(p->c, input(p, 0, 3, a, b, d, 1), pick(p, -1, 2));
+    if (which < 16) { x = input(p, 0, 3, a, b, d, 1); y = input(p, 0, 3, a, b, d, 1); return dpo_mse(p->c, x, y); }
+    if (which < 18) return dpo_clamp(p->c, dpo_affine(p->c, input(p, 0, 3, a, b, d, 1), 2, 0.5f), -1, 1);
+    return dpo_cast(p->c, input(p, 0, 3, a, b, d, 1), pick(p, DPO_F32, DPO_F16));
+}
+
+static void run_probe(probe *p, int kind)
+{
+    int64_t     scope = dpo_scope(p->c);
+    dpo_tensor *y, *dy;
+    float      *v;
+    y = kind < 6 ? probe_conv(p, kind % 2) : kind < 10 ? probe_attention(p, kind % 2) : kind < 14 ? probe_norm(p, kind % 2) : probe_small(p, kind - 14);
+    p->n[8] = dpo_count(y);
+    v = (float *)malloc((size_t)p->n[8] * sizeof *v + 4);
+    p->out[8] = (float *)calloc((size_t)p->n[8] + 1, sizeof(float));
+    for (int64_t i = 0; i < p->n[8]; i++) v[i] = dpoi_bf16_to_f32(dpoi_f32_to_bf16((float)test_normal(&p->seed)));
+    if (y) dpo_read(y, p->out[8]);
+    dy = y ? dpo_tensor_from(p->c, DPO_F32, y->rank, y->shape, v) : NULL;
+    free(v);
+    CHECK(dy && dpo_backward_from(y, dy), "%s: %s", p->name, why(p->c));
+    for (int i = 0; i < p->count; i++) {
+        p->n[i] = dpo_count(p->in[i]);
+        p->out[i] = (float *)calloc((size_t)p->n[i] + 1, sizeof(float));
+        if (p->in[i] && p->in[i]->grad) dpo_read(p->in[i]->grad, p->out[i]);
+    }
+    for (int i = 0; i < p->count; i++) if (p->in[i] && p->in[i]->persistent) dpo_param_free(p->in[i]);
+    dpo_scope_end(p->c, scope, NULL);
+    dpo_clear_error(p->c);
+}
+
+static double distance(const probe *a, const probe *b, int i)
+{
+    double most = 1e-6, worst = 0;
+    for (int64_t e = 0; e < a->n[i] && e < b->n[i]; e++) {
+        double d = fabs((double)a->out[i][e] - b->out[i][e]);
+        if (!(d <= worst)) worst = d;
+        if (fabs((double)b->out[i][e]) > most) most = fabs((double)b->out[i][e]);
+    }
+    return a->n[i] == b->n[i] ? worst / most : INFINITY;
+}
+
+/* Results in narrow types may differ by a rounding, results in F32 by the order of sums; where factors are rounded in between
+   (attention's probabilities, adapters) by what that is worth. */
+static void compare_probes(probe *a, probe *b, const char *what)
+{
+    static const char *const types[] = { "F32", "BF16", "F16" };
+    double narrow = a->dtype == DPO_BF16 ? 8e-3 : 1e-3, sums = a->dtype != DPO_BF16 ? 1e-5 : a->exact ? 1e-5 : 1.2e-2;
+    if (a->dtype == DPO_F16 && !a->exact) sums = 2e-3;
+    for (int i = 0; i < 9; i++) {
+        double tolerance = i == 8 && a->dtype != DPO_F32 ? narrow : sums;
+        if (!a->out[i]) continue;
+        CHECK(distance(a, b, i) <= tolerance, "%s in %s, %s: %s %d differs by %.3g, allowed %.3g", a->name, types[a->dtype], what,
+              i == 8 ? "result" : "gradient", i, distance(a, b, i), tolerance);
+    }
+}
+
+static void free_probe(probe *p)
+{
+    for (int i = 0; i < 9; i++) free(p->out[i]);
+    memset(p, 0, sizeof *p);
+}
+
+static dpo_ctx *open_on(dpo_backend *b)
+{
+    dpo_desc d;
+    memset(&d, 0, sizeof d);
+    d.backend = b;
+    d.isa = DPO_ISA_PLAIN;
+    d.threads = 1;
+    return dpo_open(&d);
+}
+
+/* Against the CPU's plain C; with and without tensor cores; and with the stand-in in both orders of threads, bit for bit. */
+static void check_types(uint64_t seed, int rounds)
+{
+    dpo_backend *b = open_cuda(0), *plain = open_cuda(0);
+    dpo_ctx     *cpu = open_on(NULL), *cuda = open_on(b), *simple = open_on(plain);
+    dpo_cuda_set(plain, DPO_CUDA_PLAIN, 1);
+    for (int k = 0; k < rounds; k++) {
+        int   kind = k % 34;
+        probe p[4];
+        memset(p, 0, sizeof p);
+        for (int i = 0; i < 4; i++) {
+            p[i].c = i == 0 ? cpu : i == 2 ? simple : cuda;
+            p[i].seed = seed + (uint64_t)k;
+            p[i].dtype = k/34 % 3;
+            p[i].exact = 1;
+#ifdef STAND_IN
+            stand_in()->backwards = i == 3;
+#endif
+            run_probe(&p[i], kind);
+        }
+        compare_probes(&p[1], &p[0], "against the CPU");
+        compare_probes(&p[2], &p[0], "plain kernels against the CPU");
+        for (int i = 0; i < 9; i++)
+            if (p[1].out[i]) CHECK(p[1].n[i] == p[3].n[i] && !memcmp(p[1].out[i], p[3].out[i], (size_t)p[1].n[i] * 4),
+                                   "%s: other bits the second time", p[1].name);
+        for (int i = 0; i < 4; i++) free_probe(&p[i]);
+    }
+    dpo_close(cpu);
+    dpo_close(cuda);
+    dpo_close(simple);
+#ifdef STAND_IN
+    stand_in()->backwards = 0;
+#endif
+}
 
 int main(int argc, char **argv)
 {
@@ -128,8 +331,8 @@ int main(int argc, char **argv)
     make[0] = (char *)"tiny_model";
     make[1] = (char *)TINY;
     if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
+    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, 34*3*2);
     check_replay(0, 0);
     check_replay(4, 0.9f);
-    (void)argc; (void)argv;
     return test_report();
 }
