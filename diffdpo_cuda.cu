@@ -38,6 +38,7 @@
 #ifdef DIFFDPO_CUDA_STAND_IN
 #include "tests/cuda_stand_in.h"
 #define DPOC_UNROLL
+#define DPOC_SHARED static                /* in templates, whose variables cannot lie in a section of their own */
 #define DPOC_START(kernel, grid, block, args, stream) stand_in_launch(grid, block, [=] { kernel args; })
 #else
 #include <cuda_runtime.h>
@@ -51,6 +52,7 @@
 #include <nccl.h>
 #endif
 #define DPOC_UNROLL _Pragma("unroll")
+#define DPOC_SHARED __shared__
 #define DPOC_START(kernel, grid, block, args, stream) kernel<<<grid, block, 0, stream>>> args
 #endif
 
@@ -2240,9 +2242,280 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dkv_kernel(dpoc_atte
     if (g.dv) dpoc_spill(g, dv, 1, first, g.dv, DPO_F32, dpoc_head(g, u, g.S) + j*g.D, g.add[2]);
 }
 
-/*TENSORATTENTION*/
-static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *g) { (void)r; (void)g; return 0; }
-/*ENDTENSORATTENTION*/
+/* ------------------------------------------------------------------------------------------ on tensor cores
+
+   The same with factors of 16 bits.  A warp owns 16 rows (queries, or in dk and dv keys) and walks the other axis 32 rows at a
+   time: its scores are 4 tiles of 16 x 8, which after the exponential are, register for register, the first factor of the
+   next product; they never leave the registers.  Four warps share what they walk over, in shared memory: as it lies for
+   scores, and turned for sums over it.  chunks: channels of a head in sixteens, a constant, so that everything stays in
+   registers: at 64 channels some 120 of them, four blocks a processor. */
+enum { DPOC_QUERIES = 64, DPOC_FOUR_WARPS = 128, DPOC_TURNED = DPOC_TILE + 8 };
+
+#define DPOC_LOG2E 1.44269504f
+
+/* Rows of a slice, 16 of which a warp owns: the pairs that lane (g,t) holds of the first factor. */
+template<int chunks> static __device__ __forceinline__ void dpoc_own_rows(const uint16_t *x, int64_t at, int64_t left, const dpoc_attention &g,
+                                                                          uint32_t f[chunks][4])
+{
+    int row = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
+    DPOC_UNROLL
+    for (int c = 0; c < chunks; c++) {
+        DPOC_UNROLL
+        for (int e = 0; e < 4; e++) {
+            int i = row + e % 2*8, k = 16*c + 2*t + e/2*8;
+            f[c][e] = i < left && k < g.d ? *(const uint32_t *)(x + at + i*g.D + k) : 0;
+        }
+    }
+}
+
+/* 32 rows of a slice into shared memory, as they lie and turned; NULL: not wanted.  Zeros behind the last row and channel. */
+template<int chunks> static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_t at, int64_t left, const dpoc_attention &g,
+                                                                            uint16_t (*straight)[16*chunks + 8], uint16_t (*turned)[DPOC_TURNED])
+{
+    for (int u = (int)threadIdx.x; u < DPOC_TILE*2*chunks; u += DPOC_FOUR_WARPS) {
+        int   i = u/(2*chunks), c = u % (2*chunks)*8;
+        uint4 v = { 0, 0, 0, 0 };
+        if (i < left && c < g.d) v = *(const uint4 *)(x + at + i*g.D + c);
+        uint32_t h[4] = { v.x, v.y, v.z, v.w };
+        if (straight) *(uint4 *)&straight[i][c] = v;
+        DPOC_UNROLL
+        for (int e = 0; e < 8; e++) if (turned) turned[c + e][i] = (uint16_t)(h[e/2] >> e % 2*16);
+    }
+}
+
+/* s [16][32] = own rows times 32 shared rows. */
+template<int type, int chunks> static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], uint16_t (*b)[16*chunks + 8], float s[4][4])
+{
+    int g = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
+    DPOC_UNROLL
+    for (int j = 0; j < 4; j++) {
+        s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+        DPOC_UNROLL
+        for (int c = 0; c < chunks; c++) {
+            uint32_t fb[2] = { dpoc_word(&b[8*j + g][16*c + 2*t]), dpoc_word(&b[8*j + g][16*c + 2*t + 8]) };
+            dpoc_mma<type>(s[j], f[c], fb);
+        }
+    }
+}
+
+/* sum [16][16*chunks] += p [16][32] times 32 shared rows, turned. */
+template<int type, int chunks> static __device__ __forceinline__ void dpoc_gather_rows(const float p[4][4], uint16_t (*b)[DPOC_TURNED], float sum[2*chunks][4])
+{
+    int g = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
+    DPOC_UNROLL
+    for (int k = 0; k < 2; k++) {
+        uint32_t fa[4] = { dpoc_pair<type>(p[2*k][0], p[2*k][1]), dpoc_pair<type>(p[2*k][2], p[2*k][3]),
+                           dpoc_pair<type>(p[2*k + 1][0], p[2*k + 1][1]), dpoc_pair<type>(p[2*k + 1][2], p[2*k + 1][3]) };
+        DPOC_UNROLL
+        for (int n = 0; n < 2*chunks; n++) {
+            uint32_t fb[2] = { dpoc_word(&b[8*n + g][16*k + 2*t]), dpoc_word(&b[8*n + g][16*k + 2*t + 8]) };
+            dpoc_mma<type>(sum[n], fa, fb);
+        }
+    }
+}
+
+/* A warp's sums, times a factor a row, to rows of y. */
+template<int chunks> static __device__ __forceinline__ void dpoc_spill_rows(const float sum[2*chunks][4], const float factor[2], const dpoc_attention &g, void *y,
+                                                                            int type, int64_t at, int64_t left, int add)
+{
+    int row = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
+    DPOC_UNROLL
+    for (int n = 0; n < 2*chunks; n++) {
+        DPOC_UNROLL
+        for (int e = 0; e < 4; e++) {
+            int     i = row + e/2*8, c = 8*n + 2*t + e % 2;
+            int64_t to = at + i*g.D + c;
+            if (i < left && c < g.d) dpoc_put(y, type, to, factor[e/2]*sum[n][e] + (add ? dpoc_get(y, type, to) : 0));
+        }
+    }
+}
+
+/* Slice and first row of a block of 64 rows. */
+static __device__ __forceinline__ int64_t dpoc_block_rows(int64_t length, int64_t *row)
+{
+    int64_t tiles = (length + DPOC_QUERIES - 1)/DPOC_QUERIES, u = blockIdx.x/tiles;
+    *row = (blockIdx.x - u*tiles)*DPOC_QUERIES;
+    return u;
+}
+
+template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
+{
+    alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vt[16*chunks][DPOC_TURNED];
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
+    int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
+    int      lane = (int)threadIdx.x % 32;
+    float    sum[2*chunks][4], most[2] = { -FLT_MAX, -FLT_MAX }, total[2] = { 0, 0 }, s[4][4];
+    uint32_t f[chunks][4];
+    DPOC_UNROLL
+    for (int n = 0; n < 2*chunks; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+    dpoc_own_rows<chunks>((const uint16_t *)g.q, q, g.T - own, g, f);
+    for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
+        float high[2] = { most[0], most[1] }, part[2] = { 0, 0 };
+        dpoc_share_rows<chunks>((const uint16_t *)g.k, k + j0*g.D, g.S - j0, g, ks, (uint16_t (*)[DPOC_TURNED])NULL);
+        dpoc_share_rows<chunks>((const uint16_t *)g.v, k + j0*g.D, g.S - j0, g, (uint16_t (*)[16*chunks + 8])NULL, vt);
+        __syncthreads();
+        dpoc_scores<type, chunks>(f, ks, s);
+        DPOC_UNROLL
+        for (int e = 0; e < 16; e++) {    /* in units of log 2, for exp2 is one instruction */
+            int64_t j = j0 + e/4*8 + lane % 4*2 + e % 2, i = own + lane/4 + e % 4/2*8;
+            s[e/4][e % 4] = j < g.S && (!g.causal || j <= i) ? s[e/4][e % 4]*(g.scale*DPOC_LOG2E) : -FLT_MAX;
+            high[e % 4/2] = fmaxf(high[e % 4/2], s[e/4][e % 4]);
+        }
+        DPOC_UNROLL
+        for (int h = 0; h < 2; h++) {     /* four lanes share a row */
+            high[h] = fmaxf(high[h], __shfl_xor_sync(~0u, high[h], 1));
+            high[h] = fmaxf(high[h], __shfl_xor_sync(~0u, high[h], 2));
+        }
+        DPOC_UNROLL
+        for (int e = 0; e < 16; e++) {
+            float x = s[e/4][e % 4];
+            x = x == -FLT_MAX ? 0 : exp2f(x - high[e % 4/2]);
+            s[e/4][e % 4] = x;
+            part[e % 4/2] += x;
+        }
+        DPOC_UNROLL
+        for (int h = 0; h < 2; h++) {
+            float shrink = exp2f(most[h] - high[h]);
+            total[h] = total[h]*shrink + part[h];
+            most[h] = high[h];
+            DPOC_UNROLL
+            for (int n = 0; n < 2*chunks; n++) { sum[n][2*h] *= shrink;  sum[n][2*h + 1] *= shrink; }
+        }
+        dpoc_gather_rows<type, chunks>(s, vt, sum);
+        __syncthreads();                  /* the next keys come to the same place */
+    }
+    DPOC_UNROLL
+    for (int h = 0; h < 2; h++) {
+        total[h] += __shfl_xor_sync(~0u, total[h], 1);
+        total[h] += __shfl_xor_sync(~0u, total[h], 2);
+        if (g.lse && lane % 4 == 0 && own + lane/4 + 8*h < g.T) g.lse[u*g.T + own + lane/4 + 8*h] = (most[h] + log2f(total[h]))/DPOC_LOG2E;
+        total[h] = 1/total[h];
+    }
+    dpoc_spill_rows<chunks>(sum, total, g, g.y, type, q, g.T - own, 0);
+}
+
+/* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
+static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g, float s[4][4], float dp[4][4], int e, int seen, float lse, float delta)
+{
+    float p = seen ? exp2f((s[e/4][e % 4]*g.scale - lse)*DPOC_LOG2E) : 0;
+    s[e/4][e % 4] = p;
+    dp[e/4][e % 4] = seen ? p*(dp[e/4][e % 4] - delta) : 0;
+}
+
+/* 64 queries a block.  dout is `o` here: rounded like the other factors. */
+template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(dpoc_attention g)
+{
+    alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vs[DPOC_TILE][16*chunks + 8], kt[16*chunks][DPOC_TURNED];
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
+    int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
+    int      lane = (int)threadIdx.x % 32;
+    float    sum[2*chunks][4], s[4][4], dp[4][4], lse[2] = { 0, 0 }, delta[2] = { 0, 0 }, factor[2] = { g.scale, g.scale };
+    uint32_t f[chunks][4], d[chunks][4];
+    DPOC_UNROLL
+    for (int n = 0; n < 2*chunks; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+    dpoc_own_rows<chunks>((const uint16_t *)g.q, q, g.T - own, g, f);
+    dpoc_own_rows<chunks>((const uint16_t *)g.o, q, g.T - own, g, d);
+    for (int h = 0; h < 2; h++)
+        if (own + lane/4 + 8*h < g.T) { lse[h] = g.lse[u*g.T + own + lane/4 + 8*h];  delta[h] = g.delta[u*g.T + own + lane/4 + 8*h]; }
+    for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
+        dpoc_share_rows<chunks>((const uint16_t *)g.k, k + j0*g.D, g.S - j0, g, ks, kt);
+        dpoc_share_rows<chunks>((const uint16_t *)g.v, k + j0*g.D, g.S - j0, g, vs, (uint16_t (*)[DPOC_TURNED])NULL);
+        __syncthreads();
+        dpoc_scores<type, chunks>(f, ks, s);
+        dpoc_scores<type, chunks>(d, vs, dp);
+        DPOC_UNROLL
+        for (int e = 0; e < 16; e++) {
+            int64_t j = j0 + e/4*8 + lane % 4*2 + e % 2, i = own + lane/4 + e % 4/2*8;
+            dpoc_tile_slopes(g, s, dp, e, i < g.T && j < g.S && (!g.causal || j <= i), lse[e % 4/2], delta[e % 4/2]);
+        }
+        dpoc_gather_rows<type, chunks>(dp, kt, sum);
+        __syncthreads();
+    }
+    dpoc_spill_rows<chunks>(sum, factor, g, g.dq, DPO_F32, q, g.T - own, g.add[0]);
+}
+
+/* 64 keys a block against all queries that see them. */
+template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel(dpoc_attention g)
+{
+    alignas(16) DPOC_SHARED uint16_t qs[DPOC_TILE][16*chunks + 8], os[DPOC_TILE][16*chunks + 8], qt[16*chunks][DPOC_TURNED], ot[16*chunks][DPOC_TURNED];
+    DPOC_SHARED float lse[DPOC_TILE], delta[DPOC_TILE];
+    int64_t  row, u = dpoc_block_rows(g.S, &row), q = dpoc_head(g, u, g.T);
+    int64_t  own = row + (int)threadIdx.x/32*16, k = dpoc_head(g, u, g.S) + own*g.D;
+    int      lane = (int)threadIdx.x % 32;
+    float    dk[2*chunks][4], dv[2*chunks][4], s[4][4], dp[4][4], factor[2] = { g.scale, g.scale }, one[2] = { 1, 1 };
+    uint32_t fk[chunks][4], fv[chunks][4];
+    DPOC_UNROLL
+    for (int n = 0; n < 2*chunks; n++) for (int e = 0; e < 4; e++) dk[n][e] = dv[n][e] = 0;
+    dpoc_own_rows<chunks>((const uint16_t *)g.k, k, g.S - own, g, fk);
+    dpoc_own_rows<chunks>((const uint16_t *)g.v, k, g.S - own, g, fv);
+    for (int64_t i0 = g.causal ? row : 0; i0 < g.T; i0 += DPOC_TILE) {
+        dpoc_share_rows<chunks>((const uint16_t *)g.q, q + i0*g.D, g.T - i0, g, qs, qt);
+        dpoc_share_rows<chunks>((const uint16_t *)g.o, q + i0*g.D, g.T - i0, g, os, ot);
+        if (threadIdx.x < DPOC_TILE && i0 + (int)threadIdx.x < g.T) {
+            lse[threadIdx.x] = g.lse[u*g.T + i0 + threadIdx.x];
+            delta[threadIdx.x] = g.delta[u*g.T + i0 + threadIdx.x];
+        }
+        __syncthreads();
+        dpoc_scores<type, chunks>(fk, qs, s);
+        dpoc_scores<type, chunks>(fv, os, dp);
+        DPOC_UNROLL
+        for (int e = 0; e < 16; e++) {
+            int     col = e/4*8 + lane % 4*2 + e % 2;
+            int64_t i = i0 + col, j = own + lane/4 + e % 4/2*8;
+            dpoc_tile_slopes(g, s, dp, e, i < g.T && j < g.S && (!g.causal || j <= i), lse[col], delta[col]);
+        }
+        dpoc_gather_rows<type, chunks>(dp, qt, dk);
+        dpoc_gather_rows<type, chunks>(s, ot, dv);
+        __syncthreads();
+    }
+    if (g.dk) dpoc_spill_rows<chunks>(dk, factor, g, g.dk, DPO_F32, k, g.S - own, g.add[1]);
+    if (g.dv) dpoc_spill_rows<chunks>(dv, one, g, g.dv, DPO_F32, k, g.S - own, g.add[2]);
+}
+
+/* One width of heads: forward, or both kernels of backward. */
+template<int type, int chunks> static void dpoc_attention_wide(dpoc_run *r, dpoc_attention g)
+{
+    unsigned slices = (unsigned)(g.N*g.heads);
+    dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices);
+    DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks>), queries, DPOC_FOUR_WARPS, (g));
+}
+template<int chunks> static void dpoc_attention_back(dpoc_run *r, dpoc_attention g)
+{
+    unsigned slices = (unsigned)(g.N*g.heads);
+    dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices), keys((unsigned)dpoc_pieces(g.S, DPOC_QUERIES)*slices);
+    if (g.dq)         DPOC_LAUNCH(r, (dpoc_dq_tensor_kernel<DPO_BF16, chunks>), queries, DPOC_FOUR_WARPS, (g));
+    if (g.dk || g.dv) DPOC_LAUNCH(r, (dpoc_dkv_tensor_kernel<DPO_BF16, chunks>), keys, DPOC_FOUR_WARPS, (g));
+}
+template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_attention *g)
+{
+    if (g->d <= 48)       dpoc_attention_wide<type, 3>(r, *g);
+    else if (g->d <= 64)  dpoc_attention_wide<type, 4>(r, *g);
+    else if (g->d <= 80)  dpoc_attention_wide<type, 5>(r, *g);
+    else if (g->d <= 128) dpoc_attention_wide<type, 8>(r, *g);
+    else                  dpoc_attention_wide<type, 10>(r, *g);
+}
+
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  1 if it was done here: forward up to
+   160 channels, backward of BF16 up to 80, above which its sums no longer fit in registers. */
+static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
+{
+    const dpo_args *a = r->a;
+    dpoc_attention  g = *attention;
+    int fits = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g.d % 8 == 0 && g.d <= 160 && g.type == g.otype &&
+               ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v) % 16 == 0;
+    if (!fits || (a->backward && (g.type != DPO_BF16 || g.d > 80))) return 0;
+    if (!a->backward) {
+        if (g.type == DPO_BF16) dpoc_attention_forward<DPO_BF16>(r, &g);
+        else                    dpoc_attention_forward<DPO_F16>(r, &g);
+        return 1;
+    }
+    g.o = dpoc_as(r, &a->dout, DPO_BF16);
+    if (g.d <= 48)      dpoc_attention_back<3>(r, g);
+    else if (g.d <= 64) dpoc_attention_back<4>(r, g);
+    else                dpoc_attention_back<5>(r, g);
+    return 1;
+}
+
 static dpoc_attention dpoc_attention_of(const dpo_args *a)
 {
     dpoc_attention g;

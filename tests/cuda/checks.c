@@ -177,6 +177,7 @@ static dpo_tensor *probe_conv(probe *p, int wide)
         p->exact = 0;                     /* x down is rounded in between */
     }
     e.act = pick(p, 0, 3) ? DPO_NONE : DPO_SILU;
+    if (e.act) p->exact = 0;              /* its slope makes dy other numbers */
     return dpo_conv2d(p->c, in, w, bias, (int)stride, pad, &e);
 }
 
