@@ -1480,6 +1480,14 @@ static int dpoi_no_memory(dpo_ctx *c, size_t bytes)
     return dpoi_fail(c, DPO_OUT_OF_MEMORY, "out of memory: %llu bytes more were needed", (unsigned long long)bytes);
 }
 
+/* A call of the backend that is no kernel's failed: `doing` so many bytes, and the backend's own words. */
+static int dpoi_fail_device(dpo_ctx *c, const char *doing, size_t bytes)
+{
+    const char *why = c->backend->explain(c->backend->self);
+    return dpoi_fail(c, DPO_DEVICE, "%s %llu bytes on %s: %s", doing, (unsigned long long)bytes, c->backend->name,
+                     why ? why : "failed");
+}
+
 /* 1 while the context can work: no error yet, nobody cancelled. */
 static int dpoi_ok(dpo_ctx *c)
 {
@@ -5523,7 +5531,7 @@ static int dpoi_zero(dpo_tensor *x)
     dpo_view v = dpoi_view(x);
     if (!x || !dpoi_ok(x->ctx)) return 0;
     if (x->ctx->backend->zero(x->ctx->backend->self, x->data, dpoi_view_bytes(&v)) == DPO_OK) return 1;
-    return dpoi_fail(x->ctx, DPO_DEVICE, "clearing %llu bytes failed", (unsigned long long)dpoi_view_bytes(&v));
+    return dpoi_fail_device(x->ctx, "clearing", dpoi_view_bytes(&v));
 }
 
 DPO_DEF dpo_tensor *dpo_tensor_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape)
@@ -5760,7 +5768,7 @@ static int dpoi_ferry_run(dpoi_ferry *f, dpo_tensor *x, int64_t first, int64_t n
     if (up && held > n) memset(f->stage, 0, bytes);
     if (up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 1);
     status = b->copy(b->self, up ? there : here, up ? here : there, bytes, up ? DPO_COPY_UP : DPO_COPY_DOWN);
-    if (status != DPO_OK) return dpoi_fail(x->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+    if (status != DPO_OK) return dpoi_fail_device(x->ctx, "copying", bytes);
     if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 0);
     return 1;
 }
@@ -6099,7 +6107,7 @@ static int dpoi_grad_own(dpo_tensor *x)
     if (!(b = dpoi_block_new(c, dpoi_view_bytes(&v)))) return 0;
     if (c->backend->copy(c->backend->self, b->data, g->data, dpoi_view_bytes(&v), DPO_COPY_ON) != DPO_OK) {
         dpoi_block_drop(c, b);
-        return dpoi_fail(c, DPO_DEVICE, "copying a gradient failed");
+        return dpoi_fail_device(c, "copying a gradient of", dpoi_view_bytes(&v));
     }
     dpoi_block_drop(c, g->block);
     g->block = b;
@@ -15093,7 +15101,7 @@ static int dpoi_tiles_put(const dpoi_tiles *t, dpo_tensor *y, dpo_tensor *row, i
     for (int64_t n = 0; n < row->shape[0]; n++) {
         char *to = (char *)y->data + (size_t)(n*y->shape[1] + at)*line, *from = (char *)row->data + (size_t)n*bytes;
         if (b->copy(b->self, to, from, bytes, DPO_COPY_ON) != DPO_OK)
-            return dpoi_fail(t->c, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+            return dpoi_fail_device(t->c, "copying", bytes);
     }
     dpoi_drop_data(row);
     return 1;
@@ -18290,7 +18298,7 @@ static int dpoi_copy_into(dpo_tensor *dst, int64_t at, const dpo_tensor *src)
     char        *to = (char *)dst->data + at * (int64_t)dpoi_dtype_size(dst->dtype);
     if (!dpoi_ok(dst->ctx)) return 0;
     if (b->copy(b->self, to, src->data, dpoi_view_bytes(&v), DPO_COPY_ON) == DPO_OK) return 1;
-    return dpoi_fail(dst->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)dpoi_view_bytes(&v));
+    return dpoi_fail_device(dst->ctx, "copying", dpoi_view_bytes(&v));
 }
 
 /* Keep this step's estimate of x0 for the next step, outside every scope. */
@@ -19569,7 +19577,7 @@ static int dpoi_optim_record(dpo_optim *o, float lr)
     r[DPO_REC_BIAS1] = (float)(1 - pow((double)o->d.beta1, k));
     r[DPO_REC_BIAS2] = (float)(o->kind == DPO_ADAFACTOR ? pow(k, -(double)o->decay) : 1 - pow((double)o->d.beta2, k));
     if (b->copy(b->self, o->record->data, r, sizeof r, DPO_COPY_UP) == DPO_OK) return 1;
-    return dpoi_fail(o->c, DPO_DEVICE, "copying the step record failed");
+    return dpoi_fail_device(o->c, "copying the step record of", sizeof r);
 }
 
 /* Three sweeps over the parameters: squares, update, clearing.  All factors are on the device: what the host hands over

@@ -326,12 +326,124 @@ static void check_types(uint64_t seed, int rounds)
 #endif
 }
 
+/* ---- errors ------------------------------------------------------------------------------------------------------ */
+
+/* Words that an error must hold; the context is closed, and nothing of the device is left. */
+static void check_error(dpo_ctx *c, const char *what, const char *first, const char *second)
+{
+    const char *text = c ? dpo_error(c) : NULL;
+    CHECK(text && strstr(text, first) && strstr(text, second), "%s: the error is \"%s\"", what, text ? text : "none");
+    dpo_close(c);
+#ifdef STAND_IN
+    CHECK(stand_in()->used == 0, "%s: %zu bytes of the device were not given back", what, stand_in()->used);
+#endif
+}
+
+static dpo_ctx *open_device(int device, uint32_t version)
+{
+    dpo_desc d;
+    memset(&d, 0, sizeof d);
+    d.backend = dpo_cuda_open(device, version);
+    return dpo_open(&d);
+}
+
+static void check_opening(void)
+{
+    dpo_backend *b = dpo_cuda_open(0, DIFFDPO_VERSION), *cpu = dpo_cpu_open(NULL);
+    CHECK(strstr(dpo_cuda_about(b), "GiB, compute capability"), "about says \"%s\"", dpo_cuda_about(b));
+    CHECK(!dpo_cuda_set(b, DPO_CUDA_OPTIONS, 1) && !dpo_cuda_set(cpu, DPO_CUDA_TF32, 1) && dpo_cuda_set(b, DPO_CUDA_TF32, 1), "options");
+    CHECK(strstr(dpo_cuda_about(cpu), "no CUDA"), "about of another backend");
+    b->close(b->self);
+    cpu->close(cpu->self);
+    check_error(open_device(99, DIFFDPO_VERSION), "a device that is not there", "cuda: cudaSetDevice", "invalid device");
+    check_error(open_device(0, DIFFDPO_VERSION + 1), "another version", "dpo_cuda_open", "version");
+#ifdef STAND_IN
+    stand_in()->devices = 0;
+    check_error(open_device(0, DIFFDPO_VERSION), "no device", "cudaGetDeviceCount", "no CUDA-capable device");
+    stand_in()->devices = 1;
+    stand_in()->driver = 0;
+    check_error(open_device(0, DIFFDPO_VERSION), "an old driver", "cudaGetDeviceCount", "driver version is insufficient");
+    stand_in()->driver = 13000;
+    stand_in()->major = 7;
+    check_error(open_device(0, DIFFDPO_VERSION), "an old device", "compute capability 7.0", "8.0 or newer");
+    stand_in()->major = 9;
+    for (int k = 0; k < 4; k++) {
+        stand_in()->deny_alloc = k;
+        check_error(open_device(0, DIFFDPO_VERSION), "no memory while opening", "cudaMalloc", "out of memory");
+    }
+    stand_in()->deny_alloc = -1;
+#endif
+}
+
+#ifdef STAND_IN
+/* A small graph of several ops and an optimizer's step, where one thing fails; the error of the context. */
+static dpo_ctx *fail_at(int *what, int after)
+{
+    dpo_ctx    *c = open_on(open_cuda(1));
+    int64_t     xs[4] = { 2, 6, 6, 8 }, ws[4] = { 16, 3, 3, 8 }, vs[2] = { 16, 16 }, tokens[3] = { 2, 36, 16 };
+    int         pad[4] = { 1, 1, 1, 1 };
+    dpo_tensor *x, *w[2], *y;
+    dpo_optim  *o;
+    *what = after;
+    x = dpo_tensor_new(c, DPO_F32, 4, xs);
+    w[0] = dpo_weight_new(c, DPO_F32, 4, ws, "w");
+    w[1] = dpo_weight_new(c, DPO_F32, 2, vs, "v");
+    for (int i = 0; i < 2; i++) if (w[i]) w[i]->needs_grad = 1;
+    o = dpo_adamw_new(c, w, 2, NULL);
+    for (int k = 0; k < 6 && !dpo_error(c); k++) {
+        int64_t scope = dpo_scope(c);
+        dpoi_device_step(c, 1);
+        y = dpo_reshape(c, dpo_conv2d(c, x, w[0], NULL, 1, pad, NULL), 3, tokens);
+        y = dpo_linear(c, dpo_attention(c, y, y, y, 2, 0), w[1], NULL, NULL);
+        dpo_backward(dpo_mean(c, y, -1));
+        dpo_optim_step(o, 1e-3f);
+        dpo_scope_end(c, scope, NULL);
+        dpoi_device_step(c, 0);
+    }
+    *what = -1;
+    return c;
+}
+
+/* Each launch, product and allocation fails once: always an error that names the call, never a crash, nothing left over. */
+static void check_failures(void)
+{
+    int ops = 0, done = 0;
+    for (int after = 0; after < 400 && !done; after += after < 60 ? 1 : 13) {
+        dpo_ctx *c = fail_at(&stand_in()->deny_launch, after);
+        done = !dpo_error(c);
+        ops += dpo_error(c) && (strstr(dpo_error(c), "CONV") || strstr(dpo_error(c), "ATTENTION") || strstr(dpo_error(c), "SUM") ||
+                                strstr(dpo_error(c), "ADAMW") || strstr(dpo_error(c), "CLIP"));
+        if (done) dpo_close(c);
+        else check_error(c, "a launch fails", "launch of dpoc_", "unspecified launch failure");
+    }
+    CHECK(done && ops > 10, "failing launches: %d named an op", ops);
+    for (int after = done = 0; after < 100 && !done; after++) {
+        dpo_ctx *c = fail_at(&stand_in()->deny_product, after);
+        done = !dpo_error(c);
+        if (done) dpo_close(c);
+        else check_error(c, "a product fails", "cublasLtMatmul", "CONV");
+    }
+    CHECK(done, "failing products: no end");
+    for (int after = done = 0; after < 100 && !done; after++) {
+        dpo_ctx *c = fail_at(&stand_in()->deny_alloc, after);
+        done = !dpo_error(c);
+        if (done) dpo_close(c);
+        else check_error(c, "no memory", "memory", "");
+    }
+    CHECK(done, "failing allocations: no end");
+}
+#endif
+
 int main(int argc, char **argv)
 {
     char *make[2];
     make[0] = (char *)"tiny_model";
     make[1] = (char *)TINY;
     if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
+    check_opening();
+#ifdef STAND_IN
+    check_failures();
+#endif
     check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, 34*3*2);
     check_replay(0, 0);
     check_replay(4, 0.9f);
