@@ -1120,6 +1120,10 @@ enum {
     DPO_CUDA_OPTIONS
 };
 extern int dpo_cuda_set(dpo_backend *b, int option, int value);
+
+/* In a build with -DDIFFDPO_NCCL: the sum, or the greatest, of `count` numbers on the device over all GPUs of an ncclComm_t,
+   in place and in the order of the other calls.  A status, like the calls of the struct. */
+extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count, int dtype, int greatest);
 #endif
 #ifdef __cplusplus
 }

@@ -1828,6 +1828,133 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_f16_kernel(dpoc
     dpoc_conv_tensor<DPO_F16>(g, s);
 }
 
+/* ------------------------------------------------------------------------------------------ cuDNN, where it was asked for
+
+   With -DDIFFDPO_CUDNN forward and dx of convolutions in BF16 and F16 go to cuDNN, if it can take them: channels in eights, the
+   same padding on all sides.  dW stays here, for cuDNN would round it.  The only way to cuDNN is dpoc_dnn. */
+typedef struct dpoc_dnn_call {
+    int     back, type;                   /* back: from dy to dx */
+    int     N, H, W, I, Y, X, O, kh, kw, stride, top, left;
+    const void *from, *w;
+    void   *to;
+} dpoc_dnn_call;
+
+#ifndef DIFFDPO_CUDNN
+static void dpoc_dnn_close(dpoc *d) { d->dnn = NULL; }
+static int  dpoc_dnn(dpoc *d, const dpoc_dnn_call *c) { (void)c;  return dpoc_fail(d, DPO_UNSUPPORTED, "cuDNN", "not built in"); }
+enum { DPOC_HAS_DNN = 0 };
+#elif defined(DIFFDPO_CUDA_STAND_IN)
+enum { DPOC_HAS_DNN = 1 };
+static void dpoc_dnn_close(dpoc *d) { d->dnn = NULL; }
+
+/* Plain loops over the result. */
+static void dpoc_dnn_loops(const dpoc_dnn_call &c)
+{
+    int H = c.back ? c.H : c.Y, W = c.back ? c.W : c.X, C = c.back ? c.I : c.O, K = c.back ? c.O : c.I;
+    for (int64_t u = 0; u < (int64_t)c.N*H*W*C; u++) {
+        int    ch = (int)(u % C), x = (int)(u/C % W), y = (int)(u/C/W % H), n = (int)(u/C/W/H);
+        double sum = 0;
+        for (int tap = 0; tap < c.kh*c.kw; tap++) {
+            int ky = tap/c.kw, kx = tap % c.kw, h = c.back ? y + c.top - ky : y*c.stride + ky - c.top, v = c.back ? x + c.left - kx : x*c.stride + kx - c.left;
+            if (c.back && (h < 0 || v < 0 || h % c.stride || v % c.stride)) continue;
+            if (c.back) { h /= c.stride;  v /= c.stride; }
+            if (h < 0 || v < 0 || h >= (c.back ? c.Y : c.H) || v >= (c.back ? c.X : c.W)) continue;
+            for (int k = 0; k < K; k++)
+                sum += (double)dpoc_get(c.from, c.type, (((int64_t)n*(c.back ? c.Y : c.H) + h)*(c.back ? c.X : c.W) + v)*K + k)*
+                       dpoc_get(c.w, c.type, ((int64_t)(c.back ? k : ch)*c.kh*c.kw + tap)*c.I + (c.back ? ch : k));
+        }
+        dpoc_put(c.to, c.type, u, (float)sum);
+    }
+}
+static int dpoc_dnn(dpoc *d, const dpoc_dnn_call *call)
+{
+    dpoc_dnn_call c = *call;
+    (void)d;
+    stand_in_do([=] { dpoc_dnn_loops(c); });
+    return DPO_OK;
+}
+#else
+enum { DPOC_HAS_DNN = 1 };
+
+static void dpoc_dnn_close(dpoc *d)
+{
+    if (d->dnn) (void)cudnnDestroy((cudnnHandle_t)d->dnn);
+    d->dnn = NULL;
+}
+
+/* The descriptions of a convolution; tensors and filters are NHWC, as ours are. */
+typedef struct dpoc_dnn_parts { cudnnTensorDescriptor_t x, y; cudnnFilterDescriptor_t w; cudnnConvolutionDescriptor_t k; } dpoc_dnn_parts;
+
+static cudnnStatus_t dpoc_dnn_describe(const dpoc_dnn_call *c, dpoc_dnn_parts *p)
+{
+    cudnnDataType_t t = c->type == DPO_BF16 ? CUDNN_DATA_BFLOAT16 : CUDNN_DATA_HALF;
+    cudnnStatus_t   s = cudnnCreateTensorDescriptor(&p->x);
+    if (!s) s = cudnnCreateTensorDescriptor(&p->y);
+    if (!s) s = cudnnCreateFilterDescriptor(&p->w);
+    if (!s) s = cudnnCreateConvolutionDescriptor(&p->k);
+    if (!s) s = cudnnSetTensor4dDescriptor(p->x, CUDNN_TENSOR_NHWC, t, c->N, c->I, c->H, c->W);
+    if (!s) s = cudnnSetTensor4dDescriptor(p->y, CUDNN_TENSOR_NHWC, t, c->N, c->O, c->Y, c->X);
+    if (!s) s = cudnnSetFilter4dDescriptor(p->w, t, CUDNN_TENSOR_NHWC, c->O, c->I, c->kh, c->kw);
+    if (!s) s = cudnnSetConvolution2dDescriptor(p->k, c->top, c->left, c->stride, c->stride, 1, 1, CUDNN_CROSS_CORRELATION, CUDNN_DATA_FLOAT);
+    if (!s) s = cudnnSetConvolutionMathType(p->k, CUDNN_TENSOR_OP_MATH);
+    return s;
+}
+
+static void dpoc_dnn_drop(dpoc_dnn_parts *p)
+{
+    if (p->k) (void)cudnnDestroyConvolutionDescriptor(p->k);
+    if (p->w) (void)cudnnDestroyFilterDescriptor(p->w);
+    if (p->y) (void)cudnnDestroyTensorDescriptor(p->y);
+    if (p->x) (void)cudnnDestroyTensorDescriptor(p->x);
+}
+
+/* The algorithms that are implicit products: they need little scratch and give the same bits every time. */
+static int dpoc_dnn(dpoc *d, const dpoc_dnn_call *c)
+{
+    dpoc_dnn_parts p;
+    cudnnHandle_t  h = (cudnnHandle_t)d->dnn;
+    float          one = 1, none = 0;
+    size_t         bytes = 0;
+    cudnnStatus_t  s = CUDNN_STATUS_SUCCESS;
+    memset(&p, 0, sizeof p);
+    if (!h && !(s = cudnnCreate(&h))) { d->dnn = (void *)h;  s = cudnnSetStream(h, d->stream); }
+    if (!s) s = dpoc_dnn_describe(c, &p);
+    if (!s && !c->back) s = cudnnGetConvolutionForwardWorkspaceSize(h, p.x, p.w, p.k, p.y, CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM, &bytes);
+    if (!s && c->back) s = cudnnGetConvolutionBackwardDataWorkspaceSize(h, p.w, p.y, p.k, p.x, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, &bytes);
+    if (!s && bytes > DPOC_SCRATCH_BYTES) s = CUDNN_STATUS_NOT_SUPPORTED;
+    if (!s && !c->back)
+        s = cudnnConvolutionForward(h, &one, p.x, c->from, p.w, c->w, p.k, CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM, d->scratch, bytes,
+                                    &none, p.y, c->to);
+    if (!s && c->back)
+        s = cudnnConvolutionBackwardData(h, &one, p.w, c->w, p.y, c->from, p.k, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, d->scratch, bytes, &none, p.x, c->to);
+    dpoc_dnn_drop(&p);
+    return s ? dpoc_fail(d, DPO_DEVICE, "cuDNN convolution", cudnnGetErrorString(s)) : (int)DPO_OK;
+}
+#endif
+
+/* The same product of tiles by cuDNN: y without what follows it, or dx into scratch of 16 bits.  1 if it was done. */
+static int dpoc_tiles_dnn(dpoc_run *r, const dpoc_tiles *g)
+{
+    dpoc_dnn_call c;
+    dpo_view      from, to;
+    int           wide = g->I % 8 == 0 && g->O % 8 == 0, N = (int)(g->mode == DPOC_Y ? g->rows/((int64_t)g->Y*g->X) : g->rows/((int64_t)g->H*g->W));
+    if (!DPOC_HAS_DNN || g->type == DPO_F32 || g->mode == DPOC_DW || !wide || r->d->options[DPO_CUDA_PLAIN]) return 0;
+    if ((g->H + 2*g->top - g->kh)/g->stride + 1 != g->Y || (g->W + 2*g->left - g->kw)/g->stride + 1 != g->X) return 0;
+    if (g->mode == DPOC_Y && g->f.ytype != g->type) return 0;
+    memset(&c, 0, sizeof c);
+    c.back = g->mode == DPOC_DX;  c.type = g->type;  c.N = N;
+    c.H = g->H;  c.W = g->W;  c.I = g->I;  c.Y = g->Y;  c.X = g->X;  c.O = g->O;
+    c.kh = g->kh;  c.kw = g->kw;  c.stride = g->stride;  c.top = g->top;  c.left = g->left;
+    c.from = g->a;  c.w = g->b;
+    c.to = c.back ? dpoc_carve(r, (size_t)(g->rows*g->cols)*dpoc_size(g->type)) : g->f.y;
+    if (!r->counting && r->status == DPO_OK) r->status = dpoc_dnn(r->d, &c);
+    if (!c.back) { dpoc_finish_run(r, g->f);  return 1; }
+    from = dpoc_flat(c.to, g->type, g->rows*g->cols);
+    to = dpoc_flat(g->out, DPO_F32, g->rows*g->cols);
+    dpoc_each(r, DPO_NONE, &from, NULL, 0, 0, &to, g->add, NULL);
+    return 1;
+}
+
 /* The sizes and operands of one call, the same for forward and backward. */
 typedef struct dpoc_conv {
     int64_t N, H, W, I, Y, X, O, r;       /* x [N,H,W,I] -> y [N,Y,X,O]; r: rank of the adapter, 0 without one */
@@ -1894,6 +2021,7 @@ static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "convolution", "more than 2^31 pixels");
         return;
     }
+    if (dpoc_tiles_dnn(r, &g)) return;
     g.span = dpoc_pieces(dpoc_pieces(g.depth, splits), DPOC_DEPTH)*DPOC_DEPTH;
     g.splits = (int)dpoc_pieces(g.depth, g.span);
     if (g.splits > 1) g.part = (float *)dpoc_carve(r, (size_t)(g.splits*g.rows*g.cols)*sizeof(float));
@@ -3315,6 +3443,7 @@ static void dpoc_close(void *self)
     if (d->stream) (void)cudaStreamSynchronize(d->stream);
     dpoc_steps_close(d);
     dpoc_blas_close(d);
+    dpoc_dnn_close(d);
     for (int i = 0; i < DPOC_STAGES; i++) {
         if (d->stage[i])  (void)cudaFreeHost(d->stage[i]);
         if (d->staged[i]) (void)cudaEventDestroy(d->staged[i]);
@@ -3396,4 +3525,40 @@ int dpo_cuda_set(dpo_backend *b, int option, int value)
     if (!b || b->run != dpoc_backend_run || option < 0 || option >= DPO_CUDA_OPTIONS) return 0;
     ((dpoc *)b->self)->options[option] = value;
     return 1;
+}
+
+/* ------------------------------------------------------------------------------------------ many GPUs
+
+   The sum, or the greatest, of numbers over all GPUs of a communicator, in place; NCCL's stream is ours, so that it follows the
+   kernels before it and nobody waits.  The only way to NCCL is dpoc_nccl. */
+#ifndef DIFFDPO_NCCL
+static int dpoc_nccl(dpoc *d, void *comm, void *data, size_t count, int type, int greatest)
+{
+    (void)comm; (void)data; (void)count; (void)type; (void)greatest;
+    return dpoc_fail(d, DPO_UNSUPPORTED, "NCCL", "not built in: compile with -DDIFFDPO_NCCL");
+}
+#elif defined(DIFFDPO_CUDA_STAND_IN)
+/* `comm` points to how many GPUs there are, which all hold the same numbers. */
+static int dpoc_nccl(dpoc *d, void *comm, void *data, size_t count, int type, int greatest)
+{
+    int n = *(int *)comm;
+    (void)d;
+    stand_in_do([=] { for (size_t i = 0; i < count && !greatest; i++) dpoc_put(data, type, (int64_t)i, (float)n*dpoc_get(data, type, (int64_t)i)); });
+    return DPO_OK;
+}
+#else
+static int dpoc_nccl(dpoc *d, void *comm, void *data, size_t count, int type, int greatest)
+{
+    ncclDataType_t t = type == DPO_BF16 ? ncclBfloat16 : type == DPO_F16 ? ncclHalf : ncclFloat;
+    ncclResult_t   s = ncclAllReduce(data, data, count, t, greatest ? ncclMax : ncclSum, (ncclComm_t)comm, d->stream);
+    return s == ncclSuccess ? (int)DPO_OK : dpoc_fail(d, DPO_DEVICE, "ncclAllReduce", ncclGetErrorString(s));
+}
+#endif
+
+int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count, int dtype, int greatest)
+{
+    dpoc *d = b && b->run == dpoc_backend_run ? (dpoc *)b->self : NULL;
+    int   status = d ? dpoc_enter(d) : (int)DPO_BAD_ARGUMENT;
+    if (status == DPO_OK) status = dpoc_step_stop(d);      /* what was put off comes first */
+    return status == DPO_OK ? dpoc_nccl(d, comm, data, count, dtype, greatest) : status;
 }
