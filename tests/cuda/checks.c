@@ -375,6 +375,64 @@ static void check_opening(void)
 #endif
 }
 
+/* The sum over the GPUs of a communicator: three alike in the stand-in; refused, by name, where NCCL is not built in. */
+static void check_reduce(void)
+{
+#if defined(STAND_IN) || !defined(DIFFDPO_NCCL)
+    dpo_ctx    *c = open_on(open_cuda(1));
+    int64_t     n = 3;
+    int         gpus = 3, status;
+    float       v[3] = { 1, -2, 0.5f }, got[3] = { 0, 0, 0 };
+    dpo_tensor *x = dpo_tensor_from(c, DPO_F32, 1, &n, v);
+    status = dpo_cuda_reduce(c->backend, &gpus, x->data, 3, DPO_F32, 0);
+#ifdef DIFFDPO_NCCL
+    CHECK(status == DPO_OK && dpo_read(x, got) && got[0] == 3 && got[1] == -6 && got[2] == 1.5f, "reduce: %g %g %g", got[0], got[1], got[2]);
+#else
+    CHECK(status == DPO_UNSUPPORTED && strstr(c->backend->explain(c->backend->self), "DIFFDPO_NCCL"), "reduce without NCCL: status %d", status);
+    (void)got;
+#endif
+    dpo_close(c);
+#endif
+}
+
+/* The check backend, as a host uses it: CUDA's kernels beside the CPU's, call by call. */
+static void check_check(void)
+{
+    dpo_desc       desc;
+    dpo_train_desc d = dpo_recipe_small();
+    dpo_ctx       *c;
+    dpo_trainer   *t;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dpo_check_open(open_cuda(1), dpo_cpu_open(NULL), 2e-5f);
+    c = dpo_open(&desc);
+    d.steps = 2;  d.batch = 2;  d.rank = 0;  d.beta = 200;
+    t = dpo_train_begin(dpo_model_create(c, TINY, 3), some_pairs(c, 7), &d);
+    while (dpo_train_step(t, NULL)) { }
+    CHECK(dpo_train_end(t), "checked training: %s", why(c));
+    dpo_close(c);
+}
+
+/* The dry backend counts what the CUDA backend takes, to the byte. */
+static void check_dry(void)
+{
+    size_t       peak[2];
+    dpo_backend *model = open_cuda(1);
+    for (int k = 0; k < 2; k++) {
+        dpo_train_desc d = dpo_recipe_small();
+        dpo_ctx       *c = open_on(k ? dpo_dry_open(model) : open_cuda(1));
+        dpo_trainer   *t;
+        d.steps = 3;  d.batch = 2;  d.rank = 4;
+        t = dpo_train_begin(dpo_model_create(c, TINY, 3), some_pairs(c, 7), &d);
+        while (dpo_train_step(t, NULL)) { }
+        dpo_train_end(t);
+        peak[k] = dpo_memory_peak(c, 0);
+        CHECK(!dpo_error(c), "%s", why(c));
+        dpo_close(c);
+    }
+    CHECK(peak[0] == peak[1], "%zu bytes at most, the dry run said %zu", peak[0], peak[1]);
+    model->close(model->self);
+}
+
 #ifdef STAND_IN
 /* A small graph of several ops and an optimizer's step, where one thing fails; the error of the context. */
 static dpo_ctx *fail_at(int *what, int after)
@@ -441,6 +499,9 @@ int main(int argc, char **argv)
     make[1] = (char *)TINY;
     if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
     check_opening();
+    check_reduce();
+    check_check();
+    check_dry();
 #ifdef STAND_IN
     check_failures();
 #endif
