@@ -66,7 +66,7 @@ enum { DPOC_RECORDINGS = 4, DPOC_STAGES = 2, DPOC_BATCH = 64 };
 enum { DPOC_STAGE_BYTES = 4 << 20, DPOC_SCRATCH_BYTES = 32 << 20 };
 
 /* Tensors that one launch works on together, see >>optimizer. */
-typedef struct dpoc_one { const float *g; float *m, *v, *w; int64_t n; } dpoc_one;
+typedef struct dpoc_one { const float *g; float *m, *v, *w; int64_t n; int aligned; } dpoc_one;
 
 typedef struct dpoc_pending {
     int        op, count;                 /* DPO_OP_ADAMW or DPO_OP_SUM_SQUARES */
@@ -317,6 +317,20 @@ static __device__ __forceinline__ void dpoc_put4(void *p, int type, int64_t i, c
     ((uint2 *)p)[i >> 2] = v;
 }
 
+/* Four numbers, or the first alone: kernels that come in both widths. */
+static __device__ __forceinline__ void dpoc_take(const void *p, int type, int64_t i, int quads, float x[4])
+{
+    if (quads) dpoc_get4(p, type, i, x);
+    else x[0] = dpoc_get(p, type, i);
+}
+static __device__ __forceinline__ void dpoc_give(void *p, int type, int64_t i, int quads, const float x[4])
+{
+    if (quads) dpoc_put4(p, type, i, x);
+    else dpoc_put(p, type, i, x[0]);
+}
+/* For each number that dpoc_take took; unrolled, so that arrays stay in registers. */
+#define DPOC_EACH(k, quads) DPOC_UNROLL for (int k = 0; k < 4; k++) if (k == 0 || (quads))
+
 /* May quads be read from p?  NULL: it is not read at all. */
 static int dpoc_quads(const void *p, int type) { return (uintptr_t)p % (4*dpoc_size(type)) == 0; }
 
@@ -538,19 +552,46 @@ static void dpoc_op_copy(dpoc_run *r)
 /* ------------------------------------------------------------------------------------------ GEGLU
 
    x [R,2D] = (a,b) -> y [R,D] = a gelu(b);   da = dy gelu(b),   db = dy a gelu'(b) */
-typedef struct dpoc_geglu { int64_t R, D; const void *x; int xtype, ytype, add; void *y; const float *dy; float *dx; } dpoc_geglu;
+typedef struct dpoc_geglu {
+    int64_t R, D;
+    const void *x;
+    void   *y;
+    int     xtype, ytype, add, quads;
+    const float *dy;
+    float  *dx;
+} dpoc_geglu;
 
-/* A thread an element; neighbours in a row lie side by side in both halves. */
+/* A thread four numbers; neighbours in a row lie side by side in both halves. */
 static __global__ void dpoc_geglu_kernel(dpoc_geglu g)
 {
-    for (int64_t u = dpoc_unit(); u < g.R*g.D; u += dpoc_units()) {
-        int64_t row = dpoc_div(u, g.D), at = row*2*g.D + (u - row*g.D);
-        float   a = dpoc_get(g.x, g.xtype, at), b = dpoc_get(g.x, g.xtype, at + g.D), dy, p;
-        if (!g.dx) { dpoc_put(g.y, g.ytype, u, a*b*dpoc_normal(b));  continue; }
-        dy = g.dy[u];
-        p = dpoc_normal(b);
-        g.dx[at]       = (g.add ? g.dx[at] : 0) + dy*b*p;
-        g.dx[at + g.D] = (g.add ? g.dx[at + g.D] : 0) + dy*a*(p + b*dpoc_density(b));
+    int wide = g.quads ? 4 : 1;
+    for (int64_t u = dpoc_unit(); u*wide < g.R*g.D; u += dpoc_units()) {
+        int64_t i = u*wide, row = dpoc_div(i, g.D), at = row*2*g.D + (i - row*g.D);
+        float   a[4], b[4], y[4];
+        dpoc_take(g.x, g.xtype, at, g.quads, a);
+        dpoc_take(g.x, g.xtype, at + g.D, g.quads, b);
+        DPOC_EACH(k, g.quads) y[k] = a[k]*b[k]*dpoc_normal(b[k]);
+        dpoc_give(g.y, g.ytype, i, g.quads, y);
+    }
+}
+static __global__ void dpoc_geglu_back_kernel(dpoc_geglu g)
+{
+    int wide = g.quads ? 4 : 1;
+    for (int64_t u = dpoc_unit(); u*wide < g.R*g.D; u += dpoc_units()) {
+        int64_t i = u*wide, row = dpoc_div(i, g.D), at = row*2*g.D + (i - row*g.D);
+        float   a[4], b[4], dy[4], da[4] = { 0, 0, 0, 0 }, db[4] = { 0, 0, 0, 0 };
+        dpoc_take(g.x, g.xtype, at, g.quads, a);
+        dpoc_take(g.x, g.xtype, at + g.D, g.quads, b);
+        dpoc_take(g.dy, DPO_F32, i, g.quads, dy);
+        if (g.add) dpoc_take(g.dx, DPO_F32, at, g.quads, da);
+        if (g.add) dpoc_take(g.dx, DPO_F32, at + g.D, g.quads, db);
+        DPOC_EACH(k, g.quads) {
+            float p = dpoc_normal(b[k]);
+            da[k] += dy[k]*b[k]*p;
+            db[k] += dy[k]*a[k]*(p + b[k]*dpoc_density(b[k]));
+        }
+        dpoc_give(g.dx, DPO_F32, at, g.quads, da);
+        dpoc_give(g.dx, DPO_F32, at + g.D, g.quads, db);
     }
 }
 
@@ -559,12 +600,14 @@ static void dpoc_op_geglu(dpoc_run *r)
     const dpo_args *a = r->a;
     dpoc_geglu g;
     memset(&g, 0, sizeof g);
-    g.D = dpoc_channels(&a->in[0])/2;  g.R = dpoc_count(&a->in[0])/(2*g.D);
+    g.D = dpoc_channels(&a->in[0])/2;
+    g.R = dpoc_count(&a->in[0])/(2*g.D);
     g.x = a->in[0].data;  g.xtype = a->in[0].dtype;
     g.y = a->out.data;    g.ytype = a->out.dtype;
     g.dy = (const float *)a->dout.data;  g.dx = (float *)a->din[0].data;  g.add = dpoc_adds(a, 0);
-    if (a->backward && !g.dx) return;
-    DPOC_LAUNCH(r, dpoc_geglu_kernel, dpoc_grid(g.R*g.D), DPOC_THREADS, (g));
+    g.quads = g.D % 4 == 0 && dpoc_quads(g.x, g.xtype) && dpoc_quads(g.y, g.ytype) && dpoc_quads(g.dy, DPO_F32) && dpoc_quads(g.dx, DPO_F32);
+    if (!a->backward) DPOC_LAUNCH(r, dpoc_geglu_kernel, dpoc_grid(g.R*g.D/(g.quads ? 4 : 1)), DPOC_THREADS, (g));
+    else if (g.dx)    DPOC_LAUNCH(r, dpoc_geglu_back_kernel, dpoc_grid(g.R*g.D/(g.quads ? 4 : 1)), DPOC_THREADS, (g));
 }
 
 /* ------------------------------------------------------------------------------------------ functions of two
@@ -1155,7 +1198,7 @@ static void dpoc_fold_run(dpoc_run *r, const double *part, int64_t K, int64_t C,
      dx = rs (gamma dz - <gamma dz> - h <gamma dz h>) = scale dz - k1 - (x - mean) k2,   <.> the mean over the group. */
 typedef struct dpoc_norm {
     int64_t N, P, C, G, chunks;
-    int     xtype, ytype, silu, add, gtype, btype;
+    int     xtype, ytype, silu, add, gtype, btype, quads;
     float   eps;
     const void  *x, *gamma, *beta;
     const float *dy;
@@ -1226,16 +1269,25 @@ static __global__ void dpoc_norm_fold_back_kernel(dpoc_norm g)
     }
 }
 
-/* The last reading, a thread an element. */
+/* The last reading, a thread four channels of a pixel. */
 static __global__ void dpoc_norm_apply_kernel(dpoc_norm g)
 {
-    for (int64_t u = dpoc_unit(); u < g.N*g.P*g.C; u += dpoc_units()) {
-        int64_t q = dpoc_div(u, g.C), c = u - q*g.C, n = dpoc_div(q, g.P);
-        const float *t = g.table + n*DPOC_TABLE*g.C + c;
-        float d = dpoc_get(g.x, g.xtype, u) - t[DPOC_MEAN*g.C], z = d*t[DPOC_SCALE*g.C] + t[DPOC_BETA*g.C], dz;
-        if (!g.dx) { dpoc_put(g.y, g.ytype, u, g.silu ? z*dpoc_sigmoid(z) : z);  continue; }
-        dz = g.silu ? g.dy[u]*dpoc_act_slope(DPO_SILU, z) : g.dy[u];
-        g.dx[u] = (g.add ? g.dx[u] : 0) + (t[DPOC_SCALE*g.C]*dz - t[DPOC_K1*g.C] - d*t[DPOC_K2*g.C]);
+    int wide = g.quads ? 4 : 1;
+    for (int64_t u = dpoc_unit(); u*wide < g.N*g.P*g.C; u += dpoc_units()) {
+        int64_t i = u*wide, q = dpoc_div(i, g.C), n = dpoc_div(q, g.P);
+        const float *t = g.table + n*DPOC_TABLE*g.C + (i - q*g.C);
+        float   x[4], dy[4] = { 0, 0, 0, 0 }, y[4] = { 0, 0, 0, 0 };
+        dpoc_take(g.x, g.xtype, i, g.quads, x);
+        if (g.dx) dpoc_take(g.dy, DPO_F32, i, g.quads, dy);
+        if (g.dx && g.add) dpoc_take(g.dx, DPO_F32, i, g.quads, y);
+        DPOC_EACH(k, g.quads) {
+            float d = x[k] - t[DPOC_MEAN*g.C + k], scale = t[DPOC_SCALE*g.C + k], z = d*scale + t[DPOC_BETA*g.C + k];
+            if (!g.dx) { y[k] = g.silu ? z*dpoc_sigmoid(z) : z;  continue; }
+            if (g.silu) dy[k] *= dpoc_act_slope(DPO_SILU, z);
+            y[k] += scale*dy[k] - t[DPOC_K1*g.C + k] - d*t[DPOC_K2*g.C + k];
+        }
+        if (g.dx) dpoc_give(g.dx, DPO_F32, i, g.quads, y);
+        else      dpoc_give(g.y, g.ytype, i, g.quads, y);
     }
 }
 
@@ -1248,6 +1300,7 @@ static dpoc_norm dpoc_norm_of(const dpo_args *a)
     g.dy = (const float *)a->dout.data;  g.dx = (float *)a->din[0].data;  g.stat = (float *)a->stat.data;
     g.silu = a->p.norm.act == DPO_SILU;  g.eps = a->p.norm.eps;  g.add = dpoc_adds(a, 0);  g.G = a->p.norm.groups;
     g.C = dpoc_channels(&a->in[0]);
+    g.quads = g.C % 4 == 0 && dpoc_quads(g.x, g.xtype) && dpoc_quads(g.y, g.ytype) && dpoc_quads(g.dy, DPO_F32) && dpoc_quads(g.dx, DPO_F32);
     return g;
 }
 
@@ -1274,29 +1327,37 @@ static void dpoc_op_group_norm(dpoc_run *r)
         dpoc_fold_run(r, k.part + g.C, 1, g.C, g.N*g.chunks, a->din[1].data, dpoc_adds(a, 1));
         dpoc_fold_run(r, k.part, 1, g.C, g.N*g.chunks, a->din[2].data, dpoc_adds(a, 2));
     }
-    if (!a->backward || g.dx) DPOC_LAUNCH(r, dpoc_norm_apply_kernel, dpoc_grid(g.N*g.P*g.C), DPOC_THREADS, (g));
+    if (!a->backward || g.dx) DPOC_LAUNCH(r, dpoc_norm_apply_kernel, dpoc_grid(g.N*g.P*g.C/(g.quads ? 4 : 1)), DPOC_THREADS, (g));
 }
+
+/* gamma of channel c, 1 where there is none. */
+static __device__ __forceinline__ float dpoc_gamma(const dpoc_norm &g, int64_t c) { return g.gamma ? dpoc_get(g.gamma, g.gtype, c) : 1; }
 
 /* Layer norm: a warp a row of x [P,C], which it reads three times, the second and third time out of the cache; rows of a
    transformer have 320 to 2048 numbers, 10 to 64 a thread. */
 static __global__ void dpoc_layer_norm_kernel(dpoc_norm g)
 {
-    int     lane = (int)threadIdx.x % 32;
+    int     lane = (int)threadIdx.x % 32, wide = g.quads ? 4 : 1;
     int64_t warps = dpoc_units()/32;
     for (int64_t row = dpoc_unit()/32; row < g.P; row += warps) {
         int64_t at = row*g.C;
         double  mean = 0, square = 0;
-        float   m, rs;
-        for (int64_t c = lane; c < g.C; c += 32) mean += dpoc_get(g.x, g.xtype, at + c);
+        float   m, rs, x[4], y[4];
+        for (int64_t c = lane*wide; c < g.C; c += 32*wide) {
+            dpoc_take(g.x, g.xtype, at + c, g.quads, x);
+            DPOC_EACH(k, g.quads) mean += x[k];
+        }
         m = (float)(dpoc_warp_sum(mean)/(double)g.C);
-        for (int64_t c = lane; c < g.C; c += 32) {
-            float d = dpoc_get(g.x, g.xtype, at + c) - m;
-            square += (double)d*d;
+        for (int64_t c = lane*wide; c < g.C; c += 32*wide) {
+            dpoc_take(g.x, g.xtype, at + c, g.quads, x);
+            DPOC_EACH(k, g.quads) square += (double)(x[k] - m)*(x[k] - m);
         }
         rs = (float)(1/sqrt(dpoc_warp_sum(square)/(double)g.C + (double)g.eps));
-        for (int64_t c = lane; c < g.C; c += 32)
-            dpoc_put(g.y, g.ytype, at + c, (dpoc_get(g.x, g.xtype, at + c) - m)*rs*(g.gamma ? dpoc_get(g.gamma, g.gtype, c) : 1)
-                                           + (g.beta ? dpoc_get(g.beta, g.btype, c) : 0));
+        for (int64_t c = lane*wide; c < g.C; c += 32*wide) {
+            dpoc_take(g.x, g.xtype, at + c, g.quads, x);
+            DPOC_EACH(k, g.quads) y[k] = (x[k] - m)*rs*dpoc_gamma(g, c + k) + (g.beta ? dpoc_get(g.beta, g.btype, c + k) : 0);
+            dpoc_give(g.y, g.ytype, at + c, g.quads, y);
+        }
         if (lane == 0 && g.stat) { g.stat[row*2] = m;  g.stat[row*2 + 1] = rs; }
     }
 }
@@ -1304,22 +1365,30 @@ static __global__ void dpoc_layer_norm_kernel(dpoc_norm g)
 /* dx = rs (gamma dy - <gamma dy> - h <gamma dy h>), <.> the mean over the row. */
 static __global__ void dpoc_layer_norm_back_kernel(dpoc_norm g)
 {
-    int     lane = (int)threadIdx.x % 32;
+    int     lane = (int)threadIdx.x % 32, wide = g.quads ? 4 : 1;
     int64_t warps = dpoc_units()/32;
     for (int64_t row = dpoc_unit()/32; row < g.P; row += warps) {
         int64_t at = row*g.C;
-        float   m = g.stat[row*2], rs = g.stat[row*2 + 1], e, eh;
+        float   m = g.stat[row*2], rs = g.stat[row*2 + 1], e, eh, x[4], dy[4];
         double  sum = 0, dot = 0;
-        for (int64_t c = lane; c < g.C; c += 32) {
-            float d = g.dy[at + c]*(g.gamma ? dpoc_get(g.gamma, g.gtype, c) : 1);
-            sum += d;
-            dot += (double)d*((dpoc_get(g.x, g.xtype, at + c) - m)*rs);
+        for (int64_t c = lane*wide; c < g.C; c += 32*wide) {
+            dpoc_take(g.x, g.xtype, at + c, g.quads, x);
+            dpoc_take(g.dy, DPO_F32, at + c, g.quads, dy);
+            DPOC_EACH(k, g.quads) {
+                float d = dy[k]*dpoc_gamma(g, c + k);
+                sum += d;
+                dot += (double)d*((x[k] - m)*rs);
+            }
         }
         e = (float)(dpoc_warp_sum(sum)/(double)g.C);
         eh = (float)(dpoc_warp_sum(dot)/(double)g.C);
-        for (int64_t c = lane; c < g.C; c += 32) {
-            float d = g.dy[at + c]*(g.gamma ? dpoc_get(g.gamma, g.gtype, c) : 1), h = (dpoc_get(g.x, g.xtype, at + c) - m)*rs;
-            g.dx[at + c] = (g.add ? g.dx[at + c] : 0) + rs*(d - e - h*eh);
+        for (int64_t c = lane*wide; c < g.C; c += 32*wide) {
+            float dx[4] = { 0, 0, 0, 0 };
+            dpoc_take(g.x, g.xtype, at + c, g.quads, x);
+            dpoc_take(g.dy, DPO_F32, at + c, g.quads, dy);
+            if (g.add) dpoc_take(g.dx, DPO_F32, at + c, g.quads, dx);
+            DPOC_EACH(k, g.quads) dx[k] += rs*(dy[k]*dpoc_gamma(g, c + k) - e - (x[k] - m)*rs*eh);
+            dpoc_give(g.dx, DPO_F32, at + c, g.quads, dx);
         }
     }
 }
@@ -1543,17 +1612,22 @@ static __device__ __forceinline__ float dpoc_finish_one(const dpoc_finish &g, in
     if (g.residual) sum += dpoc_get(g.residual, g.rtype, m*g.O + o);
     return dpoc_act(g.act, sum);
 }
-static __global__ void dpoc_finish_kernel(dpoc_finish g)
+static __global__ void dpoc_finish_kernel(dpoc_finish g, int quads)
 {
-    for (int64_t u = dpoc_unit(); u < g.M*g.O; u += dpoc_units()) {
-        int64_t m = dpoc_div(u, g.O), o = u - m*g.O;
-        dpoc_put(g.y, g.ytype, u, dpoc_finish_one(g, m, o, dpoc_get(g.y, g.ytype, u)));
+    int wide = quads ? 4 : 1;
+    for (int64_t u = dpoc_unit(); u*wide < g.M*g.O; u += dpoc_units()) {
+        int64_t i = u*wide, m = dpoc_div(i, g.O), o = i - m*g.O;
+        float   y[4];
+        dpoc_take(g.y, g.ytype, i, quads, y);
+        DPOC_EACH(k, quads) y[k] = dpoc_finish_one(g, m, o + k, y[k]);
+        dpoc_give(g.y, g.ytype, i, quads, y);
     }
 }
 static void dpoc_finish_run(dpoc_run *r, dpoc_finish g)
 {
     if (!g.bias && !g.vec && !g.residual && g.act == DPO_NONE) return;
-    DPOC_LAUNCH(r, dpoc_finish_kernel, dpoc_grid(g.M*g.O), DPOC_THREADS, (g));
+    int quads = g.O % 4 == 0 && dpoc_quads(g.y, g.ytype);
+    DPOC_LAUNCH(r, dpoc_finish_kernel, dpoc_grid(g.M*g.O/(quads ? 4 : 1)), DPOC_THREADS, (g, quads));
 }
 
 /* to[m][q] = scale strength[n] from[m][q]: an adapter's inner numbers, with the strength of their sample. */
@@ -2785,11 +2859,22 @@ static __global__ void dpoc_adamw_kernel(dpoc_many g)
     if (at < 0 || factor == 0) return;    /* a skipped step leaves all as it is */
     dpoc_one one = g.one[at];
     int64_t  end = first + DPOC_PIECE < one.n ? first + DPOC_PIECE : one.n;
-    for (int64_t i = first + threadIdx.x; i < end; i += DPOC_THREADS) {
-        float d = factor*one.g[i], m = g.beta1*one.m[i] + (1 - g.beta1)*d, v = g.beta2*one.v[i] + (1 - g.beta2)*d*d;
-        one.m[i] = m;
-        one.v[i] = v;
-        one.w[i] = decay*one.w[i] - rate*m/(root*sqrtf(v) + g.eps);
+    int quads = one.n % 4 == 0 && one.aligned, wide = quads ? 4 : 1;
+    for (int64_t i = first + (int64_t)threadIdx.x*wide; i < end; i += DPOC_THREADS*wide) {
+        float d[4], m[4], v[4], w[4];
+        dpoc_take(one.g, DPO_F32, i, quads, d);
+        dpoc_take(one.m, DPO_F32, i, quads, m);
+        dpoc_take(one.v, DPO_F32, i, quads, v);
+        dpoc_take(one.w, DPO_F32, i, quads, w);
+        DPOC_EACH(k, quads) {
+            d[k] *= factor;
+            m[k] = g.beta1*m[k] + (1 - g.beta1)*d[k];
+            v[k] = g.beta2*v[k] + (1 - g.beta2)*d[k]*d[k];
+            w[k] = decay*w[k] - rate*m[k]/(root*sqrtf(v[k]) + g.eps);
+        }
+        dpoc_give(one.m, DPO_F32, i, quads, m);
+        dpoc_give(one.v, DPO_F32, i, quads, v);
+        dpoc_give(one.w, DPO_F32, i, quads, w);
     }
 }
 
@@ -2872,6 +2957,7 @@ static void dpoc_op_gather(dpoc_run *r)
     p->op = a->op;  p->p = a->p;  p->record = (const float *)a->in[3].data;
     one->g = (const float *)a->in[0].data;  one->n = dpoc_count(&a->in[0]);
     one->m = (float *)a->in[1].data;  one->v = (float *)a->in[2].data;  one->w = (float *)a->out.data;
+    one->aligned = ((uintptr_t)one->g | (uintptr_t)one->m | (uintptr_t)one->v | (uintptr_t)one->w) % 16 == 0;
 }
 
 /* ------------------------------------------------------------------------------------------ Adafactor
