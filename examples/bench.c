@@ -285,7 +285,9 @@ static dpo_ctx *open_context(const options *o, meter *m)
     dpo_desc d = desc_of(o);
     if (strcmp(o->device, "cuda") == 0) {
 #ifdef DIFFDPO_CUDA
-        d.backend = meter_open(m, dpo_cuda_open(0, DIFFDPO_VERSION));
+        dpo_backend *b = dpo_cuda_open(0, DIFFDPO_VERSION);
+        dpo_cuda_set(b, DPO_CUDA_PRODUCTS, o->products);
+        d.backend = meter_open(m, b);
 #else
         fprintf(stderr, "bench: this build has no CUDA; see the build line of diffdpo_cuda.cu\n");
         return NULL;

@@ -121,6 +121,38 @@ static void check_replay(int rank, float average)
 }
 
 
+/* Two pictures in 12 steps, twice: every step but the first few is a replay, and the bytes are those without. */
+static void check_sampling(void)
+{
+    static const char *const prompts[2] = { "thing 1", "thing 2" };
+    uint8_t rgb[2][2][2*8*8*3];
+    int     graphs[2] = { 0, 0 };
+    for (int k = 0; k < 2; k++) {
+        dpo_sample_desc d;
+        dpo_desc        desc;
+        dpo_ctx        *c;
+        dpo_model      *m;
+        memset(&d, 0, sizeof d);
+        memset(&desc, 0, sizeof desc);
+        desc.backend = open_cuda(k);
+        c = dpo_open(&desc);
+        m = dpo_model_create(c, TINY, 3);
+        d.n = 2;  d.steps = 12;  d.guidance = 3;  d.eta = 1;  d.seed = 5;  d.prompts = prompts;
+#ifdef STAND_IN
+        graphs[k] = stand_in()->graphs;
+#endif
+        for (int i = 0; i < 2; i++) CHECK(dpo_sample(m, &d, rgb[k][i]), "sampling: %s", why(c));
+#ifdef STAND_IN
+        graphs[k] = stand_in()->graphs - graphs[k];
+#endif
+        dpo_close(c);
+    }
+    CHECK(!memcmp(rgb[0], rgb[1], sizeof rgb[0]), "replayed steps draw other pictures");
+#ifdef STAND_IN
+    CHECK(graphs[0] == 0 && graphs[1] >= 12, "%d of 24 steps of sampling were replayed", graphs[1]);
+#endif
+}
+
 /* ---- every op in every type ------------------------------------------------------------------------------------- */
 
 /* A call made from a seed, the same on every backend: its result and the gradients of its inputs. */
@@ -505,6 +537,7 @@ int main(int argc, char **argv)
     check_reduce();
     check_check();
     check_dry();
+    check_sampling();
 #ifdef STAND_IN
     check_failures();
 #endif
