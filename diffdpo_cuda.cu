@@ -1,8 +1,8 @@
 /* diffdpo_cuda.cu - the backend of diffdpo.h for one NVIDIA GPU.  Public domain or MIT, see the end of diffdpo.h.
 
    BUILD     nvcc -O3 -arch=sm_90 -DDIFFDPO_CUDA program.c diffdpo_cuda.cu -lcublasLt -o program
-             sm_80 and newer; -gencode lines for several of them make a fat binary.  -DDIFFDPO_CUDNN -lcudnn lets cuDNN do the
-             3x3 convolutions, -DDIFFDPO_NCCL -lnccl adds dpo_cuda_reduce.
+             sm_80 and newer; -gencode lines for several of them make a fat binary.  -DDIFFDPO_CUDNN -lcudnn lets cuDNN
+             do the 3x3 convolutions, -DDIFFDPO_NCCL -lnccl adds dpo_cuda_reduce.
    USE       dpo_desc d = {0};  d.backend = dpo_cuda_open(0, DIFFDPO_VERSION);  dpo_ctx *c = dpo_open(&d);
              Without a usable device dpo_error(c) says why; a host that wants to go on opens another context without it.
    CPU       g++ -std=c++11 -DDIFFDPO_CUDA_STAND_IN -x c++ runs the same kernels on the CPU, see tests/cuda_stand_in.h.
@@ -21,10 +21,11 @@
        >>steps       recording, capture, replay
        >>open        table of ops, dpo_backend
 
-   HOW IT WORKS   Everything runs on one stream in the order of the calls.  An op is one function here, called twice: once to
-   count the scratch that it needs, once to run; scratch is handed out in the same order both times.  Storage is F32, BF16 or
-   F16 and is read and written as it lies; sums are F32, over long rows double.  Sums are cut by shape alone and joined in a
-   fixed order, no atomics: the same bits every time.  dpoc_ is what dpoi_ is in diffdpo.h: private. */
+   HOW IT WORKS   Everything runs on one stream in the order of the calls.  An op is one function here, called twice:
+   once to count the scratch that it needs, once to run; scratch is handed out in the same order both times.  Storage is
+   F32, BF16 or F16 and is read and written as it lies; sums are F32, over long rows double.  Sums are cut by shape
+   alone and joined in a fixed order, no atomics: the same bits every time.  dpoc_ is what dpoi_ is in diffdpo.h:
+   private. */
 #ifndef DIFFDPO_CUDA
 #define DIFFDPO_CUDA
 #endif
@@ -66,7 +67,12 @@ enum { DPOC_RECORDINGS = 4, DPOC_STAGES = 2, DPOC_BATCH = 64 };
 enum { DPOC_STAGE_BYTES = 4 << 20, DPOC_SCRATCH_BYTES = 32 << 20 };
 
 /* Tensors that one launch works on together, see >>optimizer. */
-typedef struct dpoc_one { const float *g; float *m, *v, *w; int64_t n; int aligned; } dpoc_one;
+typedef struct dpoc_one {
+    const float *g;
+    float *m, *v, *w;
+    int64_t n;
+    int aligned;
+} dpoc_one;
 
 typedef struct dpoc_pending {
     int        op, count;                 /* DPO_OP_ADAMW or DPO_OP_SUM_SQUARES */
@@ -164,8 +170,8 @@ static int     dpoc_adds(const dpo_args *a, int i) { return (int)(a->add >> i & 
    >>memory                                                                        device memory, copies, staging
    ========================================================================================================== */
 
-/* The context above cuts its tensors from regions and gives none back while it works, so that this is called a few dozen
-   times before the first step ends and never after it.  Blocks of cudaMalloc start on lines of 256 bytes. */
+/* The context above cuts its tensors from regions and gives none back while it works, so that this is called a few
+   dozen times before the first step ends and never after it.  Blocks of cudaMalloc start on lines of 256 bytes. */
 static int dpoc_step_stop(dpoc *d);
 static int dpoc_flush(dpoc *d);
 
@@ -189,8 +195,8 @@ static void dpoc_release(void *self, void *data, size_t bytes)
     (void)cudaFree(data);                 /* waits for the kernels that use it */
 }
 
-/* Room for `bytes` in page-locked memory, at most DPOC_STAGE_BYTES.  Two stages take turns: before one is written again,
-   the copies out of it, which lie a whole stage back, must be over. */
+/* Room for `bytes` in page-locked memory, at most DPOC_STAGE_BYTES.  Two stages take turns: before one is written
+   again, the copies out of it, which lie a whole stage back, must be over. */
 static char *dpoc_stage(dpoc *d, size_t bytes)
 {
     char *p;
@@ -247,7 +253,10 @@ static int dpoc_zero_now(dpoc *d, void *data, size_t bytes)
 static __device__ __forceinline__ float dpoc_float(uint32_t u)   { float x;  memcpy(&x, &u, 4);  return x; }
 static __device__ __forceinline__ float dpoc_of_bf16(uint16_t h) { return dpoc_float((uint32_t)h << 16); }
 #ifndef DIFFDPO_CUDA_STAND_IN
-static __device__ __forceinline__ uint16_t dpoc_to_bf16(float x)   { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+static __device__ __forceinline__ uint16_t dpoc_to_bf16(float x)
+{
+    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
 static __device__ __forceinline__ uint16_t dpoc_to_f16(float x)    { return __half_as_ushort(__float2half_rn(x)); }
 static __device__ __forceinline__ float    dpoc_of_f16(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 #else
@@ -277,8 +286,8 @@ static float dpoc_of_f16(uint16_t h)
 
 static __device__ __forceinline__ int64_t dpoc_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Number i of an array, whatever it is stored as.  The type is the same for all threads: the branch costs nothing beside
-   the load. */
+/* Number i of an array, whatever it is stored as.  The type is the same for all threads: the branch costs nothing
+   beside the load. */
 static __device__ __forceinline__ float dpoc_get(const void *p, int type, int64_t i)
 {
     if (type == DPO_BF16) return dpoc_of_bf16(((const uint16_t *)p)[i]);
@@ -369,7 +378,10 @@ static __device__ double dpoc_block_sum(double x)
 
 /* The formulas of >>impl rows in diffdpo.h, where their reasons stand. */
 static __device__ __forceinline__ float dpoc_sigmoid(float x)     { return 1/(1 + expf(-x)); }
-static __device__ __forceinline__ float dpoc_log_sigmoid(float x) { return x < 0 ? x - log1pf(expf(x)) : -log1pf(expf(-x)); }
+static __device__ __forceinline__ float dpoc_log_sigmoid(float x)
+{
+    return x < 0 ? x - log1pf(expf(x)) : -log1pf(expf(-x));
+}
 static __device__ __forceinline__ float dpoc_normal(float x)      { return 0.5f*erfcf(-0.70710678f*x); }
 static __device__ __forceinline__ float dpoc_density(float x)     { return 0.39894228f*expf(-0.5f*x*x); }
 
@@ -466,7 +478,8 @@ static __global__ void dpoc_map_kernel(dpoc_map g)
 }
 
 /* f over whole views; b may be NULL. */
-static void dpoc_each(dpoc_run *r, int op, const dpo_view *a, const dpo_view *b, float s0, float s1, const dpo_view *y, int add,
+static void dpoc_each(dpoc_run *r, int op, const dpo_view *a, const dpo_view *b, float s0, float s1, const dpo_view *y,
+                      int add,
                       const float *vary)
 {
     dpoc_map g;
@@ -511,7 +524,8 @@ static void dpoc_op_act(dpoc_run *r)
 static void dpoc_op_affine(dpoc_run *r)
 {
     const dpo_args *a = r->a;
-    if (!a->backward) dpoc_each(r, DPOC_AFFINE, &a->in[0], NULL, a->p.affine.scale, a->p.affine.shift, &a->out, 0, NULL);
+    if (!a->backward) dpoc_each(r, DPOC_AFFINE, &a->in[0], NULL, a->p.affine.scale, a->p.affine.shift, &a->out, 0,
+                                NULL);
     else if (a->din[0].data)
         dpoc_each(r, DPOC_AFFINE, &a->dout, NULL, a->p.affine.scale, 0, &a->din[0], dpoc_adds(a, 0), NULL);
 }
@@ -542,7 +556,8 @@ static void dpoc_op_copy(dpoc_run *r)
         if (a->din[0].data) dpoc_each(r, DPO_NONE, &a->dout, NULL, 0, 0, &a->din[0], dpoc_adds(a, 0), NULL);
     } else if (a->in[0].dtype == a->out.dtype) {
         if (!r->counting)
-            r->status = dpoc_check(r->d, cudaMemcpyAsync(a->out.data, a->in[0].data, (size_t)dpoc_count(&a->out)*dpoc_size(a->out.dtype),
+            r->status = dpoc_check(r->d, cudaMemcpyAsync(a->out.data, a->in[0].data,
+                                                         (size_t)dpoc_count(&a->out)*dpoc_size(a->out.dtype),
                                                          cudaMemcpyDeviceToDevice, r->d->stream), "cudaMemcpyAsync");
     } else if (a->in[0].panel != a->out.panel || a->out.dtype == DPO_I32 || a->in[0].dtype == DPO_I32) {
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "copy", "no copy between these layouts or types");
@@ -605,7 +620,8 @@ static void dpoc_op_geglu(dpoc_run *r)
     g.x = a->in[0].data;  g.xtype = a->in[0].dtype;
     g.y = a->out.data;    g.ytype = a->out.dtype;
     g.dy = (const float *)a->dout.data;  g.dx = (float *)a->din[0].data;  g.add = dpoc_adds(a, 0);
-    g.quads = g.D % 4 == 0 && dpoc_quads(g.x, g.xtype) && dpoc_quads(g.y, g.ytype) && dpoc_quads(g.dy, DPO_F32) && dpoc_quads(g.dx, DPO_F32);
+    g.quads = g.D % 4 == 0 && dpoc_quads(g.x, g.xtype) && dpoc_quads(g.y, g.ytype) && dpoc_quads(g.dy, DPO_F32) &&
+        dpoc_quads(g.dx, DPO_F32);
     if (!a->backward) DPOC_LAUNCH(r, dpoc_geglu_kernel, dpoc_grid(g.R*g.D/(g.quads ? 4 : 1)), DPOC_THREADS, (g));
     else if (g.dx)    DPOC_LAUNCH(r, dpoc_geglu_back_kernel, dpoc_grid(g.R*g.D/(g.quads ? 4 : 1)), DPOC_THREADS, (g));
 }
@@ -637,7 +653,8 @@ static __global__ void dpoc_binary_kernel(dpoc_binary g)
             at[1] += rest*g.step[1][i];
             left = q;
         }
-        dpoc_put(g.y, g.ytype, u, dpoc_binary_one(g.fn, dpoc_get(g.x[0], g.type[0], at[0]), dpoc_get(g.x[1], g.type[1], at[1])));
+        dpoc_put(g.y, g.ytype, u, dpoc_binary_one(g.fn, dpoc_get(g.x[0], g.type[0], at[0]),
+                                                  dpoc_get(g.x[1], g.type[1], at[1])));
     }
 }
 
@@ -662,7 +679,8 @@ static __device__ float dpoc_binary_term(const dpoc_binary &g, int64_t k, int64_
         at[0] += rest*g.step[0][i];
         at[1] += rest*g.step[1][i];
     }
-    return dpoc_binary_slope(g, g.x[0] ? dpoc_get(g.x[0], g.type[0], at[0]) : 0, g.x[1] ? dpoc_get(g.x[1], g.type[1], at[1]) : 0, g.dy[o]);
+    float a = g.x[0] ? dpoc_get(g.x[0], g.type[0], at[0]) : 0, b = g.x[1] ? dpoc_get(g.x[1], g.type[1], at[1]) : 0;
+    return dpoc_binary_slope(g, a, b, g.dy[o]);
 }
 
 /* Few repetitions: a thread each number of the operand. */
@@ -717,7 +735,12 @@ static void dpoc_op_binary(dpoc_run *r)
 
    R rows of n units from places `from_step` apart to places `to_step` apart.  A unit is 16 bytes where all of these
    allow it, else one number; what is added to is F32. */
-typedef struct dpoc_move { int64_t R, n, from_step, to_step; const void *from; void *to; int size, add; } dpoc_move;
+typedef struct dpoc_move {
+    int64_t R, n, from_step, to_step;
+    const void *from;
+    void *to;
+    int size, add;
+} dpoc_move;
 
 static __global__ void dpoc_move_kernel(dpoc_move g)
 {
@@ -731,7 +754,8 @@ static __global__ void dpoc_move_kernel(dpoc_move g)
 }
 
 /* Steps and n in numbers of `size` bytes. */
-static void dpoc_rows(dpoc_run *r, int64_t R, int64_t n, const void *from, int64_t from_step, void *to, int64_t to_step, size_t size,
+static void dpoc_rows(dpoc_run *r, int64_t R, int64_t n, const void *from, int64_t from_step, void *to, int64_t to_step,
+                      size_t size,
                       int add)
 {
     dpoc_move g;
@@ -739,7 +763,8 @@ static void dpoc_rows(dpoc_run *r, int64_t R, int64_t n, const void *from, int64
     memset(&g, 0, sizeof g);
     g.R = R;  g.n = n;  g.from = from;  g.to = to;  g.from_step = from_step;  g.to_step = to_step;
     g.size = (int)size;  g.add = add;
-    if (!add && n % wide == 0 && from_step % wide == 0 && to_step % wide == 0 && ((uintptr_t)from | (uintptr_t)to) % 16 == 0) {
+    if (!add && n % wide == 0 && from_step % wide == 0 && to_step % wide == 0 &&
+        ((uintptr_t)from | (uintptr_t)to) % 16 == 0) {
         g.n /= wide;  g.from_step /= wide;  g.to_step /= wide;  g.size = 16;
     }
     DPOC_LAUNCH(r, dpoc_move_kernel, dpoc_grid(g.R*g.n), DPOC_THREADS, (g));
@@ -756,7 +781,8 @@ static void dpoc_op_concat(dpoc_run *r)
         size_t  size = a->backward ? 4 : dpoc_size(a->out.dtype);
         if (!a->backward) dpoc_rows(r, A, n, a->in[i].data, n, (char *)a->out.data + (size_t)at*size, all, size, 0);
         else if (a->din[i].data)
-            dpoc_rows(r, A, n, (const char *)a->dout.data + (size_t)at*size, all, a->din[i].data, n, size, dpoc_adds(a, i));
+            dpoc_rows(r, A, n, (const char *)a->dout.data + (size_t)at*size, all, a->din[i].data, n, size,
+                      dpoc_adds(a, i));
         at += n;
     }
 }
@@ -768,22 +794,32 @@ static void dpoc_op_slice(dpoc_run *r)
     const dpo_view *y = a->backward ? &a->dout : &a->out;
     int64_t A = y->shape[0], B = y->shape[2], n = a->in[0].shape[1]*B, m = y->shape[1]*B, at = a->p.slice.from*B;
     size_t  size = a->backward ? 4 : dpoc_size(a->out.dtype);
-    if (!a->backward) { dpoc_rows(r, A, m, (const char *)a->in[0].data + (size_t)at*size, n, a->out.data, m, size, 0);  return; }
+    if (!a->backward) { dpoc_rows(r, A, m, (const char *)a->in[0].data + (size_t)at*size, n, a->out.data, m, size, 0);
+        return; }
     if (!a->din[0].data) return;
     if (!dpoc_adds(a, 0) && !r->counting)
-        r->status = dpoc_check(r->d, cudaMemsetAsync(a->din[0].data, 0, (size_t)(A*n)*size, r->d->stream), "cudaMemsetAsync");
+        r->status = dpoc_check(r->d, cudaMemsetAsync(a->din[0].data, 0, (size_t)(A*n)*size, r->d->stream),
+                               "cudaMemsetAsync");
     dpoc_rows(r, A, m, a->dout.data, m, (char *)a->din[0].data + (size_t)at*size, n, size, dpoc_adds(a, 0));
 }
 
 /* ------------------------------------------------------------------------------------------ pictures, tables
 
    y[n,i,j] = x[n, i H/H', j W/W']; dx sums over the pixels that read it: rows ceil(h H'/H) up to the next h's first. */
-typedef struct dpoc_up { int64_t N, H, W, C, Y, X; const void *x; void *y; const float *dy; float *dx; int size, add; } dpoc_up;
+typedef struct dpoc_up {
+    int64_t N, H, W, C, Y, X;
+    const void *x;
+    void *y;
+    const float *dy;
+    float *dx;
+    int size, add;
+} dpoc_up;
 
 static __global__ void dpoc_up_kernel(dpoc_up g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.Y*g.X*g.C; u += dpoc_units()) {
-        int64_t p = dpoc_div(u, g.C), c = u - p*g.C, q = dpoc_div(p, g.X), j = p - q*g.X, n = dpoc_div(q, g.Y), i = q - n*g.Y;
+        int64_t p = dpoc_div(u, g.C), c = u - p*g.C, q = dpoc_div(p, g.X), j = p - q*g.X, n = dpoc_div(q, g.Y),
+            i = q - n*g.Y;
         int64_t at = ((n*g.H + dpoc_div(i*g.H, g.Y))*g.W + dpoc_div(j*g.W, g.X))*g.C + c;
         if (g.size == 16)     ((uint4 *)g.y)[u] = ((const uint4 *)g.x)[at];
         else if (g.size == 4) ((uint32_t *)g.y)[u] = ((const uint32_t *)g.x)[at];
@@ -793,7 +829,8 @@ static __global__ void dpoc_up_kernel(dpoc_up g)
 static __global__ void dpoc_up_back_kernel(dpoc_up g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.H*g.W*g.C; u += dpoc_units()) {
-        int64_t p = dpoc_div(u, g.C), c = u - p*g.C, q = dpoc_div(p, g.W), w = p - q*g.W, n = dpoc_div(q, g.H), h = q - n*g.H;
+        int64_t p = dpoc_div(u, g.C), c = u - p*g.C, q = dpoc_div(p, g.W), w = p - q*g.W, n = dpoc_div(q, g.H),
+            h = q - n*g.H;
         int64_t i0 = (h*g.Y + g.H - 1)/g.H, i1 = ((h + 1)*g.Y + g.H - 1)/g.H;
         int64_t j0 = (w*g.X + g.W - 1)/g.W, j1 = ((w + 1)*g.X + g.W - 1)/g.W;
         float   sum = g.add ? g.dx[u] : 0;
@@ -809,7 +846,8 @@ static void dpoc_op_upsample(dpoc_run *r)
     const dpo_view *x = &a->in[0], *y = a->backward ? &a->dout : &a->out;
     dpoc_up g;
     memset(&g, 0, sizeof g);
-    g.N = x->shape[0];  g.H = x->shape[1];  g.W = x->shape[2];  g.C = x->shape[3];  g.Y = y->shape[1];  g.X = y->shape[2];
+    g.N = x->shape[0];  g.H = x->shape[1];  g.W = x->shape[2];  g.C = x->shape[3];  g.Y = y->shape[1];
+    g.X = y->shape[2];
     g.x = x->data;  g.y = a->out.data;  g.dy = (const float *)a->dout.data;  g.dx = (float *)a->din[0].data;
     g.size = (int)dpoc_size(x->dtype);  g.add = dpoc_adds(a, 0);
     if (a->backward) {
@@ -821,7 +859,15 @@ static void dpoc_op_upsample(dpoc_run *r)
 }
 
 /* table [V,D], ids [R] -> y [R,D]; an id outside of the table reads zeros. */
-typedef struct dpoc_embed { int64_t V, D, R; const void *table; const int32_t *ids; void *y; int type, ytype; const float *dy; float *dx; } dpoc_embed;
+typedef struct dpoc_embed {
+    int64_t V, D, R;
+    const void *table;
+    const int32_t *ids;
+    void *y;
+    int type, ytype;
+    const float *dy;
+    float *dx;
+} dpoc_embed;
 
 static __global__ void dpoc_embed_kernel(dpoc_embed g)
 {
@@ -858,7 +904,12 @@ static void dpoc_op_embed(dpoc_run *r)
 /* ------------------------------------------------------------------------------------------ numbers from nothing
 
    t [N] -> y [N,dim] = (cos(t f_i), sin(t f_i)), f_i = exp(-ln(10000) i/(dim/2)). */
-typedef struct dpoc_wave { int64_t N, dim; const void *t; int type, ytype; void *y; } dpoc_wave;
+typedef struct dpoc_wave {
+    int64_t N, dim;
+    const void *t;
+    int type, ytype;
+    void *y;
+} dpoc_wave;
 
 static __global__ void dpoc_wave_kernel(dpoc_wave g)
 {
@@ -879,8 +930,15 @@ static void dpoc_op_timestep(dpoc_run *r)
 }
 
 /* y[n] = a[k] x[n] + b[k] z[n], k = index[n], held inside of the table;   dx = a[k] dy,   dz = b[k] dy */
-typedef struct dpoc_mix { int64_t N, P, K; const void *x, *z; const float *a, *b, *dy; const int32_t *index; void *y; float *dx, *dz;
-                          int xtype, ztype, ytype, addx, addz; } dpoc_mix;
+typedef struct dpoc_mix {
+    int64_t N, P, K;
+    const void *x, *z;
+    const float *a, *b, *dy;
+    const int32_t *index;
+    void *y;
+    float *dx, *dz;
+    int xtype, ztype, ytype, addx, addz;
+} dpoc_mix;
 
 static __global__ void dpoc_mix_kernel(dpoc_mix g)
 {
@@ -910,7 +968,14 @@ static void dpoc_op_mix(dpoc_run *r)
 
 /* Philox 4x32-10 and Box-Muller as in >>impl random of diffdpo.h: element e of a sample is number e%4 of quad e/4. */
 typedef struct dpoc_draw { uint32_t seed[2], purpose, step; } dpoc_draw;
-typedef struct dpoc_randn { int64_t N, P; const int32_t *key; void *y; int ytype; dpoc_draw draw; const dpoc_draw *vary; } dpoc_randn;
+typedef struct dpoc_randn {
+    int64_t N, P;
+    const int32_t *key;
+    void *y;
+    int ytype;
+    dpoc_draw draw;
+    const dpoc_draw *vary;
+} dpoc_randn;
 
 static __device__ void dpoc_philox(uint32_t k0, uint32_t k1, const uint32_t counter[4], uint32_t out[4])
 {
@@ -959,8 +1024,8 @@ static void dpoc_op_randn(dpoc_run *r)
    >>sums                                                                       sums, errors, norms of gradients
    ==========================================================================================================
 
-   Rows of n numbers are cut into pieces of DPOC_PIECE, a block each, whatever else there is; a piece's sum is a double, and
-   a row's pieces are added in order. */
+   Rows of n numbers are cut into pieces of DPOC_PIECE, a block each, whatever else there is; a piece's sum is a double,
+   and a row's pieces are added in order. */
 enum { DPOC_PIECE = 16384 };
 enum { DPOC_PLAIN, DPOC_SQUARE, DPOC_DIFFERENCE };         /* a, a^2, (a - b)^2 */
 
@@ -1016,7 +1081,13 @@ static void dpoc_sum_rows(dpoc_run *r, dpoc_sum g)
 }
 
 /* dx[a,i,b] = scale dy[a,b] */
-typedef struct dpoc_spread { int64_t A, n, B; float scale; const float *dy; float *dx; int add; } dpoc_spread;
+typedef struct dpoc_spread {
+    int64_t A, n, B;
+    float scale;
+    const float *dy;
+    float *dx;
+    int add;
+} dpoc_spread;
 static __global__ void dpoc_spread_kernel(dpoc_spread g)
 {
     for (int64_t u = dpoc_unit(); u < g.A*g.n*g.B; u += dpoc_units()) {
@@ -1048,7 +1119,13 @@ static void dpoc_op_sum(dpoc_run *r)
 }
 
 /* dpred = 2/P dloss[n] (pred - target) = -dtarget */
-typedef struct dpoc_mse { int64_t N, P; const void *a, *b; int atype, btype, add[2]; const float *dy; float *d[2]; } dpoc_mse;
+typedef struct dpoc_mse {
+    int64_t N, P;
+    const void *a, *b;
+    int atype, btype, add[2];
+    const float *dy;
+    float *d[2];
+} dpoc_mse;
 static __global__ void dpoc_mse_back_kernel(dpoc_mse g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.P; u += dpoc_units()) {
@@ -1082,9 +1159,9 @@ static void dpoc_op_mse(dpoc_run *r)
 
 /* ------------------------------------------------------------------------------------------ columns
 
-   Sums over the rows of [N,P,C], channel by channel: what norms and biases need.  A block takes 32 channels of DPOC_ROWS
-   rows, its 8 warps every eighth row each: 32 neighbours make one load, and 8 rows in flight hide its latency.  Floats are
-   added 16 times before they go to a double, so that the error does not grow with P. */
+   Sums over the rows of [N,P,C], channel by channel: what norms and biases need.  A block takes 32 channels of
+   DPOC_ROWS rows, its 8 warps every eighth row each: 32 neighbours make one load, and 8 rows in flight hide its
+   latency.  Floats are added 16 times before they go to a double, so that the error does not grow with P. */
 enum { DPOC_ROWS = 128, DPOC_COLUMNS = 32, DPOC_WARPS = DPOC_THREADS/32 };
 enum { DPOC_COL_STATS, DPOC_COL_NORM, DPOC_COL_PLAIN };
 
@@ -1097,12 +1174,13 @@ typedef struct dpoc_columns {
     double *part;                         /* [N,chunks,2,C] */
 } dpoc_columns;
 
-/* What group norm knows of each channel c of a sample, z = (x - mean) scale + beta before the activation; the last two for
-   backward: dx = scale dz - k1 - (x - mean) k2. */
+/* What group norm knows of each channel c of a sample, z = (x - mean) scale + beta before the activation; the last two
+   for backward: dx = scale dz - k1 - (x - mean) k2. */
 enum { DPOC_MEAN, DPOC_SCALE, DPOC_BETA, DPOC_RS, DPOC_K1, DPOC_K2, DPOC_TABLE };
 
 /* Two numbers of an element: (d, d^2) with d = x - x of the chunk's first row, (dz, dz h), or (dy, 0). */
-static __device__ __forceinline__ void dpoc_column_terms(const dpoc_columns &g, int64_t n, int64_t row, int64_t c, float first, float t[2])
+static __device__ __forceinline__ void dpoc_column_terms(const dpoc_columns &g, int64_t n, int64_t row, int64_t c,
+                                                         float first, float t[2])
 {
     int64_t at = (n*g.P + row)*g.C + c;
     float   d, dz;
@@ -1130,10 +1208,12 @@ static __global__ void dpoc_columns_kernel(dpoc_columns g)
     int     lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x/32;
     int64_t c = (int64_t)blockIdx.x*DPOC_COLUMNS + lane;
     for (int64_t u = blockIdx.y; u < g.N*g.chunks; u += gridDim.y) {
-        int64_t n = u/g.chunks, begin = (u - n*g.chunks)*DPOC_ROWS, end = begin + DPOC_ROWS < g.P ? begin + DPOC_ROWS : g.P;
+        int64_t n = u/g.chunks, begin = (u - n*g.chunks)*DPOC_ROWS, end = begin + DPOC_ROWS < g.P ? begin + DPOC_ROWS
+            : g.P;
         double  sum[2] = { 0, 0 };
         if (c < g.C) {
-            float first = g.kind == DPOC_COL_STATS ? dpoc_get(g.x, g.xtype, (n*g.P + begin)*g.C + c) : 0, part[2] = { 0, 0 }, t[2];
+            float first = g.kind == DPOC_COL_STATS ? dpoc_get(g.x, g.xtype, (n*g.P + begin)*g.C + c)
+                : 0, part[2] = { 0, 0 }, t[2];
             for (int64_t row = begin + warp; row < end; row += DPOC_WARPS) {    /* 16 rows at most */
                 dpoc_column_terms(g, n, row, c, first, t);
                 part[0] += t[0];  part[1] += t[1];
@@ -1160,7 +1240,12 @@ static __global__ void dpoc_columns_kernel(dpoc_columns g)
 }
 
 /* y[k,c] = sum over `count` rows of part [.., 2, C], k of them one after the other; y NULL: nobody wants it. */
-typedef struct dpoc_fold { int64_t K, C, count; const double *part; float *y; int add; } dpoc_fold;
+typedef struct dpoc_fold {
+    int64_t K, C, count;
+    const double *part;
+    float *y;
+    int add;
+} dpoc_fold;
 static __global__ void dpoc_fold_kernel(dpoc_fold g)
 {
     for (int64_t u = dpoc_unit(); u < g.K*g.C; u += dpoc_units()) {
@@ -1177,7 +1262,8 @@ static void dpoc_columns_run(dpoc_run *r, dpoc_columns *g)
     g->chunks = dpoc_pieces(g->P, DPOC_ROWS);
     g->part = (double *)dpoc_carve(r, (size_t)(g->N*g->chunks*2*g->C)*sizeof(double));
     k = *g;
-    DPOC_LAUNCH(r, dpoc_columns_kernel, dim3((unsigned)dpoc_pieces(g->C, DPOC_COLUMNS), (unsigned)dpoc_least(g->N*g->chunks, 65535)),
+    DPOC_LAUNCH(r, dpoc_columns_kernel, dim3((unsigned)dpoc_pieces(g->C, DPOC_COLUMNS),
+                                             (unsigned)dpoc_least(g->N*g->chunks, 65535)),
                 DPOC_THREADS, (k));
 }
 
@@ -1300,7 +1386,8 @@ static dpoc_norm dpoc_norm_of(const dpo_args *a)
     g.dy = (const float *)a->dout.data;  g.dx = (float *)a->din[0].data;  g.stat = (float *)a->stat.data;
     g.silu = a->p.norm.act == DPO_SILU;  g.eps = a->p.norm.eps;  g.add = dpoc_adds(a, 0);  g.G = a->p.norm.groups;
     g.C = dpoc_channels(&a->in[0]);
-    g.quads = g.C % 4 == 0 && dpoc_quads(g.x, g.xtype) && dpoc_quads(g.y, g.ytype) && dpoc_quads(g.dy, DPO_F32) && dpoc_quads(g.dx, DPO_F32);
+    g.quads = g.C % 4 == 0 && dpoc_quads(g.x, g.xtype) && dpoc_quads(g.y, g.ytype) && dpoc_quads(g.dy, DPO_F32) &&
+        dpoc_quads(g.dx, DPO_F32);
     return g;
 }
 
@@ -1311,12 +1398,14 @@ static void dpoc_op_group_norm(dpoc_run *r)
     dpoc_columns k;
     memset(&k, 0, sizeof k);
     if (g.G < 1 || g.C % g.G || (a->p.norm.act != DPO_NONE && !g.silu)) {
-        r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "group_norm", "groups must divide the channels, and the activation be none or silu");
+        r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "group_norm",
+                              "groups must divide the channels, and the activation be none or silu");
         return;
     }
     g.N = a->in[0].shape[0];  g.P = dpoc_count(&a->in[0])/(g.N*g.C);
     g.table = (float *)dpoc_carve(r, (size_t)(g.N*DPOC_TABLE*g.C)*sizeof(float));
-    k.N = g.N;  k.P = g.P;  k.C = g.C;  k.x = g.x;  k.xtype = g.xtype;  k.dy = g.dy;  k.table = g.table;  k.silu = g.silu;
+    k.N = g.N;  k.P = g.P;  k.C = g.C;  k.x = g.x;  k.xtype = g.xtype;  k.dy = g.dy;  k.table = g.table;
+    k.silu = g.silu;
     k.kind = a->backward ? DPOC_COL_NORM : DPOC_COL_STATS;
     if (a->backward) DPOC_LAUNCH(r, dpoc_norm_table_kernel, dpoc_grid(g.N*g.C), DPOC_THREADS, (g));
     dpoc_columns_run(r, &k);
@@ -1327,14 +1416,18 @@ static void dpoc_op_group_norm(dpoc_run *r)
         dpoc_fold_run(r, k.part + g.C, 1, g.C, g.N*g.chunks, a->din[1].data, dpoc_adds(a, 1));
         dpoc_fold_run(r, k.part, 1, g.C, g.N*g.chunks, a->din[2].data, dpoc_adds(a, 2));
     }
-    if (!a->backward || g.dx) DPOC_LAUNCH(r, dpoc_norm_apply_kernel, dpoc_grid(g.N*g.P*g.C/(g.quads ? 4 : 1)), DPOC_THREADS, (g));
+    if (!a->backward || g.dx) DPOC_LAUNCH(r, dpoc_norm_apply_kernel, dpoc_grid(g.N*g.P*g.C/(g.quads ? 4 : 1)),
+                                          DPOC_THREADS, (g));
 }
 
 /* gamma of channel c, 1 where there is none. */
-static __device__ __forceinline__ float dpoc_gamma(const dpoc_norm &g, int64_t c) { return g.gamma ? dpoc_get(g.gamma, g.gtype, c) : 1; }
+static __device__ __forceinline__ float dpoc_gamma(const dpoc_norm &g, int64_t c)
+{
+    return g.gamma ? dpoc_get(g.gamma, g.gtype, c) : 1;
+}
 
-/* Layer norm: a warp a row of x [P,C], which it reads three times, the second and third time out of the cache; rows of a
-   transformer have 320 to 2048 numbers, 10 to 64 a thread. */
+/* Layer norm: a warp a row of x [P,C], which it reads three times, the second and third time out of the cache; rows of
+   a transformer have 320 to 2048 numbers, 10 to 64 a thread. */
 static __global__ void dpoc_layer_norm_kernel(dpoc_norm g)
 {
     int     lane = (int)threadIdx.x % 32, wide = g.quads ? 4 : 1;
@@ -1355,7 +1448,8 @@ static __global__ void dpoc_layer_norm_kernel(dpoc_norm g)
         rs = (float)(1/sqrt(dpoc_warp_sum(square)/(double)g.C + (double)g.eps));
         for (int64_t c = lane*wide; c < g.C; c += 32*wide) {
             dpoc_take(g.x, g.xtype, at + c, g.quads, x);
-            DPOC_EACH(k, g.quads) y[k] = (x[k] - m)*rs*dpoc_gamma(g, c + k) + (g.beta ? dpoc_get(g.beta, g.btype, c + k) : 0);
+            DPOC_EACH(k, g.quads) y[k] = (x[k] - m)*rs*dpoc_gamma(g, c + k)
+                + (g.beta ? dpoc_get(g.beta, g.btype, c + k) : 0);
             dpoc_give(g.y, g.ytype, at + c, g.quads, y);
         }
         if (lane == 0 && g.stat) { g.stat[row*2] = m;  g.stat[row*2 + 1] = rs; }
@@ -1417,9 +1511,9 @@ static void dpoc_op_layer_norm(dpoc_run *r)
      y[m][o] = act( sum_k x[m,k] w[o][k] + bias[o] + vec[n][o] + residual[m][o]
                     + scale strength[n] sum_q u[m][q] up[o][q] ),     u[m][q] = sum_k x[m,k] down[q][k]
 
-   m = (n,y,x) a pixel of the output, k = (ky,kx,i) a value under the kernel.  Weights lie as [O][K], K innermost (panel 1).
-   1x1 kernels are products of matrices and go to cuBLASLt, others to >>convolution.  Factors are of one type: BF16 if either
-   is, or if the option DPO_CUDA_PRODUCTS says so; what is of another type is converted into scratch. */
+   m = (n,y,x) a pixel of the output, k = (ky,kx,i) a value under the kernel.  Weights lie as [O][K], K innermost (panel
+   1). 1x1 kernels are products of matrices and go to cuBLASLt, others to >>convolution.  Factors are of one type: BF16
+   if either is, or if the option DPO_CUDA_PRODUCTS says so; what is of another type is converted into scratch. */
 
 /* C [m,n] = alpha op(A) op(B) + beta D + bias, rows outermost; ta: A lies as [k,m], tb: B as [n,k]. */
 typedef struct dpoc_gemm {
@@ -1448,7 +1542,8 @@ static void dpoc_blas_loops(const dpoc_gemm &g)
         for (int64_t j = 0; j < g.n; j++) {
             double sum = 0;
             for (int64_t k = 0; k < g.k; k++)
-                sum += (double)dpoc_get(g.A, g.type, g.ta ? k*g.m + i : i*g.k + k)*dpoc_get(g.B, g.type, g.tb ? j*g.k + k : k*g.n + j);
+                sum += (double)dpoc_get(g.A, g.type, g.ta ? k*g.m + i : i*g.k + k)*dpoc_get(g.B, g.type, g.tb
+                        ? j*g.k + k : k*g.n + j);
             sum *= g.alpha;
             if (g.beta != 0) sum += (double)g.beta*dpoc_get(g.D ? g.D : g.C, g.ctype, i*g.n + j);
             if (g.bias) sum += dpoc_get(g.bias, g.ctype, j);
@@ -1466,7 +1561,11 @@ static int dpoc_blas(dpoc *d, const dpoc_gemm *gemm)
 #else
 
 /* What cuBLASLt chose for a shape: its heuristics take longer than many products. */
-typedef struct dpoc_plan { dpoc_gemm key; cublasLtMatmulAlgo_t algo; int used; } dpoc_plan;
+typedef struct dpoc_plan {
+    dpoc_gemm key;
+    cublasLtMatmulAlgo_t algo;
+    int used;
+} dpoc_plan;
 enum { DPOC_PLANS = 1024 };
 typedef struct dpoc_plans { dpoc_plan at[DPOC_PLANS]; } dpoc_plans;
 
@@ -1493,11 +1592,18 @@ static void dpoc_blas_close(dpoc *d)
     d->plans = NULL;
 }
 
-static cudaDataType_t dpoc_blas_type(int type) { return type == DPO_BF16 ? CUDA_R_16BF : type == DPO_F16 ? CUDA_R_16F : CUDA_R_32F; }
+static cudaDataType_t dpoc_blas_type(int type)
+{
+    return type == DPO_BF16 ? CUDA_R_16BF : type == DPO_F16 ? CUDA_R_16F : CUDA_R_32F;
+}
 
-/* The descriptions of one product.  cuBLASLt thinks in columns: row-major C = A B is column-major C' = B' A', so that B comes
-   first and what lies as [n,k] is `transposed`. */
-typedef struct dpoc_blas_call { cublasLtMatmulDesc_t op; cublasLtMatrixLayout_t a, b, c; cublasLtMatmulPreference_t pref; } dpoc_blas_call;
+/* The descriptions of one product.  cuBLASLt thinks in columns: row-major C = A B is column-major C' = B' A', so that B
+   comes first and what lies as [n,k] is `transposed`. */
+typedef struct dpoc_blas_call {
+    cublasLtMatmulDesc_t op;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulPreference_t pref;
+} dpoc_blas_call;
 
 static void dpoc_blas_drop(dpoc_blas_call *k)
 {
@@ -1521,8 +1627,10 @@ static cublasStatus_t dpoc_blas_describe(const dpoc_gemm *g, dpoc_blas_call *k)
     cublasStatus_t      s = cublasLtMatmulDescCreate(&k->op, compute, CUDA_R_32F);
     if (!s) s = cublasLtMatmulDescSetAttribute(k->op, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first);
     if (!s) s = cublasLtMatmulDescSetAttribute(k->op, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second);
-    if (!s && g->bias) s = cublasLtMatmulDescSetAttribute(k->op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
-    if (!s && g->bias) s = cublasLtMatmulDescSetAttribute(k->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias, sizeof g->bias);
+    if (!s && g->bias) s = cublasLtMatmulDescSetAttribute(k->op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                                          sizeof epilogue);
+    if (!s && g->bias) s = cublasLtMatmulDescSetAttribute(k->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias,
+                                                          sizeof g->bias);
     if (!s) s = dpoc_blas_layout(&k->a, g->type, g->tb ? g->k : g->n, g->tb ? g->n : g->k);
     if (!s) s = dpoc_blas_layout(&k->b, g->type, g->ta ? g->m : g->k, g->ta ? g->k : g->m);
     if (!s) s = dpoc_blas_layout(&k->c, g->ctype, g->n, g->m);
@@ -1536,21 +1644,29 @@ static cublasStatus_t dpoc_blas_choose(dpoc *d, const dpoc_gemm *g, dpoc_blas_ca
 {
     cublasLtMatmulHeuristicResult_t found;
     size_t         most = DPOC_SCRATCH_BYTES;
-    uint32_t       la = dpoc_blas_line(g->B), lb = dpoc_blas_line(g->A), ld = dpoc_blas_line(g->C), lc = dpoc_blas_line(g->D ? g->D : g->C);
+    uint32_t       la = dpoc_blas_line(g->B), lb = dpoc_blas_line(g->A), ld = dpoc_blas_line(g->C),
+        lc = dpoc_blas_line(g->D ? g->D : g->C);
     int            n = 0;
     cublasStatus_t s = cublasLtMatmulPreferenceCreate(&k->pref);
-    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most);
-    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &la, sizeof la);
-    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &lb, sizeof lb);
-    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &lc, sizeof lc);
-    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &ld, sizeof ld);
-    if (!s) s = cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->blas, k->op, k->a, k->b, k->c, k->c, k->pref, 1, &found, &n);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most,
+                                                     sizeof most);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &la,
+                                                     sizeof la);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &lb,
+                                                     sizeof lb);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &lc,
+                                                     sizeof lc);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &ld,
+                                                     sizeof ld);
+    if (!s) s = cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->blas, k->op, k->a, k->b, k->c, k->c, k->pref, 1,
+                                               &found, &n);
     if (!s && n < 1) s = CUBLAS_STATUS_NOT_SUPPORTED;
     if (!s) *algo = found.algo;
     return s;
 }
 
-/* Two products that differ in their pointers alone have one plan; of a pointer its alignment counts, and whether it is there. */
+/* Two products that differ in their pointers alone have one plan; of a pointer its alignment counts, and whether it is
+   there. */
 static dpoc_plan *dpoc_blas_plan(dpoc *d, const dpoc_gemm *g)
 {
     dpoc_gemm key = *g;
@@ -1580,7 +1696,8 @@ static int dpoc_blas(dpoc *d, const dpoc_gemm *g)
     if (!s && plan && plan->used) algo = plan->algo;
     else if (!s) s = dpoc_blas_choose(d, g, &k, &algo);
     if (!s && plan && !plan->used) { plan->algo = algo;  plan->used = 1; }
-    if (!s) s = cublasLtMatmul((cublasLtHandle_t)d->blas, k.op, &g->alpha, g->B, k.a, g->A, k.b, &g->beta, g->D ? g->D : g->C, k.c,
+    if (!s) s = cublasLtMatmul((cublasLtHandle_t)d->blas, k.op, &g->alpha, g->B, k.a, g->A, k.b, &g->beta, g->D ? g->D
+                               : g->C, k.c,
                                g->C, k.c, &algo, d->scratch, DPOC_SCRATCH_BYTES, d->stream);
     dpoc_blas_drop(&k);
     return dpoc_blas_check(d, s, "cublasLtMatmul");
@@ -1631,7 +1748,14 @@ static void dpoc_finish_run(dpoc_run *r, dpoc_finish g)
 }
 
 /* to[m][q] = scale strength[n] from[m][q]: an adapter's inner numbers, with the strength of their sample. */
-typedef struct dpoc_strength { int64_t M, n, P; float scale; const void *strength; int stype, type; const float *from; void *to; } dpoc_strength;
+typedef struct dpoc_strength {
+    int64_t M, n, P;
+    float scale;
+    const void *strength;
+    int stype, type;
+    const float *from;
+    void *to;
+} dpoc_strength;
 static __global__ void dpoc_strength_kernel(dpoc_strength g)
 {
     for (int64_t u = dpoc_unit(); u < g.M*g.n; u += dpoc_units()) {
@@ -1644,8 +1768,8 @@ static __global__ void dpoc_strength_kernel(dpoc_strength g)
    >>convolution                                                  implicit products, plain and on tensor cores
    ==========================================================================================================
 
-   y, dx and dw of a convolution are products whose factors are never written down; a tile's numbers are fetched from where
-   they lie.  Five arrangements serve all three:
+   y, dx and dw of a convolution are products whose factors are never written down; a tile's numbers are fetched from
+   where they lie.  Five arrangements serve all three:
      X    [m][k]  x under place k = (tap,i) of output pixel m            DY   [m][o]  dy
      DYT  [p][k]  dy that reaches input pixel p by k = (tap,o)           W    [o][k]  w
                                                                          WT   [k][i]  w, k = (tap,o)
@@ -1663,8 +1787,8 @@ typedef struct dpoc_tiles {
     dpoc_finish f;                        /* Y: where it goes */
 } dpoc_tiles;
 
-/* The place of a number in its array, or -1 for a zero: outside of the picture.  Numbers whose `minor` follow one another
-   inside one tap's channels lie side by side. */
+/* The place of a number in its array, or -1 for a zero: outside of the picture.  Numbers whose `minor` follow one
+   another inside one tap's channels lie side by side. */
 static __device__ __forceinline__ int64_t dpoc_place(const dpoc_tiles &g, int from, int64_t major, int64_t minor)
 {
     uint32_t j = (uint32_t)minor, m = (uint32_t)major, tap, c, n;
@@ -1701,18 +1825,24 @@ static __device__ __forceinline__ int dpoc_from(int mode, int second)
     if (mode == DPOC_DX) return second ? DPOC_FROM_WT : DPOC_FROM_DYT;
     return second ? DPOC_FROM_X : DPOC_FROM_DY;
 }
-static __device__ __forceinline__ int dpoc_deep(int mode, int second) { return mode == DPOC_DW || (mode == DPOC_DX && second); }
+static __device__ __forceinline__ int dpoc_deep(int mode, int second)
+{
+    return mode == DPOC_DW || (mode == DPOC_DX && second);
+}
 
 /* Number (line, k) of a factor, line being a row of the first or a column of the second; 0 outside. */
-static __device__ __forceinline__ float dpoc_factor(const dpoc_tiles &g, int second, int64_t line, int64_t k, int64_t lines, int64_t end)
+static __device__ __forceinline__ float dpoc_factor(const dpoc_tiles &g, int second, int64_t line, int64_t k,
+                                                    int64_t lines, int64_t end)
 {
     int     deep = dpoc_deep(g.mode, second);
-    int64_t at = line >= lines || k >= end ? -1 : dpoc_place(g, dpoc_from(g.mode, second), deep ? k : line, deep ? line : k);
+    int64_t at = line >= lines || k >= end ? -1 : dpoc_place(g, dpoc_from(g.mode, second), deep ? k : line, deep ? line
+                                                             : k);
     return at < 0 ? 0 : dpoc_get(second ? g.b : g.a, g.type, at);
 }
 
 /* One number of the result to where it belongs. */
-static __device__ __forceinline__ void dpoc_store(const dpoc_tiles &g, int64_t split, int64_t row, int64_t col, float sum)
+static __device__ __forceinline__ void dpoc_store(const dpoc_tiles &g, int64_t split, int64_t row, int64_t col,
+                                                  float sum)
 {
     int64_t at = row*g.cols + col;
     if (row >= g.rows || col >= g.cols) return;
@@ -1721,8 +1851,8 @@ static __device__ __forceinline__ void dpoc_store(const dpoc_tiles &g, int64_t s
     else                       g.out[at] = g.add ? g.out[at] + sum : sum;
 }
 
-/* Plain: a block computes 64 x 64 numbers, 4 x 4 a thread, from slices of 16 of the depth: 8 KB of shared memory, and each
-   number fetched is used 64 times. */
+/* Plain: a block computes 64 x 64 numbers, 4 x 4 a thread, from slices of 16 of the depth: 8 KB of shared memory, and
+   each number fetched is used 64 times. */
 enum { DPOC_SIDE = 64, DPOC_SLICE = 16, DPOC_DEPTH = 32 };
 
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_kernel(dpoc_tiles g)
@@ -1735,8 +1865,10 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_kernel(dpoc_til
     for (; k0 < end; k0 += DPOC_SLICE) {
         for (int e = 0; e < 4; e++) {     /* neighbours fetch what lies side by side */
             int u = t + e*DPOC_THREADS;
-            int ka = dpoc_deep(g.mode, 0) ? u/DPOC_SIDE : u % DPOC_SLICE, ia = dpoc_deep(g.mode, 0) ? u % DPOC_SIDE : u/DPOC_SLICE;
-            int kb = dpoc_deep(g.mode, 1) ? u/DPOC_SIDE : u % DPOC_SLICE, ib = dpoc_deep(g.mode, 1) ? u % DPOC_SIDE : u/DPOC_SLICE;
+            int ka = dpoc_deep(g.mode, 0) ? u/DPOC_SIDE : u % DPOC_SLICE, ia = dpoc_deep(g.mode, 0) ? u % DPOC_SIDE
+                : u/DPOC_SLICE;
+            int kb = dpoc_deep(g.mode, 1) ? u/DPOC_SIDE : u % DPOC_SLICE, ib = dpoc_deep(g.mode, 1) ? u % DPOC_SIDE
+                : u/DPOC_SLICE;
             as[ka][ia] = dpoc_factor(g, 0, row + ia, k0 + ka, g.rows, end);
             bs[kb][ib] = dpoc_factor(g, 1, col + ib, k0 + kb, g.cols, end);
         }
@@ -1757,7 +1889,8 @@ static __global__ void dpoc_parts_kernel(dpoc_tiles g)
     for (int64_t u = dpoc_unit(); u < n; u += dpoc_units()) {
         float sum = 0;
         for (int s = 0; s < g.splits; s++) sum += g.part[s*n + u];
-        if (g.mode == DPOC_Y) dpoc_put(g.f.y, g.f.ytype, u, dpoc_finish_one(g.f, dpoc_div(u, g.cols), u - dpoc_div(u, g.cols)*g.cols, sum));
+        if (g.mode == DPOC_Y) dpoc_put(g.f.y, g.f.ytype, u, dpoc_finish_one(g.f, dpoc_div(u, g.cols),
+                u - dpoc_div(u, g.cols)*g.cols, sum));
         else g.out[u] = g.add ? g.out[u] + sum : sum;
     }
 }
@@ -1774,11 +1907,13 @@ template<int type> static __device__ __forceinline__ void dpoc_mma(float d[4], c
     stand_in_mma(d, a, b, type == DPO_BF16 ? dpoc_of_bf16 : dpoc_of_f16);
 #else
     if (type == DPO_BF16)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -1792,16 +1927,21 @@ template<int type> static __device__ __forceinline__ uint32_t dpoc_pair(float x,
 }
 
 /* A block computes 128 x 64 numbers from slices of 32 of the depth; each of its 8 warps 32 x 32 of them: 16 products of
-   16x8x16 a slice for 8 loads of four words, which is what shared memory can feed.  Two slices take turns: the next one is
-   fetched into registers while this one is multiplied.  Rows are 40 halves apart: the eight rows that a warp reads at once
-   then lie in different banks, and begin on 16 bytes.  30 KB of shared memory, some 100 registers: two blocks a processor. */
+   16x8x16 a slice for 8 loads of four words, which is what shared memory can feed.  Two slices take turns: the next one
+   is fetched into registers while this one is multiplied.  Rows are 40 halves apart: the eight rows that a warp reads
+   at once then lie in different banks, and begin on 16 bytes.  30 KB of shared memory, some 100 registers: two blocks a
+   processor. */
 enum { DPOC_HIGH = 128, DPOC_PITCH = DPOC_DEPTH + 8 };
 
-typedef struct dpoc_conv_shared { alignas(16) uint16_t a[2][DPOC_HIGH][DPOC_PITCH];  alignas(16) uint16_t b[2][DPOC_SIDE][DPOC_PITCH]; } dpoc_conv_shared;
+typedef struct dpoc_conv_shared {
+    alignas(16) uint16_t a[2][DPOC_HIGH][DPOC_PITCH];
+    alignas(16) uint16_t b[2][DPOC_SIDE][DPOC_PITCH];
+} dpoc_conv_shared;
 
-/* Eight numbers of a factor: (line, k..k+7), or where depth is the major axis (line..line+7, k).  Wide: they lie side by side,
-   on 16 bytes. */
-static __device__ __forceinline__ uint4 dpoc_eight(const dpoc_tiles &g, int second, int64_t line, int64_t k, int64_t lines, int64_t end)
+/* Eight numbers of a factor: (line, k..k+7), or where depth is the major axis (line..line+7, k).  Wide: they lie side
+   by side, on 16 bytes. */
+static __device__ __forceinline__ uint4 dpoc_eight(const dpoc_tiles &g, int second, int64_t line, int64_t k,
+                                                   int64_t lines, int64_t end)
 {
     const uint16_t *p = (const uint16_t *)(second ? g.b : g.a);
     int      deep = dpoc_deep(g.mode, second), from = dpoc_from(g.mode, second);
@@ -1838,7 +1978,9 @@ static __device__ __forceinline__ void dpoc_eight_put(uint16_t (*to)[DPOC_PITCH]
 static __device__ __forceinline__ uint32_t dpoc_word(const uint16_t *p) { return *(const uint32_t *)p; }
 
 /* A warp's 32 x 32 numbers of one slice. */
-template<int type> static __device__ __forceinline__ void dpoc_slice(uint16_t (*a)[DPOC_PITCH], uint16_t (*b)[DPOC_PITCH], float sum[2][4][4])
+template<int type>
+static __device__ __forceinline__ void dpoc_slice(uint16_t (*a)[DPOC_PITCH], uint16_t (*b)[DPOC_PITCH],
+                                                  float sum[2][4][4])
 {
     int lane = (int)threadIdx.x % 32, g = lane/4, t = lane % 4;
     DPOC_UNROLL
@@ -1887,7 +2029,8 @@ template<int type> static __device__ void dpoc_conv_tensor(const dpoc_tiles &g, 
         for (int j = 0; j < 4; j++) {
             DPOC_UNROLL
             for (int e = 0; e < 4; e++)
-                dpoc_store(g, blockIdx.z, row + high + 16*i + lane/4 + e/2*8, col + wide + 8*j + lane % 4*2 + e % 2, sum[i][j][e]);
+                dpoc_store(g, blockIdx.z, row + high + 16*i + lane/4 + e/2*8, col + wide + 8*j + lane % 4*2 + e % 2,
+                           sum[i][j][e]);
         }
     }
 }
@@ -1902,10 +2045,12 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_f16_kernel(dpoc
     dpoc_conv_tensor<DPO_F16>(g, s);
 }
 
-/* ------------------------------------------------------------------------------------------ cuDNN, where it was asked for
+/* ------------------------------------------------------------------------------------------ cuDNN, where it was asked
+   for
 
-   With -DDIFFDPO_CUDNN forward and dx of convolutions in BF16 and F16 go to cuDNN, if it can take them: channels in eights, the
-   same padding on all sides.  dW stays here, for cuDNN would round it.  The only way to cuDNN is dpoc_dnn. */
+   With -DDIFFDPO_CUDNN forward and dx of convolutions in BF16 and F16 go to cuDNN, if it can take them: channels in
+   eights, the same padding on all sides.  dW stays here, for cuDNN would round it.  The only way to cuDNN is dpoc_dnn.
+   */
 typedef struct dpoc_dnn_call {
     int     back, type;                   /* back: from dy to dx */
     int     N, H, W, I, Y, X, O, kh, kw, stride, top, left;
@@ -1915,7 +2060,11 @@ typedef struct dpoc_dnn_call {
 
 #ifndef DIFFDPO_CUDNN
 static void dpoc_dnn_close(dpoc *d) { d->dnn = NULL; }
-static int  dpoc_dnn(dpoc *d, const dpoc_dnn_call *c) { (void)c;  return dpoc_fail(d, DPO_UNSUPPORTED, "cuDNN", "not built in"); }
+static int  dpoc_dnn(dpoc *d, const dpoc_dnn_call *c)
+{
+    (void)c;
+    return dpoc_fail(d, DPO_UNSUPPORTED, "cuDNN", "not built in");
+}
 enum { DPOC_HAS_DNN = 0 };
 #elif defined(DIFFDPO_CUDA_STAND_IN)
 enum { DPOC_HAS_DNN = 1 };
@@ -1929,12 +2078,14 @@ static void dpoc_dnn_loops(const dpoc_dnn_call &c)
         int    ch = (int)(u % C), x = (int)(u/C % W), y = (int)(u/C/W % H), n = (int)(u/C/W/H);
         double sum = 0;
         for (int tap = 0; tap < c.kh*c.kw; tap++) {
-            int ky = tap/c.kw, kx = tap % c.kw, h = c.back ? y + c.top - ky : y*c.stride + ky - c.top, v = c.back ? x + c.left - kx : x*c.stride + kx - c.left;
+            int ky = tap/c.kw, kx = tap % c.kw, h = c.back ? y + c.top - ky : y*c.stride + ky - c.top, v = c.back
+                ? x + c.left - kx : x*c.stride + kx - c.left;
             if (c.back && (h < 0 || v < 0 || h % c.stride || v % c.stride)) continue;
             if (c.back) { h /= c.stride;  v /= c.stride; }
             if (h < 0 || v < 0 || h >= (c.back ? c.Y : c.H) || v >= (c.back ? c.X : c.W)) continue;
             for (int k = 0; k < K; k++)
-                sum += (double)dpoc_get(c.from, c.type, (((int64_t)n*(c.back ? c.Y : c.H) + h)*(c.back ? c.X : c.W) + v)*K + k)*
+                sum += (double)dpoc_get(c.from, c.type, (((int64_t)n*(c.back ? c.Y : c.H) + h)*(c.back ? c.X : c.W)
+                                                         + v)*K + k)*
                        dpoc_get(c.w, c.type, ((int64_t)(c.back ? k : ch)*c.kh*c.kw + tap)*c.I + (c.back ? ch : k));
         }
         dpoc_put(c.to, c.type, u, (float)sum);
@@ -1957,7 +2108,11 @@ static void dpoc_dnn_close(dpoc *d)
 }
 
 /* The descriptions of a convolution; tensors and filters are NHWC, as ours are. */
-typedef struct dpoc_dnn_parts { cudnnTensorDescriptor_t x, y; cudnnFilterDescriptor_t w; cudnnConvolutionDescriptor_t k; } dpoc_dnn_parts;
+typedef struct dpoc_dnn_parts {
+    cudnnTensorDescriptor_t x, y;
+    cudnnFilterDescriptor_t w;
+    cudnnConvolutionDescriptor_t k;
+} dpoc_dnn_parts;
 
 static cudnnStatus_t dpoc_dnn_describe(const dpoc_dnn_call *c, dpoc_dnn_parts *p)
 {
@@ -1969,7 +2124,8 @@ static cudnnStatus_t dpoc_dnn_describe(const dpoc_dnn_call *c, dpoc_dnn_parts *p
     if (!s) s = cudnnSetTensor4dDescriptor(p->x, CUDNN_TENSOR_NHWC, t, c->N, c->I, c->H, c->W);
     if (!s) s = cudnnSetTensor4dDescriptor(p->y, CUDNN_TENSOR_NHWC, t, c->N, c->O, c->Y, c->X);
     if (!s) s = cudnnSetFilter4dDescriptor(p->w, t, CUDNN_TENSOR_NHWC, c->O, c->I, c->kh, c->kw);
-    if (!s) s = cudnnSetConvolution2dDescriptor(p->k, c->top, c->left, c->stride, c->stride, 1, 1, CUDNN_CROSS_CORRELATION, CUDNN_DATA_FLOAT);
+    if (!s) s = cudnnSetConvolution2dDescriptor(p->k, c->top, c->left, c->stride, c->stride, 1, 1,
+                                                CUDNN_CROSS_CORRELATION, CUDNN_DATA_FLOAT);
     if (!s) s = cudnnSetConvolutionMathType(p->k, CUDNN_TENSOR_OP_MATH);
     return s;
 }
@@ -1993,14 +2149,19 @@ static int dpoc_dnn(dpoc *d, const dpoc_dnn_call *c)
     memset(&p, 0, sizeof p);
     if (!h && !(s = cudnnCreate(&h))) { d->dnn = (void *)h;  s = cudnnSetStream(h, d->stream); }
     if (!s) s = dpoc_dnn_describe(c, &p);
-    if (!s && !c->back) s = cudnnGetConvolutionForwardWorkspaceSize(h, p.x, p.w, p.k, p.y, CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM, &bytes);
-    if (!s && c->back) s = cudnnGetConvolutionBackwardDataWorkspaceSize(h, p.w, p.y, p.k, p.x, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, &bytes);
+    if (!s && !c->back) s = cudnnGetConvolutionForwardWorkspaceSize(h, p.x, p.w, p.k, p.y,
+                                                                    CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
+                                                                            &bytes);
+    if (!s && c->back) s = cudnnGetConvolutionBackwardDataWorkspaceSize(h, p.w, p.y, p.k, p.x,
+            CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, &bytes);
     if (!s && bytes > DPOC_SCRATCH_BYTES) s = CUDNN_STATUS_NOT_SUPPORTED;
     if (!s && !c->back)
-        s = cudnnConvolutionForward(h, &one, p.x, c->from, p.w, c->w, p.k, CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM, d->scratch, bytes,
+        s = cudnnConvolutionForward(h, &one, p.x, c->from, p.w, c->w, p.k,
+                                    CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM, d->scratch, bytes,
                                     &none, p.y, c->to);
     if (!s && c->back)
-        s = cudnnConvolutionBackwardData(h, &one, p.w, c->w, p.y, c->from, p.k, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, d->scratch, bytes, &none, p.x, c->to);
+        s = cudnnConvolutionBackwardData(h, &one, p.w, c->w, p.y, c->from, p.k, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1,
+                                         d->scratch, bytes, &none, p.x, c->to);
     dpoc_dnn_drop(&p);
     return s ? dpoc_fail(d, DPO_DEVICE, "cuDNN convolution", cudnnGetErrorString(s)) : (int)DPO_OK;
 }
@@ -2011,7 +2172,8 @@ static int dpoc_tiles_dnn(dpoc_run *r, const dpoc_tiles *g)
 {
     dpoc_dnn_call c;
     dpo_view      from, to;
-    int           wide = g->I % 8 == 0 && g->O % 8 == 0, N = (int)(g->mode == DPOC_Y ? g->rows/((int64_t)g->Y*g->X) : g->rows/((int64_t)g->H*g->W));
+    int           wide = g->I % 8 == 0 && g->O % 8 == 0, N = (int)(g->mode == DPOC_Y ? g->rows/((int64_t)g->Y*g->X)
+                                                                   : g->rows/((int64_t)g->H*g->W));
     if (!DPOC_HAS_DNN || g->type == DPO_F32 || g->mode == DPOC_DW || !wide || r->d->options[DPO_CUDA_PLAIN]) return 0;
     if ((g->H + 2*g->top - g->kh)/g->stride + 1 != g->Y || (g->W + 2*g->left - g->kw)/g->stride + 1 != g->X) return 0;
     if (g->mode == DPOC_Y && g->f.ytype != g->type) return 0;
@@ -2049,15 +2211,18 @@ static dpoc_conv dpoc_conv_of(const dpoc_run *r)
     g.kw = w->rank == 4 ? w->shape[2] : 1;
     g.r = a->in[5].data && a->in[6].data ? a->in[5].shape[0] : 0;
     g.K = g.kh*g.kw*g.I;  g.P = g.Y*g.X;  g.M = g.N*g.P;
-    g.flat = g.kh == 1 && g.kw == 1 && a->p.conv.stride == 1 && !a->p.conv.pad_top && !a->p.conv.pad_left && g.Y == g.H && g.X == g.W;
-    g.type = x->dtype == DPO_BF16 || w->dtype == DPO_BF16 ? DPO_BF16 : x->dtype == DPO_F16 && w->dtype == DPO_F16 ? DPO_F16 : DPO_F32;
+    g.flat = g.kh == 1 && g.kw == 1 && a->p.conv.stride == 1 && !a->p.conv.pad_top && !a->p.conv.pad_left &&
+             g.Y == g.H && g.X == g.W;
+    g.type = x->dtype == DPO_BF16 || w->dtype == DPO_BF16 ? DPO_BF16 : x->dtype == DPO_F16 &&
+        w->dtype == DPO_F16 ? DPO_F16 : DPO_F32;
     if (g.type == DPO_F32 && r->d->options[DPO_CUDA_PRODUCTS] == DPO_BF16) g.type = DPO_BF16;
     if (g.type == DPO_F16 && a->backward) g.type = DPO_F32;
     return g;
 }
 
 /* The tiles of one product of convolution: mode, the two factors; `lines` rows of the result a sample. */
-static dpoc_tiles dpoc_tiles_of(const dpoc_conv *g, const dpo_args *a, int mode, int64_t O, const void *first, const void *second)
+static dpoc_tiles dpoc_tiles_of(const dpoc_conv *g, const dpo_args *a, int mode, int64_t O, const void *first,
+                                const void *second)
 {
     dpoc_tiles t;
     memset(&t, 0, sizeof t);
@@ -2072,19 +2237,20 @@ static dpoc_tiles dpoc_tiles_of(const dpoc_conv *g, const dpo_args *a, int mode,
     return t;
 }
 
-/* Can eight numbers of a factor be loaded at once?  They must not cross from one tap's channels into the next's: I or O is a
-   multiple of 8. */
+/* Can eight numbers of a factor be loaded at once?  They must not cross from one tap's channels into the next's: I or O
+   is a multiple of 8. */
 static int dpoc_wide(const dpoc_tiles *g, int second)
 {
-    int from = g->mode == DPOC_Y ? (second ? DPOC_FROM_W : DPOC_FROM_X) : g->mode == DPOC_DX ? (second ? DPOC_FROM_WT : DPOC_FROM_DYT)
+    int from = g->mode == DPOC_Y ? (second ? DPOC_FROM_W : DPOC_FROM_X) : g->mode == DPOC_DX
+        ? (second ? DPOC_FROM_WT : DPOC_FROM_DYT)
              : second ? DPOC_FROM_X : DPOC_FROM_DY;
     int channels = from == DPOC_FROM_X || from == DPOC_FROM_W || from == DPOC_FROM_WT ? g->I : g->O;
     return channels % 8 == 0 && (uintptr_t)(second ? g->b : g->a) % 16 == 0;
 }
 
-/* Few tiles of a great depth would leave most processors idle: the depth is cut so that there are about 256 blocks, which
-   is two a processor on the largest devices.  Counted a sample where samples are rows: no sample's sums depend on the
-   others; and not by this device's processors: all devices give the same bits. */
+/* Few tiles of a great depth would leave most processors idle: the depth is cut so that there are about 256 blocks,
+   which is two a processor on the largest devices.  Counted a sample where samples are rows: no sample's sums depend on
+   the others; and not by this device's processors: all devices give the same bits. */
 static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
 {
     int     tensor = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN];
@@ -2112,7 +2278,8 @@ static void dpoc_conv_product(dpoc_run *r, const dpoc_conv *g, const void *x, co
 {
     dpoc_gemm  k;
     dpoc_tiles t;
-    int        fits = !f.vec && f.act == DPO_NONE && (!f.bias || f.btype == f.ytype) && (!f.residual || f.rtype == f.ytype);
+    int        fits = !f.vec && f.act == DPO_NONE && (!f.bias || f.btype == f.ytype) &&
+        (!f.residual || f.rtype == f.ytype);
     if (!g->flat) {
         t = dpoc_tiles_of(g, r->a, DPOC_Y, O, x, w);
         t.f = f;
@@ -2181,7 +2348,8 @@ static void dpoc_conv_forward(dpoc_run *r)
 }
 
 /* din = or += product; as matrices where it is one: C [m,n], A, B as dpoc_gemm takes them. */
-static void dpoc_conv_gradient(dpoc_run *r, const dpoc_conv *g, int mode, int64_t O, const void *first, const void *second, void *to, int add)
+static void dpoc_conv_gradient(dpoc_run *r, const dpoc_conv *g, int mode, int64_t O, const void *first,
+                               const void *second, void *to, int add)
 {
     dpoc_gemm  k;
     dpoc_tiles t = dpoc_tiles_of(g, r->a, mode, O, first, second);
@@ -2189,7 +2357,8 @@ static void dpoc_conv_gradient(dpoc_run *r, const dpoc_conv *g, int mode, int64_
     if (!g->flat) { dpoc_tiles_run(r, t, g->N);  return; }
     memset(&k, 0, sizeof k);
     k.m = t.rows;  k.n = t.cols;  k.k = t.depth;  k.ta = mode == DPOC_DW;
-    k.A = first;  k.B = second;  k.C = to;  k.type = g->type;  k.ctype = DPO_F32;  k.alpha = 1;  k.beta = add ? 1.0f : 0.0f;
+    k.A = first;  k.B = second;  k.C = to;  k.type = g->type;  k.ctype = DPO_F32;  k.alpha = 1;
+    k.beta = add ? 1.0f : 0.0f;
     dpoc_product(r, k);
 }
 
@@ -2218,8 +2387,8 @@ static void dpoc_conv_sums(dpoc_run *r, const dpoc_conv *g)
     dpoc_fold_run(r, k.part, g->N, g->O, k.chunks, a->din[3].data, dpoc_adds(a, 3));
 }
 
-/* dx = dy W + du down,  dW = dy^T x,  ddown = du^T x,  dup = dy^T (scale strength u).  The residual's gradient is dy itself,
-   which the tape hands on. */
+/* dx = dy W + du down,  dW = dy^T x,  ddown = du^T x,  dup = dy^T (scale strength u).  The residual's gradient is dy
+   itself, which the tape hands on. */
 static void dpoc_conv_backward(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -2238,8 +2407,10 @@ static void dpoc_conv_backward(dpoc_run *r)
     if (a->din[6].data) {
         dpoc_gemm k;
         memset(&k, 0, sizeof k);
-        k.m = g.O;  k.n = g.r;  k.k = g.M;  k.ta = 1;  k.A = dy;  k.B = dpoc_strengthen(r, &g, (const float *)a->stat.data);
-        k.C = a->din[6].data;  k.type = g.type;  k.ctype = DPO_F32;  k.alpha = 1;  k.beta = dpoc_adds(a, 6) ? 1.0f : 0.0f;
+        k.m = g.O;  k.n = g.r;  k.k = g.M;  k.ta = 1;  k.A = dy;
+        k.B = dpoc_strengthen(r, &g, (const float *)a->stat.data);
+        k.C = a->din[6].data;  k.type = g.type;  k.ctype = DPO_F32;  k.alpha = 1;
+        k.beta = dpoc_adds(a, 6) ? 1.0f : 0.0f;
         dpoc_product(r, k);
     }
     dpoc_conv_sums(r, &g);
@@ -2279,9 +2450,10 @@ static __device__ __forceinline__ int64_t dpoc_head(const dpoc_attention &g, int
     return slice/g.heads*length*g.D + slice%g.heads*g.d;
 }
 
-/* s[e] = row i of A . row j of B over d channels, i = thread/8, j = thread%8 + 8 e: a tile of 32 x 32 out of slices of 32
-   channels.  Rows beyond their number count as zeros. */
-static __device__ void dpoc_dots(const dpoc_attention &g, const void *A, int atype, int64_t a, int64_t rows, const void *B, int btype,
+/* s[e] = row i of A . row j of B over d channels, i = thread/8, j = thread%8 + 8 e: a tile of 32 x 32 out of slices of
+   32 channels.  Rows beyond their number count as zeros. */
+static __device__ void dpoc_dots(const dpoc_attention &g, const void *A, int atype, int64_t a, int64_t rows,
+                                 const void *B, int btype,
                                  int64_t b, int64_t cols, float s[4])
 {
     __shared__ float as[DPOC_TILE][DPOC_TILE + 1], bs[DPOC_TILE][DPOC_TILE + 1];
@@ -2301,7 +2473,8 @@ static __device__ void dpoc_dots(const dpoc_attention &g, const void *A, int aty
 }
 
 /* sum[e] += sum_j p[i][j] B[j][column], column = thread%8 + 8 e of the strip from `first` on; B's rows from b on. */
-static __device__ void dpoc_blend(const dpoc_attention &g, float (*p)[DPOC_TILE + 1], const void *B, int type, int64_t b, int64_t rows,
+static __device__ void dpoc_blend(const dpoc_attention &g, float (*p)[DPOC_TILE + 1], const void *B, int type,
+                                  int64_t b, int64_t rows,
                                   int64_t first, float sum[DPOC_STRIP/8])
 {
     __shared__ float bs[DPOC_TILE][DPOC_TILE + 1];
@@ -2322,7 +2495,8 @@ static __device__ void dpoc_blend(const dpoc_attention &g, float (*p)[DPOC_TILE 
 }
 
 /* What a thread summed, times `factor`, to row i of y, which starts at `at`. */
-static __device__ void dpoc_spill(const dpoc_attention &g, const float sum[DPOC_STRIP/8], float factor, int64_t first, void *y, int type,
+static __device__ void dpoc_spill(const dpoc_attention &g, const float sum[DPOC_STRIP/8], float factor, int64_t first,
+                                  void *y, int type,
                                   int64_t at, int add)
 {
     DPOC_UNROLL
@@ -2333,8 +2507,10 @@ static __device__ void dpoc_spill(const dpoc_attention &g, const float sum[DPOC_
     }
 }
 
-/* Which strip, tile of rows and slice a block has; blocks of one slice follow one another, so that its keys stay in cache. */
-static __device__ __forceinline__ int64_t dpoc_tile_of(const dpoc_attention &g, int64_t length, int64_t *row, int64_t *first)
+/* Which strip, tile of rows and slice a block has; blocks of one slice follow one another, so that its keys stay in
+   cache. */
+static __device__ __forceinline__ int64_t dpoc_tile_of(const dpoc_attention &g, int64_t length, int64_t *row,
+                                                       int64_t *first)
 {
     int64_t tiles = (length + DPOC_TILE - 1)/DPOC_TILE, u = blockIdx.x/tiles;
     *row = (blockIdx.x - u*tiles)*DPOC_TILE;
@@ -2346,7 +2522,8 @@ static __device__ __forceinline__ int64_t dpoc_tile_of(const dpoc_attention &g, 
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_attention_kernel(dpoc_attention g)
 {
     __shared__ float p[DPOC_TILE][DPOC_TILE + 1];
-    int64_t row, first, u = dpoc_tile_of(g, g.T, &row, &first), q = dpoc_head(g, u, g.T) + row*g.D, k = dpoc_head(g, u, g.S);
+    int64_t row, first, u = dpoc_tile_of(g, g.T, &row, &first), q = dpoc_head(g, u, g.T) + row*g.D,
+        k = dpoc_head(g, u, g.S);
     int64_t i = row + (int)threadIdx.x/8, keys = g.causal ? dpoc_min(g.S, row + DPOC_TILE) : g.S;
     float   sum[DPOC_STRIP/8], most = -FLT_MAX, total = 0, s[4];
     for (int e = 0; e < DPOC_STRIP/8; e++) sum[e] = 0;
@@ -2358,7 +2535,8 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_attention_kernel(dpo
             s[e] = j < g.S && (!g.causal || j <= i) ? s[e]*g.scale : -FLT_MAX;
             if (s[e] > high || s[e] != s[e]) high = s[e];
         }
-        for (int m = 1; m < 8; m <<= 1) { float other = __shfl_xor_sync(~0u, high, m);  high = other > high || other != other ? other : high; }
+        for (int m = 1; m < 8; m <<= 1) { float other = __shfl_xor_sync(~0u, high, m);
+            high = other > high || other != other ? other : high; }
         shrink = expf(most - high);
         for (int e = 0; e < 4; e++) {
             s[e] = s[e] == -FLT_MAX ? 0 : expf(s[e] - high);
@@ -2393,7 +2571,8 @@ static __global__ void dpoc_delta_kernel(dpoc_attention g)
 }
 
 /* p and ds of query i and key j, from their dots. */
-static __device__ __forceinline__ void dpoc_slopes(const dpoc_attention &g, int64_t u, int64_t i, int64_t j, float score, float dot, float *p, float *ds)
+static __device__ __forceinline__ void dpoc_slopes(const dpoc_attention &g, int64_t u, int64_t i, int64_t j,
+                                                   float score, float dot, float *p, float *ds)
 {
     *p = i < g.T && j < g.S && (!g.causal || j <= i) ? expf(score*g.scale - g.lse[u*g.T + i]) : 0;
     *ds = *p == 0 ? 0 : *p*(dot - g.delta[u*g.T + i]);
@@ -2403,7 +2582,8 @@ static __device__ __forceinline__ void dpoc_slopes(const dpoc_attention &g, int6
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dq_kernel(dpoc_attention g)
 {
     __shared__ float ds[DPOC_TILE][DPOC_TILE + 1];
-    int64_t row, first, u = dpoc_tile_of(g, g.T, &row, &first), q = dpoc_head(g, u, g.T) + row*g.D, k = dpoc_head(g, u, g.S);
+    int64_t row, first, u = dpoc_tile_of(g, g.T, &row, &first), q = dpoc_head(g, u, g.T) + row*g.D,
+        k = dpoc_head(g, u, g.S);
     int64_t i = row + (int)threadIdx.x/8, keys = g.causal ? dpoc_min(g.S, row + DPOC_TILE) : g.S;
     float   sum[DPOC_STRIP/8], s[4], dp[4], p;
     for (int e = 0; e < DPOC_STRIP/8; e++) sum[e] = 0;
@@ -2424,7 +2604,8 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dq_kernel(dpoc_atten
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dkv_kernel(dpoc_attention g)
 {
     __shared__ float ps[DPOC_TILE][DPOC_TILE + 1], ds[DPOC_TILE][DPOC_TILE + 1];
-    int64_t row, first, u = dpoc_tile_of(g, g.S, &row, &first), q = dpoc_head(g, u, g.T), k = dpoc_head(g, u, g.S) + row*g.D;
+    int64_t row, first, u = dpoc_tile_of(g, g.S, &row, &first), q = dpoc_head(g, u, g.T),
+        k = dpoc_head(g, u, g.S) + row*g.D;
     int64_t j = row + (int)threadIdx.x/8;
     float   dk[DPOC_STRIP/8], dv[DPOC_STRIP/8], s[4], dp[4];
     for (int e = 0; e < DPOC_STRIP/8; e++) dk[e] = dv[e] = 0;
@@ -2446,17 +2627,19 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dkv_kernel(dpoc_atte
 
 /* ------------------------------------------------------------------------------------------ on tensor cores
 
-   The same with factors of 16 bits.  A warp owns 16 rows (queries, or in dk and dv keys) and walks the other axis 32 rows at a
-   time: its scores are 4 tiles of 16 x 8, which after the exponential are, register for register, the first factor of the
-   next product; they never leave the registers.  Four warps share what they walk over, in shared memory: as it lies for
-   scores, and turned for sums over it.  chunks: channels of a head in sixteens, a constant, so that everything stays in
-   registers: at 64 channels some 120 of them, four blocks a processor. */
+   The same with factors of 16 bits.  A warp owns 16 rows (queries, or in dk and dv keys) and walks the other axis 32
+   rows at a time: its scores are 4 tiles of 16 x 8, which after the exponential are, register for register, the first
+   factor of the next product; they never leave the registers.  Four warps share what they walk over, in shared memory:
+   as it lies for scores, and turned for sums over it.  chunks: channels of a head in sixteens, a constant, so that
+   everything stays in registers: at 64 channels some 120 of them, four blocks a processor. */
 enum { DPOC_QUERIES = 64, DPOC_FOUR_WARPS = 128, DPOC_TURNED = DPOC_TILE + 8 };
 
 #define DPOC_LOG2E 1.44269504f
 
 /* Rows of a slice, 16 of which a warp owns: the pairs that lane (g,t) holds of the first factor. */
-template<int chunks> static __device__ __forceinline__ void dpoc_own_rows(const uint16_t *x, int64_t at, int64_t left, const dpoc_attention &g,
+template<int chunks>
+static __device__ __forceinline__ void dpoc_own_rows(const uint16_t *x, int64_t at, int64_t left,
+                                                     const dpoc_attention &g,
                                                                           uint32_t f[chunks][4])
 {
     int row = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
@@ -2470,9 +2653,13 @@ template<int chunks> static __device__ __forceinline__ void dpoc_own_rows(const 
     }
 }
 
-/* 32 rows of a slice into shared memory, as they lie and turned; NULL: not wanted.  Zeros behind the last row and channel. */
-template<int chunks> static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_t at, int64_t left, const dpoc_attention &g,
-                                                                            uint16_t (*straight)[16*chunks + 8], uint16_t (*turned)[DPOC_TURNED])
+/* 32 rows of a slice into shared memory, as they lie and turned; NULL: not wanted.  Zeros behind the last row and
+   channel. */
+template<int chunks>
+static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_t at, int64_t left,
+                                                       const dpoc_attention &g,
+                                                                            uint16_t (*straight)[16*chunks + 8],
+                                                                                    uint16_t (*turned)[DPOC_TURNED])
 {
     for (int u = (int)threadIdx.x; u < DPOC_TILE*2*chunks; u += DPOC_FOUR_WARPS) {
         int   i = u/(2*chunks), c = u % (2*chunks)*8;
@@ -2486,7 +2673,9 @@ template<int chunks> static __device__ __forceinline__ void dpoc_share_rows(cons
 }
 
 /* s [16][32] = own rows times 32 shared rows. */
-template<int type, int chunks> static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], uint16_t (*b)[16*chunks + 8], float s[4][4])
+template<int type, int chunks>
+static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], uint16_t (*b)[16*chunks + 8],
+                                                   float s[4][4])
 {
     int g = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
     DPOC_UNROLL
@@ -2501,13 +2690,16 @@ template<int type, int chunks> static __device__ __forceinline__ void dpoc_score
 }
 
 /* sum [16][16*chunks] += p [16][32] times 32 shared rows, turned. */
-template<int type, int chunks> static __device__ __forceinline__ void dpoc_gather_rows(const float p[4][4], uint16_t (*b)[DPOC_TURNED], float sum[2*chunks][4])
+template<int type, int chunks>
+static __device__ __forceinline__ void dpoc_gather_rows(const float p[4][4], uint16_t (*b)[DPOC_TURNED],
+                                                        float sum[2*chunks][4])
 {
     int g = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
     DPOC_UNROLL
     for (int k = 0; k < 2; k++) {
         uint32_t fa[4] = { dpoc_pair<type>(p[2*k][0], p[2*k][1]), dpoc_pair<type>(p[2*k][2], p[2*k][3]),
-                           dpoc_pair<type>(p[2*k + 1][0], p[2*k + 1][1]), dpoc_pair<type>(p[2*k + 1][2], p[2*k + 1][3]) };
+                           dpoc_pair<type>(p[2*k + 1][0], p[2*k + 1][1]),
+                               dpoc_pair<type>(p[2*k + 1][2], p[2*k + 1][3]) };
         DPOC_UNROLL
         for (int n = 0; n < 2*chunks; n++) {
             uint32_t fb[2] = { dpoc_word(&b[8*n + g][16*k + 2*t]), dpoc_word(&b[8*n + g][16*k + 2*t + 8]) };
@@ -2517,7 +2709,9 @@ template<int type, int chunks> static __device__ __forceinline__ void dpoc_gathe
 }
 
 /* A warp's sums, times a factor a row, to rows of y. */
-template<int chunks> static __device__ __forceinline__ void dpoc_spill_rows(const float sum[2*chunks][4], const float factor[2], const dpoc_attention &g, void *y,
+template<int chunks>
+static __device__ __forceinline__ void dpoc_spill_rows(const float sum[2*chunks][4], const float factor[2],
+                                                       const dpoc_attention &g, void *y,
                                                                             int type, int64_t at, int64_t left, int add)
 {
     int row = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
@@ -2540,10 +2734,12 @@ static __device__ __forceinline__ int64_t dpoc_block_rows(int64_t length, int64_
     return u;
 }
 
-template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
+template<int type, int chunks>
+static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
 {
     alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vt[16*chunks][DPOC_TURNED];
-    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal
+        ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
     int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
     int      lane = (int)threadIdx.x % 32;
     float    sum[2*chunks][4], most[2] = { -FLT_MAX, -FLT_MAX }, total[2] = { 0, 0 }, s[4][4];
@@ -2590,14 +2786,16 @@ template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOU
     for (int h = 0; h < 2; h++) {
         total[h] += __shfl_xor_sync(~0u, total[h], 1);
         total[h] += __shfl_xor_sync(~0u, total[h], 2);
-        if (g.lse && lane % 4 == 0 && own + lane/4 + 8*h < g.T) g.lse[u*g.T + own + lane/4 + 8*h] = (most[h] + log2f(total[h]))/DPOC_LOG2E;
+        if (g.lse && lane % 4 == 0 && own + lane/4 + 8*h < g.T) g.lse[u*g.T + own + lane/4 + 8*h] =
+            (most[h] + log2f(total[h]))/DPOC_LOG2E;
         total[h] = 1/total[h];
     }
     dpoc_spill_rows<chunks>(sum, total, g, g.y, type, q, g.T - own, 0);
 }
 
 /* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
-static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g, float s[4][4], float dp[4][4], int e, int seen, float lse, float delta)
+static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g, float s[4][4], float dp[4][4], int e,
+                                                        int seen, float lse, float delta)
 {
     float p = seen ? exp2f((s[e/4][e % 4]*g.scale - lse)*DPOC_LOG2E) : 0;
     s[e/4][e % 4] = p;
@@ -2605,20 +2803,25 @@ static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g,
 }
 
 /* 64 queries a block.  dout is `o` here: rounded like the other factors. */
-template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(dpoc_attention g)
+template<int type, int chunks>
+static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(dpoc_attention g)
 {
-    alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vs[DPOC_TILE][16*chunks + 8], kt[16*chunks][DPOC_TURNED];
-    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
+    alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vs[DPOC_TILE][16*chunks + 8],
+        kt[16*chunks][DPOC_TURNED];
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal
+        ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
     int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
     int      lane = (int)threadIdx.x % 32;
-    float    sum[2*chunks][4], s[4][4], dp[4][4], lse[2] = { 0, 0 }, delta[2] = { 0, 0 }, factor[2] = { g.scale, g.scale };
+    float    sum[2*chunks][4], s[4][4], dp[4][4], lse[2] = { 0, 0 }, delta[2] = { 0, 0 }, factor[2] = { g.scale,
+            g.scale };
     uint32_t f[chunks][4], d[chunks][4];
     DPOC_UNROLL
     for (int n = 0; n < 2*chunks; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
     dpoc_own_rows<chunks>((const uint16_t *)g.q, q, g.T - own, g, f);
     dpoc_own_rows<chunks>((const uint16_t *)g.o, q, g.T - own, g, d);
     for (int h = 0; h < 2; h++)
-        if (own + lane/4 + 8*h < g.T) { lse[h] = g.lse[u*g.T + own + lane/4 + 8*h];  delta[h] = g.delta[u*g.T + own + lane/4 + 8*h]; }
+        if (own + lane/4 + 8*h < g.T) { lse[h] = g.lse[u*g.T + own + lane/4 + 8*h];
+            delta[h] = g.delta[u*g.T + own + lane/4 + 8*h]; }
     for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
         dpoc_share_rows<chunks>((const uint16_t *)g.k, k + j0*g.D, g.S - j0, g, ks, kt);
         dpoc_share_rows<chunks>((const uint16_t *)g.v, k + j0*g.D, g.S - j0, g, vs, (uint16_t (*)[DPOC_TURNED])NULL);
@@ -2637,9 +2840,11 @@ template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOU
 }
 
 /* 64 keys a block against all queries that see them. */
-template<int type, int chunks> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel(dpoc_attention g)
+template<int type, int chunks>
+static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel(dpoc_attention g)
 {
-    alignas(16) DPOC_SHARED uint16_t qs[DPOC_TILE][16*chunks + 8], os[DPOC_TILE][16*chunks + 8], qt[16*chunks][DPOC_TURNED], ot[16*chunks][DPOC_TURNED];
+    alignas(16) DPOC_SHARED uint16_t qs[DPOC_TILE][16*chunks + 8], os[DPOC_TILE][16*chunks + 8],
+        qt[16*chunks][DPOC_TURNED], ot[16*chunks][DPOC_TURNED];
     DPOC_SHARED float lse[DPOC_TILE], delta[DPOC_TILE];
     int64_t  row, u = dpoc_block_rows(g.S, &row), q = dpoc_head(g, u, g.T);
     int64_t  own = row + (int)threadIdx.x/32*16, k = dpoc_head(g, u, g.S) + own*g.D;
@@ -2684,7 +2889,8 @@ template<int type, int chunks> static void dpoc_attention_wide(dpoc_run *r, dpoc
 template<int chunks> static void dpoc_attention_back(dpoc_run *r, dpoc_attention g)
 {
     unsigned slices = (unsigned)(g.N*g.heads);
-    dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices), keys((unsigned)dpoc_pieces(g.S, DPOC_QUERIES)*slices);
+    dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices),
+        keys((unsigned)dpoc_pieces(g.S, DPOC_QUERIES)*slices);
     if (g.dq)         DPOC_LAUNCH(r, (dpoc_dq_tensor_kernel<DPO_BF16, chunks>), queries, DPOC_FOUR_WARPS, (g));
     if (g.dk || g.dv) DPOC_LAUNCH(r, (dpoc_dkv_tensor_kernel<DPO_BF16, chunks>), keys, DPOC_FOUR_WARPS, (g));
 }
@@ -2697,13 +2903,14 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else                  dpoc_attention_wide<type, 10>(r, *g);
 }
 
-/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  1 if it was done here: forward up to
-   160 channels, backward of BF16 up to 80, above which its sums no longer fit in registers. */
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  1 if it was done here: forward
+   up to 160 channels, backward of BF16 up to 80, above which its sums no longer fit in registers. */
 static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = *attention;
-    int fits = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g.d % 8 == 0 && g.d <= 160 && g.type == g.otype &&
+    int fits = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g.d % 8 == 0 && g.d <= 160 &&
+        g.type == g.otype &&
                ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v) % 16 == 0;
     if (!fits || (a->backward && (g.type != DPO_BF16 || g.d > 80))) return 0;
     if (!a->backward) {
@@ -2723,7 +2930,8 @@ static dpoc_attention dpoc_attention_of(const dpo_args *a)
     dpoc_attention g;
     memset(&g, 0, sizeof g);
     g.N = a->in[0].shape[0];  g.T = a->in[0].shape[1];  g.D = a->in[0].shape[2];  g.S = a->in[1].shape[1];
-    g.heads = a->p.attention.heads;  g.d = g.D/g.heads;  g.causal = a->p.attention.causal;  g.scale = a->p.attention.scale;
+    g.heads = a->p.attention.heads;  g.d = g.D/g.heads;  g.causal = a->p.attention.causal;
+    g.scale = a->p.attention.scale;
     g.strip = dpoc_least(g.d, DPOC_STRIP);  g.strips = dpoc_pieces(g.d, g.strip);
     g.otype = a->out.dtype;  g.o = a->out.data;  g.y = a->out.data;
     g.dout = (const float *)a->dout.data;  g.lse = (float *)a->stat.data;
@@ -2741,7 +2949,8 @@ static void dpoc_op_attention(dpoc_run *r)
     g.type = a->in[0].dtype;
     g.q = a->in[0].data;  g.k = dpoc_as(r, &a->in[1], g.type);  g.v = dpoc_as(r, &a->in[2], g.type);
     if (a->backward) g.delta = (float *)dpoc_carve(r, (size_t)(g.N*g.heads*g.T)*sizeof(float));
-    dim3 queries((unsigned)dpoc_pieces(g.T, DPOC_TILE)*slices, strips), keys((unsigned)dpoc_pieces(g.S, DPOC_TILE)*slices, strips);
+    dim3 queries((unsigned)dpoc_pieces(g.T, DPOC_TILE)*slices, strips),
+        keys((unsigned)dpoc_pieces(g.S, DPOC_TILE)*slices, strips);
     if (a->backward) DPOC_LAUNCH(r, dpoc_delta_kernel, dpoc_grid(g.N*g.heads*g.T*32), DPOC_THREADS, (g));
     if (dpoc_attention_tensor(r, &g)) return;
     if (!a->backward) DPOC_LAUNCH(r, dpoc_attention_kernel, queries, DPOC_THREADS, (g));
@@ -2753,10 +2962,17 @@ static void dpoc_op_attention(dpoc_run *r)
    >>optimizer                                                             loss, clipping, AdamW, Adafactor
    ========================================================================================================== */
 
-/* loss [1] = 1/B sum_b weight_b loss_b(inside_b), inside_b = beta/2 ((R_w - L_w) - (R_l - L_l)); stat [2,B]: inside, and
-   d loss / d L_w = -beta/2 weight/B slope.  B is small: one block. */
-typedef struct dpoc_preference { int64_t B; int kind, add, type[3], ytype; float beta, smoothing; const void *L, *R, *weight; const float *dy;
-                                 void *y; float *stat, *d; } dpoc_preference;
+/* loss [1] = 1/B sum_b weight_b loss_b(inside_b), inside_b = beta/2 ((R_w - L_w) - (R_l - L_l)); stat [2,B]: inside,
+   and d loss / d L_w = -beta/2 weight/B slope.  B is small: one block. */
+typedef struct dpoc_preference {
+    int64_t B;
+    int kind, add, type[3], ytype;
+    float beta, smoothing;
+    const void *L, *R, *weight;
+    const float *dy;
+    void *y;
+    float *stat, *d;
+} dpoc_preference;
 
 static __device__ double dpoc_preference_one(const dpoc_preference &g, float inside, double *slope)
 {
@@ -2793,7 +3009,8 @@ static void dpoc_op_preference(dpoc_run *r)
     const dpo_args *a = r->a;
     dpoc_preference g;
     memset(&g, 0, sizeof g);
-    g.B = a->in[0].shape[0]/2;  g.kind = a->p.preference.kind;  g.beta = a->p.preference.beta;  g.smoothing = a->p.preference.smoothing;
+    g.B = a->in[0].shape[0]/2;  g.kind = a->p.preference.kind;  g.beta = a->p.preference.beta;
+    g.smoothing = a->p.preference.smoothing;
     g.L = a->in[0].data;  g.R = a->in[1].data;  g.weight = a->in[2].data;
     for (int i = 0; i < 3; i++) g.type[i] = a->in[i].dtype;
     g.y = a->out.data;  g.ytype = a->out.dtype;  g.stat = (float *)a->stat.data;
@@ -2803,7 +3020,13 @@ static void dpoc_op_preference(dpoc_run *r)
 }
 
 /* record.factor = min(1, max_norm/(norm + 1e-6)), 0 and one more skip for a norm that is not a number. */
-typedef struct dpoc_clip { int64_t n; const void *sums; int type; float most; float *record; } dpoc_clip;
+typedef struct dpoc_clip {
+    int64_t n;
+    const void *sums;
+    int type;
+    float most;
+    float *record;
+} dpoc_clip;
 static __global__ void dpoc_clip_kernel(dpoc_clip g)
 {
     double sum = 0, norm, factor = 1;
@@ -2828,9 +3051,9 @@ static void dpoc_op_clip(dpoc_run *r)
 
 /* ------------------------------------------------------------------------------------------ many tensors a launch
 
-   AdamW and squares of gradients come as one call a tensor, hundreds in a row.  They are gathered, up to 64, and run as one
-   launch when another call, a copy or the end of the step comes: see dpoc_flush.  A block takes a piece of DPOC_PIECE
-   numbers, and finds its tensor by walking the sums of pieces: 64 steps beside 16384 numbers. */
+   AdamW and squares of gradients come as one call a tensor, hundreds in a row.  They are gathered, up to 64, and run as
+   one launch when another call, a copy or the end of the step comes: see dpoc_flush.  A block takes a piece of
+   DPOC_PIECE numbers, and finds its tensor by walking the sums of pieces: 64 steps beside 16384 numbers. */
 typedef struct dpoc_many {
     int     count, op;
     float   beta1, beta2, eps, decay;
@@ -2855,7 +3078,8 @@ static __global__ void dpoc_adamw_kernel(dpoc_many g)
     int64_t first = 0;
     int     at = dpoc_find(g, blockIdx.x, &first);
     float   factor = g.record[DPO_REC_FACTOR], lr = g.record[DPO_REC_LR];
-    float   decay = (float)(1 - (double)lr*g.decay), rate = lr/g.record[DPO_REC_BIAS1], root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
+    float   decay = (float)(1 - (double)lr*g.decay), rate = lr/g.record[DPO_REC_BIAS1],
+        root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
     if (at < 0 || factor == 0) return;    /* a skipped step leaves all as it is */
     dpoc_one one = g.one[at];
     int64_t  end = first + DPOC_PIECE < one.n ? first + DPOC_PIECE : one.n;
@@ -2920,7 +3144,8 @@ static int dpoc_flush(dpoc *d)
     g.count = p->count;  g.op = p->op;  g.record = p->record;  g.part = d->sums;
     p->count = 0;
     if (p->op == DPO_OP_ADAMW) {
-        g.beta1 = p->p.adamw.beta1;  g.beta2 = p->p.adamw.beta2;  g.eps = p->p.adamw.eps;  g.decay = p->p.adamw.weight_decay;
+        g.beta1 = p->p.adamw.beta1;  g.beta2 = p->p.adamw.beta2;  g.eps = p->p.adamw.eps;
+        g.decay = p->p.adamw.weight_decay;
         DPOC_LAUNCH(&r, dpoc_adamw_kernel, dim3((unsigned)pieces), DPOC_THREADS, (g));
     } else {
         DPOC_LAUNCH(&r, dpoc_squares_kernel, dim3((unsigned)pieces), DPOC_THREADS, (g));
@@ -2935,7 +3160,8 @@ static int dpoc_gathers(const dpoc_pending *p, const dpo_args *a)
 {
     int64_t pieces = dpoc_pieces(dpoc_count(&a->in[0]), DPOC_PIECE);
     if (a->op != p->op || p->count == DPOC_BATCH) return 0;
-    if (a->op == DPO_OP_ADAMW && (memcmp(&p->p.adamw, &a->p.adamw, sizeof a->p.adamw) || p->record != (const float *)a->in[3].data)) return 0;
+    if (a->op == DPO_OP_ADAMW && (memcmp(&p->p.adamw, &a->p.adamw, sizeof a->p.adamw) ||
+                                  p->record != (const float *)a->in[3].data)) return 0;
     for (int i = 0; i < p->count; i++) pieces += dpoc_pieces(p->one[i].n, DPOC_PIECE);
     return pieces <= DPOC_PARTS;
 }
@@ -2947,7 +3173,8 @@ static void dpoc_op_gather(dpoc_run *r)
     dpoc_pending   *p = &r->d->pending;
     dpoc_one       *one;
     if (r->counting) return;
-    if (a->in[0].dtype != DPO_F32 || a->out.dtype != DPO_F32 || dpoc_count(&a->in[0]) > (int64_t)DPOC_PARTS*DPOC_PIECE ||
+    if (a->in[0].dtype != DPO_F32 || a->out.dtype != DPO_F32 ||
+        dpoc_count(&a->in[0]) > (int64_t)DPOC_PARTS*DPOC_PIECE ||
         (a->op == DPO_OP_ADAMW && (a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32))) {
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "optimizer", "weights, gradients and moments must be F32");
         return;
@@ -3062,7 +3289,8 @@ static __global__ void dpoc_adafactor_step_kernel(dpoc_adafactor g)
     double lr = g.record[DPO_REC_LR], rms = sqrt(g.total[1]/(double)(g.O*g.K))/g.clip;
     float  keep = (float)(1 - lr*g.decay), rate = (float)(lr/(rms > 1 ? rms : 1));
     if (g.record[DPO_REC_FACTOR] == 0 || rate == 0) return;
-    for (int64_t at = dpoc_unit(); at < g.O*g.K; at += dpoc_units()) g.w[at] = keep*g.w[at] - rate*dpoc_adafactor_u(g, at);
+    for (int64_t at = dpoc_unit(); at < g.O*g.K; at += dpoc_units()) g.w[at] =
+        keep*g.w[at] - rate*dpoc_adafactor_u(g, at);
 }
 
 static void dpoc_op_adafactor(dpoc_run *r)
@@ -3080,7 +3308,8 @@ static void dpoc_op_adafactor(dpoc_run *r)
     g.eps = a->p.adafactor.eps;  g.clip = a->p.adafactor.clip;  g.decay = a->p.adafactor.weight_decay;
     g.part = (double *)dpoc_carve(r, (size_t)g.pieces*sizeof(double));
     g.total = (double *)dpoc_carve(r, 2*sizeof(double));
-    if (g.kind == DPOC_MATRIX) DPOC_LAUNCH(r, dpoc_adafactor_rows_kernel, dim3((unsigned)dpoc_least(g.O, 1 << 20)), DPOC_THREADS, (g));
+    if (g.kind == DPOC_MATRIX) DPOC_LAUNCH(r, dpoc_adafactor_rows_kernel, dim3((unsigned)dpoc_least(g.O, 1 << 20)),
+                                           DPOC_THREADS, (g));
     DPOC_LAUNCH(r, dpoc_adafactor_factors_kernel, dpoc_grid(g.kind == DPOC_MATRIX ? g.I : g.O*g.K), DPOC_THREADS, (g));
     g.col_pass = 1;
     if (g.kind == DPOC_KERNEL) DPOC_LAUNCH(r, dpoc_adafactor_factors_kernel, dpoc_grid(g.O*g.K), DPOC_THREADS, (g));
@@ -3094,16 +3323,16 @@ static void dpoc_op_adafactor(dpoc_run *r)
    >>steps                                                                       recording, capture, replay
    ==========================================================================================================
 
-   A training step makes thousands of calls, and the next step makes the same ones with the same addresses, since the context
-   cuts its memory in the same way.  Between step(begin) and step(end) calls are noted.  A step that was run once is a
-   recording.  In the next one a call that equals the recording's is not run but put off; at the end, if all were equal, the
-   recording is captured as a CUDA graph, once, and launched: one launch for the whole step.  Where a call differs, those put
-   off are run and the step goes on as if there were no recordings.  So nothing above knows of graphs, and nothing
-   can go wrong but speed.
+   A training step makes thousands of calls, and the next step makes the same ones with the same addresses, since the
+   context cuts its memory in the same way.  Between step(begin) and step(end) calls are noted.  A step that was run
+   once is a recording.  In the next one a call that equals the recording's is not run but put off; at the end, if all
+   were equal, the recording is captured as a CUDA graph, once, and launched: one launch for the whole step.  Where a
+   call differs, those put off are run and the step goes on as if there were no recordings.  So nothing above knows of
+   graphs, and nothing can go wrong but speed.
 
-   What differs from step to step without being another call: what the host uploads, the counter of random numbers, the rate
-   of an average.  These numbers go to the step's mailbox: page-locked memory, copied to the device in front of the graph,
-   whose kernels read it by pointer.  Two mailboxes take turns, so that the host never waits. */
+   What differs from step to step without being another call: what the host uploads, the counter of random numbers, the
+   rate of an average.  These numbers go to the step's mailbox: page-locked memory, copied to the device in front of the
+   graph, whose kernels read it by pointer.  Two mailboxes take turns, so that the host never waits. */
 enum { DPOC_CALL_RUN, DPOC_CALL_UP, DPOC_CALL_ON, DPOC_CALL_ZERO };
 
 typedef struct dpoc_call {
@@ -3116,7 +3345,12 @@ typedef struct dpoc_call {
 
 typedef struct dpoc_list { dpoc_call *at; int64_t count, room; size_t mail; } dpoc_list;
 
-typedef struct dpoc_known { dpoc_list calls; cudaGraphExec_t graph; int alive, matches; int64_t used; } dpoc_known;
+typedef struct dpoc_known {
+    dpoc_list calls;
+    cudaGraphExec_t graph;
+    int alive, matches;
+    int64_t used;
+} dpoc_known;
 
 struct dpoc_recording {
     int         active, broken, deferring;     /* inside of a step; it cannot be a recording; calls are put off */
@@ -3132,7 +3366,8 @@ struct dpoc_recording {
 
 static const void *dpoc_varying(dpoc_run *r) { return r->counting ? NULL : r->d->steps->vary; }
 
-/* The ops that have numbers which vary, and those numbers, in the form in which kernels read them; returns the bytes. */
+/* The ops that have numbers which vary, and those numbers, in the form in which kernels read them; returns the bytes.
+   */
 static size_t dpoc_mail_of(const dpo_args *a, char mail[16])
 {
     dpoc_draw d;
@@ -3156,7 +3391,8 @@ static void dpoc_mail_set(dpo_args *a, const char *mail)
 
 static int dpoc_same(const dpoc_call *x, const dpoc_call *y)
 {
-    if (x->what != y->what || x->to != y->to || x->from != y->from || x->bytes != y->bytes || x->mail != y->mail || x->mailed != y->mailed) return 0;
+    if (x->what != y->what || x->to != y->to || x->from != y->from || x->bytes != y->bytes || x->mail != y->mail ||
+        x->mailed != y->mailed) return 0;
     return x->what != DPOC_CALL_RUN || !memcmp(&x->a, &y->a, sizeof x->a);
 }
 
@@ -3180,7 +3416,8 @@ static int dpoc_call_run(dpoc *d, const dpoc_call *c, int capturing)
     if (c->what == DPOC_CALL_ON)   return dpoc_copy_now(d, c->to, c->from, c->bytes, DPO_COPY_ON);
     if (c->what == DPOC_CALL_ZERO) return dpoc_zero_now(d, c->to, c->bytes);
     if ((status = dpoc_flush(d)) != DPO_OK) return status;
-    return dpoc_check(d, cudaMemcpyAsync(c->to, mail, c->bytes, capturing ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice, d->stream),
+    return dpoc_check(d, cudaMemcpyAsync(c->to, mail, c->bytes, capturing ? cudaMemcpyDeviceToDevice
+                                         : cudaMemcpyHostToDevice, d->stream),
                       "cudaMemcpyAsync");
 }
 
@@ -3265,7 +3502,8 @@ static int dpoc_note(dpoc *d, const dpoc_call *c, const void *mail, size_t maile
     if (status != DPO_OK) return status;
     if (c->what == DPOC_CALL_RUN)  return dpoc_execute(d, &c->a);
     if (c->what == DPOC_CALL_ZERO) return dpoc_zero_now(d, c->to, c->bytes);
-    return dpoc_copy_now(d, c->to, c->what == DPOC_CALL_UP ? mail : c->from, c->bytes, c->what == DPOC_CALL_UP ? DPO_COPY_UP : DPO_COPY_ON);
+    return dpoc_copy_now(d, c->to, c->what == DPOC_CALL_UP ? mail : c->from, c->bytes, c->what == DPOC_CALL_UP
+                         ? DPO_COPY_UP : DPO_COPY_ON);
 }
 
 static void dpoc_known_free(dpoc_known *k)
@@ -3288,7 +3526,8 @@ static int dpoc_mailboxes(dpoc *d, size_t bytes)
     (void)cudaFree(s->device);
     s->device = NULL;
     s->room = 0;
-    for (int i = 0; i < 2 && status == DPO_OK; i++) status = dpoc_check(d, cudaMallocHost((void **)&s->host[i], bytes), "cudaMallocHost");
+    for (int i = 0; i < 2 && status == DPO_OK; i++) status = dpoc_check(d, cudaMallocHost((void **)&s->host[i], bytes),
+            "cudaMallocHost");
     if (status == DPO_OK) status = dpoc_check(d, cudaMalloc((void **)&s->device, bytes), "cudaMalloc");
     if (status == DPO_OK) s->room = bytes;
     return status;
@@ -3299,7 +3538,8 @@ static void dpoc_step_keep(dpoc *d)
 {
     dpoc_recording *s = d->steps;
     dpoc_known     *oldest = &s->known[0];
-    if (dpoc_mailboxes(d, s->now.mail) != DPO_OK) { (void)cudaGetLastError();  d->options[DPO_CUDA_GRAPHS] = 0;  return; }
+    if (dpoc_mailboxes(d, s->now.mail) != DPO_OK) { (void)cudaGetLastError();  d->options[DPO_CUDA_GRAPHS] = 0;  return;
+        }
     for (int k = 1; k < DPOC_RECORDINGS; k++) if (s->known[k].used < oldest->used) oldest = &s->known[k];
     dpoc_known_free(oldest);
     oldest->calls = s->now;
@@ -3312,7 +3552,8 @@ static void dpoc_step_keep(dpoc *d)
 static int dpoc_step_capture(dpoc *d, dpoc_known *k)
 {
     cudaGraph_t graph = NULL;
-    int         status = dpoc_check(d, cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    int         status = dpoc_check(d, cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal),
+                                    "cudaStreamBeginCapture");
     if (status == DPO_OK) {
         int ended;
         status = dpoc_list_run(d, &k->calls, k->calls.count, 1);
@@ -3339,9 +3580,11 @@ static int dpoc_step_replay(dpoc *d, int *status)
         k->used = ++s->clock;
         *status = DPO_OK;
         if (k->calls.mail)
-            *status = dpoc_check(d, cudaMemcpyAsync(s->device, s->host[s->turn], k->calls.mail, cudaMemcpyHostToDevice, d->stream), "cudaMemcpyAsync");
+            *status = dpoc_check(d, cudaMemcpyAsync(s->device, s->host[s->turn], k->calls.mail, cudaMemcpyHostToDevice,
+                                                    d->stream), "cudaMemcpyAsync");
         if (*status == DPO_OK) *status = dpoc_check(d, cudaEventRecord(s->sent[s->turn], d->stream), "cudaEventRecord");
-        if (*status == DPO_OK) *status = dpoc_check(d, cudaGraphLaunch(k->graph, d->stream), "cudaGraphLaunch of a whole step");
+        if (*status == DPO_OK) *status = dpoc_check(d, cudaGraphLaunch(k->graph, d->stream),
+                                                    "cudaGraphLaunch of a whole step");
         return 1;
     }
     return 0;
@@ -3384,7 +3627,8 @@ static int dpoc_steps_open(dpoc *d)
     d->steps = (dpoc_recording *)calloc(1, sizeof *d->steps);
     if (!d->steps) return dpoc_fail(d, DPO_OUT_OF_MEMORY, "dpo_cuda_open", "no memory on the host");
     for (int i = 0; i < 2 && status == DPO_OK; i++)
-        status = dpoc_check(d, cudaEventCreateWithFlags(&d->steps->sent[i], cudaEventDisableTiming), "cudaEventCreateWithFlags");
+        status = dpoc_check(d, cudaEventCreateWithFlags(&d->steps->sent[i], cudaEventDisableTiming),
+                            "cudaEventCreateWithFlags");
     return status;
 }
 
@@ -3412,17 +3656,23 @@ static void dpoc_op_none(dpoc_run *r) { r->status = dpoc_fail(r->d, DPO_UNSUPPOR
 typedef struct dpoc_op { void (*run)(dpoc_run *r); int backward; } dpoc_op;
 
 static const dpoc_op dpoc_ops[DPO_OP_COUNT + 1] = {        /* in the order of DPO_OPS */
-    { dpoc_op_conv, 1 },     { dpoc_op_group_norm, 1 }, { dpoc_op_layer_norm, 1 }, { dpoc_op_attention, 1 }, { dpoc_op_geglu, 1 },
-    { dpoc_op_act, 1 },      { dpoc_op_binary, 1 },     { dpoc_op_affine, 1 },     { dpoc_op_clamp, 1 },     { dpoc_op_sum, 1 },
-    { dpoc_op_concat, 1 },   { dpoc_op_slice, 1 },      { dpoc_op_copy, 1 },       { dpoc_op_upsample, 1 },  { dpoc_op_embed, 1 },
-    { dpoc_op_timestep, 0 }, { dpoc_op_mix, 1 },        { dpoc_op_randn, 0 },      { dpoc_op_mse, 1 },       { dpoc_op_preference, 1 },
-    { dpoc_op_gather, 0 },   { dpoc_op_clip, 0 },       { dpoc_op_gather, 0 },     { dpoc_op_adafactor, 0 }, { dpoc_op_lerp, 0 },
+    { dpoc_op_conv, 1 },     { dpoc_op_group_norm, 1 }, { dpoc_op_layer_norm, 1 }, { dpoc_op_attention, 1 },
+        { dpoc_op_geglu, 1 },
+    { dpoc_op_act, 1 },      { dpoc_op_binary, 1 },     { dpoc_op_affine, 1 },     { dpoc_op_clamp, 1 },
+        { dpoc_op_sum, 1 },
+    { dpoc_op_concat, 1 },   { dpoc_op_slice, 1 },      { dpoc_op_copy, 1 },       { dpoc_op_upsample, 1 },
+        { dpoc_op_embed, 1 },
+    { dpoc_op_timestep, 0 }, { dpoc_op_mix, 1 },        { dpoc_op_randn, 0 },      { dpoc_op_mse, 1 },
+        { dpoc_op_preference, 1 },
+    { dpoc_op_gather, 0 },   { dpoc_op_clip, 0 },       { dpoc_op_gather, 0 },     { dpoc_op_adafactor, 0 },
+        { dpoc_op_lerp, 0 },
     { dpoc_op_none, 0 }
 };
 
 static const dpoc_op *dpoc_op_of(const dpo_args *a)
 {
-    return a->op < 0 || a->op >= DPO_OP_COUNT || (a->backward && !dpoc_ops[a->op].backward) ? &dpoc_ops[DPO_OP_COUNT] : &dpoc_ops[a->op];
+    return a->op < 0 || a->op >= DPO_OP_COUNT || (a->backward && !dpoc_ops[a->op].backward) ? &dpoc_ops[DPO_OP_COUNT]
+        : &dpoc_ops[a->op];
 }
 
 /* Counted by running the op without running anything. */
@@ -3547,11 +3797,15 @@ static int dpoc_open_device(dpoc *d)
     int count = 0, status = dpoc_check(d, cudaGetDeviceCount(&count), "cudaGetDeviceCount");
     if (status == DPO_OK) status = dpoc_check(d, cudaSetDevice(d->device), "cudaSetDevice");
     if (status == DPO_OK) status = dpoc_check(d, cudaGetDeviceProperties(&p, d->device), "cudaGetDeviceProperties");
-    if (status == DPO_OK) status = dpoc_check(d, cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, d->device), "cudaDeviceGetAttribute");
-    if (status == DPO_OK) status = dpoc_check(d, cudaDeviceGetAttribute(&d->minor, cudaDevAttrComputeCapabilityMinor, d->device), "cudaDeviceGetAttribute");
-    if (status == DPO_OK) status = dpoc_check(d, cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, d->device), "cudaDeviceGetAttribute");
+    if (status == DPO_OK) status = dpoc_check(d, cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor,
+            d->device), "cudaDeviceGetAttribute");
+    if (status == DPO_OK) status = dpoc_check(d, cudaDeviceGetAttribute(&d->minor, cudaDevAttrComputeCapabilityMinor,
+            d->device), "cudaDeviceGetAttribute");
+    if (status == DPO_OK) status = dpoc_check(d, cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount,
+            d->device), "cudaDeviceGetAttribute");
     if (status != DPO_OK) return status;
-    snprintf(d->about, sizeof d->about, "%.200s, %.1f GiB, compute capability %d.%d", p.name, (double)p.totalGlobalMem/(1 << 30), d->major, d->minor);
+    snprintf(d->about, sizeof d->about, "%.200s, %.1f GiB, compute capability %d.%d", p.name,
+             (double)p.totalGlobalMem/(1 << 30), d->major, d->minor);
     if (d->major < 8) return dpoc_fail(d, DPO_UNSUPPORTED, d->about, "compute capability 8.0 or newer is needed");
     return DPO_OK;
 }
@@ -3559,13 +3813,16 @@ static int dpoc_open_device(dpoc *d)
 /* What every call needs: stream, stages, scratch. */
 static int dpoc_open_rest(dpoc *d)
 {
-    int status = dpoc_check(d, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    int status = dpoc_check(d, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking),
+                            "cudaStreamCreateWithFlags");
     for (int i = 0; i < DPOC_STAGES && status == DPO_OK; i++) {
         status = dpoc_check(d, cudaMallocHost((void **)&d->stage[i], DPOC_STAGE_BYTES), "cudaMallocHost");
-        if (status == DPO_OK) status = dpoc_check(d, cudaEventCreateWithFlags(&d->staged[i], cudaEventDisableTiming), "cudaEventCreateWithFlags");
+        if (status == DPO_OK) status = dpoc_check(d, cudaEventCreateWithFlags(&d->staged[i], cudaEventDisableTiming),
+                                                  "cudaEventCreateWithFlags");
     }
     if (status == DPO_OK) status = dpoc_check(d, cudaMalloc(&d->scratch, DPOC_SCRATCH_BYTES), "cudaMalloc");
-    if (status == DPO_OK) status = dpoc_check(d, cudaMalloc((void **)&d->sums, DPOC_PARTS*sizeof(double)), "cudaMalloc");
+    if (status == DPO_OK) status = dpoc_check(d, cudaMalloc((void **)&d->sums, DPOC_PARTS*sizeof(double)),
+                                              "cudaMalloc");
     if (status == DPO_OK) status = dpoc_blas_open(d);
     if (status == DPO_OK) status = dpoc_steps_open(d);
     return status;
@@ -3583,8 +3840,8 @@ static void dpoc_fill(dpoc *d)
     b->explain = dpoc_explain;         b->close = dpoc_close;
 }
 
-/* NULL only without memory on the host.  A backend without a device answers every call with a failure and its reason, which
-   dpo_open finds. */
+/* NULL only without memory on the host.  A backend without a device answers every call with a failure and its reason,
+   which dpo_open finds. */
 dpo_backend *dpo_cuda_open(int device, uint32_t version)
 {
     dpoc *d = (dpoc *)calloc(1, sizeof *d);
@@ -3593,7 +3850,8 @@ dpo_backend *dpo_cuda_open(int device, uint32_t version)
     dpoc_fill(d);
     d->device = device;
     d->options[DPO_CUDA_GRAPHS] = 1;
-    status = version == DIFFDPO_VERSION ? dpoc_open_device(d) : dpoc_fail(d, DPO_BAD_ARGUMENT, "dpo_cuda_open", "diffdpo.h is of another version");
+    status = version == DIFFDPO_VERSION ? dpoc_open_device(d)
+        : dpoc_fail(d, DPO_BAD_ARGUMENT, "dpo_cuda_open", "diffdpo.h is of another version");
     if (status == DPO_OK) status = dpoc_open_rest(d);
     d->open = status == DPO_OK;
     if (!d->open) (void)cudaGetLastError();
@@ -3615,8 +3873,8 @@ int dpo_cuda_set(dpo_backend *b, int option, int value)
 
 /* ------------------------------------------------------------------------------------------ many GPUs
 
-   The sum, or the greatest, of numbers over all GPUs of a communicator, in place; NCCL's stream is ours, so that it follows the
-   kernels before it and nobody waits.  The only way to NCCL is dpoc_nccl. */
+   The sum, or the greatest, of numbers over all GPUs of a communicator, in place; NCCL's stream is ours, so that it
+   follows the kernels before it and nobody waits.  The only way to NCCL is dpoc_nccl. */
 #ifndef DIFFDPO_NCCL
 static int dpoc_nccl(dpoc *d, void *comm, void *data, size_t count, int type, int greatest)
 {
@@ -3629,7 +3887,8 @@ static int dpoc_nccl(dpoc *d, void *comm, void *data, size_t count, int type, in
 {
     int n = *(int *)comm;
     (void)d;
-    stand_in_do([=] { for (size_t i = 0; i < count && !greatest; i++) dpoc_put(data, type, (int64_t)i, (float)n*dpoc_get(data, type, (int64_t)i)); });
+    stand_in_do([=] { for (size_t i = 0; i < count && !greatest;
+    i++) dpoc_put(data, type, (int64_t)i, (float)n*dpoc_get(data, type, (int64_t)i)); });
     return DPO_OK;
 }
 #else
