@@ -68,37 +68,37 @@ enum { DPOC_STAGE_BYTES = 4 << 20, DPOC_SCRATCH_BYTES = 32 << 20 };
 
 /* Tensors that one launch works on together, see >>optimizer. */
 typedef struct dpoc_one {
-    const float *g;
-    float *m, *v, *w;
-    int64_t n;
-    int aligned;
+    const float *g;                       /* the gradient, or what is squared */
+    float *m, *v, *w;                     /* AdamW's moments and the weight; w alone: where a sum goes */
+    int64_t n;                            /* numbers */
+    int aligned;                          /* all of them start on 16 bytes */
 } dpoc_one;
 
 typedef struct dpoc_pending {
     int        op, count;                 /* DPO_OP_ADAMW or DPO_OP_SUM_SQUARES */
-    dpo_params p;
+    dpo_params p;                         /* what they have in common, beside the record */
     const float *record;                  /* the step record */
     dpoc_one   one[DPOC_BATCH];
 } dpoc_pending;
 
 typedef struct dpoc {
     dpo_backend  backend;
-    int          device, major, minor, processors;
+    int          device, major, minor, processors;  /* its number, compute capability, multiprocessors */
     int          open;                    /* 0: there is no device; every call answers with `text` */
     int          options[DPO_CUDA_OPTIONS];
-    cudaStream_t stream;
+    cudaStream_t stream;                  /* everything is on it */
     char        *stage[DPOC_STAGES];      /* page-locked: what the host hands over is copied here, and nobody waits */
     cudaEvent_t  staged[DPOC_STAGES];     /* the copy out of it is over */
-    int          turn;
-    size_t       stage_used;
+    int          turn;                    /* the stage that is being filled */
+    size_t       stage_used;              /* bytes of it */
     void        *blas, *dnn;              /* handles */
     void        *scratch;                 /* of cuBLASLt and cuDNN, DPOC_SCRATCH_BYTES */
     struct dpoc_plans *plans;             /* what cuBLASLt chose, by shape */
     double      *sums;                    /* of dpoc_pending: [DPOC_BATCH][DPOC_PIECES] */
-    dpoc_pending pending;
+    dpoc_pending pending;                 /* what waits for one launch */
     dpoc_recording *steps;                /* >>steps */
     const char  *op;                      /* of the call that runs, for errors */
-    char         text[320], about[320];
+    char         text[320], about[320];   /* the last failure; the device in words */
 } dpoc;
 
 static const char *const dpoc_names[DPO_OP_COUNT] = {
@@ -113,6 +113,7 @@ static int dpoc_fail(dpoc *d, int status, const char *call, const char *why)
     return status;
 }
 
+/* No memory is a status of its own: the context above then gives back what lies idle and asks again. */
 static int dpoc_check(dpoc *d, cudaError_t e, const char *call)
 {
     if (e == cudaSuccess) return DPO_OK;
@@ -123,7 +124,7 @@ static int dpoc_check(dpoc *d, cudaError_t e, const char *call)
 typedef struct dpoc_run {
     dpoc           *d;
     const dpo_args *a;
-    int             counting, status;
+    int             counting, status;     /* counting: nothing runs; status: the first failure */
     size_t          at;                   /* scratch handed out */
 } dpoc_run;
 
@@ -135,6 +136,8 @@ static void *dpoc_carve(dpoc_run *r, size_t bytes)
     return p;
 }
 
+/* A launch reports at once what is wrong with its grid; what goes wrong inside comes out at a later call, unless
+   DPO_CUDA_SYNC waits for it here. */
 static void dpoc_launched(dpoc_run *r, const char *kernel)
 {
     r->status = dpoc_check(r->d, cudaGetLastError(), kernel);
@@ -151,6 +154,7 @@ static void dpoc_launched(dpoc_run *r, const char *kernel)
 /* Threads of most kernels: 8 warps; a processor holds 8 such blocks, which hides the latency of memory. */
 enum { DPOC_THREADS = 256 };
 
+/* n/piece rounded up, and the smaller one. */
 static int64_t dpoc_pieces(int64_t n, int64_t piece) { return (n + piece - 1)/piece; }
 static int64_t dpoc_least(int64_t a, int64_t b)      { return a < b ? a : b; }
 
@@ -161,6 +165,7 @@ static dim3 dpoc_grid(int64_t n)
     return dim3((unsigned)(blocks < 1 ? 1 : blocks > 1 << 20 ? 1 << 20 : blocks));
 }
 
+/* Elements of a view; the size of its last axis; bytes of a number; whether gradient i is added to what is there. */
 static int64_t dpoc_count(const dpo_view *v)    { return v->shape[0]*v->shape[1]*v->shape[2]*v->shape[3]; }
 static int64_t dpoc_channels(const dpo_view *v) { return v->shape[v->rank > 0 ? v->rank - 1 : 0]; }
 static size_t  dpoc_size(int type)              { return type == DPO_BF16 || type == DPO_F16 ? 2 : 4; }
@@ -170,11 +175,16 @@ static int     dpoc_adds(const dpo_args *a, int i) { return (int)(a->add >> i & 
    >>memory                                                                        device memory, copies, staging
    ========================================================================================================== */
 
+/* Three kinds of memory.  Tensors and scratch of ops: the context's, in regions that it gets here.  Scratch of cuBLASLt
+   and cuDNN, and partial sums of the optimizer: two blocks for as long as the backend lives, since a captured graph
+   holds their addresses.  On the host: page-locked stages and mailboxes, from which the device copies by itself. */
+
 /* The context above cuts its tensors from regions and gives none back while it works, so that this is called a few
    dozen times before the first step ends and never after it.  Blocks of cudaMalloc start on lines of 256 bytes. */
 static int dpoc_step_stop(dpoc *d);
 static int dpoc_flush(dpoc *d);
 
+/* The last failure stays in `text`, for the context asks three times in different sizes before it gives up. */
 static void *dpoc_alloc(void *self, size_t bytes)
 {
     dpoc *d = (dpoc *)self;
@@ -186,6 +196,7 @@ static void *dpoc_alloc(void *self, size_t bytes)
     return NULL;
 }
 
+/* A context gives memory back where it trims or closes, never inside a step. */
 static void dpoc_release(void *self, void *data, size_t bytes)
 {
     dpoc *d = (dpoc *)self;
@@ -219,7 +230,7 @@ static int dpoc_upload(dpoc *d, char *to, const char *from, size_t bytes)
         char  *p = dpoc_stage(d, n);
         int    status;
         if (!p) return DPO_DEVICE;
-        memcpy(p, from + at, n);
+        memcpy(p, from + at, n);          /* `from` is the caller's again */
         status = dpoc_check(d, cudaMemcpyAsync(to + at, p, n, cudaMemcpyHostToDevice, d->stream), "cudaMemcpyAsync");
         if (status != DPO_OK) return status;
     }
@@ -238,6 +249,7 @@ static int dpoc_copy_now(dpoc *d, void *to, const void *from, size_t bytes, int 
     return dpoc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize");
 }
 
+/* At once, in the order of the stream.  All bits 0 is 0 in every type of storage. */
 static int dpoc_zero_now(dpoc *d, void *data, size_t bytes)
 {
     int status = dpoc_flush(d);
@@ -284,6 +296,7 @@ static float dpoc_of_f16(uint16_t h)
 }
 #endif
 
+/* As dpoc_least, on the device. */
 static __device__ __forceinline__ int64_t dpoc_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Number i of an array, whatever it is stored as.  The type is the same for all threads: the branch costs nothing
@@ -294,6 +307,7 @@ static __device__ __forceinline__ float dpoc_get(const void *p, int type, int64_
     if (type == DPO_F16)  return dpoc_of_f16(((const uint16_t *)p)[i]);
     return ((const float *)p)[i];
 }
+/* The way back, rounded to nearest even. */
 static __device__ __forceinline__ void dpoc_put(void *p, int type, int64_t i, float x)
 {
     if (type == DPO_BF16)     ((uint16_t *)p)[i] = dpoc_to_bf16(x);
@@ -313,6 +327,7 @@ static __device__ __forceinline__ void dpoc_get4(const void *p, int type, int64_
     uint16_t h[4] = { (uint16_t)v.x, (uint16_t)(v.x >> 16), (uint16_t)v.y, (uint16_t)(v.y >> 16) };
     for (int k = 0; k < 4; k++) x[k] = type == DPO_BF16 ? dpoc_of_bf16(h[k]) : dpoc_of_f16(h[k]);
 }
+/* The way back. */
 static __device__ __forceinline__ void dpoc_put4(void *p, int type, int64_t i, const float x[4])
 {
     if (type == DPO_F32) {
@@ -332,6 +347,7 @@ static __device__ __forceinline__ void dpoc_take(const void *p, int type, int64_
     if (quads) dpoc_get4(p, type, i, x);
     else x[0] = dpoc_get(p, type, i);
 }
+/* The way back. */
 static __device__ __forceinline__ void dpoc_give(void *p, int type, int64_t i, int quads, const float x[4])
 {
     if (quads) dpoc_put4(p, type, i, x);
@@ -351,6 +367,7 @@ static __device__ __forceinline__ int64_t dpoc_div(int64_t i, int64_t n)
 
 /* The first unit of a thread, and how far apart its units are. */
 static __device__ __forceinline__ int64_t dpoc_unit(void)  { return (int64_t)blockIdx.x*blockDim.x + threadIdx.x; }
+/* Grids are cut off at 2^20 blocks: then a thread goes on by this many. */
 static __device__ __forceinline__ int64_t dpoc_units(void) { return (int64_t)gridDim.x*blockDim.x; }
 
 /* The sum of x over a warp, in a fixed order, for all of its threads. */
@@ -378,13 +395,16 @@ static __device__ double dpoc_block_sum(double x)
 
 /* The formulas of >>impl rows in diffdpo.h, where their reasons stand. */
 static __device__ __forceinline__ float dpoc_sigmoid(float x)     { return 1/(1 + expf(-x)); }
+/* -log(1 + exp(-x)), in the form whose exponential cannot overflow. */
 static __device__ __forceinline__ float dpoc_log_sigmoid(float x)
 {
     return x < 0 ? x - log1pf(expf(x)) : -log1pf(expf(-x));
 }
+/* P(x), the chance that a normal number lies below x, and its density: gelu(x) = x P(x). */
 static __device__ __forceinline__ float dpoc_normal(float x)      { return 0.5f*erfcf(-0.70710678f*x); }
 static __device__ __forceinline__ float dpoc_density(float x)     { return 0.39894228f*expf(-0.5f*x*x); }
 
+/* act(x); a branch that all threads take alike. */
 static __device__ float dpoc_act(int act, float x)
 {
     switch (act) {
@@ -404,6 +424,7 @@ static __device__ float dpoc_act(int act, float x)
     }
 }
 
+/* act'(x); 0 at the corners of abs and relu, as PyTorch has it. */
 static __device__ float dpoc_act_slope(int act, float x)
 {
     float s;
@@ -433,6 +454,7 @@ enum {
     DPOC_LERP                             /* b + s0 (a - b) */
 };
 
+/* f(a, b; s0, s1) for one number. */
 static __device__ __forceinline__ float dpoc_map_one(int op, float a, float b, float s0, float s1)
 {
     if (op < DPO_ACTS)    return dpoc_act(op, a);
@@ -447,11 +469,11 @@ static __device__ __forceinline__ float dpoc_map_one(int op, float a, float b, f
 
 /* y[i] = f(a[i], b[i]; s0, s1), or y[i] += f. */
 typedef struct dpoc_map {
-    int op, add, quads, atype, btype, ytype;
-    int64_t n;
+    int op, add, quads, atype, btype, ytype;  /* quads: all three can be read four at a time */
+    int64_t n;                            /* numbers of each */
     const void *a, *b;                    /* b NULL: not used */
     void *y;
-    float s0, s1;
+    float s0, s1;                         /* what the formula takes along */
     const float *vary;                    /* s0 as it stands in the step's mailbox, or NULL: see >>steps */
 } dpoc_map;
 
@@ -460,7 +482,7 @@ static __global__ void dpoc_map_kernel(dpoc_map g)
 {
     float s0 = g.vary ? *g.vary : g.s0;
     for (int64_t u = dpoc_unit(); 4*u < g.n; u += dpoc_units()) {
-        int64_t i = 4*u;
+        int64_t i = 4*u;                  /* the first of four; the last unit may have fewer */
         float   a[4], b[4] = { 0, 0, 0, 0 }, y[4] = { 0, 0, 0, 0 };
         if (g.quads && i + 4 <= g.n) {
             dpoc_get4(g.a, g.atype, i, a);
@@ -470,6 +492,7 @@ static __global__ void dpoc_map_kernel(dpoc_map g)
             dpoc_put4(g.y, g.ytype, i, y);
             continue;
         }
+        /* the end of an array, or one that cannot be read four at a time */
         for (int64_t k = i; k < i + 4 && k < g.n; k++) {
             float f = dpoc_map_one(g.op, dpoc_get(g.a, g.atype, k), g.b ? dpoc_get(g.b, g.btype, k) : 0, s0, g.s1);
             dpoc_put(g.y, g.ytype, k, g.add ? dpoc_get(g.y, g.ytype, k) + f : f);
@@ -513,6 +536,7 @@ static const void *dpoc_as(dpoc_run *r, const dpo_view *v, int type)
     return to.data;
 }
 
+/* x [..] -> y = act(x);   dx = dy act'(x), made again from x, which is what the tape kept. */
 static void dpoc_op_act(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -521,6 +545,7 @@ static void dpoc_op_act(dpoc_run *r)
         dpoc_each(r, DPOC_BACK + a->p.act.act, &a->in[0], &a->dout, 0, 0, &a->din[0], dpoc_adds(a, 0), NULL);
 }
 
+/* y = scale x + shift;   dx = scale dy. */
 static void dpoc_op_affine(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -530,6 +555,7 @@ static void dpoc_op_affine(dpoc_run *r)
         dpoc_each(r, DPOC_AFFINE, &a->dout, NULL, a->p.affine.scale, 0, &a->din[0], dpoc_adds(a, 0), NULL);
 }
 
+/* y = min(max(x, low), high);   dx = dy where low <= x <= high, both ends with it. */
 static void dpoc_op_clamp(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -568,11 +594,11 @@ static void dpoc_op_copy(dpoc_run *r)
 
    x [R,2D] = (a,b) -> y [R,D] = a gelu(b);   da = dy gelu(b),   db = dy a gelu'(b) */
 typedef struct dpoc_geglu {
-    int64_t R, D;
-    const void *x;
-    void   *y;
+    int64_t R, D;                         /* rows of x and y, width of y */
+    const void *x;                        /* [R,2D] */
+    void   *y;                            /* [R,D] */
     int     xtype, ytype, add, quads;
-    const float *dy;
+    const float *dy;                      /* [R,D]; dx [R,2D] */
     float  *dx;
 } dpoc_geglu;
 
@@ -589,6 +615,7 @@ static __global__ void dpoc_geglu_kernel(dpoc_geglu g)
         dpoc_give(g.y, g.ytype, i, g.quads, y);
     }
 }
+/* da = dy gelu(b), db = dy a gelu'(b); P(b) is computed once for both. */
 static __global__ void dpoc_geglu_back_kernel(dpoc_geglu g)
 {
     int wide = g.quads ? 4 : 1;
@@ -610,6 +637,7 @@ static __global__ void dpoc_geglu_back_kernel(dpoc_geglu g)
     }
 }
 
+/* Both halves of a row start on a quad where D is a multiple of 4, as it is in every network here. */
 static void dpoc_op_geglu(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -630,24 +658,26 @@ static void dpoc_op_geglu(dpoc_run *r)
 
    y, a, b of rank 4; an operand's step along an axis that it repeats is 0. */
 typedef struct dpoc_binary {
-    int     fn, which, add, type[2], ytype;
+    int     fn, which, add, type[2], ytype;  /* which: the operand that gets its gradient */
     int64_t d[4], step[2][4], n, again;   /* backward: n numbers of the operand, `again` places of y for each */
-    const void *x[2];
+    const void *x[2];                     /* the operands; backward of add and sub has none */
     void   *y;
     const float *dy;
     float  *dx;
 } dpoc_binary;
 
+/* a fn b */
 static __device__ __forceinline__ float dpoc_binary_one(int fn, float a, float b)
 {
     return fn == DPO_ADD ? a + b : fn == DPO_SUB ? a - b : fn == DPO_MUL ? a*b : a/b;
 }
 
+/* A thread a number of y; its place along the four axes gives the places in both operands. */
 static __global__ void dpoc_binary_kernel(dpoc_binary g)
 {
     for (int64_t u = dpoc_unit(); u < g.n; u += dpoc_units()) {
         int64_t left = u, at[2] = { 0, 0 };
-        for (int i = 3; i >= 0; i--) {
+        for (int i = 3; i >= 0; i--) {    /* innermost axis first */
             int64_t q = dpoc_div(left, g.d[i]), rest = left - q*g.d[i];
             at[0] += rest*g.step[0][i];
             at[1] += rest*g.step[1][i];
@@ -703,6 +733,7 @@ static __global__ void dpoc_binary_sum_kernel(dpoc_binary g)
     }
 }
 
+/* Backward runs once for each operand that wants its gradient: n numbers, each the sum over `again` places of y. */
 static void dpoc_op_binary(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -726,6 +757,7 @@ static void dpoc_op_binary(dpoc_run *r)
         g.which = w;  g.dx = (float *)a->din[w].data;  g.add = dpoc_adds(a, w);
         g.n = g.again = 1;
         for (int i = 0; i < 4; i++) *(g.step[w][i] ? &g.n : &g.again) *= g.d[i];
+        /* 256 places and more are worth a block's sum; a bias over all pixels is such a case */
         if (g.again < 256) DPOC_LAUNCH(r, dpoc_binary_back_kernel, dpoc_grid(g.n), DPOC_THREADS, (g));
         else DPOC_LAUNCH(r, dpoc_binary_sum_kernel, dim3((unsigned)dpoc_least(g.n, 1 << 20)), DPOC_THREADS, (g));
     }
@@ -736,12 +768,13 @@ static void dpoc_op_binary(dpoc_run *r)
    R rows of n units from places `from_step` apart to places `to_step` apart.  A unit is 16 bytes where all of these
    allow it, else one number; what is added to is F32. */
 typedef struct dpoc_move {
-    int64_t R, n, from_step, to_step;
+    int64_t R, n, from_step, to_step;     /* in units */
     const void *from;
     void *to;
-    int size, add;
+    int size, add;                        /* bytes of a unit */
 } dpoc_move;
 
+/* Neighbouring threads move neighbouring units, so that both sides are whole lines of memory. */
 static __global__ void dpoc_move_kernel(dpoc_move g)
 {
     for (int64_t u = dpoc_unit(); u < g.R*g.n; u += dpoc_units()) {
@@ -807,14 +840,15 @@ static void dpoc_op_slice(dpoc_run *r)
 
    y[n,i,j] = x[n, i H/H', j W/W']; dx sums over the pixels that read it: rows ceil(h H'/H) up to the next h's first. */
 typedef struct dpoc_up {
-    int64_t N, H, W, C, Y, X;
-    const void *x;
-    void *y;
-    const float *dy;
+    int64_t N, H, W, C, Y, X;             /* C in units of `size` bytes */
+    const void *x;                        /* [N,H,W,C] */
+    void *y;                              /* [N,Y,X,C] */
+    const float *dy;                      /* as y, and dx as x */
     float *dx;
     int size, add;
 } dpoc_up;
 
+/* A thread a unit of y: 16 bytes of a pixel's channels where they divide, else one number. */
 static __global__ void dpoc_up_kernel(dpoc_up g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.Y*g.X*g.C; u += dpoc_units()) {
@@ -826,6 +860,7 @@ static __global__ void dpoc_up_kernel(dpoc_up g)
         else                  ((uint16_t *)g.y)[u] = ((const uint16_t *)g.x)[at];
     }
 }
+/* A thread a number of dx, which it alone writes: the few pixels of y that read it are summed in their order. */
 static __global__ void dpoc_up_back_kernel(dpoc_up g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.H*g.W*g.C; u += dpoc_units()) {
@@ -833,13 +868,14 @@ static __global__ void dpoc_up_back_kernel(dpoc_up g)
             h = q - n*g.H;
         int64_t i0 = (h*g.Y + g.H - 1)/g.H, i1 = ((h + 1)*g.Y + g.H - 1)/g.H;
         int64_t j0 = (w*g.X + g.W - 1)/g.W, j1 = ((w + 1)*g.X + g.W - 1)/g.W;
-        float   sum = g.add ? g.dx[u] : 0;
+        float   sum = g.add ? g.dx[u] : 0;            /* by two: four pixels at most */
         for (int64_t i = i0; i < i1; i++)
             for (int64_t j = j0; j < j1; j++) sum += g.dy[((n*g.Y + i)*g.X + j)*g.C + c];
         g.dx[u] = sum;
     }
 }
 
+/* x [N,H,W,C] -> y [N,Y,X,C].  Forward moves bits, whatever they mean; backward adds floats. */
 static void dpoc_op_upsample(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -860,15 +896,16 @@ static void dpoc_op_upsample(dpoc_run *r)
 
 /* table [V,D], ids [R] -> y [R,D]; an id outside of the table reads zeros. */
 typedef struct dpoc_embed {
-    int64_t V, D, R;
-    const void *table;
-    const int32_t *ids;
+    int64_t V, D, R;                      /* rows and width of the table, rows of y */
+    const void *table;                    /* [V,D] */
+    const int32_t *ids;                   /* [R] */
     void *y;
     int type, ytype;
-    const float *dy;
+    const float *dy;                      /* [R,D]; dx [V,D] */
     float *dx;
 } dpoc_embed;
 
+/* A thread a number of y; the rows of a table are read as they are asked for, widened or narrowed on the way. */
 static __global__ void dpoc_embed_kernel(dpoc_embed g)
 {
     for (int64_t u = dpoc_unit(); u < g.R*g.D; u += dpoc_units()) {
@@ -886,6 +923,7 @@ static __global__ void dpoc_embed_back_kernel(dpoc_embed g)
         }
 }
 
+/* dtable is cleared first unless it is added to: rows that no id names get 0. */
 static void dpoc_op_embed(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -905,12 +943,13 @@ static void dpoc_op_embed(dpoc_run *r)
 
    t [N] -> y [N,dim] = (cos(t f_i), sin(t f_i)), f_i = exp(-ln(10000) i/(dim/2)). */
 typedef struct dpoc_wave {
-    int64_t N, dim;
-    const void *t;
+    int64_t N, dim;                       /* samples, width of y */
+    const void *t;                        /* [N] */
     int type, ytype;
-    void *y;
+    void *y;                              /* [N,dim] */
 } dpoc_wave;
 
+/* In floats, as the reference computes it: at t = 999 the rounding of the phase is what shows. */
 static __global__ void dpoc_wave_kernel(dpoc_wave g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.dim; u += dpoc_units()) {
@@ -919,6 +958,7 @@ static __global__ void dpoc_wave_kernel(dpoc_wave g)
         dpoc_put(g.y, g.ytype, u, i >= 2*half ? 0 : i < half ? cosf(phase) : sinf(phase));
     }
 }
+/* t [N] -> y [N,dim]; a few thousand numbers, whatever the network. */
 static void dpoc_op_timestep(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -931,15 +971,17 @@ static void dpoc_op_timestep(dpoc_run *r)
 
 /* y[n] = a[k] x[n] + b[k] z[n], k = index[n], held inside of the table;   dx = a[k] dy,   dz = b[k] dy */
 typedef struct dpoc_mix {
-    int64_t N, P, K;
-    const void *x, *z;
-    const float *a, *b, *dy;
-    const int32_t *index;
-    void *y;
-    float *dx, *dz;
+    int64_t N, P, K;                      /* samples, numbers of one, length of the tables */
+    const void *x, *z;                    /* [N,P] */
+    const float *a, *b, *dy;              /* [K], [K], [N,P] */
+    const int32_t *index;                 /* [N] */
+    void *y;                              /* [N,P]; NULL in backward */
+    float *dx, *dz;                       /* [N,P]; NULL where they are not wanted */
     int xtype, ztype, ytype, addx, addz;
 } dpoc_mix;
 
+/* Forward and backward in one: what is not wanted is NULL.  The tables are read here, so that no step needs a number
+   from the host. */
 static __global__ void dpoc_mix_kernel(dpoc_mix g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.P; u += dpoc_units()) {
@@ -950,6 +992,7 @@ static __global__ void dpoc_mix_kernel(dpoc_mix g)
         if (g.dz) g.dz[u] = (g.addz ? g.dz[u] : 0) + g.b[k]*g.dy[u];
     }
 }
+/* The tables are F32 already in all that the library does; dpoc_as then costs nothing. */
 static void dpoc_op_mix(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -969,14 +1012,16 @@ static void dpoc_op_mix(dpoc_run *r)
 /* Philox 4x32-10 and Box-Muller as in >>impl random of diffdpo.h: element e of a sample is number e%4 of quad e/4. */
 typedef struct dpoc_draw { uint32_t seed[2], purpose, step; } dpoc_draw;
 typedef struct dpoc_randn {
-    int64_t N, P;
-    const int32_t *key;
+    int64_t N, P;                         /* samples, numbers of one */
+    const int32_t *key;                   /* [N] */
     void *y;
     int ytype;
-    dpoc_draw draw;
-    const dpoc_draw *vary;
+    dpoc_draw draw;                       /* the call's own numbers, or */
+    const dpoc_draw *vary;                /* those in the mailbox */
 } dpoc_randn;
 
+/* Ten rounds of (c0,c1,c2,c3) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); no state, hence the
+   same numbers as on the CPU for any grid. */
 static __device__ void dpoc_philox(uint32_t k0, uint32_t k1, const uint32_t counter[4], uint32_t out[4])
 {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
@@ -1007,6 +1052,7 @@ static __global__ void dpoc_randn_kernel(dpoc_randn g)
         for (int64_t k = 0; k < 4 && 4*q + k < g.P; k++) dpoc_put(g.y, g.ytype, n*g.P + 4*q + k, z[k]);
     }
 }
+/* seed, purpose and step come with the call, or while a step is replayed from its mailbox. */
 static void dpoc_op_randn(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -1030,13 +1076,14 @@ enum { DPOC_PIECE = 16384 };
 enum { DPOC_PLAIN, DPOC_SQUARE, DPOC_DIFFERENCE };         /* a, a^2, (a - b)^2 */
 
 typedef struct dpoc_sum {
-    int64_t A, n, B, pieces;
-    const void *a, *b;
-    int     atype, btype, kind, ytype;
+    int64_t A, n, B, pieces;              /* x [A,n,B]; pieces of a row where B is 1 */
+    const void *a, *b;                    /* b: what is subtracted */
+    int     atype, btype, kind, ytype;    /* kind: DPOC_PLAIN ... */
     double *part, scale;                  /* [A,pieces] */
-    void   *y;
+    void   *y;                            /* [A,B] */
 } dpoc_sum;
 
+/* A block a piece: 64 numbers a thread, 256 threads side by side, then the warps' sums. */
 static __global__ void dpoc_sum_pieces_kernel(dpoc_sum g)
 {
     for (int64_t u = blockIdx.x; u < g.A*g.pieces; u += gridDim.x) {
@@ -1052,6 +1099,7 @@ static __global__ void dpoc_sum_pieces_kernel(dpoc_sum g)
         if (threadIdx.x == 0) g.part[u] = sum;
     }
 }
+/* A thread a row: there are few pieces to a row. */
 static __global__ void dpoc_sum_rows_kernel(dpoc_sum g)
 {
     for (int64_t row = dpoc_unit(); row < g.A; row += dpoc_units()) {
@@ -1082,12 +1130,13 @@ static void dpoc_sum_rows(dpoc_run *r, dpoc_sum g)
 
 /* dx[a,i,b] = scale dy[a,b] */
 typedef struct dpoc_spread {
-    int64_t A, n, B;
+    int64_t A, n, B;                      /* dx [A,n,B], dy [A,B] */
     float scale;
     const float *dy;
     float *dx;
     int add;
 } dpoc_spread;
+/* A thread a number of dx. */
 static __global__ void dpoc_spread_kernel(dpoc_spread g)
 {
     for (int64_t u = dpoc_unit(); u < g.A*g.n*g.B; u += dpoc_units()) {
@@ -1120,12 +1169,13 @@ static void dpoc_op_sum(dpoc_run *r)
 
 /* dpred = 2/P dloss[n] (pred - target) = -dtarget */
 typedef struct dpoc_mse {
-    int64_t N, P;
-    const void *a, *b;
+    int64_t N, P;                         /* samples, numbers of one */
+    const void *a, *b;                    /* prediction and target [N,P] */
     int atype, btype, add[2];
-    const float *dy;
-    float *d[2];
+    const float *dy;                      /* [N] */
+    float *d[2];                          /* their gradients; NULL: not wanted */
 } dpoc_mse;
+/* The difference is taken before it is scaled: 2/P pred - 2/P target would cancel where they agree. */
 static __global__ void dpoc_mse_back_kernel(dpoc_mse g)
 {
     for (int64_t u = dpoc_unit(); u < g.N*g.P; u += dpoc_units()) {
@@ -1211,7 +1261,7 @@ static __global__ void dpoc_columns_kernel(dpoc_columns g)
         int64_t n = u/g.chunks, begin = (u - n*g.chunks)*DPOC_ROWS, end = begin + DPOC_ROWS < g.P ? begin + DPOC_ROWS
             : g.P;
         double  sum[2] = { 0, 0 };
-        if (c < g.C) {
+        if (c < g.C) {                    /* the last strip may be narrower than a warp */
             float first = g.kind == DPOC_COL_STATS ? dpoc_get(g.x, g.xtype, (n*g.P + begin)*g.C + c)
                 : 0, part[2] = { 0, 0 }, t[2];
             for (int64_t row = begin + warp; row < end; row += DPOC_WARPS) {    /* 16 rows at most */
@@ -1241,11 +1291,12 @@ static __global__ void dpoc_columns_kernel(dpoc_columns g)
 
 /* y[k,c] = sum over `count` rows of part [.., 2, C], k of them one after the other; y NULL: nobody wants it. */
 typedef struct dpoc_fold {
-    int64_t K, C, count;
+    int64_t K, C, count;                  /* y [K,C], rows of part for each k */
     const double *part;
     float *y;
     int add;
 } dpoc_fold;
+/* A thread a channel: neighbours read side by side, chunk after chunk. */
 static __global__ void dpoc_fold_kernel(dpoc_fold g)
 {
     for (int64_t u = dpoc_unit(); u < g.K*g.C; u += dpoc_units()) {
@@ -1256,6 +1307,7 @@ static __global__ void dpoc_fold_kernel(dpoc_fold g)
     }
 }
 
+/* The y axis of a grid ends at 65535: beyond that a block takes several chunks. */
 static void dpoc_columns_run(dpoc_run *r, dpoc_columns *g)
 {
     dpoc_columns k;
@@ -1267,6 +1319,7 @@ static void dpoc_columns_run(dpoc_run *r, dpoc_columns *g)
                 DPOC_THREADS, (k));
 }
 
+/* Nothing at all where nobody wants the result. */
 static void dpoc_fold_run(dpoc_run *r, const double *part, int64_t K, int64_t C, int64_t count, void *y, int add)
 {
     dpoc_fold g;
@@ -1283,21 +1336,25 @@ static void dpoc_fold_run(dpoc_run *r, const double *part, int64_t K, int64_t C,
    groups, and y = act((x - mean) scale + beta).  Backward alike: sums of dz and dz h, and
      dx = rs (gamma dz - <gamma dz> - h <gamma dz h>) = scale dz - k1 - (x - mean) k2,   <.> the mean over the group. */
 typedef struct dpoc_norm {
-    int64_t N, P, C, G, chunks;
+    int64_t N, P, C, G, chunks;           /* samples, pixels, channels, groups; chunks of pixels */
     int     xtype, ytype, silu, add, gtype, btype, quads;
     float   eps;
-    const void  *x, *gamma, *beta;
-    const float *dy;
-    void   *y;
+    const void  *x, *gamma, *beta;        /* x [N,P,C]; NULL gamma, beta: 1 and 0 */
+    const float *dy;                      /* as x */
+    void   *y;                            /* as x */
     float  *dx, *stat, *table;            /* table [N,DPOC_TABLE,C] */
     const double *part;                   /* [N,chunks,2,C] */
 } dpoc_norm;
+
+/* Three readings of x where two would do: a group's channels of all pixels do not fit into shared memory at the sizes
+   that matter (64 x 64 x 10 numbers), and the second and third come out of the second-level cache at those that do. */
 
 /* A block a group of a sample.  Joined as Chan, Golub and LeVeque do: M2 = sum M2_k + n_k (mean_k - mean)^2. */
 static __global__ void dpoc_norm_fold_kernel(dpoc_norm g)
 {
     int64_t n = blockIdx.x/g.G, group = blockIdx.x - n*g.G, size = g.C/g.G, terms = g.chunks*size;
     double  M = (double)(size*g.P), mean = 0, square = 0, rs;
+    /* a term is one chunk of one channel: its sum, and the squares about its own mean */
     for (int64_t i = threadIdx.x; i < terms; i += DPOC_THREADS)
         mean += g.part[(n*g.chunks + i/size)*2*g.C + group*size + i % size];
     mean = dpoc_block_sum(mean)/M;
@@ -1309,7 +1366,7 @@ static __global__ void dpoc_norm_fold_kernel(dpoc_norm g)
     }
     square = dpoc_block_sum(square);
     rs = 1/sqrt((square > 0 || square != square ? square : 0)/M + (double)g.eps);
-    if (threadIdx.x == 0 && g.stat) {
+    if (threadIdx.x == 0 && g.stat) {     /* all that backward needs of the group */
         g.stat[blockIdx.x*2] = (float)mean;
         g.stat[blockIdx.x*2 + 1] = (float)rs;
     }
@@ -1377,6 +1434,7 @@ static __global__ void dpoc_norm_apply_kernel(dpoc_norm g)
     }
 }
 
+/* What group norm and layer norm have in common: where everything lies, and in which type. */
 static dpoc_norm dpoc_norm_of(const dpo_args *a)
 {
     dpoc_norm g;
@@ -1391,6 +1449,8 @@ static dpoc_norm dpoc_norm_of(const dpo_args *a)
     return g;
 }
 
+/* x [N,P,C] -> y, stat [N,G,2].  Three launches forward; backward five at most: table, sums, fold, dx, and the
+   parameters' gradients from the same sums. */
 static void dpoc_op_group_norm(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -1434,7 +1494,7 @@ static __global__ void dpoc_layer_norm_kernel(dpoc_norm g)
     int64_t warps = dpoc_units()/32;
     for (int64_t row = dpoc_unit()/32; row < g.P; row += warps) {
         int64_t at = row*g.C;
-        double  mean = 0, square = 0;
+        double  mean = 0, square = 0;     /* of doubles: rows of 2048 numbers with a large mean */
         float   m, rs, x[4], y[4];
         for (int64_t c = lane*wide; c < g.C; c += 32*wide) {
             dpoc_take(g.x, g.xtype, at + c, g.quads, x);
@@ -1487,6 +1547,7 @@ static __global__ void dpoc_layer_norm_back_kernel(dpoc_norm g)
     }
 }
 
+/* x [P,C] -> y, stat [P,2].  dgamma and dbeta are sums over rows: as dbias is, with h in front. */
 static void dpoc_op_layer_norm(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -1515,14 +1576,20 @@ static void dpoc_op_layer_norm(dpoc_run *r)
    1). 1x1 kernels are products of matrices and go to cuBLASLt, others to >>convolution.  Factors are of one type: BF16
    if either is, or if the option DPO_CUDA_PRODUCTS says so; what is of another type is converted into scratch. */
 
+/* Which results differ from the CPU's, and by how much: products of F32 by the order of their sums.  Factors of BF16
+   are exact in F32, so that products of stored BF16 differ by the order of sums alone; what is F32 in memory and
+   rounded for a product (gradients, an adapter's inner numbers, probabilities of attention) differs by 2^-9 of its
+   size.  cuBLASLt may choose another kernel for another batch: here, unlike on the CPU, a sample's last bits can depend
+   on the batch. */
+
 /* C [m,n] = alpha op(A) op(B) + beta D + bias, rows outermost; ta: A lies as [k,m], tb: B as [n,k]. */
 typedef struct dpoc_gemm {
-    int64_t m, n, k;
+    int64_t m, n, k;                      /* rows and columns of C; what is summed over */
     int     ta, tb, type, ctype;          /* of A and B; of C and D */
     const void *A, *B, *D, *bias;         /* D NULL: C itself; bias [n] of C's type, or NULL */
     void   *C;
     float   alpha, beta;
-    int     tf32;
+    int     tf32;                         /* F32 factors may be rounded to TF32 */
 } dpoc_gemm;
 
 /* The only way to a matrix product.  A status; `why` gets the name of the call that failed. */
@@ -1562,13 +1629,14 @@ static int dpoc_blas(dpoc *d, const dpoc_gemm *gemm)
 
 /* What cuBLASLt chose for a shape: its heuristics take longer than many products. */
 typedef struct dpoc_plan {
-    dpoc_gemm key;
+    dpoc_gemm key;                        /* with alignments in place of pointers */
     cublasLtMatmulAlgo_t algo;
     int used;
 } dpoc_plan;
 enum { DPOC_PLANS = 1024 };
 typedef struct dpoc_plans { dpoc_plan at[DPOC_PLANS]; } dpoc_plans;
 
+/* cuBLASLt's own words for its statuses. */
 static int dpoc_blas_check(dpoc *d, cublasStatus_t s, const char *call)
 {
     return s == CUBLAS_STATUS_SUCCESS ? DPO_OK : dpoc_fail(d, DPO_DEVICE, call, cublasLtGetStatusString(s));
@@ -1592,6 +1660,7 @@ static void dpoc_blas_close(dpoc *d)
     d->plans = NULL;
 }
 
+/* CUDA's names of our types. */
 static cudaDataType_t dpoc_blas_type(int type)
 {
     return type == DPO_BF16 ? CUDA_R_16BF : type == DPO_F16 ? CUDA_R_16F : CUDA_R_32F;
@@ -1605,6 +1674,7 @@ typedef struct dpoc_blas_call {
     cublasLtMatmulPreference_t pref;
 } dpoc_blas_call;
 
+/* In the reverse order of their making; what was not made is NULL. */
 static void dpoc_blas_drop(dpoc_blas_call *k)
 {
     if (k->pref) (void)cublasLtMatmulPreferenceDestroy(k->pref);
@@ -1614,11 +1684,13 @@ static void dpoc_blas_drop(dpoc_blas_call *k)
     if (k->op)   (void)cublasLtMatmulDescDestroy(k->op);
 }
 
+/* Columns lie side by side: the leading dimension is the number of rows. */
 static cublasStatus_t dpoc_blas_layout(cublasLtMatrixLayout_t *l, int type, int64_t rows, int64_t cols)
 {
     return cublasLtMatrixLayoutCreate(l, dpoc_blas_type(type), (uint64_t)rows, (uint64_t)cols, rows);
 }
 
+/* Everything that decides which kernel is chosen.  TF32 only on request: F32 is F32 otherwise. */
 static cublasStatus_t dpoc_blas_describe(const dpoc_gemm *g, dpoc_blas_call *k)
 {
     cublasComputeType_t compute = g->type == DPO_F32 && g->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
@@ -1640,6 +1712,7 @@ static cublasStatus_t dpoc_blas_describe(const dpoc_gemm *g, dpoc_blas_call *k)
 /* Whether a pointer stands on 16 bytes decides what may be chosen. */
 static uint32_t dpoc_blas_line(const void *p) { return (uintptr_t)p % 16 == 0 ? 16 : (uintptr_t)p % 4 == 0 ? 4 : 2; }
 
+/* The first of what the heuristics offer within the scratch that there is. */
 static cublasStatus_t dpoc_blas_choose(dpoc *d, const dpoc_gemm *g, dpoc_blas_call *k, cublasLtMatmulAlgo_t *algo)
 {
     cublasLtMatmulHeuristicResult_t found;
@@ -1671,6 +1744,7 @@ static dpoc_plan *dpoc_blas_plan(dpoc *d, const dpoc_gemm *g)
 {
     dpoc_gemm key = *g;
     uint64_t  h = 1469598103934665603u;
+    /* FNV-1a over the key, then the next free place */
     key.A = (const void *)(uintptr_t)dpoc_blas_line(g->A);
     key.B = (const void *)(uintptr_t)dpoc_blas_line(g->B);
     key.C = (void *)(uintptr_t)dpoc_blas_line(g->C);
@@ -1692,7 +1766,7 @@ static int dpoc_blas(dpoc *d, const dpoc_gemm *g)
     cublasLtMatmulAlgo_t algo;
     cublasStatus_t       s;
     memset(&k, 0, sizeof k);
-    s = dpoc_blas_describe(g, &k);
+    s = dpoc_blas_describe(g, &k);        /* a few microseconds of the host, none where a step is replayed */
     if (!s && plan && plan->used) algo = plan->algo;
     else if (!s) s = dpoc_blas_choose(d, g, &k, &algo);
     if (!s && plan && !plan->used) { plan->algo = algo;  plan->used = 1; }
@@ -1718,10 +1792,11 @@ static void dpoc_product(dpoc_run *r, dpoc_gemm g)
 typedef struct dpoc_finish {
     int64_t M, O, P;                      /* P pixels a sample */
     void   *y;
-    const void *bias, *vec, *residual;
+    const void *bias, *vec, *residual;    /* [O], [N,O], [M,O] */
     int     ytype, btype, vtype, rtype, act;
 } dpoc_finish;
 
+/* One number of y from the sum of its product. */
 static __device__ __forceinline__ float dpoc_finish_one(const dpoc_finish &g, int64_t m, int64_t o, float sum)
 {
     if (g.bias)     sum += dpoc_get(g.bias, g.btype, o);
@@ -1729,6 +1804,7 @@ static __device__ __forceinline__ float dpoc_finish_one(const dpoc_finish &g, in
     if (g.residual) sum += dpoc_get(g.residual, g.rtype, m*g.O + o);
     return dpoc_act(g.act, sum);
 }
+/* Four channels a thread. */
 static __global__ void dpoc_finish_kernel(dpoc_finish g, int quads)
 {
     int wide = quads ? 4 : 1;
@@ -1740,6 +1816,7 @@ static __global__ void dpoc_finish_kernel(dpoc_finish g, int quads)
         dpoc_give(g.y, g.ytype, i, quads, y);
     }
 }
+/* No launch where nothing is to be done. */
 static void dpoc_finish_run(dpoc_run *r, dpoc_finish g)
 {
     if (!g.bias && !g.vec && !g.residual && g.act == DPO_NONE) return;
@@ -1749,13 +1826,14 @@ static void dpoc_finish_run(dpoc_run *r, dpoc_finish g)
 
 /* to[m][q] = scale strength[n] from[m][q]: an adapter's inner numbers, with the strength of their sample. */
 typedef struct dpoc_strength {
-    int64_t M, n, P;
+    int64_t M, n, P;                      /* rows, the rank, pixels a sample */
     float scale;
-    const void *strength;
+    const void *strength;                 /* [N]; NULL: 1 */
     int stype, type;
-    const float *from;
-    void *to;
+    const float *from;                    /* [M,n] */
+    void *to;                             /* [M,n], which may be narrow */
 } dpoc_strength;
+/* M*n numbers, n the rank: little beside the product that follows. */
 static __global__ void dpoc_strength_kernel(dpoc_strength g)
 {
     for (int64_t u = dpoc_unit(); u < g.M*g.n; u += dpoc_units()) {
@@ -1780,9 +1858,9 @@ enum { DPOC_FROM_X, DPOC_FROM_DYT, DPOC_FROM_DY, DPOC_FROM_W, DPOC_FROM_WT };
 typedef struct dpoc_tiles {
     int     mode, type, add, splits;      /* DPOC_Y ...; of both factors; out is added to; parts of depth */
     int     wide[2];                      /* eight numbers of a factor can be loaded at once */
-    int     H, W, I, Y, X, O, kh, kw, stride, top, left;
+    int     H, W, I, Y, X, O, kh, kw, stride, top, left;  /* of the convolution */
     int64_t rows, cols, depth, span;      /* of the product; span: depth of a part, a multiple of DPOC_DEPTH */
-    const void *a, *b;
+    const void *a, *b;                    /* the two arrays that factors are fetched from */
     float  *out, *part;                   /* DX, DW: [rows][cols]; splits > 1: [splits][rows][cols] */
     dpoc_finish f;                        /* Y: where it goes */
 } dpoc_tiles;
@@ -1825,6 +1903,7 @@ static __device__ __forceinline__ int dpoc_from(int mode, int second)
     if (mode == DPOC_DX) return second ? DPOC_FROM_WT : DPOC_FROM_DYT;
     return second ? DPOC_FROM_X : DPOC_FROM_DY;
 }
+/* 0: depth is a factor's minor axis, numbers follow one another along it. */
 static __device__ __forceinline__ int dpoc_deep(int mode, int second)
 {
     return mode == DPOC_DW || (mode == DPOC_DX && second);
@@ -1851,10 +1930,17 @@ static __device__ __forceinline__ void dpoc_store(const dpoc_tiles &g, int64_t s
     else                       g.out[at] = g.add ? g.out[at] + sum : sum;
 }
 
+/* What one number costs decides the shapes below.  A tile of h x w numbers fetches h + w for every h*w it multiplies:
+   at 64 x 64 that is 32 multiplications a number fetched, at 128 x 64 some 43.  Larger tiles fetch less, but small
+   pictures, 8 x 8 at the bottom of a UNet, would then leave processors without a tile; cutting the depth makes up for
+   some of that. Places are computed again for every number or eight of them: some twenty whole-number operations beside
+   64 to 1024 multiplications. */
+
 /* Plain: a block computes 64 x 64 numbers, 4 x 4 a thread, from slices of 16 of the depth: 8 KB of shared memory, and
    each number fetched is used 64 times. */
 enum { DPOC_SIDE = 64, DPOC_SLICE = 16, DPOC_DEPTH = 32 };
 
+/* Sums run through the depth in one order, a part of it a block. */
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_kernel(dpoc_tiles g)
 {
     __shared__ float as[DPOC_SLICE][DPOC_SIDE + 4], bs[DPOC_SLICE][DPOC_SIDE + 4];
@@ -1863,6 +1949,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_kernel(dpoc_til
     int64_t k0 = blockIdx.z*g.span, end = k0 + g.span < g.depth ? k0 + g.span : g.depth;
     float   sum[4][4] = { { 0 } };
     for (; k0 < end; k0 += DPOC_SLICE) {
+        /* slices lie with the depth outermost, padded by 4 against conflicts of the turned stores */
         for (int e = 0; e < 4; e++) {     /* neighbours fetch what lies side by side */
             int u = t + e*DPOC_THREADS;
             int ka = dpoc_deep(g.mode, 0) ? u/DPOC_SIDE : u % DPOC_SLICE, ia = dpoc_deep(g.mode, 0) ? u % DPOC_SIDE
@@ -1873,6 +1960,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_kernel(dpoc_til
             bs[kb][ib] = dpoc_factor(g, 1, col + ib, k0 + kb, g.cols, end);
         }
         __syncthreads();
+        /* rows 4 ti .. + 3, columns tj, tj + 16, ...: a warp reads two rows' and sixteen columns' numbers a step */
         for (int k = 0; k < DPOC_SLICE; k++)
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 4; j++) sum[i][j] += as[k][ti*4 + i]*bs[k][tj + 16*j];
@@ -1967,6 +2055,7 @@ static __device__ __forceinline__ void dpoc_eight_at(int deep, int lines, int u,
     *line = deep ? u % (lines/8)*8 : u/(DPOC_DEPTH/8);
     *k    = deep ? u/(lines/8) : u % (DPOC_DEPTH/8)*8;
 }
+/* Turned where depth is the major axis: eight stores of two bytes instead of one of sixteen. */
 static __device__ __forceinline__ void dpoc_eight_put(uint16_t (*to)[DPOC_PITCH], int deep, int line, int k, uint4 v)
 {
     uint32_t h[4] = { v.x, v.y, v.z, v.w };
@@ -1975,6 +2064,7 @@ static __device__ __forceinline__ void dpoc_eight_put(uint16_t (*to)[DPOC_PITCH]
     for (int e = 0; e < 8; e++) to[line + e][k] = (uint16_t)(h[e/2] >> e % 2*16);
 }
 
+/* Two neighbours of shared memory at once. */
 static __device__ __forceinline__ uint32_t dpoc_word(const uint16_t *p) { return *(const uint32_t *)p; }
 
 /* A warp's 32 x 32 numbers of one slice. */
@@ -1985,7 +2075,7 @@ static __device__ __forceinline__ void dpoc_slice(uint16_t (*a)[DPOC_PITCH], uin
     int lane = (int)threadIdx.x % 32, g = lane/4, t = lane % 4;
     DPOC_UNROLL
     for (int k = 2*t; k < DPOC_DEPTH; k += 16) {
-        uint32_t fa[2][4], fb[4][2];
+        uint32_t fa[2][4], fb[4][2];      /* two blocks of 16 rows, four of 8 columns */
         DPOC_UNROLL
         for (int i = 0; i < 2; i++) {
             fa[i][0] = dpoc_word(&a[16*i + g][k]);      fa[i][1] = dpoc_word(&a[16*i + g + 8][k]);
@@ -2001,8 +2091,10 @@ static __device__ __forceinline__ void dpoc_slice(uint16_t (*a)[DPOC_PITCH], uin
     }
 }
 
+/* va and vb are the slice to come, on their way from memory while this one is multiplied. */
 template<int type> static __device__ void dpoc_conv_tensor(const dpoc_tiles &g, dpoc_conv_shared &s)
 {
+    /* warps stand four high and two wide; a slice is 512 eights of the first factor and 256 of the second */
     int     t = (int)threadIdx.x, warp = t/32, lane = t % 32, deep[2] = { dpoc_deep(g.mode, 0), dpoc_deep(g.mode, 1) };
     int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*DPOC_SIDE;
     int64_t k0 = blockIdx.z*g.span, end = k0 + g.span < g.depth ? k0 + g.span : g.depth;
@@ -2034,6 +2126,7 @@ template<int type> static __device__ void dpoc_conv_tensor(const dpoc_tiles &g, 
         }
     }
 }
+/* Two kernels rather than one with a type: shared memory of templates cannot be told apart in the stand-in. */
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_bf16_kernel(dpoc_tiles g)
 {
     __shared__ dpoc_conv_shared s;
@@ -2114,6 +2207,7 @@ typedef struct dpoc_dnn_parts {
     cudnnConvolutionDescriptor_t k;
 } dpoc_dnn_parts;
 
+/* Padding is one number an axis here, which dpoc_tiles_dnn has checked; sums in F32. */
 static cudnnStatus_t dpoc_dnn_describe(const dpoc_dnn_call *c, dpoc_dnn_parts *p)
 {
     cudnnDataType_t t = c->type == DPO_BF16 ? CUDNN_DATA_BFLOAT16 : CUDNN_DATA_HALF;
@@ -2130,6 +2224,7 @@ static cudnnStatus_t dpoc_dnn_describe(const dpoc_dnn_call *c, dpoc_dnn_parts *p
     return s;
 }
 
+/* What was not made is NULL. */
 static void dpoc_dnn_drop(dpoc_dnn_parts *p)
 {
     if (p->k) (void)cudnnDestroyConvolutionDescriptor(p->k);
@@ -2261,7 +2356,7 @@ static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "convolution", "more than 2^31 pixels");
         return;
     }
-    if (dpoc_tiles_dnn(r, &g)) return;
+    if (dpoc_tiles_dnn(r, &g)) return;    /* only in builds with cuDNN */
     g.span = dpoc_pieces(dpoc_pieces(g.depth, splits), DPOC_DEPTH)*DPOC_DEPTH;
     g.splits = (int)dpoc_pieces(g.depth, g.span);
     if (g.splits > 1) g.part = (float *)dpoc_carve(r, (size_t)(g.splits*g.rows*g.cols)*sizeof(float));
@@ -2294,7 +2389,7 @@ static void dpoc_conv_product(dpoc_run *r, const dpoc_conv *g, const void *x, co
         if (f.residual) { k.D = f.residual;  k.beta = 1; }
     }
     dpoc_product(r, k);
-    if (!fits) dpoc_finish_run(r, f);
+    if (!fits) dpoc_finish_run(r, f);     /* a time embedding, an activation, a bias of another type: one pass more */
 }
 
 /* to [M,r] = scale strength[n] from [M,r], in the type of the factors. */
@@ -2328,6 +2423,8 @@ static void dpoc_conv_adapter(dpoc_run *r, const dpoc_conv *g, const void *x)
     dpoc_product(r, k);
 }
 
+/* With an adapter the product is stored bare, the adapter's is added to it, and what follows comes last: act sees the
+   whole sum.  Without one everything goes with the product. */
 static void dpoc_conv_forward(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -2395,7 +2492,7 @@ static void dpoc_conv_backward(dpoc_run *r)
     dpoc_conv   g = dpoc_conv_of(r);
     const void *dy = NULL, *x = NULL, *du = NULL;
     int         wanted = a->din[0].data || a->din[1].data || a->din[5].data || a->din[6].data;
-    if (wanted) dy = dpoc_as(r, &a->dout, g.type);
+    if (wanted) dy = dpoc_as(r, &a->dout, g.type);         /* gradients are F32 between ops, factors in products */
     if (a->din[1].data || a->din[5].data) x = dpoc_as(r, &a->in[0], g.type);
     if (g.r && (a->din[0].data || a->din[5].data)) du = dpoc_conv_du(r, &g, dy);
     if (a->din[0].data) {
@@ -2416,6 +2513,7 @@ static void dpoc_conv_backward(dpoc_run *r)
     dpoc_conv_sums(r, &g);
 }
 
+/* x [N,H,W,I], w [O,kh,kw,I] -> y [N,Y,X,O]; linear layers are pictures of one column. */
 static void dpoc_op_conv(dpoc_run *r)
 {
     if (r->a->backward) dpoc_conv_backward(r);
@@ -2434,10 +2532,10 @@ static void dpoc_op_conv(dpoc_run *r)
    Scores live in a tile of 32 x 32 and are made again in backward: nothing of size T x S is ever stored. */
 typedef struct dpoc_attention {
     int64_t N, T, S, D, heads, d, strip, strips;           /* strip: channels of the result that a block owns */
-    int     causal, type, otype, add[3];
+    int     causal, type, otype, add[3];  /* type: of q, k, v; otype: of y and o */
     float   scale;
-    const void  *q, *k, *v, *o;
-    const float *dout;
+    const void  *q, *k, *v, *o;           /* [N,T,D], [N,S,D] twice, [N,T,D] */
+    const float *dout;                    /* [N,T,D] */
     void   *y;
     float  *lse, *delta, *dq, *dk, *dv;   /* lse, delta [N,heads,T] */
 } dpoc_attention;
@@ -2518,6 +2616,11 @@ static __device__ __forceinline__ int64_t dpoc_tile_of(const dpoc_attention &g, 
     return u;
 }
 
+/* The plain kernels are the oracle of those below, and serve F32, which parity is checked in, and heads that are too
+   wide for registers.  Tiles of 32 x 32 are what eight warps share evenly: a thread has four scores of one row, eight
+   threads a row, so that its maximum takes three shuffles; rows of shared memory are 33 numbers apart, so that neither
+   walking along nor down them meets a bank twice. */
+
 /* 32 queries a block, keys 32 at a time, with a running maximum: eight threads share a row. */
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_attention_kernel(dpoc_attention g)
 {
@@ -2528,7 +2631,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_attention_kernel(dpo
     float   sum[DPOC_STRIP/8], most = -FLT_MAX, total = 0, s[4];
     for (int e = 0; e < DPOC_STRIP/8; e++) sum[e] = 0;
     for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
-        float high = most, shrink, part = 0;
+        float high = most, shrink, part = 0;          /* of the row's scores so far, and of this tile's */
         dpoc_dots(g, g.q, g.type, q, g.T - row, g.k, g.type, k + j0*g.D, g.S - j0, s);
         for (int e = 0; e < 4; e++) {
             int64_t j = j0 + (int)threadIdx.x % 8 + 8*e;
@@ -2537,7 +2640,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_attention_kernel(dpo
         }
         for (int m = 1; m < 8; m <<= 1) { float other = __shfl_xor_sync(~0u, high, m);
             high = other > high || other != other ? other : high; }
-        shrink = expf(most - high);
+        shrink = expf(most - high);       /* what was summed stands for exp(s - most) */
         for (int e = 0; e < 4; e++) {
             s[e] = s[e] == -FLT_MAX ? 0 : expf(s[e] - high);
             part += s[e];
@@ -2551,7 +2654,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_attention_kernel(dpo
         dpoc_blend(g, p, g.v, g.type, k + j0*g.D, g.S - j0, first, sum);
         __syncthreads();                  /* p is written anew */
     }
-    if (i >= g.T) return;
+    if (i >= g.T) return;                 /* rows behind the last one only helped to load */
     dpoc_spill(g, sum, 1/total, first, g.y, g.otype, dpoc_head(g, u, g.T) + i*g.D, 0);
     if (g.lse && threadIdx.x % 8 == 0 && blockIdx.y == 0) g.lse[u*g.T + i] = most + logf(total);
 }
@@ -2620,7 +2723,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dkv_kernel(dpoc_atte
         if (g.dv) dpoc_blend(g, ps, g.dout, DPO_F32, q + i0*g.D, g.T - i0, first, dv);
         __syncthreads();
     }
-    if (j >= g.S) return;
+    if (j >= g.S) return;                 /* as above */
     if (g.dk) dpoc_spill(g, dk, g.scale, first, g.dk, DPO_F32, dpoc_head(g, u, g.S) + j*g.D, g.add[1]);
     if (g.dv) dpoc_spill(g, dv, 1, first, g.dv, DPO_F32, dpoc_head(g, u, g.S) + j*g.D, g.add[2]);
 }
@@ -2833,7 +2936,7 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(
             int64_t j = j0 + e/4*8 + lane % 4*2 + e % 2, i = own + lane/4 + e % 4/2*8;
             dpoc_tile_slopes(g, s, dp, e, i < g.T && j < g.S && (!g.causal || j <= i), lse[e % 4/2], delta[e % 4/2]);
         }
-        dpoc_gather_rows<type, chunks>(dp, kt, sum);
+        dpoc_gather_rows<type, chunks>(dp, kt, sum);           /* dq += ds k */
         __syncthreads();
     }
     dpoc_spill_rows<chunks>(sum, factor, g, g.dq, DPO_F32, q, g.T - own, g.add[0]);
@@ -2871,8 +2974,8 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel
             int64_t i = i0 + col, j = own + lane/4 + e % 4/2*8;
             dpoc_tile_slopes(g, s, dp, e, i < g.T && j < g.S && (!g.causal || j <= i), lse[col], delta[col]);
         }
-        dpoc_gather_rows<type, chunks>(dp, qt, dk);
-        dpoc_gather_rows<type, chunks>(s, ot, dv);
+        dpoc_gather_rows<type, chunks>(dp, qt, dk);            /* dk += ds^T q */
+        dpoc_gather_rows<type, chunks>(s, ot, dv);             /* dv += p^T do */
         __syncthreads();
     }
     if (g.dk) dpoc_spill_rows<chunks>(dk, factor, g, g.dk, DPO_F32, k, g.S - own, g.add[1]);
@@ -2886,6 +2989,8 @@ template<int type, int chunks> static void dpoc_attention_wide(dpoc_run *r, dpoc
     dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices);
     DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks>), queries, DPOC_FOUR_WARPS, (g));
 }
+/* dk and dv share their scores, and dq makes them again: 7 products instead of 5, but no block adds to another's rows.
+   */
 template<int chunks> static void dpoc_attention_back(dpoc_run *r, dpoc_attention g)
 {
     unsigned slices = (unsigned)(g.N*g.heads);
@@ -2894,6 +2999,7 @@ template<int chunks> static void dpoc_attention_back(dpoc_run *r, dpoc_attention
     if (g.dq)         DPOC_LAUNCH(r, (dpoc_dq_tensor_kernel<DPO_BF16, chunks>), queries, DPOC_FOUR_WARPS, (g));
     if (g.dk || g.dv) DPOC_LAUNCH(r, (dpoc_dkv_tensor_kernel<DPO_BF16, chunks>), keys, DPOC_FOUR_WARPS, (g));
 }
+/* The narrowest width that holds a head; 40 channels as 48 waste a sixth. */
 template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_attention *g)
 {
     if (g->d <= 48)       dpoc_attention_wide<type, 3>(r, *g);
@@ -2918,13 +3024,14 @@ static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
         else                    dpoc_attention_forward<DPO_F16>(r, &g);
         return 1;
     }
-    g.o = dpoc_as(r, &a->dout, DPO_BF16);
+    g.o = dpoc_as(r, &a->dout, DPO_BF16); /* o itself is in delta already */
     if (g.d <= 48)      dpoc_attention_back<3>(r, g);
     else if (g.d <= 64) dpoc_attention_back<4>(r, g);
     else                dpoc_attention_back<5>(r, g);
     return 1;
 }
 
+/* Slice h of sample n starts at n*T*D + h*d (S for keys), its rows are D apart: heads are never moved into place. */
 static dpoc_attention dpoc_attention_of(const dpo_args *a)
 {
     dpoc_attention g;
@@ -2965,15 +3072,16 @@ static void dpoc_op_attention(dpoc_run *r)
 /* loss [1] = 1/B sum_b weight_b loss_b(inside_b), inside_b = beta/2 ((R_w - L_w) - (R_l - L_l)); stat [2,B]: inside,
    and d loss / d L_w = -beta/2 weight/B slope.  B is small: one block. */
 typedef struct dpoc_preference {
-    int64_t B;
+    int64_t B;                            /* pairs */
     int kind, add, type[3], ytype;
     float beta, smoothing;
-    const void *L, *R, *weight;
-    const float *dy;
+    const void *L, *R, *weight;           /* [2B] errors of policy and reference; [B] or NULL */
+    const float *dy;                      /* [1] */
     void *y;
-    float *stat, *d;
+    float *stat, *d;                      /* [2,B], which may be NULL; [2B] */
 } dpoc_preference;
 
+/* loss(inside) and its slope: hinge max(0, 1 - inside), IPO (inside - 1/2)^2, else the sigmoid's with smoothing s. */
 static __device__ double dpoc_preference_one(const dpoc_preference &g, float inside, double *slope)
 {
     double s = g.smoothing, d;
@@ -2982,6 +3090,7 @@ static __device__ double dpoc_preference_one(const dpoc_preference &g, float ins
     *slope = s*dpoc_sigmoid(inside) - (1 - s)*dpoc_sigmoid(-inside);
     return -(1 - s)*dpoc_log_sigmoid(inside) - s*dpoc_log_sigmoid(-inside);
 }
+/* Differences of the same pair first, in double: errors near 0.1 that differ by 1e-5 would lose their digits. */
 static __global__ void dpoc_preference_kernel(dpoc_preference g)
 {
     double loss = 0, slope;
@@ -2996,6 +3105,7 @@ static __global__ void dpoc_preference_kernel(dpoc_preference g)
     loss = dpoc_block_sum(loss);
     if (threadIdx.x == 0) dpoc_put(g.y, g.ytype, 0, (float)loss);
 }
+/* dL_w = dloss stat[1], dL_l = -dL_w; the reference gets no gradient. */
 static __global__ void dpoc_preference_back_kernel(dpoc_preference g)
 {
     for (int64_t b = threadIdx.x; b < g.B; b += DPOC_THREADS) {
@@ -3004,6 +3114,7 @@ static __global__ void dpoc_preference_back_kernel(dpoc_preference g)
         g.d[g.B + b] = (g.add ? g.d[g.B + b] : 0) - d;
     }
 }
+/* policy, reference [2B], winners first. */
 static void dpoc_op_preference(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -3021,12 +3132,13 @@ static void dpoc_op_preference(dpoc_run *r)
 
 /* record.factor = min(1, max_norm/(norm + 1e-6)), 0 and one more skip for a norm that is not a number. */
 typedef struct dpoc_clip {
-    int64_t n;
-    const void *sums;
+    int64_t n;                            /* gradients */
+    const void *sums;                     /* [n]: the sum of squares of each */
     int type;
-    float most;
-    float *record;
+    float most;                           /* the norm that is allowed; 0: any */
+    float *record;                        /* the step record */
 } dpoc_clip;
+/* A sum of squares beyond the range of float is infinite, and skips the step as well. */
 static __global__ void dpoc_clip_kernel(dpoc_clip g)
 {
     double sum = 0, norm, factor = 1;
@@ -3039,6 +3151,7 @@ static __global__ void dpoc_clip_kernel(dpoc_clip g)
     g.record[DPO_REC_FACTOR] = (float)factor;
     g.record[DPO_REC_NORM] = (float)norm;
 }
+/* sums [P] -> the step record, which the optimizer's kernels read: nothing goes to the host. */
 static void dpoc_op_clip(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -3055,13 +3168,14 @@ static void dpoc_op_clip(dpoc_run *r)
    one launch when another call, a copy or the end of the step comes: see dpoc_flush.  A block takes a piece of
    DPOC_PIECE numbers, and finds its tensor by walking the sums of pieces: 64 steps beside 16384 numbers. */
 typedef struct dpoc_many {
-    int     count, op;
-    float   beta1, beta2, eps, decay;
-    const float *record;
+    int     count, op;                    /* tensors */
+    float   beta1, beta2, eps, decay;     /* of AdamW */
+    const float *record;                  /* of AdamW: the step record */
     double *part;                         /* SUM_SQUARES: [all pieces] */
     dpoc_one one[DPOC_BATCH];
 } dpoc_many;
 
+/* Which tensor a piece belongs to, and where in it the piece starts; -1 behind the last. */
 static __device__ __forceinline__ int dpoc_find(const dpoc_many &g, int64_t piece, int64_t *first)
 {
     for (int i = 0; i < g.count; i++) {
@@ -3080,6 +3194,7 @@ static __global__ void dpoc_adamw_kernel(dpoc_many g)
     float   factor = g.record[DPO_REC_FACTOR], lr = g.record[DPO_REC_LR];
     float   decay = (float)(1 - (double)lr*g.decay), rate = lr/g.record[DPO_REC_BIAS1],
         root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
+    /* the factors that all numbers share are formed in double, once a thread */
     if (at < 0 || factor == 0) return;    /* a skipped step leaves all as it is */
     dpoc_one one = g.one[at];
     int64_t  end = first + DPOC_PIECE < one.n ? first + DPOC_PIECE : one.n;
@@ -3102,6 +3217,7 @@ static __global__ void dpoc_adamw_kernel(dpoc_many g)
     }
 }
 
+/* A block a piece, as in >>sums. */
 static __global__ void dpoc_squares_kernel(dpoc_many g)
 {
     int64_t first = 0;
@@ -3127,6 +3243,9 @@ static __global__ void dpoc_squares_fold_kernel(dpoc_many g)
 
 enum { DPOC_PARTS = 1 << 18 };            /* pieces of one launch: 2^32 numbers */
 
+/* A launch may read gradients long after the call that handed them over; nothing can have changed them, since whatever
+   could comes through this backend and runs what waits first. */
+
 /* Runs what was gathered. */
 static int dpoc_flush(dpoc *d)
 {
@@ -3142,7 +3261,7 @@ static int dpoc_flush(dpoc *d)
     d->op = dpoc_names[p->op];
     for (int i = 0; i < p->count; i++) { g.one[i] = p->one[i];  pieces += dpoc_pieces(p->one[i].n, DPOC_PIECE); }
     g.count = p->count;  g.op = p->op;  g.record = p->record;  g.part = d->sums;
-    p->count = 0;
+    p->count = 0;                         /* whatever happens now, it is not tried twice */
     if (p->op == DPO_OP_ADAMW) {
         g.beta1 = p->p.adamw.beta1;  g.beta2 = p->p.adamw.beta2;  g.eps = p->p.adamw.eps;
         g.decay = p->p.adamw.weight_decay;
@@ -3197,11 +3316,11 @@ static void dpoc_op_gather(dpoc_run *r)
 enum { DPOC_WHOLE, DPOC_MATRIX, DPOC_KERNEL };
 
 typedef struct dpoc_adafactor {
-    const float *g, *record;
-    float  *row, *col, *w;
-    int     kind, col_pass;
+    const float *g, *record;              /* as the weight; the step record */
+    float  *row, *col, *w;                /* factors as above; the weight */
+    int     kind, col_pass;               /* DPOC_WHOLE ...; of a kernel: columns, not rows */
     int64_t O, kh, kw, I, K, pieces;      /* K = kh*kw*I */
-    float   eps, clip, decay;
+    float   eps, clip, decay;             /* as in dpo_params */
     double *part, *total;                 /* of u^2 [pieces]; total: [0] mean of row, [1] sum of u^2 */
 } dpoc_adafactor;
 
@@ -3211,6 +3330,7 @@ static __device__ __forceinline__ void dpoc_adafactor_blend(const dpoc_adafactor
     float share = g.record[DPO_REC_BIAS2];
     *y = (1 - share)* *y + share*((float)mean + g.eps);
 }
+/* The square of a clipped gradient. */
 static __device__ __forceinline__ double dpoc_adafactor_square(const dpoc_adafactor &g, int64_t at)
 {
     double d = (double)g.record[DPO_REC_FACTOR]*g.g[at];
@@ -3264,6 +3384,7 @@ static __device__ float dpoc_adafactor_u(const dpoc_adafactor &g, int64_t at)
     mean /= (float)g.kh;
     return 1/sqrtf(g.row[(o*g.kh + y)*g.I + i]/mean)/sqrtf(g.col[(o*g.kw + x)*g.I + i])*d;
 }
+/* part[piece] = sum of u^2, with the factors of this step. */
 static __global__ void dpoc_adafactor_norm_kernel(dpoc_adafactor g)
 {
     int64_t first = (int64_t)blockIdx.x*DPOC_PIECE, end = first + DPOC_PIECE < g.O*g.K ? first + DPOC_PIECE : g.O*g.K;
@@ -3276,6 +3397,7 @@ static __global__ void dpoc_adafactor_norm_kernel(dpoc_adafactor g)
     sum = dpoc_block_sum(sum);
     if (threadIdx.x == 0) g.part[blockIdx.x] = sum;
 }
+/* total[1] = the sum of all pieces. */
 static __global__ void dpoc_adafactor_total_kernel(dpoc_adafactor g)
 {
     double sum = 0;
@@ -3293,6 +3415,8 @@ static __global__ void dpoc_adafactor_step_kernel(dpoc_adafactor g)
         keep*g.w[at] - rate*dpoc_adafactor_u(g, at);
 }
 
+/* Six launches a weight at most.  Every one of them looks at the record first, so that a skipped step changes nothing.
+   */
 static void dpoc_op_adafactor(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -3336,9 +3460,9 @@ static void dpoc_op_adafactor(dpoc_run *r)
 enum { DPOC_CALL_RUN, DPOC_CALL_UP, DPOC_CALL_ON, DPOC_CALL_ZERO };
 
 typedef struct dpoc_call {
-    int         what;
+    int         what;                     /* DPOC_CALL_RUN ... */
     dpo_args    a;                        /* RUN; the numbers that vary are zeros here */
-    void       *to;
+    void       *to;                       /* UP, ON, ZERO */
     const void *from;                     /* ON */
     size_t      bytes, mail, mailed;      /* mail: place of its `mailed` bytes in the mailbox */
 } dpoc_call;
@@ -3346,10 +3470,10 @@ typedef struct dpoc_call {
 typedef struct dpoc_list { dpoc_call *at; int64_t count, room; size_t mail; } dpoc_list;
 
 typedef struct dpoc_known {
-    dpoc_list calls;
-    cudaGraphExec_t graph;
-    int alive, matches;
-    int64_t used;
+    dpoc_list calls;                      /* in their order */
+    cudaGraphExec_t graph;                /* NULL: not captured yet */
+    int alive, matches;                   /* it is one; this step has been alike so far */
+    int64_t used;                         /* when it was last replayed, by `clock` */
 } dpoc_known;
 
 struct dpoc_recording {
@@ -3364,7 +3488,13 @@ struct dpoc_recording {
     const void *vary;                     /* while capturing: where the call's own numbers lie on the device */
 };
 
+/* NULL: the numbers of the call itself count. */
 static const void *dpoc_varying(dpoc_run *r) { return r->counting ? NULL : r->d->steps->vary; }
+
+/* What a step costs the host once it is replayed: the walk of the tape, a comparison of some thousand bytes a call, and
+   one launch.  What it costs the device: nothing between kernels but what the graph itself takes.  Four recordings are
+   kept, for steps that come in a few kinds: a sampler's state changes places from step to step, captions are encoded or
+   not. */
 
 /* The ops that have numbers which vary, and those numbers, in the form in which kernels read them; returns the bytes.
    */
@@ -3379,6 +3509,7 @@ static size_t dpoc_mail_of(const dpo_args *a, char mail[16])
     return sizeof d;
 }
 
+/* The numbers back into the call, for when it is run after all. */
 static void dpoc_mail_set(dpo_args *a, const char *mail)
 {
     dpoc_draw d;
@@ -3389,6 +3520,7 @@ static void dpoc_mail_set(dpo_args *a, const char *mail)
     a->p.random.purpose = d.purpose;  a->p.random.step = d.step;
 }
 
+/* Bytes decide: a view that differs in a field which nobody reads costs a replay, not a result. */
 static int dpoc_same(const dpoc_call *x, const dpoc_call *y)
 {
     if (x->what != y->what || x->to != y->to || x->from != y->from || x->bytes != y->bytes || x->mail != y->mail ||
@@ -3492,12 +3624,12 @@ static int dpoc_note(dpoc *d, const dpoc_call *c, const void *mail, size_t maile
         n->mailed = mailed;
         s->now.mail += (mailed + 15) & ~(size_t)15;
         if (n->what == DPOC_CALL_RUN && mailed) memset(&n->a.p, 0, sizeof n->a.p);
-        if (s->deferring && dpoc_step_matches(s)) {
+        if (s->deferring && dpoc_step_matches(s)) {        /* put off; its numbers go to the mailbox now */
             if (mailed) memcpy(s->host[s->turn] + n->mail, mail, mailed);
             return DPO_OK;
         }
     }
-    status = dpoc_step_abandon(d, s->now.count - (n != NULL));
+    status = dpoc_step_abandon(d, s->now.count - (n != NULL));         /* all before this one */
     if (!n) s->broken = 1;
     if (status != DPO_OK) return status;
     if (c->what == DPOC_CALL_RUN)  return dpoc_execute(d, &c->a);
@@ -3506,6 +3638,7 @@ static int dpoc_note(dpoc *d, const dpoc_call *c, const void *mail, size_t maile
                          ? DPO_COPY_UP : DPO_COPY_ON);
 }
 
+/* Its place can be taken by another one. */
 static void dpoc_known_free(dpoc_known *k)
 {
     if (k->graph) (void)cudaGraphExecDestroy(k->graph);
@@ -3557,7 +3690,7 @@ static int dpoc_step_capture(dpoc *d, dpoc_known *k)
     if (status == DPO_OK) {
         int ended;
         status = dpoc_list_run(d, &k->calls, k->calls.count, 1);
-        d->pending.count = 0;
+        d->pending.count = 0;             /* of a run that failed half-way */
         ended = dpoc_check(d, cudaStreamEndCapture(d->stream, &graph), "cudaStreamEndCapture");
         if (status == DPO_OK) status = ended;
     }
@@ -3590,6 +3723,7 @@ static int dpoc_step_replay(dpoc *d, int *status)
     return 0;
 }
 
+/* All recordings may still be the one; the mailbox of two steps ago is read by now. */
 static int dpoc_step_begin(dpoc *d)
 {
     dpoc_recording *s = d->steps;
@@ -3608,6 +3742,7 @@ static int dpoc_step_begin(dpoc *d)
     return dpoc_check(d, cudaEventSynchronize(s->sent[s->turn]), "cudaEventSynchronize");
 }
 
+/* A step that was not put off becomes a recording, so that the second one like it is a graph already. */
 static int dpoc_step_end(dpoc *d)
 {
     dpoc_recording *s = d->steps;
@@ -3621,6 +3756,7 @@ static int dpoc_step_end(dpoc *d)
     return status;
 }
 
+/* Mailboxes come with the first recording, whose size they have. */
 static int dpoc_steps_open(dpoc *d)
 {
     int status = DPO_OK;
@@ -3632,6 +3768,7 @@ static int dpoc_steps_open(dpoc *d)
     return status;
 }
 
+/* Graphs first: they hold the mailbox's address. */
 static void dpoc_steps_close(dpoc *d)
 {
     dpoc_recording *s = d->steps;
@@ -3651,29 +3788,49 @@ static void dpoc_steps_close(dpoc *d)
    >>open                                                                          table of ops, dpo_backend
    ========================================================================================================== */
 
+/* What has no kernel, or no backward. */
 static void dpoc_op_none(dpoc_run *r) { r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "run", "no such kernel"); }
 
 typedef struct dpoc_op { void (*run)(dpoc_run *r); int backward; } dpoc_op;
 
 static const dpoc_op dpoc_ops[DPO_OP_COUNT + 1] = {        /* in the order of DPO_OPS */
-    { dpoc_op_conv, 1 },     { dpoc_op_group_norm, 1 }, { dpoc_op_layer_norm, 1 }, { dpoc_op_attention, 1 },
-        { dpoc_op_geglu, 1 },
-    { dpoc_op_act, 1 },      { dpoc_op_binary, 1 },     { dpoc_op_affine, 1 },     { dpoc_op_clamp, 1 },
-        { dpoc_op_sum, 1 },
-    { dpoc_op_concat, 1 },   { dpoc_op_slice, 1 },      { dpoc_op_copy, 1 },       { dpoc_op_upsample, 1 },
-        { dpoc_op_embed, 1 },
-    { dpoc_op_timestep, 0 }, { dpoc_op_mix, 1 },        { dpoc_op_randn, 0 },      { dpoc_op_mse, 1 },
-        { dpoc_op_preference, 1 },
-    { dpoc_op_gather, 0 },   { dpoc_op_clip, 0 },       { dpoc_op_gather, 0 },     { dpoc_op_adafactor, 0 },
-        { dpoc_op_lerp, 0 },
-    { dpoc_op_none, 0 }
+    { dpoc_op_conv,       1 },
+    { dpoc_op_group_norm, 1 },
+    { dpoc_op_layer_norm, 1 },
+    { dpoc_op_attention,  1 },
+    { dpoc_op_geglu,      1 },
+    { dpoc_op_act,        1 },
+    { dpoc_op_binary,     1 },
+    { dpoc_op_affine,     1 },
+    { dpoc_op_clamp,      1 },
+    { dpoc_op_sum,        1 },
+    { dpoc_op_concat,     1 },
+    { dpoc_op_slice,      1 },
+    { dpoc_op_copy,       1 },
+    { dpoc_op_upsample,   1 },
+    { dpoc_op_embed,      1 },
+    { dpoc_op_timestep,   0 },
+    { dpoc_op_mix,        1 },
+    { dpoc_op_randn,      0 },
+    { dpoc_op_mse,        1 },
+    { dpoc_op_preference, 1 },
+    { dpoc_op_gather,     0 },
+    { dpoc_op_clip,       0 },
+    { dpoc_op_gather,     0 },
+    { dpoc_op_adafactor,  0 },
+    { dpoc_op_lerp,       0 },
+    { dpoc_op_none,       0 }
 };
 
+/* Calls from outside may hold any number. */
 static const dpoc_op *dpoc_op_of(const dpo_args *a)
 {
     return a->op < 0 || a->op >= DPO_OP_COUNT || (a->backward && !dpoc_ops[a->op].backward) ? &dpoc_ops[DPO_OP_COUNT]
         : &dpoc_ops[a->op];
 }
+
+/* The op's own function decides in both passes by shapes, types and NULLs alone, so that it hands out the same scratch.
+   */
 
 /* Counted by running the op without running anything. */
 static size_t dpoc_workspace(void *self, const dpo_args *a)
@@ -3687,6 +3844,7 @@ static size_t dpoc_workspace(void *self, const dpo_args *a)
     return r.at;
 }
 
+/* Runs a call at once.  AdamW and squares are gathered; anything else runs what was gathered first. */
 static int dpoc_execute(dpoc *d, const dpo_args *a)
 {
     dpoc_run r;
@@ -3710,6 +3868,7 @@ static int dpoc_enter(dpoc *d)
     return dpoc_check(d, cudaSetDevice(d->device), "cudaSetDevice");
 }
 
+/* The one way in for ops: outside of steps at once, inside noted. */
 static int dpoc_backend_run(void *self, const dpo_args *a)
 {
     dpoc     *d = (dpoc *)self;
@@ -3724,6 +3883,7 @@ static int dpoc_backend_run(void *self, const dpo_args *a)
     return dpoc_note(d, &c, mail, dpoc_mail_of(a, mail));
 }
 
+/* Down is the only copy that waits, and ends a recording: the host wants to see something now. */
 static int dpoc_backend_copy(void *self, void *to, const void *from, size_t bytes, int direction)
 {
     dpoc     *d = (dpoc *)self;
@@ -3740,6 +3900,7 @@ static int dpoc_backend_copy(void *self, void *to, const void *from, size_t byte
     return dpoc_note(d, &c, from, direction == DPO_COPY_UP ? bytes : 0);
 }
 
+/* As a call of a step like any other. */
 static int dpoc_backend_zero(void *self, void *data, size_t bytes)
 {
     dpoc     *d = (dpoc *)self;
@@ -3754,6 +3915,7 @@ static int dpoc_backend_zero(void *self, void *data, size_t bytes)
     return dpoc_note(d, &c, NULL, 0);
 }
 
+/* The context says where a step begins and ends, for devices that want to know. */
 static int dpoc_backend_step(void *self, int begin)
 {
     dpoc *d = (dpoc *)self;
@@ -3762,6 +3924,7 @@ static int dpoc_backend_step(void *self, int begin)
     return begin ? dpoc_step_begin(d) : dpoc_step_end(d);
 }
 
+/* Whatever was put off or gathered is run first. */
 static int dpoc_backend_sync(void *self)
 {
     dpoc *d = (dpoc *)self;
@@ -3770,13 +3933,14 @@ static int dpoc_backend_sync(void *self)
     return status == DPO_OK ? dpoc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize") : status;
 }
 
+/* Call, reason, op. */
 static const char *dpoc_explain(void *self) { return ((dpoc *)self)->text[0] ? ((dpoc *)self)->text : NULL; }
 
 /* Also of a backend that never opened. */
 static void dpoc_close(void *self)
 {
     dpoc *d = (dpoc *)self;
-    if (d->stream) (void)cudaStreamSynchronize(d->stream);
+    if (d->stream) (void)cudaStreamSynchronize(d->stream); /* nothing may be in use that is freed now */
     dpoc_steps_close(d);
     dpoc_blas_close(d);
     dpoc_dnn_close(d);
@@ -3789,6 +3953,8 @@ static void dpoc_close(void *self)
     if (d->stream)  (void)cudaStreamDestroy(d->stream);
     free(d);
 }
+
+/* In the order in which a user can do something about what is wrong: driver, device, its age. */
 
 /* Which device, how much memory, what it can do. */
 static int dpoc_open_device(dpoc *d)
@@ -3828,6 +3994,7 @@ static int dpoc_open_rest(dpoc *d)
     return status;
 }
 
+/* panel 1: weights lie as [O][K], and are told apart from other tensors all the same. */
 static void dpoc_fill(dpoc *d)
 {
     dpo_backend *b = &d->backend;
@@ -3849,7 +4016,7 @@ dpo_backend *dpo_cuda_open(int device, uint32_t version)
     if (!d) return NULL;
     dpoc_fill(d);
     d->device = device;
-    d->options[DPO_CUDA_GRAPHS] = 1;
+    d->options[DPO_CUDA_GRAPHS] = 1;      /* all others are 0 */
     status = version == DIFFDPO_VERSION ? dpoc_open_device(d)
         : dpoc_fail(d, DPO_BAD_ARGUMENT, "dpo_cuda_open", "diffdpo.h is of another version");
     if (status == DPO_OK) status = dpoc_open_rest(d);
