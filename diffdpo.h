@@ -1205,6 +1205,8 @@ struct dpo_backend {
     size_t      (*workspace)(void *self, const dpo_args *a);             /* scratch bytes that this call needs */
     int         (*run)    (void *self, const dpo_args *a);
     int         (*sync)   (void *self);
+    int         (*step)   (void *self, int begin);        /* or NULL.  1 before and 0 after calls that will come again, */
+                                          /* the same with other numbers: a device may record and replay them */
     const char *(*explain)(void *self);   /* the last failure in words, or NULL */
     void        (*close)  (void *self);
 };
@@ -1220,7 +1222,26 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model);
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc);
 
 #ifdef DIFFDPO_CUDA
-extern dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in diffdpo_cuda.cu */
+/* In diffdpo_cuda.cu.  The backend of one NVIDIA GPU, for dpo_desc.backend: dpo_cuda_open(0, DIFFDPO_VERSION).  Without a
+   usable device it is a backend all the same, and dpo_open says in its context what is wrong; NULL only without memory on
+   the host.  dpo_cuda_about: the device, its memory and its compute capability, or what is wrong. */
+extern dpo_backend *dpo_cuda_open(int device, uint32_t version);
+extern const char  *dpo_cuda_about(const dpo_backend *b);
+
+/* Settings, to be made before the first step; 1, or 0 where b is no CUDA backend. */
+enum {
+    DPO_CUDA_PRODUCTS,                    /* DPO_BF16: factors that are F32 are rounded, as dpo_desc.products does; 0: they are not */
+    DPO_CUDA_TF32,                        /* 1: products of F32 may use TF32; 0: they do not */
+    DPO_CUDA_GRAPHS,                      /* 0: steps are not captured; 1, as it starts: they are */
+    DPO_CUDA_PLAIN,                       /* 1: no tensor cores but cuBLAS's: for comparing kernels */
+    DPO_CUDA_SYNC,                        /* 1: wait after each kernel, so that a failure names the one that failed; slow */
+    DPO_CUDA_OPTIONS
+};
+extern int dpo_cuda_set(dpo_backend *b, int option, int value);
+
+/* In a build with -DDIFFDPO_NCCL: the sum, or the greatest, of `count` numbers on the device over all GPUs of an ncclComm_t,
+   in place and in the order of the other calls.  A status, like the calls of the struct. */
+extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count, int dtype, int greatest);
 #endif
 #ifdef __cplusplus
 }
@@ -1579,6 +1600,14 @@ static int dpoi_fail(dpo_ctx *c, int status, const char *fmt, ...)
 static int dpoi_no_memory(dpo_ctx *c, size_t bytes)
 {
     return dpoi_fail(c, DPO_OUT_OF_MEMORY, "out of memory: %llu bytes more were needed", (unsigned long long)bytes);
+}
+
+/* A call of the backend that is no kernel's failed: `doing` so many bytes, and the backend's own words. */
+static int dpoi_fail_device(dpo_ctx *c, const char *doing, size_t bytes)
+{
+    const char *why = c->backend->explain(c->backend->self);
+    return dpoi_fail(c, DPO_DEVICE, "%s %llu bytes on %s: %s", doing, (unsigned long long)bytes, c->backend->name,
+                     why ? why : "failed");
 }
 
 /* 1 while the context can work: no error yet, nobody cancelled. */
@@ -5721,7 +5750,7 @@ static int dpoi_zero(dpo_tensor *x)
     dpo_view v = dpoi_view(x);
     if (!x || !dpoi_ok(x->ctx)) return 0;
     if (x->ctx->backend->zero(x->ctx->backend->self, x->data, dpoi_view_bytes(&v)) == DPO_OK) return 1;
-    return dpoi_fail(x->ctx, DPO_DEVICE, "clearing %llu bytes failed", (unsigned long long)dpoi_view_bytes(&v));
+    return dpoi_fail_device(x->ctx, "clearing", dpoi_view_bytes(&v));
 }
 
 DPO_DEF dpo_tensor *dpo_tensor_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape)
@@ -5958,7 +5987,7 @@ static int dpoi_ferry_run(dpoi_ferry *f, dpo_tensor *x, int64_t first, int64_t n
     if (up && held > n) memset(f->stage, 0, bytes);
     if (up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 1);
     status = b->copy(b->self, up ? there : here, up ? here : there, bytes, up ? DPO_COPY_UP : DPO_COPY_DOWN);
-    if (status != DPO_OK) return dpoi_fail(x->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+    if (status != DPO_OK) return dpoi_fail_device(x->ctx, "copying", bytes);
     if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 0);
     return 1;
 }
@@ -6000,11 +6029,14 @@ DPO_DEF int dpo_write(dpo_tensor *x, const void *values)
 static int dpoi_open_backend(dpo_ctx *c, const dpo_desc *d)
 {
     dpo_backend *b = d->backend ? d->backend : dpo_cpu_open(d);
+    const char  *why;
     if (!b) return dpoi_fail(c, DPO_OUT_OF_MEMORY, "no memory for the CPU backend");
     if (b->size != sizeof *b || b->version != DIFFDPO_VERSION)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "a backend of another version: compile it and diffdpo.h together");
     c->backend = b;
-    return 1;
+    if (b->sync(b->self) == DPO_OK) return 1;
+    why = b->explain(b->self);            /* a device that could not be opened is found here */
+    return dpoi_fail(c, DPO_DEVICE, "%s: %s", b->name, why ? why : "does not answer");
 }
 
 /* Everything but the context itself may fail and be told by dpo_error. */
@@ -6127,6 +6159,18 @@ static int dpoi_run(dpo_ctx *c, dpo_args *a)
     why = b->explain(b->self);
     return dpoi_fail(c, status, "%s%s on %s: %s", dpoi_row_name(a->op), a->backward ? " backward" : "", b->name,
                      why ? why : "failed");
+}
+
+/* Around calls that will come again alike, for devices that record and replay them.  What fails is told at the end, for
+   there the device may find it. */
+static int dpoi_device_step(dpo_ctx *c, int begin)
+{
+    dpo_backend *b = c->backend;
+    const char  *why;
+    int          status = b->step ? b->step(b->self, begin) : (int)DPO_OK;
+    if (status == DPO_OK) return 1;
+    why = b->explain(b->self);
+    return dpoi_fail(c, status, "a step on %s: %s", b->name, why ? why : "failed");
 }
 
 /* ------------------------------------------------------------------------------------------ recording */
@@ -6282,7 +6326,7 @@ static int dpoi_grad_own(dpo_tensor *x)
     if (!(b = dpoi_block_new(c, dpoi_view_bytes(&v)))) return 0;
     if (c->backend->copy(c->backend->self, b->data, g->data, dpoi_view_bytes(&v), DPO_COPY_ON) != DPO_OK) {
         dpoi_block_drop(c, b);
-        return dpoi_fail(c, DPO_DEVICE, "copying a gradient failed");
+        return dpoi_fail_device(c, "copying a gradient of", dpoi_view_bytes(&v));
     }
     dpoi_block_drop(c, g->block);
     g->block = b;
@@ -7182,6 +7226,7 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model)
     b->workspace = dpoi_dry_workspace;
     b->run = dpoi_dry_run;
     b->sync = dpoi_dry_sync;
+    b->step = NULL;
     b->explain = dpoi_dry_explain;
     b->close = dpoi_dry_close;
     return b;
@@ -7393,6 +7438,7 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->workspace = dpoi_check_workspace;
     b->run = dpoi_check_run;
     b->sync = dpoi_check_sync;
+    b->step = NULL;                       /* each call is compared as it comes */
     b->explain = dpoi_check_explain;
     b->close = dpoi_check_close;
     return b;
@@ -15838,7 +15884,7 @@ static int dpoi_tiles_put(const dpoi_tiles *t, dpo_tensor *y, dpo_tensor *row, i
     for (int64_t n = 0; n < row->shape[0]; n++) {
         char *to = (char *)y->data + (size_t)(n*y->shape[1] + at)*line, *from = (char *)row->data + (size_t)n*bytes;
         if (b->copy(b->self, to, from, bytes, DPO_COPY_ON) != DPO_OK)
-            return dpoi_fail(t->c, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+            return dpoi_fail_device(t->c, "copying", bytes);
     }
     dpoi_drop_data(row);
     return 1;
@@ -19035,7 +19081,7 @@ static int dpoi_copy_into(dpo_tensor *dst, int64_t at, const dpo_tensor *src)
     char        *to = (char *)dst->data + at * (int64_t)dpoi_dtype_size(dst->dtype);
     if (!dpoi_ok(dst->ctx)) return 0;
     if (b->copy(b->self, to, src->data, dpoi_view_bytes(&v), DPO_COPY_ON) == DPO_OK) return 1;
-    return dpoi_fail(dst->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)dpoi_view_bytes(&v));
+    return dpoi_fail_device(dst->ctx, "copying", dpoi_view_bytes(&v));
 }
 
 /* Keep this step's estimate of x0 for the next step, outside every scope. */
@@ -19345,9 +19391,10 @@ static dpo_tensor *dpoi_sampling_batch(dpoi_sampling *g)
         if (!x || !dpoi_stage_prepare(g, st)) return NULL;
         for (int k = 0; x && k < st->s->steps; k++) {
             int64_t scope = dpo_scope(c);
-            y = dpo_scope_end(c, scope, dpoi_sampling_step(g, st, k, x));
+            int     ok = dpoi_device_step(c, 1);
+            y = dpo_scope_end(c, scope, ok ? dpoi_sampling_step(g, st, k, x) : NULL);
             dpoi_drop_data(x);            /* nothing is recorded here, so nobody reads it again */
-            x = y;
+            x = dpoi_device_step(c, 0) ? y : NULL;
             if (x && !dpoi_sampling_tell(g, ++step, x)) return NULL;
         }
     }
@@ -20421,7 +20468,7 @@ static int dpoi_optim_record(dpo_optim *o, float lr)
     r[DPO_REC_BIAS1] = (float)(1 - pow((double)o->d.beta1, k));
     r[DPO_REC_BIAS2] = (float)(o->kind == DPO_ADAFACTOR ? pow(k, -(double)o->decay) : 1 - pow((double)o->d.beta2, k));
     if (b->copy(b->self, o->record->data, r, sizeof r, DPO_COPY_UP) == DPO_OK) return 1;
-    return dpoi_fail(o->c, DPO_DEVICE, "copying the step record failed");
+    return dpoi_fail_device(o->c, "copying the step record of", sizeof r);
 }
 
 /* Three sweeps over the parameters: squares, update, clearing.  All factors are on the device: what the host hands over
@@ -23740,22 +23787,30 @@ static int dpoi_train_ready(dpo_trainer *t)
     return !t->stopped && t->steps_done < t->d.steps;
 }
 
-/* The figures are read only after the whole step was handed to the device.
+/* All that the device does in a step, from draws to weights.
    The learning rate is that of the number of steps done before, 0 at the first. */
-DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
+static int dpoi_train_update(dpo_trainer *t, float lr)
 {
-    dpo_progress p;
-    double       started = dpo_seconds();
-    float        lr, decay;
-    if (!dpoi_train_ready(t)) return 0;
-    t->phase = DPOI_GRADIENTS;
-    lr = dpo_lr(t->d.lr_schedule, t->d.lr, t->d.warmup, t->d.steps, t->steps_done);
+    float decay = dpo_average_decay(t->steps_done, t->d.average);
     for (int k = 0; k < t->d.accumulation; k++)
         if (!dpoi_train_micro(t, k)) return 0;
     t->phase = DPOI_UPDATE;
     if (!dpo_optim_step(t->o, lr)) return 0;
-    decay = dpo_average_decay(t->steps_done, t->d.average);
-    if (t->average && !dpo_average(t->c, t->average, t->params, t->count, decay)) return 0;
+    return !t->average || dpo_average(t->c, t->average, t->params, t->count, decay);
+}
+
+/* The figures are read only after the whole step was handed to the device. */
+DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
+{
+    dpo_progress p;
+    double       started = dpo_seconds();
+    float        lr;
+    int          ok;
+    if (!dpoi_train_ready(t)) return 0;
+    t->phase = DPOI_GRADIENTS;
+    lr = dpo_lr(t->d.lr_schedule, t->d.lr, t->d.warmup, t->d.steps, t->steps_done);
+    ok = dpoi_device_step(t->c, 1) && dpoi_train_update(t, lr);
+    if (!dpoi_device_step(t->c, 0) || !ok) return 0;
     t->phase = DPOI_BETWEEN;
     t->steps_done++;
     if (!dpoi_train_report(t, started, lr, &p)) return 0;
