@@ -803,6 +803,10 @@ DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, con
 typedef struct dpo_adafactor_desc { float decay, eps, clip, weight_decay, max_norm; } dpo_adafactor_desc;
 DPO_DEF dpo_optim *dpo_adafactor_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adafactor_desc *d);
 
+/* AdamW whose moments take 8 bits a number and one float a block of 256 (arXiv 2110.02861), for parameters of at least
+   4096 numbers; smaller ones keep floats.  Its state fits the backend that wrote it. */
+DPO_DEF dpo_optim *dpo_adamw8_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d);
+
 DPO_DEF int     dpo_optim_step (dpo_optim *o, float lr);    /* clip, update, clear the gradients; reads nothing back */
 DPO_DEF int     dpo_optim_clear(dpo_optim *o);              /* forget the gradients without a step */
 DPO_DEF int64_t dpo_optim_count(const dpo_optim *o);        /* steps so far, skipped ones included */
@@ -818,9 +822,21 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path);
 DPO_DEF int   dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights, int count, float decay);
 DPO_DEF float dpo_average_decay(int64_t step, float decay);
 
-/* Learning rate of step k = 0, 1, ...: it rises over `warmup` steps as (k+1)/warmup, then follows `kind` to the end. */
-enum { DPO_LR_CONSTANT, DPO_LR_LINEAR, DPO_LR_COSINE };
-DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);
+/* Learning rate of step k = 0, 1, ... of `steps`, as diffusers' get_scheduler computes it: over `warmup` steps it rises
+   as k/warmup, 0 at the first; then it stays, or follows with u = (k - warmup)/(steps - warmup), the part of the way done,
+     LINEAR      lr (1 - u)
+     COSINE      lr/2 (1 + cos(2 pi cycles u))                cycles 0: 0.5, half a wave
+     RESTARTS    lr/2 (1 + cos(pi frac(cycles u)))            cycles 0: 1
+     POLYNOMIAL  end + (lr - end) (1 - u)^power               end 0: 1e-7, power 0: 1 */
+enum { DPO_LR_CONSTANT, DPO_LR_LINEAR, DPO_LR_COSINE, DPO_LR_RESTARTS, DPO_LR_POLYNOMIAL, DPO_LR_SCHEDULES };
+typedef struct dpo_lr_desc {
+    int     kind;                         /* DPO_LR_CONSTANT ... */
+    float   lr;
+    int64_t warmup, steps;
+    float   cycles, power, end;
+} dpo_lr_desc;
+DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k);
+DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);   /* the same with zeros for the rest */
 
 /* ==========================================================================================================
    >>api pairs                                                                        prompts with two pictures
@@ -885,8 +901,8 @@ typedef struct dpo_terms {                /* what a loss was made of; what it ha
     dpo_tensor *inside;                   /* [B] */
 } dpo_terms;
 
-enum { DPO_DPO, DPO_SFT };                /* objectives */
-enum { DPO_ADAMW, DPO_ADAFACTOR };        /* optimizers */
+enum { DPO_DPO, DPO_SFT, DPO_KTO, DPO_MAPO, DPO_OBJECTIVES };
+enum { DPO_ADAMW, DPO_ADAFACTOR, DPO_ADAMW8, DPO_OPTIMIZERS };
 typedef struct dpo_objective {
     int      objective;                   /* DPO_DPO: Diffusion-DPO, DPO_SFT: mean squared error */
     int      kind;                        /* DPO_PREF_SIGMOID ... */
@@ -1018,9 +1034,12 @@ typedef struct dpo_view {
     X(RANDN,      1, 0x00, 0x00)             /* key I32 [N] -> [N,P] */ \
     X(MSE,        2, 0x03, 0x03)             /* pred [N,P] target [N,P] -> [N] */ \
     X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; stat [2,B] = inside, dloss/dL_w */ \
+    X(MAPO,       2, 0x01, DPOI_STAT)        /* policy [2B] weight [B] -> loss [1]; stat [2B] = dloss/dL */ \
     X(SUM_SQUARES,1, 0x00, 0x00)             /* g -> [1] */ \
     X(CLIP,       1, 0x00, 0x00)             /* sums of squares [P] -> the step record, see DPO_REC_ */ \
     X(ADAMW,      4, 0x00, 0x00)             /* g m v record -> weights; m and v are written too */ \
+    X(ADAMW8,     6, 0x00, 0x00)             /* g, codes of m and v I32 [ceil(n/4)], record, scales of m and v */ \
+                                             /* [ceil(n/256)] -> weights of n numbers as stored; codes and scales, too */ \
     X(ADAFACTOR,  4, 0x00, 0x00)             /* g row col record -> weights; row and col are written too; one of: */ \
                                              /* none, as weights; [O], [I]; [O,kh,1,I], [O,1,kw,I] in weights' panels */ \
     X(LERP,       1, 0x00, 0x00)             /* x -> y += rate * (x - y) */
@@ -1054,8 +1073,9 @@ typedef union dpo_params {
     struct { int64_t from; } slice;
     struct { uint64_t seed; uint32_t purpose, step; } random;
     struct { int kind; float beta, smoothing; } preference;         /* see dpo_preference_loss */
+    struct { float lambda; } mapo;        /* see dpo_mapo_loss */
     struct { float max_norm; } clip;
-    struct { float beta1, beta2, eps, weight_decay; } adamw;        /* w -= lr*(wd*w + m^/(sqrt(v^) + eps)) */
+    struct { float beta1, beta2, eps, weight_decay; } adamw;        /* w -= lr*(wd*w + m^/(sqrt(v^) + eps)); 8 bits too */
     struct { float eps, clip, weight_decay; } adafactor;            /* see >>impl optim */
     struct { float rate; } lerp;
 } dpo_params;
@@ -7147,7 +7167,7 @@ static int dpoi_check_run(void *self, const dpo_args *a)
     if (status == DPO_OK) status = dpoi_check_both(k, &mine, &other);
     for (int i = 0; i < made; i++) {
         dpo_view *from = dpoi_args_view(&mine, i), *to = dpoi_args_view(&other, i);
-        int       moves = a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR;
+        int       moves = a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR || a->op == DPO_OP_ADAMW8;
         int       written = a->backward ? i >= DPO_MAX_INPUTS && i < 2 * DPO_MAX_INPUTS
                                         : i == 2 * DPO_MAX_INPUTS || i == 2 * DPO_MAX_INPUTS + 1 || moves;
         if (!from->data || !to->data || to->data == from->data) continue;
@@ -9782,6 +9802,49 @@ static int dpoi_cpu_preference_backward(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
+/* MaPO's squashed error, phi = u/(exp(u) - 1) with u = L/2, which falls from 1 at L = 0; *slope = d phi / d L.
+   expm1: at u = 0.01 the plain difference has lost half of its digits, and a factor of 1000 follows. */
+static double dpoi_mapo_phi(double L, double *slope)
+{
+    double u = 0.5*L, e = expm1(u);
+    if (fabs(u) < 1e-8) { *slope = -0.25;  return 1 - 0.5*u; }
+    if (e > 1e300)      { *slope = 0;      return 0; }
+    *slope = 0.5*(1 - u*(e + 1)/e)/e;
+    return u/e;
+}
+
+/* policy [2B], winners first -> loss [1] = 1/B sum_b weight_b (L_w - lambda log sigmoid(1000 (phi(L_w) - phi(L_l)))).
+   stat [2B]: d loss / d L of winners and losers. */
+static int dpoi_cpu_mapo(dpoi_cpu *cpu, const dpo_args *a)
+{
+    int64_t B = a->in[0].shape[0]/2;
+    const float *L = dpoi_a_in(a, 0), *weight = dpoi_a_in(a, 1);
+    float *stat = (float *)a->stat.data;
+    double loss = 0, lambda = a->p.mapo.lambda, dw, dl;
+    (void)cpu;
+    for (int64_t b = 0; b < B; b++) {
+        double share = (weight ? weight[b] : 1)/(double)B;
+        double z = 1000*(dpoi_mapo_phi(L[b], &dw) - dpoi_mapo_phi(L[B + b], &dl));
+        double g = 1000*lambda*dpoi_sigmoid(-z);          /* -d/dz of -lambda log sigmoid, times 1000 */
+        loss += share*(L[b] - lambda*dpoi_log_sigmoid(z));
+        if (!stat) continue;
+        stat[b] = (float)(share*(1 - g*dw));
+        stat[B + b] = (float)(share*g*dl);
+    }
+    dpoi_a_out(a)[0] = (float)loss;
+    return DPO_OK;
+}
+/* dL = dloss stat. */
+static int dpoi_cpu_mapo_backward(dpoi_cpu *cpu, const dpo_args *a)
+{
+    int64_t n = a->in[0].shape[0];
+    const float *stat = (const float *)a->stat.data;
+    float *d = dpoi_a_din(a, 0), dy = dpoi_a_dout(a)[0];
+    (void)cpu;
+    for (int64_t i = 0; i < n && d; i++) d[i] = (dpoi_a_adds(a, 0) ? d[i] : 0) + dy*stat[i];
+    return DPO_OK;
+}
+
 /* g [..] -> [1], over panels' zeros too.
    SQUARE takes (a - s0)^2 with s0 = 0. */
 static int dpoi_cpu_sum_squares(dpoi_cpu *cpu, const dpo_args *a)
@@ -9825,20 +9888,137 @@ static void dpoi_adamw_piece(const dpoi_job *j, int64_t from, int64_t to)
                        (float *)j->a->in[2].data + from, dpoi_a_out(j->a) + from, w->s);
 }
 /* The factors that all numbers share are formed in double, once. */
+static void dpoi_adamw_factors(const dpo_args *a, const float *record, float *s)
+{
+    s[DPOI_ADAMW_FACTOR] = record[DPO_REC_FACTOR];
+    s[DPOI_ADAMW_BETA1]  = a->p.adamw.beta1;
+    s[DPOI_ADAMW_BETA2]  = a->p.adamw.beta2;
+    s[DPOI_ADAMW_DECAY]  = (float)(1 - (double)record[DPO_REC_LR]*a->p.adamw.weight_decay);
+    s[DPOI_ADAMW_RATE]   = record[DPO_REC_LR]/record[DPO_REC_BIAS1];
+    s[DPOI_ADAMW_ROOT]   = (float)(1/sqrt((double)record[DPO_REC_BIAS2]));
+    s[DPOI_ADAMW_EPS]    = a->p.adamw.eps;
+}
 static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
 {
     const float *record = dpoi_a_in(a, 3);
     dpoi_adamw w;
-    w.s[DPOI_ADAMW_FACTOR] = record[DPO_REC_FACTOR];
-    w.s[DPOI_ADAMW_BETA1]  = a->p.adamw.beta1;
-    w.s[DPOI_ADAMW_BETA2]  = a->p.adamw.beta2;
-    w.s[DPOI_ADAMW_DECAY]  = (float)(1 - (double)record[DPO_REC_LR]*a->p.adamw.weight_decay);
-    w.s[DPOI_ADAMW_RATE]   = record[DPO_REC_LR]/record[DPO_REC_BIAS1];
-    w.s[DPOI_ADAMW_ROOT]   = (float)(1/sqrt((double)record[DPO_REC_BIAS2]));
-    w.s[DPOI_ADAMW_EPS]    = a->p.adamw.eps;
+    dpoi_adamw_factors(a, record, w.s);
     /* a skipped step leaves weights and moments as they are */
     if (record[DPO_REC_FACTOR] != 0) dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, &w, dpoi_adamw_piece);
     return DPO_OK;
+}
+
+/* --------------------------------------------------------------------------------------- 8-bit moments
+
+   A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are a
+   dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
+   10^(i-7) ... 10^(i-6), so that small numbers keep an exponent and large ones their digits; 0 and 1 are codes, too. */
+enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*16 };
+
+typedef struct dpoi_levels {
+    float   value[DPOI_CODES];            /* ascending from 0 to 1, */
+    int     count, sign;                  /* so many; sign 1: code 127 is 0, those below are negative */
+    uint8_t first[DPOI_CODE_BINS];        /* the level nearest to the low end of each 16th of an octave from 2^-24 on */
+} dpoi_levels;
+
+typedef struct dpoi_adamw8 { dpoi_levels m, v; float s[DPOI_ADAMW_COUNT]; } dpoi_adamw8;
+
+/* Bits 19 and up of a float of 2^-24 to 1, counted from 2^-24. */
+static int dpoi_level_bin(float a)
+{
+    int k = (int)(dpoi_bits_of(a) >> 19) - 103*16;
+    return k < 0 ? 0 : k < DPOI_CODE_BINS ? k : DPOI_CODE_BINS - 1;
+}
+
+/* The nearest level, counted up from `k`, which is not above it. */
+static int dpoi_level_from(const dpoi_levels *q, float a, int k)
+{
+    while (k + 1 < q->count && a > 0.5f*(q->value[k] + q->value[k + 1])) k++;
+    return k;
+}
+
+static void dpoi_levels_fill(dpoi_levels *q, int sign)
+{
+    double decade = 1e-6;
+    int    n = 1;
+    q->sign = sign;
+    q->value[0] = 0;
+    for (int i = 0; i < 7; i++, decade *= 10) {
+        int parts = 1 << (sign ? i : i + 1);
+        for (int k = 0; k < parts; k++) q->value[n++] = (float)(decade*(0.1 + 0.9*(k + 0.5)/parts));
+    }
+    q->value[n++] = 1;
+    q->count = n;
+    for (int b = 0; b < DPOI_CODE_BINS; b++)
+        q->first[b] = (uint8_t)(b ? dpoi_level_from(q, dpoi_float_of((uint32_t)(b + 103*16) << 19), 0) : 0);
+}
+
+/* x as the code nearest to it, in units of `most`.  What is not 0 without a sign keeps at least the lowest level: a second
+   moment of 0 under a first one that is not would make a step without bounds. */
+static int dpoi_level_code(const dpoi_levels *q, float x, float most)
+{
+    float a = most > 0 ? fabsf(x)/most : 0;
+    int   k = dpoi_level_from(q, a, q->first[dpoi_level_bin(a)]);
+    if (!q->sign) return k || x == 0 ? k : 1;
+    return x >= 0 ? 127 + k : 127 - (k < 127 ? k : 127);
+}
+
+static float dpoi_level_value(const dpoi_levels *q, int code)
+{
+    if (!q->sign) return q->value[code];
+    return code >= 127 ? q->value[code - 127] : -q->value[127 - code];
+}
+
+/* n codes of a block as numbers, and back with a new scale. */
+static void dpoi_levels_read(const dpoi_levels *q, const uint8_t *code, float most, float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) x[i] = most*dpoi_level_value(q, code[i]);
+}
+static void dpoi_levels_write(const dpoi_levels *q, uint8_t *code, float *most, const float *x, int64_t n)
+{
+    float top = 0;
+    for (int64_t i = 0; i < n; i++) if (fabsf(x[i]) > top) top = fabsf(x[i]);
+    for (int64_t i = 0; i < n; i++) code[i] = (uint8_t)dpoi_level_code(q, x[i], top);
+    *most = top;
+}
+
+/* Blocks from..to-1: the moments as floats, AdamW's own loop, the moments as codes.  The step is made of the moments
+   before they are rounded. */
+static void dpoi_adamw8_blocks(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpoi_adamw8 *w = (const dpoi_adamw8 *)j->more;
+    const dpo_args    *a = j->a;
+    int64_t            n = dpoi_stored(&a->out);
+    uint8_t           *codes[2];
+    codes[0] = (uint8_t *)a->in[1].data;
+    codes[1] = (uint8_t *)a->in[2].data;
+    for (int64_t u = from; u < to; u++) {
+        int64_t at = u*DPOI_CODE_BLOCK, count = dpoi_least(DPOI_CODE_BLOCK, n - at);
+        float   m[DPOI_CODE_BLOCK], v[DPOI_CODE_BLOCK];
+        float  *ms = (float *)a->in[4].data + u, *vs = (float *)a->in[5].data + u;
+        dpoi_levels_read(&w->m, codes[0] + at, *ms, m, count);
+        dpoi_levels_read(&w->v, codes[1] + at, *vs, v, count);
+        j->cpu->rows.adamw(count, dpoi_a_in(a, 0) + at, m, v, dpoi_a_out(a) + at, w->s);
+        dpoi_levels_write(&w->m, codes[0] + at, ms, m, count);
+        dpoi_levels_write(&w->v, codes[1] + at, vs, v, count);
+    }
+}
+/* A state of zeros is scales of zeros: whatever the codes are, they mean 0. */
+static int dpoi_cpu_adamw8(dpoi_cpu *cpu, const dpo_args *a)
+{
+    const float *record = dpoi_a_in(a, 3);
+    dpoi_adamw8 *w = (dpoi_adamw8 *)a->work;
+    if (record[DPO_REC_FACTOR] == 0) return DPO_OK;
+    dpoi_levels_fill(&w->m, 1);
+    dpoi_levels_fill(&w->v, 0);
+    dpoi_adamw_factors(a, record, w->s);
+    dpoi_cut(cpu, a, dpoi_pieces(dpoi_stored(&a->out), DPOI_CODE_BLOCK), DPOI_CODE_BLOCK, w, dpoi_adamw8_blocks);
+    return DPO_OK;
+}
+static size_t dpoi_cpu_adamw8_workspace(const dpoi_cpu *cpu, const dpo_args *a)
+{
+    (void)cpu; (void)a;
+    return sizeof(dpoi_adamw8);
 }
 
 /* --------------------------------------------------------------------------------------- Adafactor
@@ -12855,9 +13035,11 @@ static const dpoi_kernel dpoi_kernels[DPO_OP_COUNT] = {                     /* i
     { dpoi_cpu_randn,       NULL,                         NULL },
     { dpoi_cpu_mse,         dpoi_cpu_mse_backward,        dpoi_cpu_mse_workspace },
     { dpoi_cpu_preference,  dpoi_cpu_preference_backward, NULL },
+    { dpoi_cpu_mapo,        dpoi_cpu_mapo_backward,       NULL },
     { dpoi_cpu_sum_squares, NULL,                         dpoi_cpu_sum_squares_workspace },
     { dpoi_cpu_clip,        NULL,                         NULL },
     { dpoi_cpu_adamw,       NULL,                         NULL },
+    { dpoi_cpu_adamw8,      NULL,                         dpoi_cpu_adamw8_workspace },
     { dpoi_cpu_adafactor,   NULL,                         dpoi_cpu_adafactor_workspace },
     { dpoi_cpu_lerp,        NULL,                         NULL }
 };
@@ -12971,6 +13153,7 @@ static int dpoi_cpu_run(void *self, const dpo_args *a)
         return DPO_UNSUPPORTED;
     }
     if (a->work_size < dpoi_cpu_workspace(self, a)) { cpu->why = "too little scratch";  return DPO_BAD_ARGUMENT; }
+    if (a->op == DPO_OP_ADAMW8 && a->out.dtype != DPO_F32) { cpu->why = "weights must be F32";  return DPO_UNSUPPORTED; }
     if ((a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR) &&
         (a->out.dtype != DPO_F32 || a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32)) {
         cpu->why = "weights and moments must be F32";
@@ -17327,7 +17510,12 @@ enum {
     DPOI_RANDOM_ORDER,                    /* which pair comes when */
     DPOI_RANDOM_CHOICES,                  /* a pair's timestep, dropped caption, flip */
     DPOI_RANDOM_NOISE,                    /* a pair's noise */
-    DPOI_RANDOM_REWARD                    /* timestep and noise of an implicit reward's draw */
+    DPOI_RANDOM_REWARD,                   /* timestep and noise of an implicit reward's draw */
+    DPOI_RANDOM_POSTERIOR,                /* a picture's draw from what its VAE says */
+    DPOI_RANDOM_OFFSET,                   /* a noise of one number a channel, for noise_offset */
+    DPOI_RANDOM_PERTURB,                  /* a second noise that is shown, for input_perturbation */
+    DPOI_RANDOM_VIEW,                     /* where a picture is cropped */
+    DPOI_RANDOM_HELD                      /* which prompts are held out; timestep and noise of a held-out pair */
 };
 
 /* ------------------------------------------------------------------------------------------ schedules
@@ -19320,12 +19508,13 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
    they are not factored, in v the columns' or the squares themselves. */
 struct dpo_optim {
     dpo_ctx       *c;
-    int            kind;                  /* DPO_ADAMW or DPO_ADAFACTOR */
+    int            kind;                  /* DPO_ADAMW, DPO_ADAFACTOR or DPO_ADAMW8 */
     dpo_adamw_desc d;                     /* of AdamW; eps, weight_decay and max_norm of both */
     float          decay, clip;           /* of Adafactor */
     int            count;
     int64_t        steps;
-    dpo_tensor   **params, **m, **v;      /* [count] each, one allocation */
+    dpo_tensor   **params, **m, **v;      /* [count] each, one allocation; */
+    dpo_tensor   **ms, **vs;              /* scales where m and v are codes of 8 bits, else NULL */
     dpo_tensor    *sums;                  /* F32 [count], squares of each gradient added up: see dpoi_optim_squares */
     dpo_tensor    *record;                /* F32 [DPO_REC_COUNT], see there */
 };
@@ -19337,10 +19526,12 @@ static void dpoi_optim_destroy(dpo_ctx *c, void *object)
     for (int i = 0; o->params && i < o->count; i++) {
         dpo_param_free(o->m[i]);
         dpo_param_free(o->v[i]);
+        dpo_param_free(o->ms[i]);
+        dpo_param_free(o->vs[i]);
     }
     dpo_param_free(o->sums);
     dpo_param_free(o->record);
-    if (o->params) dpoi_release(c, o->params, (size_t)o->count * 3 * sizeof *o->params);
+    if (o->params) dpoi_release(c, o->params, (size_t)o->count * 5 * sizeof *o->params);
     dpoi_release(c, o, sizeof *o);
 }
 
@@ -19365,10 +19556,25 @@ static int dpoi_optim_factors(dpo_optim *o, int i)
     return o->m[i] && o->v[i];
 }
 
+/* Codes of 8 bits, four in an I32, for every number of a weight as it is stored, panels and all; a scale a block. */
+static int dpoi_optim_codes(dpo_optim *o, int i)
+{
+    dpo_view v = dpoi_view(o->params[i]);
+    int64_t  codes = (int64_t)(dpoi_view_bytes(&v) / sizeof(float) + 3) / 4, scales = (codes + 63) / 64;
+    o->m[i] = dpoi_persistent(o->c, DPO_I32, 1, &codes, 0, NULL);
+    o->v[i] = dpoi_persistent(o->c, DPO_I32, 1, &codes, 0, NULL);
+    o->ms[i] = dpoi_persistent(o->c, DPO_F32, 1, &scales, 0, NULL);
+    o->vs[i] = dpoi_persistent(o->c, DPO_F32, 1, &scales, 0, NULL);
+    return o->m[i] && o->v[i] && o->ms[i] && o->vs[i];
+}
+
+enum { DPOI_OPTIM_SMALL = 4096 };         /* numbers below which a parameter's moments stay floats */
+
 static int dpoi_optim_moments(dpo_optim *o, int i)
 {
     const dpo_tensor *p = o->params[i];
     if (o->kind == DPO_ADAFACTOR) return dpoi_optim_factors(o, i);
+    if (o->kind == DPO_ADAMW8 && dpo_count(p) >= DPOI_OPTIM_SMALL) return dpoi_optim_codes(o, i);
     o->m[i] = dpoi_persistent(o->c, DPO_F32, p->rank, p->shape, p->panel, NULL);
     o->v[i] = dpoi_persistent(o->c, DPO_F32, p->rank, p->shape, p->panel, NULL);
     return o->m[i] && o->v[i];
@@ -19380,10 +19586,12 @@ static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
 {
     dpo_ctx *c = o->c;
     int64_t  shape[1];
-    o->params = (dpo_tensor **)dpoi_calloc(c, (size_t)o->count * 3, sizeof *o->params);
+    o->params = (dpo_tensor **)dpoi_calloc(c, (size_t)o->count * 5, sizeof *o->params);
     if (!o->params) return 0;
     o->m = o->params + o->count;
     o->v = o->m + o->count;
+    o->ms = o->v + o->count;
+    o->vs = o->ms + o->count;
     for (int i = 0; i < o->count; i++) {
         dpo_tensor *p = o->params[i] = params[i];
         if (!p || !p->persistent || p->dtype != DPO_F32)
@@ -19411,23 +19619,34 @@ static dpo_optim *dpoi_optim_new(dpo_ctx *c, dpo_tensor **params, int count, con
     if (!(o->d.beta1 > 0 && o->d.beta1 < 1 && o->d.beta2 > 0 && o->d.beta2 < 1 && o->d.eps > 0 && o->clip > 0 &&
           o->d.weight_decay >= 0 && o->d.max_norm >= 0 && o->decay > 0 && o->decay <= 1))      /* a NaN fails one */
         dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: betas and decay lie between 0 and 1, the rest is not negative",
-                  o->kind == DPO_ADAMW ? "AdamW" : "Adafactor");
+                  o->kind == DPO_ADAFACTOR ? "Adafactor" : "AdamW");
     if (dpo_status(c) != DPO_OK || !dpoi_optim_fill(o, params)) { dpoi_optim_destroy(c, o); return NULL; }
     return dpoi_own(c, o, dpoi_optim_destroy) ? o : NULL;
 }
 
 /* Zeros in d become the defaults of torch.optim.AdamW, all but its weight decay of 0.01: off is off here.
    Betas of exactly 0 cannot be asked for: a zero stands for the default. */
-DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+static dpo_optim *dpoi_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d, int kind)
 {
     dpo_optim o;
     memset(&o, 0, sizeof o);
+    o.kind = kind;
     if (d) o.d = *d;
     if (o.d.beta1 == 0) o.d.beta1 = 0.9f;
     if (o.d.beta2 == 0) o.d.beta2 = 0.999f;
     if (o.d.eps == 0)   o.d.eps = 1e-8f;
     o.decay = o.clip = 1;                 /* not read */
     return dpoi_optim_new(c, params, count, &o);
+}
+
+DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+{
+    return dpoi_adamw_new(c, params, count, d, DPO_ADAMW);
+}
+
+DPO_DEF dpo_optim *dpo_adamw8_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+{
+    return dpoi_adamw_new(c, params, count, d, DPO_ADAMW8);
 }
 
 /* Zeros in d become the defaults of transformers' Adafactor. */
@@ -19503,11 +19722,12 @@ static int dpoi_optim_update(dpo_optim *o, int i)
     dpo_args a;
     if (!o->params[i]->grad) return 1;
     memset(&a, 0, sizeof a);
-    a.op = o->kind == DPO_ADAFACTOR ? DPO_OP_ADAFACTOR : DPO_OP_ADAMW;
+    a.op = o->kind == DPO_ADAFACTOR ? DPO_OP_ADAFACTOR : o->ms[i] ? DPO_OP_ADAMW8 : DPO_OP_ADAMW;
     a.in[0] = dpoi_view(o->params[i]->grad);
     a.in[1] = dpoi_view(o->m[i]);
     a.in[2] = dpoi_view(o->v[i]);
     a.in[3] = dpoi_view(o->record);
+    if (o->ms[i]) { a.in[4] = dpoi_view(o->ms[i]);  a.in[5] = dpoi_view(o->vs[i]); }
     a.out = dpoi_view(o->params[i]);
     if (o->kind == DPO_ADAFACTOR) {
         a.p.adafactor.eps = o->d.eps;
@@ -19594,19 +19814,42 @@ DPO_DEF float dpo_average_decay(int64_t step, float decay)
     return early < decay ? early : decay;
 }
 
-/* diffusers' get_scheduler, but for its warm-up, which starts at zero and wastes the first step: here it starts at
-   1/warmup.
-   k = 0 at the first step.  lr(k) = lr * (k+1)/warmup while k < warmup. */
+/* The formulas stand at the declaration.  In double: (1 - u)^power of a long run differs from step to step in digits that a
+   float has not. */
+DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k)
+{
+    const double pi = 3.14159265358979323846;
+    double       u, x, lr, end;
+    if (!d) return 0;
+    lr = d->lr;
+    if (k < d->warmup) return (float)(lr * ((double)k / (double)d->warmup));
+    if (d->kind == DPO_LR_CONSTANT || d->steps <= d->warmup) return d->lr;     /* the rest would divide by zero */
+    u = (double)(k - d->warmup) / (double)(d->steps - d->warmup);
+    if (u >= 1) u = 1;
+    switch (d->kind) {
+    case DPO_LR_LINEAR: return (float)(lr * (1 - u));
+    case DPO_LR_RESTARTS:
+        x = (d->cycles > 0 ? (double)d->cycles : 1) * u;
+        return u >= 1 ? 0 : (float)(lr * 0.5 * (1 + cos(pi * (x - floor(x)))));
+    case DPO_LR_POLYNOMIAL:
+        end = d->end > 0 ? (double)d->end : 1e-7;
+        return (float)(end + (lr - end) * pow(1 - u, d->power > 0 ? (double)d->power : 1));
+    default:
+        x = d->cycles > 0 ? (double)d->cycles : 0.5;
+        x = 0.5 * (1 + cos(pi * 2 * x * u));
+        return (float)(lr * (x > 0 ? x : 0));
+    }
+}
+
 DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k)
 {
-    double u;                             /* how much of the way after the warm-up is done, 0 to 1 */
-    if (k < warmup) return (float)(lr * ((double)(k + 1) / (double)warmup));
-    if (kind == DPO_LR_CONSTANT || steps <= warmup) return lr;                 /* the rest would divide by zero */
-    /* linear: 1 - u; cosine: half a wave, from 1 to 0 */
-    u = (double)(k - warmup) / (double)(steps - warmup);
-    u = u < 1 ? u : 1;
-    if (kind == DPO_LR_LINEAR) return (float)(lr * (1 - u));
-    return (float)(lr * 0.5 * (1 + cos(3.14159265358979323846 * u)));
+    dpo_lr_desc d;
+    memset(&d, 0, sizeof d);
+    d.kind = kind;
+    d.lr = lr;
+    d.warmup = warmup;
+    d.steps = steps;
+    return dpo_lr_at(&d, k);
 }
 
 /* ------------------------------------------------------------------------------------------ state on disk
@@ -19615,7 +19858,8 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
    One safetensors file: record, and for parameter i "weight.i.name", "m.i.name", "v.i.name", "average.i.name", with
    "row" and "col" for Adafactor's m and v; the metadata says which run it belongs to. */
 
-enum { DPOI_STATE_WEIGHT, DPOI_STATE_M, DPOI_STATE_V, DPOI_STATE_AVERAGE, DPOI_STATE_PARTS };
+enum { DPOI_STATE_WEIGHT, DPOI_STATE_M, DPOI_STATE_V, DPOI_STATE_MS, DPOI_STATE_VS, DPOI_STATE_AVERAGE,
+       DPOI_STATE_PARTS };
 
 /* What goes into the file: an optimizer, perhaps averages, and texts that must be the same when it is read. */
 typedef struct dpoi_state {
@@ -19632,6 +19876,8 @@ static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
     of[DPOI_STATE_WEIGHT] = s->o->params;
     of[DPOI_STATE_M] = s->o->m;
     of[DPOI_STATE_V] = s->o->v;
+    of[DPOI_STATE_MS] = s->o->ms;
+    of[DPOI_STATE_VS] = s->o->vs;
     of[DPOI_STATE_AVERAGE] = s->average;
     return of[part] ? of[part][i] : NULL;
 }
@@ -19639,8 +19885,9 @@ static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
 /* The number makes it unique, the name says to a reader what it is. */
 static void dpoi_state_name(const dpoi_state *s, int part, int i, char *out, size_t size)
 {
-    static const char *const names[2][DPOI_STATE_PARTS] = { { "weight", "m", "v", "average" },
-                                                            { "weight", "row", "col", "average" } };
+    static const char *const names[2][DPOI_STATE_PARTS] = {
+        { "weight", "m", "v", "m.scale", "v.scale", "average" },
+        { "weight", "row", "col", "", "", "average" } };
     const char *name = s->o->params[i]->name;
     snprintf(out, size, "%s.%d.%s", names[s->o->kind == DPO_ADAFACTOR][part], i, name ? name : "");
 }
@@ -19652,11 +19899,15 @@ static int dpoi_state_put(void *user, dpo_writer *w, void *tag)
     dpo_ctx    *c = (dpo_ctx *)user;
     dpo_tensor *x = (dpo_tensor *)tag;
     int64_t     n = dpo_count(x);
-    float      *v = (float *)dpoi_calloc(c, (size_t)n, sizeof *v);
-    int         ok = v && dpo_read(x, v) && dpo_writer_floats(w, v, n);
+    float      *v = (float *)dpoi_calloc(c, (size_t)n, sizeof *v);             /* or int32_t, of the same size */
+    int         ok = v && dpo_read(x, v);
+    if (ok) ok = x->dtype == DPO_I32 ? dpo_writer_bytes(w, v, (size_t)n * sizeof *v) : dpo_writer_floats(w, v, n);
     if (v) dpoi_release(c, v, (size_t)n * sizeof *v);
     return ok;
 }
+
+/* How a state's tensor stands in its file. */
+static const char *dpoi_state_type(const dpo_tensor *x) { return x->dtype == DPO_I32 ? "I32" : "F32"; }
 
 /* Tensors are read from the device one by one, in the order in which the writer asks for them.
    Names longer than 255 bytes are cut; the number in front keeps them apart. */
@@ -19674,7 +19925,7 @@ static int dpoi_state_save(const dpoi_state *s, const char *path)
         for (int i = 0; ok && i < s->o->count; i++) {
             dpo_tensor *x = dpoi_state_tensor(s, part, i);
             dpoi_state_name(s, part, i, text, sizeof text);
-            if (x) ok = dpo_writer_add(w, text, "F32", x->rank, x->shape, x);
+            if (x) ok = dpo_writer_add(w, text, dpoi_state_type(x), x->rank, x->shape, x);
         }
     if (ok) return dpo_writer_save(w, dpoi_state_put, c);
     dpo_writer_free(w);
@@ -19685,7 +19936,7 @@ static int dpoi_state_save(const dpoi_state *s, const char *path)
 static dpo_entry *dpoi_state_entry(dpo_ctx *c, dpo_file *f, const char *name, const dpo_tensor *x)
 {
     dpo_entry *e = dpo_file_find(f, name);
-    int        same = e && e->rank == x->rank && !strcmp(e->dtype, "F32");     /* another type would round */
+    int        same = e && e->rank == x->rank && !strcmp(e->dtype, dpoi_state_type(x));    /* another would round */
     for (int i = 0; same && i < x->rank; i++) same = e->shape[i] == x->shape[i];
     if (same) return e;
     dpoi_fail(c, DPO_BAD_FILE, "%.300s belongs to another run: %s %s", dpo_file_path(f), name,
@@ -19700,7 +19951,10 @@ static int dpoi_state_get(dpo_ctx *c, dpo_file *f, const char *name, dpo_tensor 
     dpo_entry *e = dpoi_state_entry(c, f, name, x);
     int64_t    n = dpo_count(x);
     float     *v = e ? (float *)dpoi_calloc(c, (size_t)n, sizeof *v) : NULL;
-    int        ok = v && dpo_entry_floats(e, 0, n, v) && dpo_write(x, v);
+    int        ok = v != NULL;
+    if (ok && x->dtype == DPO_I32) memcpy(v, e->data, (size_t)n * sizeof *v);
+    else ok = ok && dpo_entry_floats(e, 0, n, v);
+    ok = ok && dpo_write(x, v);
     if (v) dpoi_release(c, v, (size_t)n * sizeof *v);
     return ok;
 }
