@@ -44,10 +44,12 @@
 
    CONTENTS   search for the tag
        >>manual      the model of the world, errors, memory, threads, macros, numbers, how to add an op
-       >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, train, backend
+       >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, cache, train,
+                     backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
                      tensor, tape, ops, backends, cpu, rows, kernels, products, amx, convolution, attention, open,
-                     nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, train
+                     nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, cache,
+                     train
        >>end         license
 
    LETTERS   N pictures or samples, B pairs, H,W height and width, C channels, T,S tokens, D width, I,O input and output
@@ -844,12 +846,22 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
 
 typedef struct dpo_pairs dpo_pairs;
 
-/* A manifest has one JSON object a line, {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1} or
-   {"caption": .., "image_0": .., "image_1": .., "label_0": 1 | 0 | 0.5}; ties are dropped.  Paths are relative to the
-   manifest.  Every bad row goes to the log with its file and line; then the load fails.  Pictures are read when they
-   are needed first. */
+/* Rows, told apart by what they hold; names of fields are those of JSON and of a CSV's header line alike:
+     {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1}       a pair; without "rejected": one to imitate
+     {"caption": .., "image_0": .., "image_1": .., "label_0": 1 | 0 | 0.5}     as Pick-a-Pic has it; 0.5 is a tie
+     {"prompt": .., "images": [..], "rank": [..]}                              all pairs of different rank, 1 is the best
+     {"prompt": .., "file_path": [..], "human_preference": [1, 0]}             HPDv2; also "image_path" with "rank"
+     {"prompt": .., "image": "a.png", "liked": true | false}                   a single picture, for DPO_KTO
+   A file has one object a line (.jsonl), or all in one list (.json), or is CSV (RFC 4180; .tsv: tabs) with a header
+   line.  Paths are relative to the file; HPDv2's to the folder beside it that has its name.  A folder has w/ and l/ with
+   pictures of the same names, and captions NAME.txt (or .caption) beside either; or folders that are made so.
+   Ties are dropped and counted.  Every bad row goes to the log with its file and line; then the load fails.  Pictures
+   are read when they are needed first. */
 DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path);
 DPO_DEF dpo_pairs *dpo_pairs_new (dpo_ctx *c);
+
+/* The same, but bad rows are only logged, counted and left out: to look at data, see dpo_pairs_survey. */
+DPO_DEF dpo_pairs *dpo_pairs_load_good(dpo_ctx *c, const char *path);
 
 /* Add a pair; pixels and strings are copied.  rejected may be NULL for DPO_SFT.  weight 1 is usual. */
 DPO_DEF int dpo_pairs_add      (dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
@@ -857,10 +869,18 @@ DPO_DEF int dpo_pairs_add      (dpo_pairs *p, const char *prompt, const dpo_imag
 DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
                                 float weight);
 
+/* Add a single picture that was liked (1) or not (0).  It stands in the place of the chosen one. */
+DPO_DEF int dpo_pairs_add_single(dpo_pairs *p, const char *prompt, const dpo_image *picture, int liked, float weight);
+DPO_DEF int dpo_pairs_add_single_file(dpo_pairs *p, const char *prompt, const char *picture, int liked, float weight);
+
 DPO_DEF int64_t     dpo_pairs_count (const dpo_pairs *p);
-DPO_DEF int64_t     dpo_pairs_ties  (const dpo_pairs *p);                    /* rows that were dropped */
+DPO_DEF int64_t     dpo_pairs_ties  (const dpo_pairs *p);                    /* pairs that were dropped */
 DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i);
 DPO_DEF float       dpo_pairs_weight(const dpo_pairs *p, int64_t i);
+DPO_DEF int         dpo_pairs_liked (const dpo_pairs *p, int64_t i);         /* 0: a pair; single: 1 liked, -1 not */
+
+/* Where pair i comes from, for messages: "pairs.jsonl:17", "pair 16".  Returns out. */
+DPO_DEF const char *dpo_pairs_where (const dpo_pairs *p, int64_t i, char *out, size_t size);
 
 /* The two pictures fitted to width x height, [height,width,3] each, from the cache if they were asked for before.
    They belong to the pairs and stay valid until the next call.  rejected: NULL where the pair has none. */
@@ -868,6 +888,102 @@ DPO_DEF int  dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, co
                               const uint8_t **rejected);
 DPO_DEF int  dpo_pairs_check (dpo_pairs *p);           /* reads every header; bad ones to the log, then fails */
 DPO_DEF void dpo_pairs_free  (dpo_pairs *p);           /* else with the context */
+
+/* What there is, in numbers.  A picture that several rows name counts once; one from memory counts each time. */
+typedef struct dpo_pairs_counts {
+    int64_t rows, bad_rows, ties;         /* of the file or folder; a ranking is one row of many pairs and ties */
+    int64_t pairs, liked, disliked;       /* of two pictures; single ones */
+    int64_t pictures, unreadable;
+    int64_t different;                    /* pairs whose pictures differ in size */
+} dpo_pairs_counts;
+
+/* Reads every header, or with decode every picture whole.  What is wrong goes to the log with file and line, as errors
+   and, for pairs of different sizes, as warnings; the context does not fail for it. */
+DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out);
+
+/* ----------------------------------------------------------------------------------------------- views
+
+   which: 0 the chosen or single picture, 1 the rejected one. */
+
+/* A view of a picture: resized until it just covers width x height, as dpo_image_fit does, cut, then mirrored.
+   at: where the cut stands in what is left over, 0 .. 1 from the left and from the top; 0.5 is the centre. */
+typedef struct dpo_window { int width, height; float at_x, at_y; int flip; } dpo_window;
+
+/* rgb [height,width,3] is the caller's.  Reads and decodes the file at each call. */
+DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb);
+DPO_DEF int dpo_image_view(dpo_ctx *c, const dpo_image *x, const dpo_window *v, uint8_t *rgb);
+
+/* Pixels left of and above the cut in the resized picture: the crop coordinates that SDXL is told. */
+DPO_DEF int dpo_window_place(const dpo_window *v, int width, int height, int *left, int *top);
+
+DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height);     /* from its header */
+
+/* The bucket of a width x height picture: the size whose aspect ratio is closest, of all whose sides are multiples of
+   step from resolution/2 to 2 resolution, and whose area is at most resolution^2, as kohya's trainers make them.
+   step 0: resolution x resolution. */
+DPO_DEF int dpo_bucket(int width, int height, int resolution, int step, int *w, int *h);
+
+/* The bucket of a pair is that of its chosen picture.  Both pictures are resized and cut to it, each by itself, as the
+   authors' script does; where their sizes differ, both must cover the bucket without being enlarged, else the two
+   would differ in sharpness: that is an error with the row's file and line. */
+DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h);
+
+/* Reading beside the training step: views are asked for in advance, made on a thread of the loader's own in the order
+   of asking, and taken.  beside 0, or DIFFDPO_NO_THREADS: made when they are asked for, on the caller's thread.  The
+   thread takes its memory from malloc, as stb_image does, for the host's allocator is not called from other threads. */
+typedef struct dpo_loader dpo_loader;
+DPO_DEF dpo_loader *dpo_loader_new (dpo_pairs *p, int slots, int beside);
+
+/* Ask for a view into slot 0 .. slots-1.  What the slot held is gone; one that is still being made is waited for. */
+DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v);
+
+/* Wait for a slot: [height,width,3], valid until the slot is asked again, or NULL and the picture's error with its row's
+   file and line. */
+DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot);
+DPO_DEF void dpo_loader_free(dpo_loader *l);            /* else with the pairs */
+
+/* ==========================================================================================================
+   >>api cache                                                        what was computed before, kept in a folder
+   ========================================================================================================== */
+
+/* 128 bits that name content: MurmurHash3_x64_128 over everything that the content depends on.  Not for keeping
+   secrets: who wants two contents of one key can make them. */
+typedef struct dpo_key { uint64_t word[2]; } dpo_key;
+
+typedef struct dpo_hash {                 /* private: a key in the making */
+    uint64_t h[2], count;
+    uint8_t  tail[16];
+} dpo_hash;
+
+DPO_DEF void    dpo_hash_begin(dpo_hash *h, const char *purpose);   /* "latent 1": other purposes have other keys */
+DPO_DEF void    dpo_hash_bytes(dpo_hash *h, const void *p, size_t n);
+DPO_DEF void    dpo_hash_text (dpo_hash *h, const char *text);      /* and its length; NULL is not "" */
+DPO_DEF void    dpo_hash_int  (dpo_hash *h, int64_t x);
+DPO_DEF void    dpo_hash_float(dpo_hash *h, double x);              /* its bits; -0 is 0 */
+DPO_DEF dpo_key dpo_hash_end  (const dpo_hash *h);                  /* may go on after it */
+
+/* What is in the picture's file, or in its pixels if it came from memory: another content, another key.  A file is read
+   once, and again only when its size or time of change is another. */
+DPO_DEF int dpo_pairs_key(dpo_pairs *p, int64_t i, int which, dpo_key *out);
+
+/* A folder of records that are only ever appended.  Each process writes a file of its own, so that several may share
+   the folder; one that is killed at any moment loses the record that it was writing, at most.  Each record has
+   checksums: what is damaged counts as not there, and is made anew.  A folder that cannot be written any more is no
+   error either: the log says so once, and what is put is not kept. */
+typedef struct dpo_cache dpo_cache;
+DPO_DEF dpo_cache *dpo_cache_open (dpo_ctx *c, const char *folder);          /* made if it is missing */
+DPO_DEF void       dpo_cache_close(dpo_cache *cache);                        /* else with the context */
+DPO_DEF int64_t    dpo_cache_count(const dpo_cache *cache);                  /* keys that it has */
+DPO_DEF int        dpo_cache_has  (const dpo_cache *cache, const dpo_key *key);   /* in the index: get may find damage */
+
+/* n tensors, F32, F16 or BF16, under one key.  get: 1 and new tensors in the current scope; 0, without an error, if they
+   are not there, are not n, or are damaged.  put: 1 if they are kept; the last of a key holds. */
+DPO_DEF int dpo_cache_get(dpo_cache *cache, const dpo_key *key, dpo_tensor **out, int n);
+DPO_DEF int dpo_cache_put(dpo_cache *cache, const dpo_key *key, dpo_tensor *const *in, int n);
+
+/* The same for a few numbers on the host, such as a reference's two errors: 128 bytes of file for up to 16 floats. */
+DPO_DEF int dpo_cache_get_floats(dpo_cache *cache, const dpo_key *key, float *out, int n);
+DPO_DEF int dpo_cache_put_floats(dpo_cache *cache, const dpo_key *key, const float *in, int n);
 
 /* ==========================================================================================================
    >>api train                                                                 losses, one step, the whole loop
