@@ -2001,6 +2001,7 @@ static void dpoi_random_normals(const uint32_t x[4], float z[4])
 typedef HANDLE dpoi_fd;
 #elif (defined(__unix__) || defined(__APPLE__)) && !defined(DIFFDPO_NO_POSIX)
 #define DPOI_FILES_POSIX
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -2132,6 +2133,45 @@ static void dpoi_sys_unmap(void *data, size_t size) { (void)size; UnmapViewOfFil
 static void dpoi_sys_discard(const unsigned char *data, size_t n) { (void)data; (void)n; }   /* the system trims */
 #endif
 
+/* From the file's start. */
+static int dpoi_sys_seek(dpoi_fd f, uint64_t at)
+{
+    LARGE_INTEGER to;
+    to.QuadPart = (LONGLONG)at;
+    return SetFilePointerEx(f, to, NULL, FILE_BEGIN) ? 0 : (int)GetLastError();
+}
+
+/* A plain file's bytes, and a number that is another once it was changed. */
+static int dpoi_sys_stamp(const char *path, uint64_t *size, uint64_t *changed)
+{
+    WCHAR                     w[DPOI_WIN_PATH];
+    WIN32_FILE_ATTRIBUTE_DATA a;
+    if (!dpoi_wide(path, w)) return ERROR_INVALID_NAME;
+    if (!GetFileAttributesExW(w, GetFileExInfoStandard, &a)) return (int)GetLastError();
+    *size = (uint64_t)a.nFileSizeHigh << 32 | a.nFileSizeLow;
+    *changed = (uint64_t)a.ftLastWriteTime.dwHighDateTime << 32 | a.ftLastWriteTime.dwLowDateTime;
+    return 0;
+}
+
+/* Calls each(user, name) for what lies in the folder, in no order, until it returns 0. */
+static int dpoi_sys_list(const char *folder, int (*each)(void *user, const char *name), void *user)
+{
+    WCHAR            w[DPOI_WIN_PATH];
+    WIN32_FIND_DATAW d;
+    HANDLE           h;
+    size_t           n;
+    int              more = 1;
+    char             name[3 * MAX_PATH + 1];      /* a UTF-16 unit is three bytes of UTF-8 at most */
+    if (!dpoi_wide(folder, w) || (n = wcslen(w)) + 3 > DPOI_WIN_PATH) return ERROR_INVALID_NAME;
+    memcpy(w + n, L"\\*", 3 * sizeof *w);
+    if ((h = FindFirstFileW(w, &d)) == INVALID_HANDLE_VALUE) return (int)GetLastError();
+    do if (WideCharToMultiByte(CP_UTF8, 0, d.cFileName, -1, name, (int)sizeof name, NULL, NULL) > 0 &&
+           strcmp(name, ".") && strcmp(name, "..")) more = each(user, name);
+    while (more && FindNextFileW(h, &d));
+    FindClose(h);
+    return 0;
+}
+
 /* The cases that users meet; NULL for others, which are told by number. */
 static const char *dpoi_sys_reason(int e)
 {
@@ -2254,6 +2294,44 @@ static void dpoi_sys_discard(const unsigned char *data, size_t n)
 }
 #endif
 
+/* From the file's start. */
+static int dpoi_sys_seek(dpoi_fd f, uint64_t at)
+{
+    off_t to = (off_t)at;                 /* of 32 bits on some systems */
+    if (to < 0 || (uint64_t)to != at) return DPOI_ERROR_KIND;
+    return lseek(f, to, SEEK_SET) < 0 ? errno : 0;
+}
+
+/* A plain file's bytes, and a number that is another once it was changed or replaced: times can be as coarse as a
+   second, so that the file's own number joins in. */
+static int dpoi_sys_stamp(const char *path, uint64_t *size, uint64_t *changed)
+{
+    struct stat s;
+    if (stat(path, &s)) return errno;
+    if (!S_ISREG(s.st_mode)) return DPOI_ERROR_KIND;
+    *size = (uint64_t)s.st_size;
+    *changed = (uint64_t)s.st_mtime * 1000000000u + (uint64_t)s.st_ino * 0x9e3779b97f4a7c15u;
+#if defined(__APPLE__) && !defined(_POSIX_C_SOURCE)
+    *changed += (uint64_t)s.st_mtimespec.tv_nsec;
+#elif defined(st_mtime)                   /* a macro where the finer time is there */
+    *changed += (uint64_t)s.st_mtim.tv_nsec;
+#endif
+    return 0;
+}
+
+/* Calls each(user, name) for what lies in the folder, in no order, until it returns 0. */
+static int dpoi_sys_list(const char *folder, int (*each)(void *user, const char *name), void *user)
+{
+    DIR           *d = opendir(folder);
+    struct dirent *e;
+    int            more = 1;
+    if (!d) return errno;
+    while (more && (e = readdir(d)) != NULL)
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) more = each(user, e->d_name);
+    closedir(d);
+    return 0;
+}
+
 /* In the user's words rather than strerror's, which speaks the host's locale and need not be thread-safe. */
 static const char *dpoi_sys_reason(int e)
 {
@@ -2313,6 +2391,17 @@ static int dpoi_sys_rename(const char *from, const char *to) { return rename(fro
 static void dpoi_sys_remove(const char *path) { remove(path); }
 static int dpoi_sys_mkdir(const char *path) { (void)path; return 1; }
 static void dpoi_sys_sync_folder(const char *folder) { (void)folder; }
+static int dpoi_sys_seek(dpoi_fd f, uint64_t at) { return at > LONG_MAX || fseek(f, (long)at, SEEK_SET) != 0; }
+static int dpoi_sys_stamp(const char *path, uint64_t *size, uint64_t *changed)
+{
+    (void)path; (void)size; (void)changed;
+    return 1;
+}
+static int dpoi_sys_list(const char *folder, int (*each)(void *user, const char *name), void *user)
+{
+    (void)folder; (void)each; (void)user;
+    return 1;
+}
 static const char *dpoi_sys_reason(int e) { return e == 1 ? "the system refused" : NULL; }
 #endif
 
