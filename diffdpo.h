@@ -2311,7 +2311,7 @@ static int dpoi_sys_stamp(const char *path, uint64_t *size, uint64_t *changed)
     if (!S_ISREG(s.st_mode)) return DPOI_ERROR_KIND;
     *size = (uint64_t)s.st_size;
     *changed = (uint64_t)s.st_mtime * 1000000000u + (uint64_t)s.st_ino * 0x9e3779b97f4a7c15u;
-#if defined(__APPLE__) && !defined(_POSIX_C_SOURCE)
+#if defined(__APPLE__) && !defined(_POSIX_C_SOURCE)        /* which would hide it */
     *changed += (uint64_t)s.st_mtimespec.tv_nsec;
 #elif defined(st_mtime)                   /* a macro where the finer time is there */
     *changed += (uint64_t)s.st_mtim.tv_nsec;
@@ -19617,39 +19617,147 @@ static void dpoi_image_resample(const dpo_image *x, const dpoi_filter *across, c
 }
 
 /* The size that just covers: the side that is short for its share gets it, the other follows, cut to whole pixels. */
-static void dpoi_cover(const dpo_image *x, int width, int height, int *w, int *h)
+static void dpoi_cover(int from_w, int from_h, int width, int height, int *w, int *h)
 {
-    int wide = (int64_t)x->width * height >= (int64_t)x->height * width;   /* wider than the target is */
-    *h = wide ? height : (int)((int64_t)width * x->height / x->width);
-    *w = wide ? (int)((int64_t)height * x->width / x->height) : width;
+    int wide = (int64_t)from_w * height >= (int64_t)from_h * width;   /* wider than the target is */
+    *h = wide ? height : (int)((int64_t)width * from_h / from_w);
+    *w = wide ? (int)((int64_t)height * from_w / from_h) : width;
 }
 
-/* Cover, then cut the centre out, as torchvision's Resize and CenterCrop do, whose offset is rounded to even.
-   Only the columns of the crop are computed across, and only its rows down. */
-DPO_DEF int dpo_image_fit(dpo_ctx *c, const dpo_image *x, int width, int height, dpo_image *out)
+/* A window comes from outside: are its size and place possible?  A NaN is no place. */
+static int dpoi_window_ok(dpo_ctx *c, const dpo_window *v)
+{
+    if (!v || v->width < 1 || v->height < 1)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a picture of %dx%d pixels", v ? v->width : 0, v ? v->height : 0);
+    if (!(v->at_x >= 0 && v->at_x <= 1 && v->at_y >= 0 && v->at_y <= 1))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a picture is cut at a share of 0 to 1 of what is left over");
+    return dpoi_image_fits(c, "a view", v->width, v->height);
+}
+
+/* at of `over` pixels; halves go to even, as torchvision's CenterCrop has it. */
+static int dpoi_window_at(float at, int over) { return (int)rint((double)at * over); }
+
+/* No context: a trainer asks this for numbers alone. */
+DPO_DEF int dpo_window_place(const dpo_window *v, int width, int height, int *left, int *top)
+{
+    int w, h;
+    if (!left || !top || !v || width < 1 || height < 1 || v->width < 1 || v->height < 1 || width > DPOI_IMAGE_SIDE ||
+        height > DPOI_IMAGE_SIDE || v->width > DPOI_IMAGE_SIDE || v->height > DPOI_IMAGE_SIDE) return 0;
+    dpoi_cover(width, height, v->width, v->height, &w, &h);
+    *left = dpoi_window_at(v->at_x, w - v->width);
+    *top = dpoi_window_at(v->at_y, h - v->height);
+    return 1;
+}
+
+/* Left becomes right, in place.  rgb [height,width,3]. */
+static void dpoi_image_mirror(uint8_t *rgb, int width, int height)
+{
+    for (int64_t i = 0; i < height; i++)
+        for (uint8_t *a = rgb + i*width*3, *b = a + (int64_t)(width - 1)*3; a < b; a += 3, b -= 3)
+            for (int k = 0; k < 3; k++) {
+                uint8_t t = a[k];
+                a[k] = b[k];
+                b[k] = t;
+            }
+}
+
+/* Cover, then cut.  w x h is what would cover; only the columns of the cut are computed across, and only its rows down.
+   The window was checked.  rgb [v->height,v->width,3]. */
+static int dpoi_image_window(dpo_ctx *c, const dpo_image *x, const dpo_window *v, uint8_t *rgb)
 {
     dpoi_filter across, down;
-    uint8_t    *rows;                     /* [x's height,width,3], between the two passes */
-    size_t      bytes;
-    int         w, h;                     /* of the picture that covers */
-    if (!out || !dpoi_image_ok(c, x)) return 0;
-    if (width < 1 || height < 1) return dpoi_fail(c, DPO_BAD_ARGUMENT, "a picture of %dx%d pixels", width, height);
-    dpoi_cover(x, width, height, &w, &h);
-    if (!dpoi_image_fits(c, "a fitted picture", w, h) || !dpo_image_new(c, width, height, out)) return 0;
-    bytes = (size_t)x->height * (size_t)width * 3;
+    dpo_image   out;
+    uint8_t    *rows;                     /* [x's height,v->width,3], between the two passes */
+    size_t      bytes = (size_t)x->height * (size_t)v->width * 3;
+    int         w, h, left, top, ok = 0;
+    dpoi_cover(x->width, x->height, v->width, v->height, &w, &h);
+    if (!dpo_window_place(v, x->width, x->height, &left, &top) || !dpoi_image_fits(c, "a fitted picture", w, h)) return 0;
+    out.width = v->width;
+    out.height = v->height;
+    out.rgb = rgb;
     rows = (uint8_t *)dpoi_calloc(c, bytes, 1);
-    /* w x h is what would cover; only the window of width x height in its middle is computed. */
     if (rows && dpoi_filter_new(c, &across, x->width, w)) {
-        if (dpoi_filter_new(c, &down, x->height, h)) {
-            dpoi_image_resample(x, &across, &down, rows, (int)rint((w - width) / 2.0),
-                                (int)rint((h - height) / 2.0), out);
+        if ((ok = dpoi_filter_new(c, &down, x->height, h)) != 0) {
+            dpoi_image_resample(x, &across, &down, rows, left, top, &out);
             dpoi_filter_free(c, &down);
         }
         dpoi_filter_free(c, &across);
     }
     if (rows) dpoi_release(c, rows, bytes);
-    if (dpo_status(c) != DPO_OK) dpo_image_free(c, out);
-    return dpo_status(c) == DPO_OK;
+    if (ok && v->flip) dpoi_image_mirror(rgb, v->width, v->height);
+    return ok;
+}
+
+/* Into the host's own memory. */
+DPO_DEF int dpo_image_view(dpo_ctx *c, const dpo_image *x, const dpo_window *v, uint8_t *rgb)
+{
+    return rgb && dpoi_image_ok(c, x) && dpoi_window_ok(c, v) && dpoi_image_window(c, x, v, rgb);
+}
+
+/* As torchvision's Resize and CenterCrop do. */
+DPO_DEF int dpo_image_fit(dpo_ctx *c, const dpo_image *x, int width, int height, dpo_image *out)
+{
+    dpo_window v;
+    memset(&v, 0, sizeof v);
+    v.width = width;
+    v.height = height;
+    v.at_x = v.at_y = 0.5f;
+    if (!out || !dpoi_image_ok(c, x) || !dpoi_window_ok(c, &v) || !dpo_image_new(c, width, height, out)) return 0;
+    if (dpoi_image_window(c, x, &v, out->rgb)) return 1;
+    dpo_image_free(c, out);
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------ buckets */
+
+/* The sides of buckets are multiples of step from least to most; sides (w,h), compared with a picture of aspect ratio
+   `want`.  The best so far: the smallest error |w/h - want|, among equals the first in order of w, then of h, which is
+   how numpy's argmin finds it in kohya's sorted list. */
+typedef struct dpoi_bucket { double want, error; int w, h; } dpoi_bucket;
+
+static void dpoi_bucket_try(dpoi_bucket *b, int64_t w, int64_t h)
+{
+    double error = fabs((double)w / (double)h - b->want);
+    if (b->w && (error > b->error || (error == b->error && (w > b->w || (w == b->w && h >= b->h))))) return;
+    b->error = error;
+    b->w = (int)w;
+    b->h = (int)h;
+}
+
+/* kohya's make_bucket_resolutions (library/model_util.py) with its usual bounds at 512, 256 and 1024, which are half
+   and twice the resolution: the largest square, and for each width the largest height, both ways round. */
+DPO_DEF int dpo_bucket(int width, int height, int resolution, int step, int *w, int *h)
+{
+    dpoi_bucket b;
+    int64_t     area = (int64_t)resolution * resolution, least, most, square;
+    if (!w || !h || width < 1 || height < 1 || resolution < 1 || resolution > DPOI_IMAGE_SIDE / 2 || step < 0 ||
+        step > resolution) return 0;
+    memset(&b, 0, sizeof b);
+    b.w = b.h = resolution;
+    if (step) {
+        b.want = (double)width / height;
+        b.w = 0;
+        square = resolution / step * step;
+        least = (resolution / 2 + step - 1) / step * step;
+        most = (int64_t)resolution * 2 / step * step;
+        if (!least) least = step;
+        dpoi_bucket_try(&b, square, square);
+        for (int64_t side = least; side <= most; side += step) {
+            int64_t other = area / side / step * step;
+            if (other > most) other = most;
+            if (other < least) continue;
+            if ((side == width && other == height) || (side == height && other == width)) {
+                b.w = width;              /* a bucket's own size is never another's */
+                b.h = height;
+                break;
+            }
+            dpoi_bucket_try(&b, side, other);
+            dpoi_bucket_try(&b, other, side);
+        }
+    }
+    *w = b.w;
+    *h = b.h;
+    return 1;
 }
 
 /* ------------------------------------------------------------------------------------------ tensors */
@@ -20245,34 +20353,51 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path)
 
 /* A list of duels, a prompt with a chosen and a rejected picture each.  Adding checks what is cheap to
    check; pictures are opened when a trainer asks for their pixels.  Manifests come from outside: every
-   row is parsed as strict JSON, every field checked for its type and range, and every path must lead
+   row is parsed as strict JSON or CSV, every field checked for its type and range, and every path must lead
    to a file that is there. */
 
 /* width*height*3 bytes, rows from the top, R G B. */
 typedef struct dpoi_bitmap { uint8_t *rgb; int width, height; } dpoi_bitmap;   /* plain memory; NULL: none */
 
+/* A file that one row or many name: a ranking's picture is in many pairs, and is measured and hashed once. */
+typedef struct dpoi_picture {
+    char    *path;
+    int      width, height;               /* 0: its header was not read yet */
+    int      hashed;                      /* key is that of the file when size and changed were these */
+    uint64_t size, changed;
+    dpo_key  key;
+} dpoi_picture;
+
 /* One pair.  Index 0 is the chosen picture, 1 the rejected, everywhere below. */
 typedef struct dpoi_duel {
     char       *prompt;
-    char       *path[2];                  /* chosen, rejected; NULL: pixels came from the host, or there is none */
+    const char *path[2];                  /* a dpoi_picture's; NULL: pixels came from the host, or there is none */
+    int64_t     file[2];                  /* its index; -1 where path is NULL */
     dpoi_bitmap source[2];                /* as the host gave them */
     dpoi_bitmap fit[2];                   /* fitted, kept for the next time */
     float       weight;
+    int         liked;                    /* a single picture: 1, -1; 0: a pair, or one to imitate */
     int64_t     line;                     /* in the manifest, 0: not from one */
 } dpoi_duel;
 
 /* Pictures are decoded when they are asked for first, and kept fitted, as bytes: 3 a pixel, where a tensor has 12.
    Invariant: left + the bytes of all `fit` = dpoi_pairs_cache. */
 struct dpo_pairs {
-    dpo_ctx    *c;
-    char       *path;                     /* of the manifest, or NULL */
-    dpoi_duel  *pair;
-    int64_t     count, room, ties;
-    dpoi_bitmap now[2];                   /* fitted pictures that the cache had no room for */
-    size_t      left;                     /* bytes that the cache may still take */
+    dpo_ctx      *c;
+    char         *path;                   /* of the manifest or folder, or NULL */
+    dpoi_duel    *pair;
+    int64_t       count, room, ties, rows, bad;
+    dpoi_picture *picture;
+    int64_t       pictures, picture_room;
+    int64_t      *slot, slots;            /* pictures by hash of their paths, open addressing: 1 + index, or 0 */
+    dpoi_bitmap   now[2];                 /* fitted pictures that the cache had no room for */
+    size_t        left;                   /* bytes that the cache may still take */
+    dpo_loader   *loaders;                /* they read our strings and pixels, and end before us */
 };
 
 static const size_t dpoi_pairs_cache = (size_t)1 << 30;   /* 1,365 pictures of 512x512; beyond, they are read again */
+
+static void dpoi_loader_destroy(dpo_loader *l);
 
 /* Its sizes were checked when it was a dpo_image. */
 static size_t dpoi_bitmap_bytes(const dpoi_bitmap *x) { return (size_t)x->width * (size_t)x->height * 3; }
@@ -20294,12 +20419,11 @@ static int dpoi_bitmap_copy(dpo_ctx *c, const dpo_image *from, dpoi_bitmap *to)
     return to->rgb != NULL;
 }
 
-/* All that one pair holds; NULLs are passed over. */
+/* All that one pair holds; NULLs are passed over.  Paths are the pictures'. */
 static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
 {
     dpoi_strfree(c, p->prompt);
     for (int i = 0; i < 2; i++) {
-        dpoi_strfree(c, p->path[i]);
         dpoi_bitmap_free(c, &p->source[i]);
         dpoi_bitmap_free(c, &p->fit[i]);
     }
@@ -20309,11 +20433,15 @@ static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
 static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
 {
     dpo_pairs *p = (dpo_pairs *)object;
+    while (p->loaders) dpoi_loader_destroy(p->loaders);   /* first: their threads read what follows */
     for (int64_t i = 0; i < p->count; i++) dpoi_duel_free(c, &p->pair[i]);
+    for (int64_t i = 0; i < p->pictures; i++) dpoi_strfree(c, p->picture[i].path);
     dpoi_bitmap_free(c, &p->now[0]);
     dpoi_bitmap_free(c, &p->now[1]);
     dpoi_strfree(c, p->path);
-    if (p->pair) dpoi_release(c, p->pair, (size_t)p->room * sizeof *p->pair);
+    dpoi_release(c, p->pair, (size_t)p->room * sizeof *p->pair);
+    dpoi_release(c, p->picture, (size_t)p->picture_room * sizeof *p->picture);
+    dpoi_release(c, p->slot, (size_t)p->slots * sizeof *p->slot);
     dpoi_release(c, p, sizeof *p);
 }
 
@@ -20340,8 +20468,71 @@ DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i)
 }
 
 DPO_DEF float dpo_pairs_weight(const dpo_pairs *p, int64_t i) { return dpoi_pairs_has(p, i) ? p->pair[i].weight : 0; }
+DPO_DEF int   dpo_pairs_liked (const dpo_pairs *p, int64_t i) { return dpoi_pairs_has(p, i) ? p->pair[i].liked : 0; }
+
+/* "pairs.jsonl:17", or the picture's file where the pairs came from a folder, or "pair 16". */
+static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+{
+    const dpoi_duel *x = &p->pair[i];
+    if (x->line) snprintf(out, size, "%.400s:%lld", p->path, (long long)x->line);
+    else if (p->path && x->path[0]) snprintf(out, size, "%.400s", x->path[0]);
+    else snprintf(out, size, "pair %lld", (long long)i);
+    return out;
+}
+
+DPO_DEF const char *dpo_pairs_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+{
+    if (!out || !size) return NULL;
+    if (dpoi_pairs_has(p, i)) return dpoi_duel_where(p, i, out, size);
+    snprintf(out, size, "pair %lld", (long long)i);
+    return out;
+}
 
 /* ------------------------------------------------------------------------------------------ adding */
+
+/* Twice the slots, all pictures placed anew. */
+static int dpoi_pairs_rehash(dpo_pairs *p)
+{
+    int64_t  slots = p->slots ? 2 * p->slots : 64;
+    int64_t *slot = (int64_t *)dpoi_calloc(p->c, (size_t)slots, sizeof *slot);
+    if (!slot) return 0;
+    for (int64_t i = 0; i < p->pictures; i++) {
+        int64_t at = (int64_t)dpoi_hash(p->picture[i].path) & (slots - 1);
+        while (slot[at]) at = (at + 1) & (slots - 1);
+        slot[at] = i + 1;
+    }
+    dpoi_release(p->c, p->slot, (size_t)p->slots * sizeof *p->slot);
+    p->slot = slot;
+    p->slots = slots;
+    return 1;
+}
+
+/* The picture of a path, a new one if no row named it before; -1 if there is no memory. */
+static int64_t dpoi_pairs_picture(dpo_pairs *p, const char *path)
+{
+    dpoi_picture *x;
+    int64_t       at;
+    if (2 * p->pictures >= p->slots && !dpoi_pairs_rehash(p)) return -1;
+    at = (int64_t)dpoi_hash(path) & (p->slots - 1);
+    while (p->slot[at] && strcmp(p->picture[p->slot[at] - 1].path, path)) at = (at + 1) & (p->slots - 1);
+    if (p->slot[at]) return p->slot[at] - 1;
+    if (!dpoi_grow(p->c, &p->picture, &p->picture_room, p->pictures + 1, sizeof *x)) return -1;
+    x = &p->picture[p->pictures];
+    memset(x, 0, sizeof *x);
+    if (!(x->path = dpoi_strdup(p->c, path))) return -1;
+    p->slot[at] = ++p->pictures;
+    return p->pictures - 1;
+}
+
+/* Picture `which` of x is the file at `path`. */
+static int dpoi_duel_file(dpo_pairs *p, dpoi_duel *x, int which, const char *path)
+{
+    int64_t k = dpoi_pairs_picture(p, path);
+    if (k < 0) return 0;
+    x->file[which] = k;
+    x->path[which] = p->picture[k].path;  /* the string stays where it is when the array grows */
+    return 1;
+}
 
 /* A place for one more pair, its prompt and weight filled in; it counts once the caller adds 1 to p->count.
    !(weight >= 0) catches NaN; the upper bound catches infinity. */
@@ -20357,11 +20548,12 @@ static dpoi_duel *dpoi_pairs_next(dpo_pairs *p, const char *prompt, float weight
     x = &p->pair[p->count];
     memset(x, 0, sizeof *x);
     x->weight = weight;
+    x->file[0] = x->file[1] = -1;
     return (x->prompt = dpoi_strdup(p->c, prompt)) ? x : NULL;
 }
 
 /* The end of an addition: it counts if nothing failed on the way, else all of it is taken back.
-   x still lies behind the counted pairs: taking it back leaves no trace. */
+   x still lies behind the counted pairs: taking it back leaves no trace but a picture that nobody names. */
 static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
 {
     if (dpo_status(p->c) == DPO_OK) { p->count++; return 1; }
@@ -20369,126 +20561,408 @@ static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
     return 0;
 }
 
-/* Pixels of a host: copied, for the host may change them.
-   rejected may be NULL: a picture to imitate rather than to prefer. */
-DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
-                          float weight)
+/* Pixels of a host: copied, for the host may change them. */
+static int dpoi_pairs_add_pixels(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
+                                 int liked, float weight)
 {
     dpoi_duel *x;
     if (!p || !dpoi_image_ok(p->c, chosen) || (rejected && !dpoi_image_ok(p->c, rejected))) return 0;
     if (!(x = dpoi_pairs_next(p, prompt, weight))) return 0;
+    x->liked = liked;
     if (dpoi_bitmap_copy(p->c, chosen, &x->source[0]) && rejected) dpoi_bitmap_copy(p->c, rejected, &x->source[1]);
     return dpoi_pairs_added(p, x);
 }
 
 /* Whether the files are there and what is in them is found out when they are read, or by dpo_pairs_check.
-   Paths are relative to the current folder here, to the manifest there. */
-DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
-                                float weight)
+   Paths are relative to the current folder here. */
+static int dpoi_pairs_add_paths(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected, int liked,
+                                float weight, int64_t line)
 {
     dpoi_duel *x;
     if (!chosen || !(x = dpoi_pairs_next(p, prompt, weight))) return 0;
-    x->path[0] = dpoi_strdup(p->c, chosen);
-    if (rejected && x->path[0]) x->path[1] = dpoi_strdup(p->c, rejected);
+    x->liked = liked;
+    x->line = line;
+    if (dpoi_duel_file(p, x, 0, chosen) && rejected) dpoi_duel_file(p, x, 1, rejected);
     return dpoi_pairs_added(p, x);
 }
 
-/* ------------------------------------------------------------------------------------------ manifests
-
-   One object a line, so that a file can be appended to while people vote, and a bad line costs one line.  Every row is
-   read; what is wrong with each goes to the log as file:line, and the first of it into the context. */
-
-/* Where a row stands, for its errors, and what it says.
-   The strings are the JSON document's and end with it. */
-typedef struct dpoi_manifest_row {
-    dpo_ctx    *c;
-    char        where[480];               /* "pairs.jsonl:17" */
-    const char *prompt, *chosen, *rejected;
-    double      weight;
-    int         tie;
-} dpoi_manifest_row;
-
-/* A text field without a zero inside; `otherwise` if the key is missing; NULL and an error for anything else. */
-static const char *dpoi_row_text(dpoi_manifest_row *r, const dpo_json *v, const char *key, int needed)
+/* rejected may be NULL: a picture to imitate rather than to prefer. */
+DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
+                          float weight)
 {
-    const dpo_json *field = dpo_json_get(v, key);
-    size_t          n = 0;
-    const char     *text = dpo_json_text(field, &n);
-    if (text && strlen(text) == n) return text;           /* a zero inside would cut a prompt or a path short */
-    if (field || needed)
-        dpoi_fail(r->c, DPO_BAD_FILE, "%s: %s \"%s\"", r->where, field ? "no plain text in" : "there is no", key);
-    return NULL;
+    return dpoi_pairs_add_pixels(p, prompt, chosen, rejected, 0, weight);
 }
 
-/* image_0, image_1 and label_0: 1 prefers image_0, 0 prefers image_1, 0.5 is a tie.
-   Pick-a-Pic's columns; a tie says nothing about a preference and is only counted. */
-static int dpoi_row_labelled(dpoi_manifest_row *r, const dpo_json *v)
+DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
+                                float weight)
 {
-    const char *zero = dpoi_row_text(r, v, "image_0", 1), *one = dpoi_row_text(r, v, "image_1", 1);
-    double      label = -1;
-    if (!zero || !one) return 0;
-    if (!dpo_json_double(dpo_json_get(v, "label_0"), &label) || (label != 0 && label != 0.5 && label != 1))
-        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"label_0\" must be 0, 0.5 or 1", r->where);
-    r->tie = label == 0.5;
-    r->chosen = label == 0 ? one : zero;
-    r->rejected = label == 0 ? zero : one;
+    return dpoi_pairs_add_paths(p, prompt, chosen, rejected, 0, weight, 0);
+}
+
+DPO_DEF int dpo_pairs_add_single(dpo_pairs *p, const char *prompt, const dpo_image *picture, int liked, float weight)
+{
+    return dpoi_pairs_add_pixels(p, prompt, picture, NULL, liked ? 1 : -1, weight);
+}
+
+DPO_DEF int dpo_pairs_add_single_file(dpo_pairs *p, const char *prompt, const char *picture, int liked, float weight)
+{
+    return dpoi_pairs_add_paths(p, prompt, picture, NULL, liked ? 1 : -1, weight, 0);
+}
+
+/* ------------------------------------------------------------------------------------------ CSV
+
+   RFC 4180: fields between commas, records between line ends, LF or CR LF; a field in quotes may hold commas, line ends
+   and quotes, those doubled.  A record that breaks this is read to its end and is one bad row. */
+
+/* One record.  text holds the fields one after another, a zero after each. */
+typedef struct dpoi_csv_field { size_t at, bytes; int quoted; } dpoi_csv_field;
+typedef struct dpoi_csv {
+    dpoi_text       text;
+    dpoi_csv_field *field;
+    int64_t         count, room;
+    const char     *bad;                  /* what is wrong with it, or NULL */
+} dpoi_csv;
+
+static void dpoi_csv_start(dpoi_csv *r, dpo_ctx *c) { memset(r, 0, sizeof *r); dpoi_text_start(&r->text, c); }
+
+static void dpoi_csv_free(dpoi_csv *r)
+{
+    dpoi_release(r->text.c, r->field, (size_t)r->room * sizeof *r->field);
+    dpoi_text_free(&r->text);
+}
+
+/* From the opening quote at s[at] behind the closing one; lines counts line ends. */
+static size_t dpoi_csv_quoted(dpoi_csv *r, const char *s, size_t n, size_t at, int64_t *lines)
+{
+    for (at++; at < n; at++) {
+        if (s[at] == '"' && (at + 1 >= n || s[at + 1] != '"')) return at + 1;
+        if (s[at] == '"') at++;           /* the second of two */
+        *lines += s[at] == '\n';
+        dpoi_text_bytes(&r->text, s + at, 1);
+    }
+    r->bad = "a quoted field does not end";
+    return at;
+}
+
+/* Is it text: UTF-8 without a zero? */
+static int dpoi_text_plain(const char *s, size_t n)
+{
+    uint32_t cp;
+    for (size_t i = 0, len; i < n; i += len)
+        if (!s[i] || !(len = (size_t)dpoi_utf8_read(s + i, n - i, &cp))) return 0;
     return 1;
 }
 
-/* Both forms of a row.  Fields that are not known (rater, model names, scores) are passed over. */
-static int dpoi_row_read(dpoi_manifest_row *r, const dpo_json *v)
+/* The field at s[at] up to its comma or the record's end, which is left for the caller. */
+static size_t dpoi_csv_one(dpoi_csv *r, const char *s, size_t n, size_t at, char comma, int64_t *lines)
 {
-    const dpo_json *weight = dpo_json_get(v, "weight");
-    if (dpo_json_type(v) != DPO_JSON_OBJECT)
-        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: a row must be an object", r->where);
-    r->prompt = dpoi_row_text(r, v, dpo_json_get(v, "caption") && !dpo_json_get(v, "prompt") ? "caption" : "prompt", 1);
-    r->weight = 1;
-    if (!r->prompt) return 0;
-    if (weight && (!dpo_json_double(weight, &r->weight) || !(r->weight >= 0 && r->weight <= 1e6)))
-        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"weight\" must be a number from 0 to 1000000", r->where);
-    if (dpo_json_get(v, "image_0") && !dpo_json_get(v, "chosen")) return dpoi_row_labelled(r, v);
-    r->chosen = dpoi_row_text(r, v, "chosen", 1);
-    if (r->chosen) r->rejected = dpoi_row_text(r, v, "rejected", 0);
-    return dpo_status(r->c) == DPO_OK;
+    dpoi_csv_field f;
+    size_t         from, end;
+    memset(&f, 0, sizeof f);
+    f.at = (size_t)r->text.n;
+    f.quoted = at < n && s[at] == '"';
+    if (f.quoted) at = dpoi_csv_quoted(r, s, n, at, lines);
+    for (from = at; at < n && s[at] != comma && s[at] != '\n'; at++)
+        if (s[at] == '"') r->bad = "a quote inside a field that does not begin with one";
+    end = at > from && at < n && s[at] == '\n' && s[at - 1] == '\r' ? at - 1 : at;     /* CR LF */
+    if (at == n && end > from && s[end - 1] == '\r') end--;
+    if (f.quoted && end > from && !r->bad) r->bad = "something follows a closing quote";
+    dpoi_text_bytes(&r->text, s + from, end - from);
+    f.bytes = (size_t)r->text.n - f.at;
+    if (!r->text.failed && f.bytes && !dpoi_text_plain(r->text.at + f.at, f.bytes))
+        r->bad = "not UTF-8, or a zero in it";
+    dpoi_text_bytes(&r->text, "", 1);
+    if (dpoi_grow(r->text.c, &r->field, &r->room, r->count + 1, sizeof f)) r->field[r->count++] = f;
+    return at;
+}
+
+/* The record at s[*at]; *at moves behind its end.  Returns the line ends in it; memory that fails is the context's. */
+static int64_t dpoi_csv_record(dpoi_csv *r, const char *s, size_t n, size_t *at, char comma)
+{
+    int64_t lines = 0;
+    r->count = r->text.n = 0;
+    r->bad = NULL;
+    *at = dpoi_csv_one(r, s, n, *at, comma, &lines);
+    while (*at < n && s[*at] == comma && dpo_status(r->text.c) == DPO_OK)
+        *at = dpoi_csv_one(r, s, n, *at + 1, comma, &lines);
+    if (*at < n) { lines++; ++*at; }      /* the line end */
+    return lines;
+}
+
+/* Nothing in it, not even quotes. */
+static int dpoi_csv_blank(const dpoi_csv *r)
+{
+    return r->count == 1 && !r->bad && !r->field[0].quoted && !r->field[0].bytes;
+}
+
+static const char *dpoi_csv_text(const dpoi_csv *r, int64_t k) { return r->text.at + r->field[k].at; }
+
+/* The column of a name, or -1. */
+static int64_t dpoi_csv_column(const dpoi_csv *header, const char *name)
+{
+    for (int64_t k = 0; k < header->count; k++) if (!strcmp(dpoi_csv_text(header, k), name)) return k;
+    return -1;
+}
+
+/* ------------------------------------------------------------------------------------------ rows
+
+   One row, of JSON or of CSV, is fields by name.  What is wrong with it goes to the log as file:line, and the first of
+   it into the context. */
+
+/* Where a row stands, for its errors, and what it is read from: v, or a record and its header.
+   The strings are the document's or the record's and end with it. */
+typedef struct dpoi_manifest_row {
+    dpo_pairs      *p;
+    dpo_ctx        *c;
+    const char     *folder;               /* that the manifest lies in */
+    char            where[480];           /* "pairs.jsonl:17" */
+    int64_t         line;
+    const dpo_json *v;
+    const dpoi_csv *header, *record;
+    const char     *prompt;
+    double          weight;
+    int             beside;               /* HPDv2: paths may be relative to the folder of the manifest's own name */
+} dpoi_manifest_row;
+
+/* JSON's null counts as missing. */
+static const dpo_json *dpoi_row_value(const dpoi_manifest_row *r, const char *key)
+{
+    const dpo_json *v = r->v ? dpo_json_get(r->v, key) : NULL;
+    return dpo_json_type(v) == DPO_JSON_NULL ? NULL : v;
+}
+
+/* The field's column, -1 if it is empty: an empty text needs quotes in CSV. */
+static int64_t dpoi_row_column(const dpoi_manifest_row *r, const char *key)
+{
+    int64_t k = r->record ? dpoi_csv_column(r->header, key) : -1;
+    return k >= 0 && k < r->record->count && (r->record->field[k].bytes || r->record->field[k].quoted) ? k : -1;
+}
+
+static int dpoi_row_has(const dpoi_manifest_row *r, const char *key)
+{
+    return r->record ? dpoi_row_column(r, key) >= 0 : dpoi_row_value(r, key) != NULL;
+}
+
+/* A text without a zero inside, which would cut a prompt or a path short; NULL for anything else. */
+static const char *dpoi_row_plain(const dpo_json *v)
+{
+    size_t      n = 0;
+    const char *text = dpo_json_text(v, &n);
+    return text && strlen(text) == n ? text : NULL;
+}
+
+/* A text field; NULL if the key is missing; NULL and an error for anything else. */
+static const char *dpoi_row_text(dpoi_manifest_row *r, const char *key, int needed)
+{
+    int64_t     k = dpoi_row_column(r, key);
+    int         has = dpoi_row_has(r, key);
+    const char *text = k >= 0 ? dpoi_csv_text(r->record, k) : r->record ? NULL : dpoi_row_plain(dpoi_row_value(r, key));
+    if (!text && (has || needed))
+        dpoi_fail(r->c, DPO_BAD_FILE, "%s: %s \"%s\"", r->where, has ? "no plain text in" : "there is no", key);
+    return text;
+}
+
+/* A text as a JSON number, whatever the locale; all of it must be one. */
+static int dpoi_text_to_number(const char *s, double *out)
+{
+    dpoi_json_in  in;
+    dpoi_json_doc doc;
+    dpo_json      v;
+    memset(&in, 0, sizeof in); memset(&doc, 0, sizeof doc); memset(&v, 0, sizeof v);
+    in.doc = &doc;                        /* without a context: what is wrong is told by the caller */
+    in.text = s;
+    in.n = strlen(s);
+    return in.n && dpoi_json_number(&in, &v) && in.at == in.n && dpo_json_double(&v, out);
+}
+
+static int dpoi_row_number(const dpoi_manifest_row *r, const char *key, double *out)
+{
+    int64_t k = dpoi_row_column(r, key);
+    if (r->record) return k >= 0 && dpoi_text_to_number(dpoi_csv_text(r->record, k), out);
+    return dpo_json_double(dpoi_row_value(r, key), out);
+}
+
+static char dpoi_small(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + 32) : c; }
+
+/* ASCII letters of either case. */
+static int dpoi_same_word(const char *a, const char *b)
+{
+    while (*a && dpoi_small(*a) == dpoi_small(*b)) a++, b++;
+    return *a == *b;
+}
+
+/* true, false, 1 or 0.  -1 for anything else. */
+static int dpoi_row_yes(const dpoi_manifest_row *r, const char *key)
+{
+    const dpo_json *v = dpoi_row_value(r, key);
+    int64_t         k = dpoi_row_column(r, key);
+    double          x = -1;
+    if (dpo_json_type(v) == DPO_JSON_BOOL) return dpo_json_bool(v);
+    if (k >= 0 && dpoi_same_word(dpoi_csv_text(r->record, k), "true")) return 1;
+    if (k >= 0 && dpoi_same_word(dpoi_csv_text(r->record, k), "false")) return 0;
+    return dpoi_row_number(r, key, &x) && (x == 0 || x == 1) ? (int)x : -1;
 }
 
 /* A picture's path, relative to the manifest unless it is absolute.  The file must be there.
    A name may lead anywhere that the user's own rights allow: a manifest is as trusted as a command
    line, but a picture is not, and its decoder checks it. */
-static char *dpoi_row_path(dpoi_manifest_row *r, const char *folder, const char *name)
+static char *dpoi_row_path(dpoi_manifest_row *r, const char *name)
 {
-    char  shown[128];
-    int   absolute = name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':');       /* C:\ too */
-    char *path = absolute ? dpoi_strdup(r->c, name) : dpoi_join(r->c, folder, name);
+    char   shown[128];
+    int    absolute = name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':');       /* C:\ too */
+    char  *path = absolute ? dpoi_strdup(r->c, name) : dpoi_join(r->c, r->folder, name);
     if (!path || dpoi_exists(path)) return path;
-    dpoi_fail(r->c, DPO_BAD_FILE, "%s: there is no file \"%s\"", r->where, dpoi_shown(shown, name));
     dpoi_strfree(r->c, path);
+    if (r->beside && !absolute) {         /* train.json: train/a.jpg */
+        size_t n = strlen(r->p->path) - 5;        /* it ends in ".json", or `beside` is not set */
+        char  *stem = dpoi_strdup(r->c, r->p->path);
+        if (!stem) return NULL;
+        stem[n] = 0;
+        path = dpoi_join(r->c, stem, name);
+        stem[n] = '.';
+        dpoi_strfree(r->c, stem);
+        if (!path || dpoi_exists(path)) return path;
+        dpoi_strfree(r->c, path);
+    }
+    dpoi_fail(r->c, DPO_BAD_FILE, "%s: there is no file \"%s\"", r->where, dpoi_shown(shown, name));
     return NULL;
 }
 
-/* Parse one line and add what it says.
-   The document is freed before the next line: memory does not grow with the manifest. */
-static int dpoi_pairs_row(dpo_pairs *p, const char *folder, const char *text, size_t n, int64_t line)
+/* One pair or picture, whose files must be there.  lost may be NULL. */
+static int dpoi_row_add(dpoi_manifest_row *r, const char *won, const char *lost, int liked)
 {
-    dpoi_manifest_row r;
-    dpo_json         *v;
-    dpoi_duel        *x;
-    memset(&r, 0, sizeof r);
-    r.c = p->c;
-    snprintf(r.where, sizeof r.where, "%.400s:%lld", p->path, (long long)line);
-    if (!(v = dpo_json_parse(p->c, text, n, r.where))) return 0;
-    if (dpoi_row_read(&r, v)) {
-        if (r.tie) p->ties++;
-        else if ((x = dpoi_pairs_next(p, r.prompt, (float)r.weight)) != NULL) {
-            x->line = line;
-            x->path[0] = dpoi_row_path(&r, folder, r.chosen);
-            if (x->path[0] && r.rejected) x->path[1] = dpoi_row_path(&r, folder, r.rejected);
-            dpoi_pairs_added(p, x);
-        }
-    }
-    dpo_json_free(v);
-    return dpo_status(p->c) == DPO_OK;
+    char *a = dpoi_row_path(r, won), *b = a && lost ? dpoi_row_path(r, lost) : NULL;
+    int   ok = a && (b || !lost) && dpoi_pairs_add_paths(r->p, r->prompt, a, b, liked, (float)r->weight, r->line);
+    dpoi_strfree(r->c, a);
+    dpoi_strfree(r->c, b);
+    return ok;
 }
+
+/* image_0, image_1 and label_0: 1 prefers image_0, 0 prefers image_1, 0.5 is a tie.
+   Pick-a-Pic's columns; a tie says nothing about a preference and is only counted. */
+static int dpoi_row_labelled(dpoi_manifest_row *r)
+{
+    const char *zero = dpoi_row_text(r, "image_0", 1), *one = zero ? dpoi_row_text(r, "image_1", 1) : NULL;
+    double      label = -1;
+    if (!one) return 0;
+    if (!dpoi_row_number(r, "label_0", &label) || (label != 0 && label != 0.5 && label != 1))
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"label_0\" must be 0, 0.5 or 1", r->where);
+    if (label == 0.5) { r->p->ties++; return 1; }
+    return dpoi_row_add(r, label == 0 ? one : zero, label == 0 ? zero : one, 0);
+}
+
+static int dpoi_row_single(dpoi_manifest_row *r)
+{
+    const char *name = dpoi_row_text(r, "image", 1);
+    int         liked = dpoi_row_yes(r, "liked");
+    if (!name) return 0;
+    if (liked < 0) return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"liked\" must be true or false", r->where);
+    return dpoi_row_add(r, name, NULL, liked ? 1 : -1);
+}
+
+/* ------------------------------------------------------------------------------------------ rankings */
+
+enum { DPOI_RANKING_MOST = 256 };         /* pictures of one row: 32,640 pairs; HPDv2 has 9, ImageReward as many */
+
+/* The numbers that order the pictures, small ones first in *sign 1, large ones first in -1.  NULL: there are none. */
+static const dpo_json *dpoi_row_ranks(const dpoi_manifest_row *r, int *sign)
+{
+    static const char *const names[] = { "rank", "ranking", "human_preference" };
+    const dpo_json          *v = NULL;
+    for (int k = 0; k < 3 && !v; k++) {
+        v = dpoi_row_value(r, names[k]);
+        *sign = k < 2 ? 1 : -1;           /* human_preference is 1 for what was preferred */
+    }
+    return v;
+}
+
+/* All pairs of different rank, in the list's order: (0,1) (0,2) .. (1,2) ..  Equal ranks are ties. */
+static int dpoi_ranking_pairs(dpoi_manifest_row *r, char *const *path, const double *rank, int64_t k)
+{
+    for (int64_t i = 0; i < k; i++)
+        for (int64_t j = i + 1; j < k; j++) {
+            int64_t w = rank[i] < rank[j] ? i : j;
+            if (rank[i] == rank[j]) r->p->ties++;
+            else if (!dpoi_pairs_add_paths(r->p, r->prompt, path[w], path[i + j - w], 0, (float)r->weight, r->line))
+                return 0;
+        }
+    return 1;
+}
+
+/* Paths and ranks of all k pictures; a row with one bad picture is bad as a whole. */
+static int dpoi_ranking_read(dpoi_manifest_row *r, const dpo_json *names, const dpo_json *ranks, int sign, char **path,
+                             double *rank, int64_t k)
+{
+    for (int64_t i = 0; i < k; i++) {
+        const char *name = dpoi_row_plain(dpo_json_at(names, i));
+        if (!name || !dpo_json_double(dpo_json_at(ranks, i), &rank[i]))
+            return dpoi_fail(r->c, DPO_BAD_FILE, "%s: picture %lld has no %s", r->where, (long long)i,
+                             name ? "number for its rank" : "plain name");
+        rank[i] *= sign;
+        if (!(path[i] = dpoi_row_path(r, name))) return 0;
+    }
+    return 1;
+}
+
+static int dpoi_row_ranking(dpoi_manifest_row *r, const dpo_json *names)
+{
+    int             sign = 1, ok = 0;
+    const dpo_json *ranks = dpoi_row_ranks(r, &sign);
+    int64_t         k = dpo_json_count(names);
+    char          **path;
+    double         *rank;
+    if (dpo_json_type(ranks) != DPO_JSON_ARRAY || dpo_json_count(ranks) != k || k < 2 || k > DPOI_RANKING_MOST)
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: %lld pictures and %lld ranks; they must be as many, 2 to %d",
+                         r->where, (long long)k, (long long)dpo_json_count(ranks), (int)DPOI_RANKING_MOST);
+    path = (char **)dpoi_calloc(r->c, (size_t)k, sizeof *path);
+    rank = path ? (double *)dpoi_calloc(r->c, (size_t)k, sizeof *rank) : NULL;
+    if (rank) ok = dpoi_ranking_read(r, names, ranks, sign, path, rank, k) && dpoi_ranking_pairs(r, path, rank, k);
+    for (int64_t i = 0; path && i < k; i++) dpoi_strfree(r->c, path[i]);
+    dpoi_release(r->c, path, (size_t)k * sizeof *path);
+    dpoi_release(r->c, rank, (size_t)k * sizeof *rank);
+    return ok;
+}
+
+/* A list of pictures under one of its names; those of HPDv2 are relative to the folder beside the manifest. */
+static const dpo_json *dpoi_row_list(dpoi_manifest_row *r)
+{
+    static const char *const names[] = { "images", "generations", "file_path", "image_path" };
+    for (int k = 0; k < 4; k++) {
+        const dpo_json *v = dpoi_row_value(r, names[k]);
+        if (dpo_json_type(v) != DPO_JSON_ARRAY) continue;
+        r->beside = k >= 2 && dpoi_ends_with(r->p->path, ".json");
+        return v;
+    }
+    return NULL;
+}
+
+/* All forms of a row.  Fields that are not known (rater, model names, scores) are passed over. */
+static int dpoi_row_read(dpoi_manifest_row *r)
+{
+    const dpo_json *list;
+    if (!r->record && dpo_json_type(r->v) != DPO_JSON_OBJECT)
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: a row must be an object", r->where);
+    r->prompt = dpoi_row_text(r, dpoi_row_has(r, "caption") && !dpoi_row_has(r, "prompt") ? "caption" : "prompt", 1);
+    r->weight = 1;
+    if (!r->prompt) return 0;
+    if (dpoi_row_has(r, "weight") &&
+        (!dpoi_row_number(r, "weight", &r->weight) || !(r->weight >= 0 && r->weight <= 1e6)))
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"weight\" must be a number from 0 to 1000000", r->where);
+    if (dpoi_row_has(r, "chosen")) {
+        const char *won = dpoi_row_text(r, "chosen", 1), *lost = won ? dpoi_row_text(r, "rejected", 0) : NULL;
+        return dpo_status(r->c) == DPO_OK && dpoi_row_add(r, won, lost, 0);
+    }
+    if (dpoi_row_has(r, "image_0")) return dpoi_row_labelled(r);
+    if ((list = dpoi_row_list(r)) != NULL) return dpoi_row_ranking(r, list);
+    if (dpoi_row_has(r, "image")) return dpoi_row_single(r);
+    return dpoi_fail(r->c, DPO_BAD_FILE, "%s: there is no \"chosen\", nor \"image_0\", \"images\" or \"image\"",
+                     r->where);
+}
+
+/* ------------------------------------------------------------------------------------------ manifests
+
+   One row after another, so that memory does not grow with the manifest and a bad row costs one row.  Every row is
+   read, so that a user can mend the file in one go. */
 
 /* The first of several errors, and how many there were.
    As long as the context's own error text. */
@@ -20514,120 +20988,621 @@ static int dpoi_troubles_end(dpo_ctx *c, const dpoi_troubles *t)
     return dpoi_ok(c);
 }
 
-/* Line by line; blank ones are passed over, a byte order mark and carriage returns are no matter.
-   Lines count from 1, as editors count. */
-static int dpoi_pairs_rows(dpo_pairs *p, const char *folder, const char *text, size_t n)
-{
+/* A manifest while it is read. */
+typedef struct dpoi_manifest {
+    dpo_pairs    *p;
+    dpo_ctx      *c;
+    char         *folder;
     dpoi_troubles bad;
-    int64_t       line = 0;
-    size_t        from = n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3) ? 3 : 0, to;
-    memset(&bad, 0, sizeof bad);
-    for (; from < n; from = to + 1) {
-        size_t blank = from;
-        for (to = from; to < n && text[to] != '\n'; to++) { }
-        line++;
-        while (blank < to && (text[blank] == ' ' || text[blank] == '\t' || text[blank] == '\r')) blank++;
-        if (blank == to) continue;
-        if (!dpoi_pairs_row(p, folder, text + from, to - from, line) && !dpoi_trouble(p->c, &bad)) return 0;
-    }
-    if (!bad.count && !p->count) return dpoi_fail(p->c, DPO_BAD_FILE, "%.400s: no pairs in it", p->path);
-    return dpoi_troubles_end(p->c, &bad);
+} dpoi_manifest;
+
+/* One row more, good or bad.  0: reading must stop. */
+static int dpoi_manifest_count(dpoi_manifest *m, int ok)
+{
+    m->p->rows++;
+    return ok || dpoi_trouble(m->c, &m->bad);
 }
 
-/* All rows are read even after a bad one, so that a user can mend the file in one go. */
-DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path)
+static void dpoi_row_start(dpoi_manifest *m, dpoi_manifest_row *r, int64_t line)
 {
-    dpo_pairs *p;
-    dpoi_map   m;
-    char      *folder;
-    int        ok;
-    if (!path || !dpoi_ok(c) || !(p = dpo_pairs_new(c))) return NULL;
-    p->path = dpoi_strdup(c, path);
-    folder = p->path ? dpoi_folder_of(c, path) : NULL;
-    ok = folder && dpoi_map_open(c, path, &m);
-    if (ok) {
-        ok = dpoi_pairs_rows(p, folder, (const char *)m.data, m.data ? m.size : 0);
-        dpoi_map_close(c, &m);
+    memset(r, 0, sizeof *r);
+    r->p = m->p;
+    r->c = m->c;
+    r->folder = m->folder;
+    r->line = line;
+    snprintf(r->where, sizeof r->where, "%.400s:%lld", m->p->path, (long long)line);
+}
+
+/* One row of JSON.  The document is freed before the next. */
+static int dpoi_manifest_json(dpoi_manifest *m, const char *text, size_t n, int64_t line)
+{
+    dpoi_manifest_row r;
+    dpo_json         *v;
+    int               ok;
+    dpoi_row_start(m, &r, line);
+    if (!(v = dpo_json_parse(m->c, text, n, r.where))) return dpoi_manifest_count(m, 0);
+    r.v = v;
+    ok = dpoi_row_read(&r);
+    dpo_json_free(v);
+    return dpoi_manifest_count(m, ok);
+}
+
+static int dpoi_is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+/* One object a line; blank lines are passed over.  Lines count from 1, as editors count. */
+static int dpoi_manifest_lines(dpoi_manifest *m, const char *text, size_t n)
+{
+    int64_t line = 0;
+    for (size_t from = 0, to; from < n; from = to + 1) {
+        size_t first = from;
+        for (to = from; to < n && text[to] != '\n'; to++) { }
+        line++;
+        while (first < to && dpoi_is_blank(text[first])) first++;
+        if (first < to && !dpoi_manifest_json(m, text + from, to - from, line)) return 0;
     }
-    dpoi_strfree(c, folder);
+    return 1;
+}
+
+/* The end of the list's element at text[at]: the comma or bracket behind it, or n.  Those in strings do not count. */
+static size_t dpoi_list_element(const char *text, size_t n, size_t at)
+{
+    int64_t depth = 0;
+    int     quoted = 0;
+    for (; at < n; at++) {
+        char ch = text[at];
+        if (quoted) {
+            if (ch == '\\') at++;         /* what is escaped, a quote perhaps */
+            else quoted = ch != '"';
+        } else if (ch == '"') quoted = 1;
+        else if (ch == '[' || ch == '{') depth++;
+        else if (!depth && (ch == ',' || ch == ']')) return at;
+        else if (ch == ']' || ch == '}') depth--;
+    }
+    return n;
+}
+
+/* White space from text[at] on; *line counts. */
+static size_t dpoi_list_space(const char *text, size_t n, size_t at, int64_t *line)
+{
+    for (; at < n && dpoi_is_blank(text[at]); at++) *line += text[at] == '\n';
+    return at;
+}
+
+/* A whole file that is one list.  Elements are cut out and parsed one by one: HPDv2's list of 645,090 rows, parsed at
+   once, would take ten times its 116 MB, and one mistake in it would hide all others. */
+static int dpoi_manifest_list(dpoi_manifest *m, const char *text, size_t n)
+{
+    int64_t line = 1;
+    size_t  at = dpoi_list_space(text, n, 0, &line) + 1, to;       /* behind the bracket */
+    int     closed;
+    at = dpoi_list_space(text, n, at, &line);
+    closed = at < n && text[at] == ']';
+    while (!closed && at < n) {
+        to = dpoi_list_element(text, n, at);
+        if (!dpoi_manifest_json(m, text + at, to - at, line)) return 0;
+        for (; at < to; at++) line += text[at] == '\n';
+        closed = at < n && text[at] == ']';
+        if (!closed && at < n) at = dpoi_list_space(text, n, at + 1, &line);   /* behind the comma */
+    }
+    if (closed) at = dpoi_list_space(text, n, at + 1, &line);
+    if (closed && at == n) return 1;
+    dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:%lld: %s", m->p->path, (long long)line,
+              closed ? "something follows the list" : "the list does not end");
+    return dpoi_manifest_count(m, 0);
+}
+
+/* The header line: names, all different, with a prompt among them. */
+static int dpoi_manifest_header(dpoi_manifest *m, const dpoi_csv *h)
+{
+    char shown[128];
+    if (dpo_status(m->c) != DPO_OK) return 0;
+    if (h->bad) return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:1: %s", m->p->path, h->bad);
+    for (int64_t k = 0; k < h->count; k++)
+        if (dpoi_csv_column(h, dpoi_csv_text(h, k)) != k)
+            return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:1: two columns have the name \"%s\"", m->p->path,
+                             dpoi_shown(shown, dpoi_csv_text(h, k)));
+    if (dpoi_csv_column(h, "prompt") < 0 && dpoi_csv_column(h, "caption") < 0)
+        return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:1: the header line has no column \"prompt\"", m->p->path);
+    return 1;
+}
+
+static int dpoi_manifest_record(dpoi_manifest *m, const dpoi_csv *header, const dpoi_csv *record, int64_t line)
+{
+    dpoi_manifest_row r;
+    dpoi_row_start(m, &r, line);
+    r.header = header;
+    r.record = record;
+    if (record->bad) dpoi_fail(m->c, DPO_BAD_FILE, "%s: %s", r.where, record->bad);
+    else if (record->count != header->count)
+        dpoi_fail(m->c, DPO_BAD_FILE, "%s: %lld fields, where the header line has %lld", r.where,
+                  (long long)record->count, (long long)header->count);
+    else dpoi_row_read(&r);
+    return dpoi_manifest_count(m, dpo_status(m->c) == DPO_OK);
+}
+
+/* The line of a record is that of its first field. */
+static int dpoi_manifest_csv(dpoi_manifest *m, const char *text, size_t n, char comma)
+{
+    dpoi_csv header, record;
+    size_t   at = 0;
+    int64_t  line = 1;
+    int      ok;
+    dpoi_csv_start(&header, m->c);
+    dpoi_csv_start(&record, m->c);
+    line += dpoi_csv_record(&header, text, n, &at, comma);
+    ok = dpoi_manifest_header(m, &header);
+    while (ok && at < n) {
+        int64_t lines = dpoi_csv_record(&record, text, n, &at, comma);
+        if (dpo_status(m->c) != DPO_OK) ok = 0;
+        else if (!dpoi_csv_blank(&record)) ok = dpoi_manifest_record(m, &header, &record, line);
+        line += lines;
+    }
+    dpoi_csv_free(&header);
+    dpoi_csv_free(&record);
+    return ok;
+}
+
+/* "a.JSON" ends with ".json". */
+static int dpoi_has_ending(const char *path, const char *ending)
+{
+    size_t n = strlen(path), m = strlen(ending);
+    return n >= m && dpoi_same_word(path + n - m, ending);
+}
+
+/* Does the first line read like a CSV header? */
+static char dpoi_csv_comma(const char *text, size_t n)
+{
+    char   line[256], comma = 0;
+    size_t k = 0;
+    for (; k < n && k + 1 < sizeof line && text[k] && text[k] != '\n'; k++) {
+        line[k] = text[k];
+        if (!comma && (text[k] == ',' || text[k] == '\t')) comma = text[k];
+    }
+    line[k] = 0;
+    return strstr(line, "prompt") || strstr(line, "caption") ? comma : 0;
+}
+
+/* By the name's ending, and where that says nothing by the first characters. */
+static int dpoi_manifest_text(dpoi_manifest *m, const char *text, size_t n)
+{
+    const char *path = m->p->path;
+    size_t      first = 0;
+    if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) { text += 3; n -= 3; }     /* a byte order mark */
+    while (first < n && dpoi_is_blank(text[first])) first++;
+    if (n >= 4 && !memcmp(text, "PAR1", 4))
+        return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s: Parquet is not read here: examples/parquet_manifest.py makes a "
+                         "folder of pictures and a manifest of it", path);
+    if (dpoi_has_ending(path, ".csv")) return dpoi_manifest_csv(m, text, n, ',');
+    if (dpoi_has_ending(path, ".tsv")) return dpoi_manifest_csv(m, text, n, '\t');
+    if (dpoi_has_ending(path, ".jsonl") || dpoi_has_ending(path, ".ndjson")) return dpoi_manifest_lines(m, text, n);
+    if (first < n && text[first] == '[') return dpoi_manifest_list(m, text, n);
+    if (first < n && text[first] != '{' && dpoi_csv_comma(text, n))
+        return dpoi_manifest_csv(m, text, n, dpoi_csv_comma(text, n));
+    return dpoi_manifest_lines(m, text, n);
+}
+
+static int dpoi_manifest_file(dpoi_manifest *m)
+{
+    dpoi_map map;
+    int      ok;
+    if (!dpoi_map_open(m->c, m->p->path, &map)) return 0;
+    ok = dpoi_manifest_text(m, map.data ? (const char *)map.data : "", map.data ? map.size : 0);
+    dpoi_map_close(m->c, &map);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ folders
+
+   DIR/w/NAME.png, DIR/l/NAME.png and a caption NAME.txt or NAME.caption beside either; or such folders in a folder, as
+   proposed for kohya's trainers (sd-scripts pull request 1427).  Names are sorted by their bytes, so that pair i is the
+   same pair on every system. */
+
+/* What lies in a folder. */
+typedef struct dpoi_names {
+    dpo_ctx *c;
+    char   **name;
+    int64_t  count, room;
+} dpoi_names;
+
+static void dpoi_names_free(dpoi_names *s)
+{
+    for (int64_t i = 0; i < s->count; i++) dpoi_strfree(s->c, s->name[i]);
+    dpoi_release(s->c, s->name, (size_t)s->room * sizeof *s->name);
+    s->name = NULL;
+    s->count = s->room = 0;
+}
+
+/* For dpoi_sys_list.  Names that begin with a dot are hidden. */
+static int dpoi_names_add(void *user, const char *name)
+{
+    dpoi_names *s = (dpoi_names *)user;
+    if (name[0] == '.') return 1;
+    if (s->count >= INT32_MAX || !dpoi_grow(s->c, &s->name, &s->room, s->count + 1, sizeof *s->name)) return 0;
+    if (!(s->name[s->count] = dpoi_strdup(s->c, name))) return 0;
+    s->count++;
+    return 1;
+}
+
+/* Bytes in front of the last dot. */
+static size_t dpoi_stem(const char *name)
+{
+    const char *dot = strrchr(name, '.');
+    return dot ? (size_t)(dot - name) : strlen(name);
+}
+
+/* Stems by their bytes. */
+static int dpoi_stem_order(const char *a, const char *b)
+{
+    size_t n = dpoi_stem(a), m = dpoi_stem(b);
+    int    k = memcmp(a, b, n < m ? n : m);
+    return k ? k : n < m ? -1 : n > m;
+}
+
+/* By stem, then by the whole name. */
+static int dpoi_names_less(const void *arg, uint32_t a, uint32_t b)
+{
+    char *const *name = (char *const *)arg;
+    int          k = dpoi_stem_order(name[a], name[b]);
+    return k ? k < 0 : strcmp(name[a], name[b]) < 0;
+}
+
+static int dpoi_names_sort(dpoi_names *s)
+{
+    uint32_t *order;
+    char    **name;
+    if (!s->count) return 1;
+    order = (uint32_t *)dpoi_calloc(s->c, 2 * (size_t)s->count, sizeof *order);
+    name = order ? (char **)dpoi_calloc(s->c, (size_t)s->room, sizeof *name) : NULL;
+    if (name) {
+        for (int64_t i = 0; i < s->count; i++) order[i] = (uint32_t)i;
+        dpoi_sort(order, order + s->count, (size_t)s->count, dpoi_names_less, s->name);
+        for (int64_t i = 0; i < s->count; i++) name[i] = s->name[order[i]];
+        dpoi_release(s->c, s->name, (size_t)s->room * sizeof *s->name);
+        s->name = name;
+    }
+    dpoi_release(s->c, order, 2 * (size_t)s->count * sizeof *order);
+    return name != NULL;
+}
+
+/* Sorted; dpoi_names_free in either case. */
+static int dpoi_names_list(dpo_ctx *c, const char *folder, dpoi_names *s)
+{
+    int e;
+    memset(s, 0, sizeof *s);
+    s->c = c;
+    if ((e = dpoi_sys_list(folder, dpoi_names_add, s)) != 0) return dpoi_fail_io(c, "list the folder", folder, e);
+    return dpo_status(c) == DPO_OK && dpoi_names_sort(s);
+}
+
+/* 2: a picture that stb_image reads, by its ending; 1: another kind of picture; 0: no picture, such as a caption. */
+static int dpoi_picture_kind(const char *name)
+{
+    static const char *const ending[] = { ".png", ".jpg", ".jpeg", ".bmp", ".tga", ".gif", ".psd", ".ppm", ".pgm",
+                                          ".webp", ".avif", ".tif", ".tiff", ".jxl", ".heic" };
+    for (int k = 0; k < 15; k++) if (dpoi_has_ending(name, ending[k])) return k < 9 ? 2 : 1;
+    return 0;
+}
+
+/* Only pictures stay. */
+static void dpoi_names_pictures(dpoi_names *s)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < s->count; i++) {
+        if (dpoi_picture_kind(s->name[i])) s->name[n++] = s->name[i];
+        else dpoi_strfree(s->c, s->name[i]);
+    }
+    s->count = n;
+}
+
+/* The first line of a caption's file without the blanks around it, as kohya's trainers read it; NULL if there is no
+   such file, or it is not text.  To be freed with dpoi_strfree. */
+static char *dpoi_caption_read(dpo_ctx *c, const char *path)
+{
+    char  *text = NULL, *out = NULL;
+    size_t n = 0, from = 0, to;
+    if (!dpoi_exists(path) || !dpoi_read_file(c, path, (size_t)1 << 20, &text, &n)) return NULL;
+    if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) from = 3;
+    while (from < n && dpoi_is_blank(text[from])) from++;
+    for (to = from; to < n && text[to] != '\n'; to++) { }
+    while (to > from && dpoi_is_blank(text[to - 1])) to--;
+    if (!dpoi_text_plain(text + from, to - from))
+        dpoi_fail(c, DPO_BAD_FILE, "%.400s: not UTF-8, or a zero in it", path);
+    else if ((out = (char *)dpoi_calloc(c, to - from + 1, 1)) != NULL) memcpy(out, text + from, to - from);
+    dpoi_release(c, text, n + 1);
+    return out;
+}
+
+/* FOLDER/STEM.txt or .caption for the picture at `path`, which ends in a dot and an ending. */
+static char *dpoi_caption_of(dpo_ctx *c, const char *path)
+{
+    static const char *const ending[] = { ".txt", ".caption" };
+    char  *caption = NULL, *file;
+    size_t folder = dpoi_folder_length(path), n = folder + dpoi_stem(path + folder);
+    for (int k = 0; k < 2 && !caption && dpo_status(c) == DPO_OK; k++) {
+        if (!(file = (char *)dpoi_calloc(c, n + 9, 1))) return NULL;
+        memcpy(file, path, n);
+        strcpy(file + n, ending[k]);
+        caption = dpoi_caption_read(c, file);
+        dpoi_release(c, file, n + 9);
+    }
+    return caption;
+}
+
+/* The row of two pictures, one of them NULL where a partner is missing. */
+static int dpoi_folder_row(dpoi_manifest *m, const char *won, const char *lost)
+{
+    dpo_ctx    *c = m->c;
+    const char *here = won ? won : lost;
+    char       *caption = NULL;
+    if (!won || !lost)
+        return dpoi_fail(c, DPO_BAD_FILE, "%.400s: no picture of that name in %s/", here, won ? "l" : "w");
+    for (int k = 0; k < 2; k++)
+        if (dpoi_picture_kind(k ? lost : won) < 2)
+            return dpoi_fail(c, DPO_BAD_FILE, "%.400s: a kind of picture that stb_image does not read", k ? lost : won);
+    if (!(caption = dpoi_caption_of(c, won)) && dpo_status(c) == DPO_OK) caption = dpoi_caption_of(c, lost);
+    if (!caption) return dpoi_fail(c, DPO_BAD_FILE, "%.400s: no caption: neither .txt nor .caption beside it", here);
+    dpoi_pairs_add_paths(m->p, caption, won, lost, 0, 1, 0);
+    dpoi_strfree(c, caption);
+    return dpo_status(c) == DPO_OK;
+}
+
+/* As dpoi_folder_row, with names in side[0], the winners', and side[1]. */
+static int dpoi_folder_names(dpoi_manifest *m, char *const *side, const char *won, const char *lost)
+{
+    char *a = won ? dpoi_join(m->c, side[0], won) : NULL, *b = lost ? dpoi_join(m->c, side[1], lost) : NULL;
+    int   ok = dpo_status(m->c) == DPO_OK && dpoi_folder_row(m, a, b);
+    dpoi_strfree(m->c, a);
+    dpoi_strfree(m->c, b);
+    return dpoi_manifest_count(m, ok);
+}
+
+/* Two sorted lists side by side: the smaller stem goes first, equal ones are a pair.  A stem that stands twice in one
+   list finds its partner once. */
+static int dpoi_folder_merge(dpoi_manifest *m, char *const *side, const dpoi_names *w, const dpoi_names *l)
+{
+    for (int64_t i = 0, j = 0; i < w->count || j < l->count; ) {
+        int k = i >= w->count ? 1 : j >= l->count ? -1 : dpoi_stem_order(w->name[i], l->name[j]);
+        if (!dpoi_folder_names(m, side, k <= 0 ? w->name[i] : NULL, k >= 0 ? l->name[j] : NULL)) return 0;
+        i += k <= 0;
+        j += k >= 0;
+    }
+    return 1;
+}
+
+/* FOLDER/w and FOLDER/l. */
+static int dpoi_folder_sides(dpoi_manifest *m, const char *folder)
+{
+    dpo_ctx   *c = m->c;
+    dpoi_names names[2];
+    char      *side[2];
+    int        ok;
+    memset(names, 0, sizeof names);
+    side[0] = dpoi_join(c, folder, "w");
+    side[1] = side[0] ? dpoi_join(c, folder, "l") : NULL;
+    ok = side[1] && dpoi_names_list(c, side[0], &names[0]) && dpoi_names_list(c, side[1], &names[1]);
+    for (int k = 0; k < 2; k++) dpoi_names_pictures(&names[k]);
+    if (ok) ok = dpoi_folder_merge(m, side, &names[0], &names[1]);
+    else if (side[1]) ok = dpoi_manifest_count(m, 0);     /* one of the two is missing: the others are still read */
+    for (int k = 0; k < 2; k++) if (names[k].c) dpoi_names_free(&names[k]);
+    dpoi_strfree(c, side[0]);
+    dpoi_strfree(c, side[1]);
+    return ok;
+}
+
+/* Has it a folder w or l? */
+static int dpoi_folder_has_sides(dpo_ctx *c, const char *folder)
+{
+    char *w = dpoi_join(c, folder, "w"), *l = w ? dpoi_join(c, folder, "l") : NULL;
+    int   yes = l && (dpoi_is_folder(w) || dpoi_is_folder(l));
+    dpoi_strfree(c, w);
+    dpoi_strfree(c, l);
+    return yes;
+}
+
+static int dpoi_manifest_folder(dpoi_manifest *m, const char *root)
+{
+    dpo_ctx   *c = m->c;
+    dpoi_names names;
+    int        found = dpoi_folder_has_sides(c, root), ok;
+    if (dpo_status(c) != DPO_OK || (found && !dpoi_folder_sides(m, root))) return 0;
+    ok = dpoi_names_list(c, root, &names);
+    for (int64_t i = 0; ok && i < names.count; i++) {
+        char *folder = dpoi_join(c, root, names.name[i]);
+        if (folder && strcmp(names.name[i], "w") && strcmp(names.name[i], "l") && dpoi_folder_has_sides(c, folder)) {
+            found = 1;
+            ok = dpoi_folder_sides(m, folder);
+        }
+        dpoi_strfree(c, folder);
+        ok = ok && dpo_status(c) == DPO_OK;
+    }
+    dpoi_names_free(&names);
+    if (ok && !found) return dpoi_fail(c, DPO_BAD_FILE, "%.400s: no folders w and l in it, nor in its folders", root);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ loading */
+
+/* All rows are read even after a bad one; strict: one bad row fails the load. */
+static dpo_pairs *dpoi_pairs_open(dpo_ctx *c, const char *path, int strict)
+{
+    dpoi_manifest m;
+    dpo_pairs    *p;
+    int           ok;
+    if (!path || !dpoi_ok(c) || !(p = dpo_pairs_new(c))) return NULL;
+    memset(&m, 0, sizeof m);
+    m.p = p;
+    m.c = c;
+    p->path = dpoi_strdup(c, path);
+    m.folder = p->path ? dpoi_folder_of(c, path) : NULL;
+    ok = m.folder && (dpoi_is_folder(path) ? dpoi_manifest_folder(&m, path) : dpoi_manifest_file(&m));
+    dpoi_strfree(c, m.folder);
+    p->bad = m.bad.count;
+    if (ok && !m.bad.count && !p->count) ok = dpoi_fail(c, DPO_BAD_FILE, "%.400s: no pairs in it", path);
+    if (ok && strict) ok = dpoi_troubles_end(c, &m.bad);
     if (ok) return p;
     dpo_pairs_free(p);
     return NULL;
 }
 
-/* "pairs.jsonl:17" or "pair 16"
-   For errors that come up after loading, when a picture cannot be read. */
-static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+DPO_DEF dpo_pairs *dpo_pairs_load     (dpo_ctx *c, const char *path) { return dpoi_pairs_open(c, path, 1); }
+DPO_DEF dpo_pairs *dpo_pairs_load_good(dpo_ctx *c, const char *path) { return dpoi_pairs_open(c, path, 0); }
+
+/* ------------------------------------------------------------------------------------------ pixels
+
+   A picture is read, decoded and fitted by a context of its own, which has memory and an error but no backend: so the
+   loader's thread can do it beside the caller's context, and an error gets its row's place before anyone sees it. */
+
+static void dpoi_bare_context(dpo_ctx *own, const dpoi_mem *mem) { memset(own, 0, sizeof *own); own->mem = *mem; }
+
+/* One picture: a file, or pixels where path is NULL. */
+typedef struct dpoi_shot { const char *path; dpo_image pixels; } dpoi_shot;
+
+/* Is there such a picture?  Only rejected ones may be missing. */
+static int dpoi_duel_has(const dpoi_duel *x, int which) { return x->source[which].rgb || x->path[which]; }
+
+static dpoi_shot dpoi_shot_of(const dpoi_duel *x, int which)
 {
-    if (p->pair[i].line) snprintf(out, size, "%.400s:%lld", p->path, (long long)p->pair[i].line);
-    else snprintf(out, size, "pair %lld", (long long)i);
-    return out;
+    dpoi_shot s;
+    s.path = x->path[which];
+    s.pixels.rgb = x->source[which].rgb;
+    s.pixels.width = x->source[which].width;
+    s.pixels.height = x->source[which].height;
+    return s;
 }
 
-/* ------------------------------------------------------------------------------------------ pixels */
-
-/* Take a fitted picture over into plain memory: the cache's while there is room, else the place for the moment.
-   The place for the moment holds one picture of each side: valid until the next call. */
-static const uint8_t *dpoi_duel_keep(dpo_pairs *p, dpoi_duel *x, int which, const dpo_image *fit)
+/* The window was checked; rgb [v->height,v->width,3]. */
+static int dpoi_shot_view(dpo_ctx *c, const dpoi_shot *s, const dpo_window *v, uint8_t *rgb)
 {
-    size_t       bytes = (size_t)fit->width * (size_t)fit->height * 3;
+    dpo_image full;
+    int       ok;
+    if (!s->path) return dpoi_image_window(c, &s->pixels, v, rgb);
+    ok = dpo_image_load(c, s->path, &full) && dpoi_image_window(c, &full, v, rgb);
+    dpo_image_free(c, &full);
+    return ok;
+}
+
+/* What another context found wrong, with the pair's place. */
+static int dpoi_duel_failed(const dpo_pairs *p, int64_t i, int status, const char *error)
+{
+    char where[480];
+    if (status == DPO_OUT_OF_MEMORY || status == DPO_UNSUPPORTED) return dpoi_fail(p->c, status, "%s", error);
+    return dpoi_fail(p->c, status, "%s: %s", dpoi_duel_where(p, i, where, sizeof where), error);
+}
+
+/* Pair i has picture `which`, or the context fails. */
+static int dpoi_duel_ask(dpo_pairs *p, int64_t i, int which)
+{
+    char where[480];
+    if (!p || !dpoi_ok(p->c)) return 0;
+    if (!dpoi_pairs_has(p, i)) return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "there is no pair %lld", (long long)i);
+    if ((which == 0 || which == 1) && dpoi_duel_has(&p->pair[i], which)) return 1;
+    return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "%s: no %s picture", dpoi_duel_where(p, i, where, sizeof where),
+                     which == 1 ? "rejected" : "such");
+}
+
+/* Beside the pairs' own cache, which a trainer that crops anew at each step has no use for. */
+DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb)
+{
+    dpoi_shot s;
+    dpo_ctx     own;
+    if (!rgb || !dpoi_duel_ask(p, i, which) || !dpoi_window_ok(p->c, v)) return 0;
+    s = dpoi_shot_of(&p->pair[i], which);
+    dpoi_bare_context(&own, &p->c->mem);
+    return dpoi_shot_view(&own, &s, v, rgb) || dpoi_duel_failed(p, i, own.status, own.error);
+}
+
+/* Read, decode and fit one picture of a pair into plain memory: the cache's while there is room, else the place for the
+   moment, of which there is one a side: valid until the next call. */
+static const uint8_t *dpoi_duel_fit(dpo_pairs *p, int64_t i, int which, int width, int height)
+{
+    dpoi_duel   *x = &p->pair[i];
+    dpo_window   v;
+    dpoi_bitmap  fit, *to;
+    memset(&v, 0, sizeof v);
+    v.width = width;
+    v.height = height;
+    v.at_x = v.at_y = 0.5f;
+    if (!dpoi_window_ok(p->c, &v)) return NULL;
+    fit.width = width;
+    fit.height = height;
+    if (!(fit.rgb = (uint8_t *)dpoi_calloc(p->c, dpoi_bitmap_bytes(&fit), 1))) return NULL;
+    if (!dpo_pairs_view(p, i, which, &v, fit.rgb)) { dpoi_bitmap_free(p->c, &fit); return NULL; }
     /* one picture may lie in the cache and the other not: each fits or does not by itself */
-    dpoi_bitmap *to = bytes <= p->left ? &x->fit[which] : &p->now[which];
+    to = dpoi_bitmap_bytes(&fit) <= p->left ? &x->fit[which] : &p->now[which];
     dpoi_bitmap_free(p->c, to);
-    if (!dpoi_bitmap_copy(p->c, fit, to)) return NULL;
-    if (to == &x->fit[which]) p->left -= bytes;
+    *to = fit;
+    if (to == &x->fit[which]) p->left -= dpoi_bitmap_bytes(&fit);
     return to->rgb;
 }
 
-/* Read, decode and fit one picture of a pair.
-   dpo_image_fit crops to the wanted shape and scales. */
-static const uint8_t *dpoi_duel_fit(dpo_pairs *p, dpoi_duel *x, int which, int width, int height)
-{
-    dpo_image      full, fit;
-    const uint8_t *rgb = NULL;
-    memset(&full, 0, sizeof full);
-    if (x->source[which].rgb) {
-        full.rgb = x->source[which].rgb;
-        full.width = x->source[which].width;
-        full.height = x->source[which].height;
-    } else if (!dpo_image_load(p->c, x->path[which], &full)) return NULL;
-    if (dpo_image_fit(p->c, &full, width, height, &fit)) {
-        rgb = dpoi_duel_keep(p, x, which, &fit);
-        dpo_image_free(p->c, &fit);
-    }
-    if (!x->source[which].rgb) dpo_image_free(p->c, &full);
-    return rgb;
-}
-
 /* From the host as it is, from the cache, or made now.  A trainer asks for one size all along. */
-static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, dpoi_duel *x, int which, int width, int height)
+static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, int64_t i, int which, int width, int height)
 {
-    dpoi_bitmap *s = &x->source[which], *f = &x->fit[which];
+    dpoi_bitmap *s = &p->pair[i].source[which], *f = &p->pair[i].fit[which];
     if (s->rgb && s->width == width && s->height == height) return s->rgb;
     if (f->rgb && f->width == width && f->height == height) return f->rgb;
     if (f->rgb) {                         /* of another size: its room is free again */
         p->left += dpoi_bitmap_bytes(f);
         dpoi_bitmap_free(p->c, f);
     }
-    return dpoi_duel_fit(p, x, which, width, height);
+    return dpoi_duel_fit(p, i, which, width, height);
 }
-
-/* Is there such a picture?  Only rejected ones may be missing. */
-static int dpoi_duel_has(const dpoi_duel *x, int which) { return x->source[which].rgb || x->path[which]; }
 
 /* The two may lie in the places for the moment, of which there is one each: so they hold until the next call. */
 DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen,
                              const uint8_t **rejected)
 {
-    dpoi_duel *x;
-    if (!p || !chosen || !dpoi_ok(p->c)) return 0;
-    if (!dpoi_pairs_has(p, i)) return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "there is no pair %lld", (long long)i);
-    x = &p->pair[i];
+    if (!chosen || !dpoi_duel_ask(p, i, 0)) return 0;
     if (rejected) *rejected = NULL;
-    if (!(*chosen = dpoi_duel_pixels(p, x, 0, width, height))) return 0;
-    if (rejected && dpoi_duel_has(x, 1)) return (*rejected = dpoi_duel_pixels(p, x, 1, width, height)) != NULL;
+    if (!(*chosen = dpoi_duel_pixels(p, i, 0, width, height))) return 0;
+    if (!rejected || !dpoi_duel_has(&p->pair[i], 1)) return 1;
+    return (*rejected = dpoi_duel_pixels(p, i, 1, width, height)) != NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ sizes, buckets */
+
+/* A file's header is read once. */
+DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height)
+{
+    dpoi_duel    *x;
+    dpoi_picture *f;
+    dpo_ctx       own;
+    if (!width || !height || !dpoi_duel_ask(p, i, which)) return 0;
+    x = &p->pair[i];
+    if (!x->path[which]) {
+        *width = x->source[which].width;
+        *height = x->source[which].height;
+        return 1;
+    }
+    f = &p->picture[x->file[which]];
+    dpoi_bare_context(&own, &p->c->mem);
+    if (!f->width && !dpo_image_size(&own, f->path, &f->width, &f->height)) {
+        f->width = f->height = 0;         /* half of a header may have been read */
+        return dpoi_duel_failed(p, i, own.status, own.error);
+    }
+    *width = f->width;
+    *height = f->height;
     return 1;
 }
+
+DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h)
+{
+    char where[480];
+    int  width[2], height[2];
+    if (!w || !h || !dpo_pairs_size(p, i, 0, &width[0], &height[0])) return 0;
+    if (!dpo_bucket(width[0], height[0], resolution, step, w, h))
+        return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "no buckets of %dx%d pixels in steps of %d", resolution, resolution,
+                         step);
+    if (!dpoi_duel_has(&p->pair[i], 1)) return 1;
+    if (!dpo_pairs_size(p, i, 1, &width[1], &height[1])) return 0;
+    if (width[0] == width[1] && height[0] == height[1]) return 1;
+    if (width[0] >= *w && width[1] >= *w && height[0] >= *h && height[1] >= *h) return 1;
+    return dpoi_fail(p->c, DPO_BAD_FILE,
+                     "%s: pictures of different sizes, %dx%d and %dx%d, which do not both cover %dx%d",
+                     dpoi_duel_where(p, i, where, sizeof where), width[0], height[0], width[1], height[1], *w, *h);
+}
+
+/* ------------------------------------------------------------------------------------------ looking at data */
 
 /* Headers only: a million pictures take minutes, not hours. */
 DPO_DEF int dpo_pairs_check(dpo_pairs *p)
@@ -20636,11 +21611,890 @@ DPO_DEF int dpo_pairs_check(dpo_pairs *p)
     int           w, h;
     memset(&bad, 0, sizeof bad);
     if (!p || !dpoi_ok(p->c)) return 0;
-    for (int64_t i = 0; i < 2 * p->count; i++) {
-        const char *path = p->pair[i / 2].path[i % 2];
-        if (path && !dpo_image_size(p->c, path, &w, &h) && !dpoi_trouble(p->c, &bad)) return 0;
-    }
+    for (int64_t i = 0; i < 2 * p->count; i++)
+        if (p->pair[i / 2].path[i % 2] && !dpo_pairs_size(p, i / 2, (int)(i % 2), &w, &h) && !dpoi_trouble(p->c, &bad))
+            return 0;
     return dpoi_troubles_end(p->c, &bad);
+}
+
+/* Can the picture be decoded whole?  Its header was read. */
+static int dpoi_duel_decodes(dpo_pairs *p, int64_t i, int which)
+{
+    dpo_image full;
+    dpo_ctx   own;
+    int       ok;
+    dpoi_bare_context(&own, &p->c->mem);
+    ok = dpo_image_load(&own, p->pair[i].path[which], &full);
+    dpo_image_free(&own, &full);
+    return ok || dpoi_duel_failed(p, i, own.status, own.error);
+}
+
+/* A picture of a pair: counted, and looked at, if no pair before named it.  seen: of each file, 1 good, 2 bad.
+   Returns 1 good, 2 bad, 0 to stop. */
+static int dpoi_survey_picture(dpo_pairs *p, int64_t i, int which, int decode, uint8_t *seen, dpo_pairs_counts *out)
+{
+    dpoi_troubles bad;
+    int64_t       k = p->pair[i].file[which];
+    int           w, h;
+    if (k < 0) { out->pictures++; return 1; }
+    if (seen[k]) return seen[k];
+    memset(&bad, 0, sizeof bad);
+    out->pictures++;
+    seen[k] = 1;
+    if (dpo_pairs_size(p, i, which, &w, &h) && (!decode || dpoi_duel_decodes(p, i, which))) return 1;
+    if (!dpoi_trouble(p->c, &bad)) return 0;
+    out->unreadable++;
+    return seen[k] = 2;
+}
+
+/* Both pictures of a pair, and whether they are of one size. */
+static int dpoi_survey_pair(dpo_pairs *p, int64_t i, int decode, uint8_t *seen, dpo_pairs_counts *out)
+{
+    char where[480];
+    int  two = dpoi_duel_has(&p->pair[i], 1), a, b, w[2], h[2];
+    if (p->pair[i].liked > 0) out->liked++;
+    else if (p->pair[i].liked < 0) out->disliked++;
+    else out->pairs++;
+    if (!(a = dpoi_survey_picture(p, i, 0, decode, seen, out))) return 0;
+    if (!two) return 1;
+    if (!(b = dpoi_survey_picture(p, i, 1, decode, seen, out))) return 0;
+    if (a == 2 || b == 2) return 1;
+    if (!dpo_pairs_size(p, i, 0, &w[0], &h[0]) || !dpo_pairs_size(p, i, 1, &w[1], &h[1])) return 0;
+    if (w[0] == w[1] && h[0] == h[1]) return 1;
+    out->different++;
+    dpoi_log(p->c, DPO_LOG_WARNING, "%s: pictures of different sizes, %dx%d and %dx%d",
+             dpoi_duel_where(p, i, where, sizeof where), w[0], h[0], w[1], h[1]);
+    return 1;
+}
+
+DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out)
+{
+    uint8_t *seen;
+    int      ok = 1;
+    if (out) memset(out, 0, sizeof *out);
+    if (!p || !out || !dpoi_ok(p->c) || !(seen = (uint8_t *)dpoi_calloc(p->c, (size_t)p->pictures, 1))) return 0;
+    out->rows = p->rows;
+    out->bad_rows = p->bad;
+    out->ties = p->ties;
+    for (int64_t i = 0; ok && i < p->count; i++) ok = dpoi_ok(p->c) && dpoi_survey_pair(p, i, decode, seen, out);
+    dpoi_release(p->c, seen, (size_t)p->pictures);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ the loader
+
+   One thread, a queue of slots, a lock.  The caller's thread fills a slot in, with pointers to a path or to pixels that
+   the pairs keep where they are, and queues it; from then until it is done only the loader's thread touches it, but for
+   `busy`, which the lock guards.  The thread has a context of its own (dpoi_bare_context) and never sees the host's. */
+
+typedef struct dpoi_slot {
+    int         asked, busy;              /* asked: there is something to take; busy: queued, or being made */
+    int64_t     pair;
+    dpoi_shot from;
+    dpo_window  v;
+    uint8_t    *rgb;                      /* [v.height,v.width,3], from the host's allocator */
+    size_t      room;
+    int         status;                   /* DPO_OK, or error says what went wrong */
+    char        error[sizeof ((dpo_ctx *)0)->error];
+} dpoi_slot;
+
+struct dpo_loader {
+    dpo_pairs  *p;
+    dpo_ctx     own;                      /* the thread's */
+    dpoi_slot  *slot;
+    int        *queue;                    /* a ring of slots */
+    int         slots, first, queued, beside;
+    dpo_loader *next;                     /* of p->loaders */
+#ifdef DPOI_THREADS
+    int               stop;
+    dpoi_lock         lock;
+    dpoi_cond         work, done;         /* something was queued; something was made */
+    dpoi_thread       thread;
+    dpoi_thread_start start;
+#endif
+};
+
+/* Make what the slot asks for; whoever has the slot calls this. */
+static void dpoi_slot_make(dpo_loader *l, dpoi_slot *s)
+{
+    s->status = DPO_OK;
+    if (dpoi_shot_view(&l->own, &s->from, &s->v, s->rgb)) return;
+    s->status = l->own.status;
+    memcpy(s->error, l->own.error, sizeof s->error);
+    l->own.status = DPO_OK;               /* the next picture is another matter */
+    l->own.error[0] = 0;
+}
+
+#ifdef DPOI_THREADS
+/* The thread. */
+static void dpoi_loader_main(void *arg)
+{
+    dpo_loader *l = (dpo_loader *)arg;
+    dpoi_lock_take(&l->lock);
+    for (;;) {
+        dpoi_slot *s;
+        while (!l->queued && !l->stop) dpoi_cond_wait(&l->work, &l->lock);
+        if (l->stop) break;
+        s = &l->slot[l->queue[l->first]];
+        l->first = (l->first + 1) % l->slots;
+        l->queued--;
+        dpoi_lock_give(&l->lock);
+        dpoi_slot_make(l, s);
+        dpoi_lock_take(&l->lock);
+        s->busy = 0;
+        dpoi_cond_wake(&l->done);
+    }
+    dpoi_lock_give(&l->lock);
+}
+
+/* Where the system refuses, everything is made on the caller's thread. */
+static void dpoi_loader_start(dpo_loader *l)
+{
+    dpoi_mem plain;
+    plain.fn = dpoi_default_alloc;
+    plain.user = NULL;
+    if (!dpoi_lock_open(&l->lock)) return;
+    if (dpoi_cond_open(&l->work)) {
+        if (dpoi_cond_open(&l->done)) {
+            dpoi_bare_context(&l->own, &plain);
+            l->start.fn = dpoi_loader_main;
+            l->start.arg = l;
+            if (dpoi_thread_open(&l->thread, &l->start)) { l->beside = 1; return; }
+            dpoi_bare_context(&l->own, &l->p->c->mem);
+            dpoi_cond_close(&l->done);
+        }
+        dpoi_cond_close(&l->work);
+    }
+    dpoi_lock_close(&l->lock);
+}
+
+/* The picture in the making is finished first; what is queued is not. */
+static void dpoi_loader_stop(dpo_loader *l)
+{
+    if (!l->beside) return;
+    dpoi_lock_take(&l->lock);
+    l->stop = 1;
+    dpoi_cond_wake(&l->work);
+    dpoi_lock_give(&l->lock);
+    dpoi_thread_join(&l->thread);
+    dpoi_cond_close(&l->done);
+    dpoi_cond_close(&l->work);
+    dpoi_lock_close(&l->lock);
+}
+
+/* Until the slot is the caller's again. */
+static void dpoi_loader_wait(dpo_loader *l, dpoi_slot *s)
+{
+    if (!l->beside) return;
+    dpoi_lock_take(&l->lock);
+    while (s->busy) dpoi_cond_wait(&l->done, &l->lock);
+    dpoi_lock_give(&l->lock);
+}
+
+static void dpoi_loader_queue(dpo_loader *l, int slot)
+{
+    dpoi_lock_take(&l->lock);
+    l->slot[slot].busy = 1;
+    l->queue[(l->first + l->queued++) % l->slots] = slot;  /* a slot is queued once: there is room for all */
+    dpoi_cond_wake(&l->work);
+    dpoi_lock_give(&l->lock);
+}
+#else
+static void dpoi_loader_start(dpo_loader *l) { (void)l; }
+static void dpoi_loader_stop(dpo_loader *l) { (void)l; }
+static void dpoi_loader_wait(dpo_loader *l, dpoi_slot *s) { (void)l; (void)s; }
+static void dpoi_loader_queue(dpo_loader *l, int slot) { (void)l; (void)slot; }
+#endif
+
+/* Out of the pairs' list, if it got there, and gone. */
+static void dpoi_loader_destroy(dpo_loader *l)
+{
+    dpo_ctx     *c = l->p->c;
+    dpo_loader **at = &l->p->loaders;
+    dpoi_loader_stop(l);
+    while (*at && *at != l) at = &(*at)->next;
+    if (*at) *at = l->next;
+    for (int k = 0; l->slot && k < l->slots; k++)
+        if (l->slot[k].rgb) dpoi_release(c, l->slot[k].rgb, l->slot[k].room);
+    dpoi_release(c, l->slot, (size_t)l->slots * sizeof *l->slot);
+    dpoi_release(c, l->queue, (size_t)l->slots * sizeof *l->queue);
+    dpoi_release(c, l, sizeof *l);
+}
+
+DPO_DEF void dpo_loader_free(dpo_loader *l) { if (l) dpoi_loader_destroy(l); }
+
+DPO_DEF dpo_loader *dpo_loader_new(dpo_pairs *p, int slots, int beside)
+{
+    dpo_loader *l;
+    if (!p || !dpoi_ok(p->c)) return NULL;
+    if (slots < 1 || slots > 65536) {
+        dpoi_fail(p->c, DPO_BAD_ARGUMENT, "a loader of %d slots: 1 to 65536 are possible", slots);
+        return NULL;
+    }
+    if (!(l = (dpo_loader *)dpoi_calloc(p->c, 1, sizeof *l))) return NULL;
+    l->p = p;
+    l->slots = slots;
+    dpoi_bare_context(&l->own, &p->c->mem);
+    l->slot = (dpoi_slot *)dpoi_calloc(p->c, (size_t)slots, sizeof *l->slot);
+    l->queue = l->slot ? (int *)dpoi_calloc(p->c, (size_t)slots, sizeof *l->queue) : NULL;
+    if (!l->queue) { dpoi_loader_destroy(l); return NULL; }
+    if (beside) dpoi_loader_start(l);
+    l->next = p->loaders;
+    p->loaders = l;
+    return l;
+}
+
+/* The slot's pixels, `bytes` of them. */
+static int dpoi_slot_room(dpo_ctx *c, dpoi_slot *s, size_t bytes)
+{
+    if (s->room >= bytes) return 1;
+    if (s->rgb) dpoi_release(c, s->rgb, s->room);
+    s->room = 0;
+    if (!(s->rgb = (uint8_t *)dpoi_calloc(c, bytes, 1))) return 0;
+    s->room = bytes;
+    return 1;
+}
+
+DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v)
+{
+    dpoi_slot *s;
+    if (!l || !dpoi_duel_ask(l->p, i, which) || !dpoi_window_ok(l->p->c, v)) return 0;
+    if (slot < 0 || slot >= l->slots) return dpoi_fail(l->p->c, DPO_BAD_ARGUMENT, "the loader has no slot %d", slot);
+    s = &l->slot[slot];
+    dpoi_loader_wait(l, s);
+    s->asked = 0;
+    if (!dpoi_slot_room(l->p->c, s, (size_t)v->width * (size_t)v->height * 3)) return 0;
+    s->asked = 1;
+    s->pair = i;
+    s->from = dpoi_shot_of(&l->p->pair[i], which);
+    s->v = *v;
+    if (l->beside) dpoi_loader_queue(l, slot);
+    else dpoi_slot_make(l, s);
+    return 1;
+}
+
+DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
+{
+    dpoi_slot *s;
+    if (!l || !dpoi_ok(l->p->c)) return NULL;
+    if (slot < 0 || slot >= l->slots || !l->slot[slot].asked) {
+        dpoi_fail(l->p->c, DPO_BAD_ARGUMENT, "the loader was not asked for slot %d", slot);
+        return NULL;
+    }
+    s = &l->slot[slot];
+    dpoi_loader_wait(l, s);
+    if (s->status == DPO_OK) return s->rgb;
+    dpoi_duel_failed(l->p, s->pair, s->status, s->error);
+    return NULL;
+}
+
+/* ==========================================================================================================
+   >>impl cache                                                        what was computed before, kept in a folder
+   ========================================================================================================== */
+
+/* ------------------------------------------------------------------------------------------ keys
+
+   MurmurHash3_x64_128 (Austin Appleby, public domain), seed 0, in pieces: 16 bytes at a time are mixed into h, what is
+   left over waits in tail.  Its bytes are those of the usual implementations on little-endian machines, on all. */
+
+static uint64_t dpoi_rotate(uint64_t x, int r) { return x << r | x >> (64 - r); }
+
+static uint64_t dpoi_load64(const uint8_t *p)
+{
+    uint64_t x = 0;
+    for (int i = 7; i >= 0; i--) x = x << 8 | p[i];
+    return x;
+}
+
+static void dpoi_store64(uint8_t *p, uint64_t x) { for (int i = 0; i < 8; i++, x >>= 8) p[i] = (uint8_t)x; }
+
+static const uint64_t dpoi_hash_c1 = 0x87c37b91114253d5u, dpoi_hash_c2 = 0x4cf5ad432745937fu;
+
+static uint64_t dpoi_hash_first (uint64_t k) { return dpoi_rotate(k * dpoi_hash_c1, 31) * dpoi_hash_c2; }
+static uint64_t dpoi_hash_second(uint64_t k) { return dpoi_rotate(k * dpoi_hash_c2, 33) * dpoi_hash_c1; }
+
+static void dpoi_hash_block(dpo_hash *h, const uint8_t *p)
+{
+    h->h[0] ^= dpoi_hash_first(dpoi_load64(p));
+    h->h[0] = (dpoi_rotate(h->h[0], 27) + h->h[1]) * 5 + 0x52dce729;
+    h->h[1] ^= dpoi_hash_second(dpoi_load64(p + 8));
+    h->h[1] = (dpoi_rotate(h->h[1], 31) + h->h[0]) * 5 + 0x38495ab5;
+}
+
+static uint64_t dpoi_hash_last(uint64_t k)
+{
+    k = (k ^ k >> 33) * 0xff51afd7ed558ccdu;
+    k = (k ^ k >> 33) * 0xc4ceb9fe1a85ec53u;
+    return k ^ k >> 33;
+}
+
+DPO_DEF void dpo_hash_bytes(dpo_hash *h, const void *p, size_t n)
+{
+    const uint8_t *s = (const uint8_t *)p;
+    size_t         have = h ? (size_t)(h->count & 15) : 0, take;
+    if (!h || !n) return;
+    h->count += n;
+    if (have) {
+        take = n < 16 - have ? n : 16 - have;
+        memcpy(h->tail + have, s, take);
+        if (have + take < 16) return;
+        dpoi_hash_block(h, h->tail);
+        s += take;
+        n -= take;
+    }
+    for (; n >= 16; s += 16, n -= 16) dpoi_hash_block(h, s);
+    if (n) memcpy(h->tail, s, n);
+}
+
+DPO_DEF dpo_key dpo_hash_end(const dpo_hash *h)
+{
+    dpo_key  k;
+    uint8_t  tail[16];
+    uint64_t a, b;
+    memset(&k, 0, sizeof k);
+    if (!h) return k;
+    memset(tail, 0, sizeof tail);         /* absent bytes count as zeros, which change nothing */
+    memcpy(tail, h->tail, (size_t)(h->count & 15));
+    b = h->h[1] ^ dpoi_hash_second(dpoi_load64(tail + 8)) ^ h->count;
+    a = h->h[0] ^ dpoi_hash_first(dpoi_load64(tail)) ^ h->count;
+    a += b;
+    b += a;
+    a = dpoi_hash_last(a);
+    b = dpoi_hash_last(b);
+    k.word[0] = a + b;
+    k.word[1] = b + k.word[0];
+    return k;
+}
+
+DPO_DEF void dpo_hash_int(dpo_hash *h, int64_t x)
+{
+    uint8_t b[8];
+    dpoi_store64(b, (uint64_t)x);
+    dpo_hash_bytes(h, b, 8);
+}
+
+/* The length first: "ab" and "c" are not "a" and "bc". */
+DPO_DEF void dpo_hash_text(dpo_hash *h, const char *text)
+{
+    size_t n = text ? strlen(text) : 0;
+    dpo_hash_int(h, text ? (int64_t)n : -1);
+    dpo_hash_bytes(h, text, n);
+}
+
+DPO_DEF void dpo_hash_float(dpo_hash *h, double x)
+{
+    int64_t bits;
+    if (x == 0) x = 0;                    /* -0 == 0 */
+    memcpy(&bits, &x, 8);
+    dpo_hash_int(h, bits);
+}
+
+DPO_DEF void dpo_hash_begin(dpo_hash *h, const char *purpose)
+{
+    if (!h) return;
+    memset(h, 0, sizeof *h);
+    dpo_hash_text(h, purpose);
+}
+
+/* Of plain bytes: what a record is checked by. */
+static uint64_t dpoi_checksum(const void *p, size_t n)
+{
+    dpo_hash h;
+    memset(&h, 0, sizeof h);
+    dpo_hash_bytes(&h, p, n);
+    return dpo_hash_end(&h).word[0];
+}
+
+/* The file's bytes, as they are now. */
+static int dpoi_picture_hash(dpo_ctx *c, dpoi_picture *x)
+{
+    uint64_t size = 0, changed = 0;
+    int      stamped = !dpoi_sys_stamp(x->path, &size, &changed);
+    dpo_hash h;
+    dpoi_map m;
+    if (stamped && x->hashed && size == x->size && changed == x->changed) return 1;
+    if (!dpoi_map_open(c, x->path, &m)) return 0;
+    dpo_hash_begin(&h, "file");
+    dpo_hash_bytes(&h, m.data, m.data ? m.size : 0);
+    dpoi_map_close(c, &m);
+    x->key = dpo_hash_end(&h);
+    x->hashed = stamped;                  /* a system that tells no times has each file read again */
+    x->size = size;
+    x->changed = changed;
+    return 1;
+}
+
+DPO_DEF int dpo_pairs_key(dpo_pairs *p, int64_t i, int which, dpo_key *out)
+{
+    const dpoi_bitmap *s;
+    dpoi_picture      *f;
+    dpo_hash           h;
+    dpo_ctx            own;
+    if (!out || !dpoi_duel_ask(p, i, which)) return 0;
+    if (p->pair[i].path[which]) {
+        f = &p->picture[p->pair[i].file[which]];
+        dpoi_bare_context(&own, &p->c->mem);
+        if (!dpoi_picture_hash(&own, f)) return dpoi_duel_failed(p, i, own.status, own.error);
+        *out = f->key;
+        return 1;
+    }
+    s = &p->pair[i].source[which];
+    dpo_hash_begin(&h, "pixels");
+    dpo_hash_int(&h, s->width);
+    dpo_hash_bytes(&h, s->rgb, dpoi_bitmap_bytes(s));
+    *out = dpo_hash_end(&h);
+    return 1;
+}
+
+/* ------------------------------------------------------------------------------------------ records
+
+   A cache is a folder of files 000001.dpocache, 000002.dpocache, ..., each written by one process from front to back
+   and never changed.  A file is records, each at a multiple of 64 bytes:
+     0 magic 8 | 8 key 16 | 24 bytes of data 8 | 32 checksum of the data 8 | 40 parts 8 | 48 zero 8 | 56 checksum of
+     bytes 0 to 55 8
+     64 data, and zeros to the next multiple of 64
+   all numbers with their low byte first.  parts: how many tensors the data holds, 0: plain floats.  A tensor is
+     0 dtype 4 | 4 rank 4 | 8 shape 4 x 8 | 40 numbers, and zeros to a multiple of 8
+   Where a header is damaged, the next is looked for at each multiple of 64. */
+
+enum { DPOI_RECORD = 64, DPOI_RECORD_TENSOR = 40, DPOI_CACHE_WINDOW = 1 << 16 };
+static const uint64_t dpoi_cache_most = (uint64_t)1 << 30;   /* a file that is longer is followed by a new one */
+static const char     dpoi_cache_magic[] = "dpocach1", dpoi_cache_ending[] = ".dpocache";
+
+/* Where a key's data lies.  file -1: nowhere any more. */
+typedef struct dpoi_cached {
+    dpo_key  key;
+    uint64_t at, bytes, sum, parts;       /* at: of the data */
+    int64_t  file;
+} dpoi_cached;
+
+struct dpo_cache {
+    dpo_ctx     *c;
+    char        *folder;
+    char       **path;                    /* of the files */
+    int64_t      files, file_room, number;                 /* number: the highest in a name */
+    dpoi_cached *record;
+    int64_t      count, room, lost;
+    int64_t     *slot, slots;             /* records by key, open addressing: 1 + index, or 0 */
+    dpoi_fd      out;                     /* the file that we write, path[own] */
+    int64_t      own;                     /* -1: none yet */
+    uint64_t     written;
+    int          closed;                  /* writing failed once: nothing more is kept */
+};
+
+static size_t dpoi_cache_padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static void dpoi_cache_destroy(dpo_ctx *c, void *object)
+{
+    dpo_cache *k = (dpo_cache *)object;
+    if (k->own >= 0) dpoi_sys_close(k->out);
+    for (int64_t i = 0; i < k->files; i++) dpoi_strfree(c, k->path[i]);
+    dpoi_release(c, k->path, (size_t)k->file_room * sizeof *k->path);
+    dpoi_release(c, k->record, (size_t)k->room * sizeof *k->record);
+    dpoi_release(c, k->slot, (size_t)k->slots * sizeof *k->slot);
+    dpoi_strfree(c, k->folder);
+    dpoi_release(c, k, sizeof *k);
+}
+
+DPO_DEF void    dpo_cache_close(dpo_cache *k)       { if (k) dpoi_disown(k->c, k); }
+DPO_DEF int64_t dpo_cache_count(const dpo_cache *k) { return k ? k->count - k->lost : 0; }
+
+/* The slot of a key, or the empty one where it would be.  There are slots. */
+static int64_t dpoi_cache_slot(const dpo_cache *k, const dpo_key *key)
+{
+    int64_t at = (int64_t)(key->word[0] & (uint64_t)(k->slots - 1));
+    while (k->slot[at] && memcmp(&k->record[k->slot[at] - 1].key, key, sizeof *key)) at = (at + 1) & (k->slots - 1);
+    return at;
+}
+
+static dpoi_cached *dpoi_cache_find(const dpo_cache *k, const dpo_key *key)
+{
+    int64_t n = k->slots ? k->slot[dpoi_cache_slot(k, key)] : 0;
+    return n && k->record[n - 1].file >= 0 ? &k->record[n - 1] : NULL;
+}
+
+DPO_DEF int dpo_cache_has(const dpo_cache *k, const dpo_key *key)
+{
+    return k && key && dpoi_cache_find(k, key) != NULL;
+}
+
+/* Twice the slots, all records placed anew. */
+static int dpoi_cache_rehash(dpo_cache *k)
+{
+    int64_t  slots = k->slots ? 2 * k->slots : 64, was = k->slots;
+    int64_t *slot = (int64_t *)dpoi_calloc(k->c, (size_t)slots, sizeof *slot), *old = k->slot;
+    if (!slot) return 0;
+    k->slot = slot;
+    k->slots = slots;
+    for (int64_t i = 0; i < k->count; i++) slot[dpoi_cache_slot(k, &k->record[i].key)] = i + 1;
+    dpoi_release(k->c, old, (size_t)was * sizeof *old);
+    return 1;
+}
+
+/* The last record of a key holds. */
+static int dpoi_cache_index(dpo_cache *k, const dpoi_cached *r)
+{
+    int64_t at, n;
+    if (2 * k->count >= k->slots && !dpoi_cache_rehash(k)) return 0;
+    at = dpoi_cache_slot(k, &r->key);
+    if ((n = k->slot[at]) != 0) {
+        k->lost -= k->record[n - 1].file < 0;
+        k->record[n - 1] = *r;
+        return 1;
+    }
+    if (!dpoi_grow(k->c, &k->record, &k->room, k->count + 1, sizeof *r)) return 0;
+    k->record[k->count] = *r;
+    k->slot[at] = ++k->count;
+    return 1;
+}
+
+/* Damaged, or its file is gone. */
+static void dpoi_cache_lose(dpo_cache *k, dpoi_cached *r)
+{
+    dpoi_log(k->c, DPO_LOG_INFO, "%.400s: a damaged record is made anew", k->path[r->file]);
+    r->file = -1;
+    k->lost++;
+}
+
+/* Write a header for r's key, bytes, sum and parts. */
+static void dpoi_cached_head(const dpoi_cached *r, uint8_t *p)
+{
+    memset(p, 0, DPOI_RECORD);
+    memcpy(p, dpoi_cache_magic, 8);
+    dpoi_store64(p + 8, r->key.word[0]);
+    dpoi_store64(p + 16, r->key.word[1]);
+    dpoi_store64(p + 24, r->bytes);
+    dpoi_store64(p + 32, r->sum);
+    dpoi_store64(p + 40, r->parts);
+    dpoi_store64(p + 56, dpoi_checksum(p, 56));
+}
+
+/* Read it; 0 if it is none. */
+static int dpoi_cached_read(const uint8_t *p, dpoi_cached *r)
+{
+    if (memcmp(p, dpoi_cache_magic, 8) || dpoi_load64(p + 56) != dpoi_checksum(p, 56)) return 0;
+    memset(r, 0, sizeof *r);
+    r->key.word[0] = dpoi_load64(p + 8);
+    r->key.word[1] = dpoi_load64(p + 16);
+    r->bytes = dpoi_load64(p + 24);
+    r->sum = dpoi_load64(p + 32);
+    r->parts = dpoi_load64(p + 40);
+    return 1;
+}
+
+/* ------------------------------------------------------------------------------------------ opening */
+
+/* A file that is looked at in places that rise: bytes from .. from + have are in memory. */
+typedef struct dpoi_scan {
+    dpoi_fd  f;
+    uint64_t size, from;
+    size_t   have;
+    uint8_t  window[DPOI_CACHE_WINDOW];
+} dpoi_scan;
+
+/* The 64 bytes at `at`; NULL where the file ends or cannot be read. */
+static const uint8_t *dpoi_scan_at(dpoi_scan *s, uint64_t at)
+{
+    size_t got = 0;
+    if (at > s->size || s->size - at < DPOI_RECORD) return NULL;
+    if (at >= s->from && at + DPOI_RECORD <= s->from + s->have) return s->window + (at - s->from);
+    s->from = at;
+    s->have = 0;
+    if (dpoi_sys_seek(s->f, at)) return NULL;
+    while (s->have < DPOI_RECORD) {       /* a read may move less than was asked for */
+        if (dpoi_sys_read(s->f, (char *)s->window + s->have, sizeof s->window - s->have, &got) || !got) return NULL;
+        s->have += got;
+    }
+    return s->window;
+}
+
+/* All whole records of a file into the index. */
+static int dpoi_cache_scan(dpo_cache *k, dpoi_scan *s, int64_t file)
+{
+    const uint8_t *p;
+    dpoi_cached    r;
+    for (uint64_t at = 0; (p = dpoi_scan_at(s, at)) != NULL; ) {
+        at += DPOI_RECORD;
+        if (!dpoi_cached_read(p, &r) || r.bytes > s->size - at) continue;      /* damaged, or cut by a kill */
+        r.at = at;
+        r.file = file;
+        if (!dpoi_cache_index(k, &r)) return 0;
+        at += (r.bytes + DPOI_RECORD - 1) / DPOI_RECORD * DPOI_RECORD;
+    }
+    return 1;
+}
+
+/* The path joins the cache's list, which owns it from here on.  Returns its index, -1 if there is no memory. */
+static int64_t dpoi_cache_path(dpo_cache *k, char *path)
+{
+    if (!path) return -1;
+    if (dpoi_grow(k->c, &k->path, &k->file_room, k->files + 1, sizeof *k->path)) {
+        k->path[k->files] = path;
+        return k->files++;
+    }
+    dpoi_strfree(k->c, path);
+    return -1;
+}
+
+/* A file that cannot be opened is passed over: a cache may lose things. */
+static int dpoi_cache_load(dpo_cache *k, dpoi_scan *s, const char *name)
+{
+    int64_t file = dpoi_cache_path(k, dpoi_join(k->c, k->folder, name));
+    int     ok = 1;
+    if (file < 0) return 0;
+    s->from = s->size = 0;
+    s->have = 0;
+    if (dpoi_sys_open(&s->f, k->path[file], DPOI_OPEN_READ)) {
+        dpoi_log(k->c, DPO_LOG_WARNING, "%.400s cannot be opened: what it holds is computed again", k->path[file]);
+        return 1;
+    }
+    if (!dpoi_sys_size(s->f, &s->size)) ok = dpoi_cache_scan(k, s, file);
+    dpoi_sys_close(s->f);
+    return ok;
+}
+
+/* Is it the name of a cache's file?  Then its number counts. */
+static int dpoi_cache_named(dpo_cache *k, const char *name)
+{
+    int64_t number = 0;
+    size_t  n = 0;
+    for (; n < 12 && name[n] >= '0' && name[n] <= '9'; n++) number = 10*number + (name[n] - '0');
+    if (!n || strcmp(name + n, dpoi_cache_ending)) return 0;
+    if (number > k->number) k->number = number;
+    return 1;
+}
+
+/* In the order of names, so that the later record of a key holds. */
+static int dpoi_cache_read(dpo_cache *k)
+{
+    dpoi_names names;
+    dpoi_scan *s = (dpoi_scan *)dpoi_calloc(k->c, 1, sizeof *s);
+    int        ok;
+    if (!s) return 0;
+    ok = dpoi_names_list(k->c, k->folder, &names);
+    for (int64_t i = 0; ok && i < names.count; i++)
+        if (dpoi_cache_named(k, names.name[i])) ok = dpoi_cache_load(k, s, names.name[i]);
+    dpoi_names_free(&names);
+    dpoi_release(k->c, s, sizeof *s);
+    return ok;
+}
+
+DPO_DEF dpo_cache *dpo_cache_open(dpo_ctx *c, const char *folder)
+{
+    dpo_cache *k;
+    if (!folder || !dpoi_ok(c) || !dpoi_mkdirs(c, folder)) return NULL;
+    if (!(k = (dpo_cache *)dpoi_calloc(c, 1, sizeof *k))) return NULL;
+    k->c = c;
+    k->own = -1;
+    if (!dpoi_own(c, k, dpoi_cache_destroy)) return NULL;
+    if ((k->folder = dpoi_strdup(c, folder)) != NULL && dpoi_cache_read(k)) return k;
+    dpo_cache_close(k);
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ reading */
+
+/* The record's data into p[r->bytes], checked.  No error: what cannot be read is not there. */
+static int dpoi_cache_fetch(dpo_cache *k, dpoi_cached *r, uint8_t *p)
+{
+    dpoi_fd f;
+    size_t  at = 0, got = 0;
+    if (dpoi_sys_open(&f, k->path[r->file], DPOI_OPEN_READ)) { dpoi_cache_lose(k, r); return 0; }
+    if (!dpoi_sys_seek(f, r->at))
+        for (; at < r->bytes; at += got)
+            if (dpoi_sys_read(f, (char *)p + at, (size_t)r->bytes - at, &got) || !got) break;
+    dpoi_sys_close(f);
+    if (at == r->bytes && dpoi_checksum(p, at) == r->sum) return 1;
+    dpoi_cache_lose(k, r);
+    return 0;
+}
+
+/* The record of a key if it is there with as many parts, and its data in fresh memory. */
+static dpoi_cached *dpoi_cache_take(dpo_cache *k, const dpo_key *key, uint64_t parts, uint8_t **data)
+{
+    dpoi_cached *r = k && key && dpoi_ok(k->c) ? dpoi_cache_find(k, key) : NULL;
+    *data = NULL;
+    if (!r || r->parts != parts || r->bytes > (size_t)-1 / 2) return NULL;
+    if (!(*data = (uint8_t *)dpoi_calloc(k->c, (size_t)r->bytes, 1))) return NULL;
+    if (dpoi_cache_fetch(k, r, *data)) return r;
+    dpoi_release(k->c, *data, (size_t)r->bytes);
+    return NULL;
+}
+
+/* The head of a tensor at p, of n bytes in all.  Its bytes with head and zeros, or 0 if it is none. */
+static size_t dpoi_cached_tensor(const uint8_t *p, size_t n, int *dtype, int *rank, int64_t *shape, size_t *count)
+{
+    uint64_t both;
+    size_t   bytes = 1;
+    if (n < DPOI_RECORD_TENSOR) return 0;
+    both = dpoi_load64(p);
+    *dtype = (int)(both & 0xff);
+    *rank = (int)(both >> 32 & 0xff);
+    if (both & ~(uint64_t)0xff000000ff || *rank < 1 || *rank > DPO_MAX_RANK ||
+        (*dtype != DPO_F32 && *dtype != DPO_F16 && *dtype != DPO_BF16)) return 0;
+    for (int i = 0; i < DPO_MAX_RANK; i++) {
+        uint64_t side = dpoi_load64(p + 8 + 8*i);
+        if (!side || side > n || !dpoi_mul(bytes, (size_t)side, &bytes) || bytes > n) return 0;
+        shape[i] = (int64_t)side;
+    }
+    *count = bytes;
+    bytes *= *dtype == DPO_F32 ? 4 : 2;   /* at most 4n, and n is half of what there can be */
+    bytes = DPOI_RECORD_TENSOR + dpoi_cache_padded(bytes, 8);
+    return bytes <= n ? bytes : 0;
+}
+
+/* n tensors out of p[bytes]; 0 if that is not what it holds.  Memory that fails is the context's error. */
+static int dpoi_cache_tensors(dpo_ctx *c, const uint8_t *p, size_t bytes, dpo_tensor **out, int n)
+{
+    for (int i = 0; i < n; i++) {
+        int     dtype, rank;
+        int64_t shape[DPO_MAX_RANK];
+        size_t  count, size = dpoi_cached_tensor(p, bytes, &dtype, &rank, shape, &count);
+        float  *v = size ? (float *)dpoi_calloc(c, count, sizeof *v) : NULL;
+        if (!v) return 0;
+        dpoi_widen(dtype, (int64_t)count, p + DPOI_RECORD_TENSOR, v);
+        out[i] = dpo_tensor_from(c, dtype, rank, shape, v);
+        dpoi_release(c, v, count * sizeof *v);
+        if (!out[i]) return 0;
+        p += size;
+        bytes -= size;
+    }
+    return bytes == 0;
+}
+
+DPO_DEF int dpo_cache_get(dpo_cache *k, const dpo_key *key, dpo_tensor **out, int n)
+{
+    uint8_t     *data;
+    dpoi_cached *r = out && n > 0 ? dpoi_cache_take(k, key, (uint64_t)n, &data) : NULL;
+    int          ok;
+    if (!r) return 0;
+    ok = dpoi_cache_tensors(k->c, data, (size_t)r->bytes, out, n);
+    dpoi_release(k->c, data, (size_t)r->bytes);
+    if (!ok) {
+        for (int i = 0; i < n; i++) out[i] = NULL;        /* those that were made go with their scope */
+        if (dpo_status(k->c) == DPO_OK) dpoi_cache_lose(k, r);
+    }
+    return ok;
+}
+
+DPO_DEF int dpo_cache_get_floats(dpo_cache *k, const dpo_key *key, float *out, int n)
+{
+    uint8_t     *data;
+    dpoi_cached *r = out && n > 0 ? dpoi_cache_take(k, key, 0, &data) : NULL;
+    int          ok;
+    if (!r) return 0;
+    if ((ok = r->bytes == (uint64_t)n * 4) != 0) memcpy(out, data, (size_t)n * 4);
+    dpoi_release(k->c, data, (size_t)r->bytes);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ writing */
+
+/* Nothing is kept from here on. */
+static int dpoi_cache_broken(dpo_cache *k, int e)
+{
+    const char *why = dpoi_sys_reason(e);
+    k->closed = 1;
+    dpoi_log(k->c, DPO_LOG_WARNING, "the cache %.400s cannot be written any more (%s): the run goes on without",
+             k->folder, why ? why : "the system refused");
+    return 0;
+}
+
+/* A file of our own: the next free number.  Another process may take one in the same moment, hence the loop. */
+static int dpoi_cache_start(dpo_cache *k)
+{
+    char name[32];
+    int  e = DPOI_ERROR_EXISTS;
+    if (k->own >= 0) dpoi_sys_close(k->out);
+    k->own = -1;
+    k->written = 0;
+    for (int i = 0; i < 1000 && e == DPOI_ERROR_EXISTS; i++) {
+        char *path;
+        snprintf(name, sizeof name, "%06lld%s", (long long)++k->number, dpoi_cache_ending);
+        if (!(path = dpoi_join(k->c, k->folder, name))) return 0;
+        if ((e = dpoi_sys_open(&k->out, path, DPOI_OPEN_NEW)) != 0) { dpoi_strfree(k->c, path); continue; }
+        if ((k->own = dpoi_cache_path(k, path)) >= 0) return 1;
+        dpoi_sys_close(k->out);           /* an empty file stays, and harms nobody */
+        return 0;
+    }
+    return dpoi_cache_broken(k, e);
+}
+
+/* Write one record: p[size], whose first 64 bytes are for its header.  It is in the file when this returns, as far as
+   other processes and a kill go; a machine that loses its power may lose it, which its checksum then tells. */
+static int dpoi_cache_append(dpo_cache *k, const dpo_key *key, uint64_t parts, uint8_t *p, size_t bytes)
+{
+    dpoi_cached r;
+    size_t      size = DPOI_RECORD + dpoi_cache_padded(bytes, DPOI_RECORD);
+    if (k->closed || ((k->own < 0 || k->written >= dpoi_cache_most) && !dpoi_cache_start(k))) return 0;
+    memset(&r, 0, sizeof r);
+    r.key = *key;
+    r.bytes = bytes;
+    r.sum = dpoi_checksum(p + DPOI_RECORD, bytes);
+    r.parts = parts;
+    r.file = k->own;
+    r.at = k->written + DPOI_RECORD;
+    dpoi_cached_head(&r, p);
+    for (size_t at = 0, put = 0; at < size; at += put) {
+        int e = dpoi_sys_write(k->out, (const char *)p + at, size - at, &put);
+        if (e || !put) return dpoi_cache_broken(k, e);     /* half a record ends the file: see dpoi_cache_scan */
+    }
+    k->written += size;
+    return dpoi_cache_index(k, &r);
+}
+
+/* Bytes of a tensor in a record; 0 if it cannot be in one. */
+static size_t dpoi_cache_bytes(const dpo_tensor *x)
+{
+    size_t each = !x ? 0 : x->dtype == DPO_F32 ? 4 : x->dtype == DPO_F16 || x->dtype == DPO_BF16 ? 2 : 0;
+    return each ? DPOI_RECORD_TENSOR + dpoi_cache_padded((size_t)dpo_count(x) * each, 8) : 0;
+}
+
+/* A tensor into p, dpoi_cache_bytes of it. */
+static int dpoi_cache_store(dpo_ctx *c, dpo_tensor *x, uint8_t *p)
+{
+    size_t count = (size_t)dpo_count(x);
+    float *v = (float *)dpoi_calloc(c, count, sizeof *v);
+    int    ok = v && dpo_read(x, v);
+    dpoi_store64(p, (uint64_t)x->dtype | (uint64_t)x->rank << 32);
+    for (int i = 0; i < DPO_MAX_RANK; i++) dpoi_store64(p + 8 + 8*i, (uint64_t)x->shape[i]);
+    if (ok) dpoi_narrow(x->dtype, (int64_t)count, v, p + DPOI_RECORD_TENSOR);
+    dpoi_release(c, v, count * sizeof *v);
+    return ok;
+}
+
+DPO_DEF int dpo_cache_put(dpo_cache *k, const dpo_key *key, dpo_tensor *const *in, int n)
+{
+    size_t   bytes = 0, at = DPOI_RECORD, size;
+    uint8_t *p;
+    int      ok = 1;
+    if (!k || !key || !in || n < 1 || !dpoi_ok(k->c) || k->closed) return 0;
+    for (int i = 0; i < n; i++) {
+        size_t one = dpoi_cache_bytes(in[i]);
+        if (!one || one > (size_t)-1 / 4 - bytes)
+            return dpoi_fail(k->c, DPO_BAD_ARGUMENT, "a cache keeps tensors of F32, F16 and BF16");
+        bytes += one;
+    }
+    size = DPOI_RECORD + dpoi_cache_padded(bytes, DPOI_RECORD);
+    if (!(p = (uint8_t *)dpoi_calloc(k->c, size, 1))) return 0;
+    for (int i = 0; ok && i < n; at += dpoi_cache_bytes(in[i]), i++) ok = dpoi_cache_store(k->c, in[i], p + at);
+    ok = ok && dpoi_cache_append(k, key, (uint64_t)n, p, bytes);
+    dpoi_release(k->c, p, size);
+    return ok;
+}
+
+DPO_DEF int dpo_cache_put_floats(dpo_cache *k, const dpo_key *key, const float *in, int n)
+{
+    size_t   size;
+    uint8_t *p;
+    int      ok;
+    if (!k || !key || !in || n < 1 || !dpoi_ok(k->c) || k->closed) return 0;
+    size = DPOI_RECORD + dpoi_cache_padded((size_t)n * 4, DPOI_RECORD);
+    if (!(p = (uint8_t *)dpoi_calloc(k->c, size, 1))) return 0;
+    memcpy(p + DPOI_RECORD, in, (size_t)n * 4);
+    ok = dpoi_cache_append(k, key, 0, p, (size_t)n * 4);
+    dpoi_release(k->c, p, size);
+    return ok;
 }
 
 /* ==========================================================================================================
