@@ -364,16 +364,145 @@ static void test_adamw(dpo_ctx *c)
     dpo_param_free(x);
 }
 
+/* diffusers' get_scheduler, 40 steps of which 4 warm up, at steps 0, 1, 4, 5, 17, 30, 39. */
 static void test_rates(void)
 {
-    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 0), 0.5, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 3), 2, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 99), 2, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_LINEAR, 2, 0, 100, 25), 1.5, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_COSINE, 2, 0, 100, 50), 1, 1e-6);
+    static const int    at[7] = { 0, 1, 4, 5, 17, 30, 39 };
+    static const double want[DPO_LR_SCHEDULES][7] = {
+        { 0, 0.5, 2, 2, 2, 2, 2 },
+        { 0, 0.5, 2, 1.9444444444444444, 1.2777777777777777, 0.5555555555555556, 0.05555555555555555 },
+        { 0, 0.5, 2, 1.9961946980917455, 1.4226182617406995, 0.35721239031346064, 0.003805301908254455 },
+        { 0, 0.5, 2, 1.9659258262890682, 1.9659258262890682, 1.8660254037844388, 0.03407417371093191 },
+        { 0, 0.5, 2, 1.890432104243827, 0.8163580838734565, 0.15432107993827163, 0.0015433097993827174 } };
+    dpo_lr_desc d;
+    memset(&d, 0, sizeof d);
+    d.lr = 2;
+    d.warmup = 4;
+    d.steps = 40;
+    for (d.kind = 0; d.kind < DPO_LR_SCHEDULES; d.kind++) {
+        d.cycles = d.kind == DPO_LR_RESTARTS ? 3.0f : 0;
+        d.power = 2;
+        for (int k = 0; k < 7; k++) CHECK_CLOSE(dpo_lr_at(&d, at[k]), want[d.kind][k], 1e-6);
+    }
+    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 0, 100, 0), 2, 1e-6);
     CHECK_CLOSE(dpo_lr(DPO_LR_COSINE, 2, 0, 100, 100), 0, 1e-6);
     CHECK_CLOSE(dpo_average_decay(0, 0.99f), 0.1, 1e-6);
     CHECK_CLOSE(dpo_average_decay(100000, 0.99f), 0.99, 1e-6);
+}
+
+/* KTO and MaPO: loss and gradient as PyTorch computes them in double. */
+static void test_single_losses(dpo_ctx *c)
+{
+    static const float  L[6] = { 0.11f, 0.24f, 0.31f, 0.105f, 0.26f, 0.29f }, R[6] = { 0.12f, 0.23f, 0.33f, 0.10f, 0.25f, 0.30f };
+    static const float  s[6] = { 1, -1, 1, -1, 1, -1 }, w[6] = { 1, 2, 0.5f, 1, 1, 1 };
+    static const double kto[7] = { 0.43625750644429356, 3.631583229, -5.770159566, 1.051076877, -3.631583229, 2.885079783, -3.631583229 };
+    static const double mapo[7] = { 0.37768310778753783, 6.6601816, 0.798340147, 4.084339653, -6.332217543, -0.131217004, -3.931411814 };
+    int64_t six[1] = { 6 }, three[1] = { 3 };
+    for (int k = 0; k < 2; k++) {
+        int64_t      scope = dpo_scope(c);
+        const double *want = k ? mapo : kto;
+        dpo_tensor  *x = dpo_tensor_from(c, DPO_F32, 1, six, L), *inside, *loss;
+        float        y = 0, g[6] = { 0 }, in[6] = { 0 };
+        x->needs_grad = 1;
+        loss = k ? dpo_mapo_loss(c, x, dpo_tensor_from(c, DPO_F32, 1, three, w), 0.1f, &inside)
+                 : dpo_kto_loss(c, x, dpo_tensor_from(c, DPO_F32, 1, six, R), dpo_tensor_from(c, DPO_F32, 1, six, s),
+                                dpo_tensor_from(c, DPO_F32, 1, six, w), 100, NULL, &inside);
+        CHECK(loss && dpo_read(loss, &y) && dpo_read(inside, in) && dpo_backward(loss) && dpo_read(x->grad, g), "%s", why(c));
+        CHECK_CLOSE(y, want[0], 2e-6);
+        for (int i = 0; i < 6; i++) CHECK_CLOSE(g[i], want[1 + i], 2e-5);
+        for (int i = 0; i < (k ? 3 : 6); i++)   /* the sign says who is ranked right */
+            CHECK((in[i] > 0) == (k ? L[i] < L[3 + i] : s[i] * (R[i] - L[i] - 0.0025) > 0), "kind %d: inside %d is %g", k, i, in[i]);
+        dpo_scope_end(c, scope, NULL);
+    }
+    CHECK_CLOSE(dpo_min_snr(0.9f, DPO_EPSILON, 5), 5.0 / 9, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(0.5f, DPO_EPSILON, 5), 1, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(0.9f, DPO_V_PREDICTION, 5), 0.5, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(1, DPO_EPSILON, 5), 0, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(0, DPO_V_PREDICTION, 5), 0, 1e-6);
+}
+
+/* The safeguard changes no value, and scales the gradient of each loser by its lambda. */
+static void test_safeguard(dpo_ctx *c)
+{
+    enum { B = 3, P = 10 };
+    float      y[2*B*P], g[2*B*P], plain[2*B*P], v[2*B];
+    uint64_t   state = 3;
+    int64_t    shape[2] = { 2*B, P }, scope = dpo_scope(c);
+    dpo_tensor *e, *L, *S;
+    for (int i = 0; i < 2*B*P; i++) y[i] = (float)test_normal(&state);
+    for (int i = 0; i < P; i++) y[(B + 1)*P + i] = -y[P + i] + 0.1f*y[i];      /* pair 1: against each other */
+    for (int i = 0; i < P; i++) y[(B + 2)*P + i] = 0.2f*y[2*P + i];            /* pair 2: along each other */
+    for (int k = 0; k < 2; k++) {
+        e = dpo_tensor_from(c, DPO_F32, 2, shape, y);
+        e->needs_grad = 1;
+        L = dpo_mse(c, e, dpo_tensor_new(c, DPO_F32, 2, shape));
+        dpo_no_grad(c, 1);
+        S = dpo_affine(c, e, 1, 0);
+        dpo_no_grad(c, -1);
+        if (k) L = dpoi_safeguard(c, S, L, 0.9f);
+        CHECK(dpo_read(L, v) && dpo_backward(dpo_sum(c, L, -1)) && dpo_read(e->grad, k ? g : plain), "%s", why(c));
+        for (int b = 0; b < 2*B; b++) {
+            double sum = 0;
+            for (int i = 0; i < P; i++) sum += (double)y[b*P + i]*y[b*P + i]/P;
+            CHECK_CLOSE(v[b], sum, 1e-5);
+        }
+    }
+    for (int b = 0; b < B; b++) {
+        double ww = 0, wl = 0, lambda;
+        for (int i = 0; i < P; i++) { ww += (double)y[b*P + i]*y[b*P + i];  wl += (double)y[b*P + i]*y[(B + b)*P + i]; }
+        lambda = wl > 0 ? fmin(1, 0.1*ww/wl) : 1;
+        for (int i = 0; i < P; i++) {
+            CHECK_CLOSE(g[b*P + i], plain[b*P + i], 1e-6);
+            CHECK_CLOSE(g[(B + b)*P + i], lambda*plain[(B + b)*P + i], 1e-5);
+        }
+    }
+    dpo_scope_end(c, scope, NULL);
+}
+
+/* Moments of 8 bits: a weight of 5000 numbers goes where AdamW takes it, and a state that was saved goes on to the bit. */
+static void test_adamw8(dpo_ctx *c)
+{
+    enum { N = 5003, STEPS = 60 };
+    int64_t        shape[1] = { N };
+    dpo_tensor    *x[3];
+    dpo_optim     *o[3];
+    dpo_adamw_desc d = { 0.9f, 0.999f, 1e-8f, 0.01f, 0 };
+    static float   w[3][N], g[N];
+    double         off = 0, moved = 0;
+    for (int k = 0; k < 3; k++) {
+        x[k] = dpo_param_new(c, DPO_F32, 1, shape, "x");
+        x[k]->needs_grad = 1;
+        for (int i = 0; i < N; i++) w[k][i] = (float)cos(i);
+        dpo_write(x[k], w[k]);
+    }
+    o[0] = dpo_adamw_new(c, &x[0], 1, &d);
+    o[1] = dpo_adamw8_new(c, &x[1], 1, &d);
+    o[2] = dpo_adamw8_new(c, &x[2], 1, &d);
+    for (int step = 1; step <= STEPS; step++)
+        for (int k = 0; k < 3; k++) {
+            uint64_t state = (uint64_t)step;
+            for (int i = 0; i < N; i++) {     /* sizes from 1e-4 to 1e-2 beside each other, signs that mostly stay */
+                double size = pow(10, (i % 64) / 32.0 - 4);
+                g[i] = (float)(size * (sin(i) + 0.7*test_normal(&state)));
+            }
+            if (k == 2 && step == 31) {
+                CHECK(dpo_optim_save(o[2], FOLDER "/adamw8.safetensors"), "%s", why(c));
+                dpo_optim_free(o[2]);
+                o[2] = dpo_adamw8_new(c, &x[2], 1, &d);
+                CHECK(dpo_optim_load(o[2], FOLDER "/adamw8.safetensors"), "%s", why(c));
+            }
+            set_grad(c, x[k], g);
+            CHECK(dpo_optim_step(o[k], 0.01f), "%s", why(c));
+        }
+    for (int k = 0; k < 3; k++) dpo_read(x[k], w[k]);
+    for (int i = 0; i < N; i++) {
+        off += fabs(w[1][i] - w[0][i]) / N;
+        moved += fabs(w[0][i] - cos(i)) / N;
+    }
+    CHECK(off < 0.06*moved && moved > 0.05, "8 bits: weights are %g off on average, which moved by %g", off, moved);
+    CHECK(!memcmp(w[1], w[2], sizeof w[1]), "8 bits: a state that was loaded goes on elsewhere");
+    CHECK(off > 0, "8 bits are not used");
+    for (int k = 0; k < 3; k++) { dpo_optim_free(o[k]); dpo_param_free(x[k]); }
 }
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------ */
@@ -772,6 +901,9 @@ int main(int argc, char **argv)
     test_losses(c);
     test_adamw(c);
     test_rates();
+    test_single_losses(c);
+    test_safeguard(c);
+    test_adamw8(c);
     CHECK(!dpo_error(c), "%s", why(c));
     dpo_close(c);
     test_pairs();
