@@ -705,6 +705,336 @@ static void test_sampling(void)
     dpo_close(c);
 }
 
+/* ---- the trainer's other ways ------------------------------------------------------------------------------------- */
+
+#define LATENTS "tests/golden/latents/pipeline"
+
+/* Bright against dark pictures of three shapes, in files where there is stb; liked: single pictures. */
+static dpo_pairs *shaped_pairs(dpo_ctx *c, int n, int single)
+{
+    static const int size[3][2] = { { 16, 16 }, { 32, 16 }, { 16, 24 } };
+    dpo_pairs *p = dpo_pairs_new(c);
+    for (int i = 0; i < n; i++) {
+        dpo_image a, b;
+        char      prompt[32];
+        snprintf(prompt, sizeof prompt, "thing %d", i);
+        if (!dpo_image_new(c, size[i % 3][0], size[i % 3][1], &a) || !dpo_image_new(c, size[i % 3][0], size[i % 3][1], &b)) return NULL;
+        fill_picture(&a, 2*i, 0);
+        fill_picture(&b, 2*i + 1, 1);
+        if (single) { dpo_pairs_add_single(p, prompt, &a, 1, 1); dpo_pairs_add_single(p, prompt, &b, 0, 1); }
+        else dpo_pairs_add(p, prompt, &a, &b, 1);
+        dpo_image_free(c, &a);
+        dpo_image_free(c, &b);
+    }
+    return p;
+}
+
+/* A run on a folder's model; w: its weights after it. */
+static dpo_progress run_on(const char *model, dpo_train_desc d, int single, numbers *w)
+{
+    dpo_ctx     *c = open_threads(1);
+    dpo_model   *m = dpo_model_load(c, model, DPO_F32);
+    dpo_trainer *t = dpo_train_begin(m, shaped_pairs(c, 9, single), &d);
+    dpo_progress e;
+    memset(&e, 0, sizeof e);
+    while (dpo_train_step(t, &e)) { }
+    CHECK(dpo_train_end(t), "objective %d: %s", d.objective, why(c));
+    if (w) *w = weights_of(m);
+    dpo_close(c);
+    return e;
+}
+
+static const char *fresh_folder(char *out, size_t size, const char *name)
+{
+    snprintf(out, size, FOLDER "/%s-%llu", name, (unsigned long long)(dpo_seconds() * 1e6));
+    return out;
+}
+
+/* A model of latents in buckets: what is kept in a folder changes no bit, and leaves nothing to encode. */
+static void test_latents(void)
+{
+    char           folder[96];
+    dpo_train_desc d = small_run(2);
+    dpo_progress   e[3];
+    numbers        w[3];
+    d.width = d.height = 16;
+    d.bucket_step = 8;
+    d.noise_offset = 0.1f;
+    d.input_perturbation = 0.1f;
+    d.beside = 1;
+    for (int k = 0; k < 3; k++) {
+        if (k) d.cache_folder = k == 1 ? fresh_folder(folder, sizeof folder, "cache") : folder;
+        e[k] = run_on(LATENTS, d, 0, &w[k]);
+    }
+    CHECK(same(w[0], w[1]) && same(w[0], w[2]), "a cache changed the weights");
+    CHECK(e[1].encoded > 10 && e[2].encoded == 0 && e[2].cached >= e[1].encoded, "%d encoded at first, %d the second time, %d cached",
+          (int)e[1].encoded, (int)e[2].encoded, (int)e[2].cached);
+    CHECK(e[0].loss == e[2].loss && e[0].reference_w == e[2].reference_w && e[0].reference_w > 0, "reference errors from the cache: %g, %g",
+          e[0].reference_w, e[2].reference_w);
+    for (int k = 0; k < 3; k++) free(w[k].v);
+    d.cache_folder = NULL;
+    d.beside = 0;
+    e[1] = run_on(LATENTS, d, 0, &w[1]);
+    CHECK(e[1].loss == e[0].loss, "the thread beside the step changed the loss");
+    free(w[1].v);
+}
+
+/* All weights: the reference's errors computed ahead are those of a second model. */
+static void test_ahead(void)
+{
+    numbers a, b, half, rest;
+    char    folder[96];
+    dpo_train_desc d = small_run(0);
+    dpo_progress   e, f;
+    d.lr = 1e-4f;
+    a = trained(1, d, &e);
+    d.ahead = 1;
+    b = trained(1, d, &f);
+    CHECK(same(a, b) && e.loss == f.loss && f.memory < e.memory, "ahead: loss %g, not %g; %zu bytes, not below %zu", f.loss, e.loss, f.memory, e.memory);
+    d.output = fresh_folder(folder, sizeof folder, "ahead");
+    d.resume = 1;
+    d.on_step = stop_at_two;
+    half = trained(1, d, NULL);
+    d.on_step = NULL;
+    rest = trained(1, d, NULL);
+    CHECK(!same(a, half) && same(a, rest), "ahead: a run that was resumed differs");
+    free(a.v); free(b.v); free(half.v); free(rest.v);
+}
+
+/* Every setting changes something: one that were ignored would not. */
+static void test_settings(void)
+{
+    dpo_train_desc d = small_run(2);
+    dpo_progress   base, e;
+    numbers        w, v;
+    d.width = 16;
+    d.height = 8;                         /* so that there is something to crop */
+    base = run_on(TINY, d, 0, &w);
+    for (int k = 0; k < 16; k++) {
+        dpo_train_desc x = d;
+        switch (k) {
+        case 0: x.noise_offset = 0.5f; break;
+        case 1: x.input_perturbation = 0.5f; break;
+        case 2: x.random_crop = 1; break;
+        case 3: x.apart = 1; break;
+        case 4: x.levels = 4; break;
+        case 5: x.t_limit = 200; break;
+        case 6: x.zero_snr = 1; break;
+        case 7: x.safeguard = 0.99f; break;
+        case 8: x.kind = DPO_PREF_HINGE; break;
+        case 9: x.smoothing = 0.2f; break;
+        case 10: x.optimizer = DPO_ADAFACTOR; break;
+        case 11: x.objective = DPO_MAPO; x.beta = 0.1f; break;
+        case 12: x.lr_schedule = DPO_LR_POLYNOMIAL; break;
+        case 13: x.bucket_step = 8; break;
+        case 14: x.objective = DPO_KTO; break;
+        default: x.objective = DPO_SFT; x.min_snr = 1; break;
+        }
+        e = run_on(TINY, x, 0, &v);
+        CHECK(!same(w, v) && v.n == w.n && e.skipped == 0 && e.loss == e.loss, "setting %d changed nothing, or too much: loss %g", k, e.loss);
+        CHECK(k != 4 || e.step == base.step, "levels");
+        free(v.v);
+    }
+    d.objective = DPO_SFT;
+    base = run_on(TINY, d, 0, NULL);
+    d.min_snr = 1;
+    e = run_on(TINY, d, 0, NULL);
+    CHECK(e.loss < base.loss, "min-SNR weights: loss %g, without %g", e.loss, base.loss);
+    free(w.v);
+}
+
+/* Single pictures: what was liked grows likelier. */
+static void test_kto(void)
+{
+    dpo_train_desc d = small_run(4);
+    dpo_progress   e;
+    d.objective = DPO_KTO;
+    d.beta = 2000;
+    d.steps = 30;
+    d.lr = 5e-3f;
+    d.batch = 6;
+    d.empty_prompts = 0;
+    e = run_on(TINY, d, 1, NULL);
+    CHECK(e.margin > 0 && e.implicit_acc > 0.6f && e.policy_l > e.reference_l - 1 && e.pairs == 30*12, "KTO: margin %g, accuracy %g", e.margin, e.implicit_acc);
+    d.objective = DPO_DPO;
+    {
+        dpo_ctx *c = open_threads(1);
+        CHECK(!dpo_train_begin(dpo_model_load(c, TINY, DPO_F32), shaped_pairs(c, 2, 1), &d) && strstr(why(c), "no rejected picture"), "%s", why(c));
+        dpo_close(c);
+    }
+}
+
+/* Held-out pairs: no prompt on both sides, the same answer each time, above one half after training. */
+static void test_held(void)
+{
+    dpo_train_desc d = small_run(4);
+    dpo_ctx       *c = open_threads(1);
+    dpo_trainer   *t;
+    dpo_held       before, again, after;
+    int64_t        pairs;
+    d.steps = 40;
+    d.lr = 2e-3f;
+    d.held_out = 0.4f;
+    d.degrading_limit = 0.5f;
+    t = dpo_train_begin(dpo_model_load(c, TINY, DPO_F32), shaped_pairs(c, 30, 0), &d);
+    CHECK(t && dpo_train_held(t, &before) && dpo_train_held(t, &again), "%s", why(c));
+    pairs = dpo_train_count(t);
+    CHECK(before.pairs + pairs == 30 && before.pairs > 5 && before.pairs < 20, "%d of 30 held out", (int)before.pairs);
+    CHECK(!memcmp(&before, &again, sizeof before) && before.accuracy == 0, "held-out accuracy %g, again %g", before.accuracy, again.accuracy);
+    while (dpo_train_step(t, NULL)) { }
+    CHECK(dpo_train_held(t, &after) && after.accuracy > 0.7f && after.reference_w == before.reference_w && !after.degrading,
+          "held-out accuracy %g after training", after.accuracy);
+    CHECK(dpo_train_end(t), "%s", why(c));
+    dpo_close(c);
+}
+
+/* A team of two contexts in two threads, whose sums meet here. */
+#ifdef DPOI_THREADS
+typedef struct { dpoi_lock lock; dpoi_cond cond; const float *first; float sum[1 << 16]; int came, round, failed; } meeting;
+typedef struct { dpo_train_desc d; numbers w; dpo_progress last; meeting *at; } member;
+
+static int meet(void *user, void *data, int64_t count, int dtype, int op)
+{
+    member  *m = (member *)user;
+    meeting *a = m->at;
+    float   *x = (float *)data;
+    int      round;
+    if (dtype != DPO_F32 || op != DPO_REDUCE_SUM || count > 1 << 16) return 0;
+    dpoi_lock_take(&a->lock);
+    round = a->round;
+    for (int64_t i = 0; i < count; i++) a->sum[i] = (a->came ? a->sum[i] : 0) + x[i];
+    if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
+    else while (a->round == round) dpoi_cond_wait(&a->cond, &a->lock);
+    memcpy(x, a->sum, (size_t)count * sizeof *x);
+    a->first = NULL;
+    /* the sum must not be overwritten before both have it: a second meeting */
+    round = a->round;
+    if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
+    else while (a->round == round) dpoi_cond_wait(&a->cond, &a->lock);
+    dpoi_lock_give(&a->lock);
+    return 1;
+}
+
+static void member_run(void *arg)
+{
+    member *m = (member *)arg;
+    m->d.team.user = m;
+    m->last = run_on(TINY, m->d, m->d.objective == DPO_KTO, &m->w);
+}
+#endif
+
+/* The same global batch on one and on two processes gives the same training to rounding. */
+static void test_team(void)
+{
+#ifdef DPOI_THREADS
+    for (int kto = 0; kto < 2; kto++) {
+        static meeting    a;
+        static member     m[2];
+        dpoi_thread_start s[2];
+        dpoi_thread       th[2];
+        dpo_train_desc    d = small_run(kto ? 3 : 0);
+        numbers           alone;
+        dpo_progress      e;
+        double            off = 0, size = 0;
+        if (kto) { d.objective = DPO_KTO; d.accumulation = 1; d.batch = 4; }
+        else d.lr = 1e-4f;
+        e = run_on(TINY, d, kto, &alone);
+        memset(&a, 0, sizeof a);
+        dpoi_lock_open(&a.lock);
+        dpoi_cond_open(&a.cond);
+        if (kto) d.batch = 2;
+        else d.accumulation = 1;
+        d.team.count = 2;
+        d.team.reduce = meet;
+        for (int i = 0; i < 2; i++) {
+            m[i].d = d;
+            m[i].d.team.index = i;
+            m[i].at = &a;
+            s[i].fn = member_run;
+            s[i].arg = &m[i];
+        }
+        dpoi_thread_open(&th[0], &s[0]);
+        dpoi_thread_open(&th[1], &s[1]);
+        for (int i = 0; i < 2; i++) dpoi_thread_join(&th[i]);
+        CHECK(same(m[0].w, m[1].w), "two processes hold different weights");
+        for (int64_t i = 0; i < alone.n && m[0].w.n == alone.n; i++) { off += fabs(alone.v[i] - m[0].w.v[i]); size += fabs(alone.v[i]); }
+        CHECK(m[0].w.n == alone.n && off < 1e-4*size, "kto %d: two processes are %g off, of %g", kto, off, size);
+        CHECK(fabs(e.loss - m[0].last.loss) < 1e-3*fabs(e.loss) && m[0].last.loss == m[1].last.loss && m[1].last.pairs == e.pairs &&
+              fabs(e.implicit_acc - m[0].last.implicit_acc) < 1e-6, "kto %d: loss %g, alone %g", kto, m[0].last.loss, e.loss);
+        free(alone.v); free(m[0].w.v); free(m[1].w.v);
+        dpoi_cond_close(&a.cond);
+        dpoi_lock_close(&a.lock);
+    }
+#else
+    SKIP("a team of two: no threads");
+#endif
+}
+
+/* What is refused, and by which word it says why. */
+static void test_refused(void)
+{
+    char     folder[96];
+    dpo_ctx *c = open_threads(1);
+    dpo_model *m = dpo_model_load(c, TINY, DPO_F32);
+    dpo_train_desc d = small_run(2);
+    for (int k = 0; k < 10; k++) {
+        static const char *const words[10] = { "safeguard", "min-SNR", "label smoothing", "reference ahead", "levels", "multiples of",
+                                               "team", "held out", "out of range", "timesteps" };
+        dpo_train_desc x = d;
+        dpo_model     *of = m;
+        switch (k) {
+        case 0: x.objective = DPO_SFT; x.safeguard = 0.5f; break;
+        case 1: x.min_snr = 5; break;
+        case 2: x.kind = DPO_PREF_IPO; x.smoothing = 0.1f; break;
+        case 3: x.ahead = 1; break;
+        case 4: x.levels = 4; x.t_limit = 100; break;
+        case 5: x.width = 15; of = dpo_model_load(c, LATENTS, DPO_F32); break;
+        case 6: x.team.count = 2; break;
+        case 7: x.held_out = 0.9999f; x.rank = 0; break;
+        case 8: x.noise_offset = NAN; break;
+        default: x.t_limit = 5000; break;
+        }
+        CHECK(!dpo_train_begin(of, some_pairs(c, 4), &x) && strstr(why(c), words[k]), "refusal %d: %s", k, why(c));
+        dpo_clear_error(c);
+    }
+    d.output = fresh_folder(folder, sizeof folder, "refused");
+    d.resume = 1;
+    CHECK(dpo_train(m, some_pairs(c, 4), &d), "%s", why(c));
+    for (int k = 0; k < 4; k++) {
+        static const char *const words[4] = { "beta", "data", "model", "lr" };
+        dpo_train_desc x = d;
+        dpo_model     *of = m;
+        if (k == 0) x.beta = 5;
+        if (k == 2) of = dpo_model_create(c, TINY, 99);
+        if (k == 3) x.lr *= 2;
+        CHECK(!dpo_train_begin(of, some_pairs(c, k == 1 ? 5 : 4), &x) && strstr(why(c), "another run: its") && strstr(why(c), words[k]),
+              "another run %d: %s", k, why(c));
+        dpo_clear_error(c);
+    }
+    dpo_close(c);
+}
+
+/* Only the last two checkpoints stay, and what a kill left goes. */
+static void test_keep(void)
+{
+    char           folder[96], path[160];
+    dpo_ctx       *c = open_threads(1);
+    dpo_train_desc d = small_run(2);
+    d.output = fresh_folder(folder, sizeof folder, "keep");
+    d.save_every = 1;
+    d.keep = 2;
+    snprintf(path, sizeof path, "%s/checkpoint-9.part", folder);
+    CHECK(dpo_make_folder(c, path) && put(path, "state.safetensors", "half"), "%s", why(c));
+    CHECK(dpo_train(dpo_model_load(c, TINY, DPO_F32), some_pairs(c, 4), &d), "%s", why(c));
+    for (int k = 1; k <= 4; k++) {
+        snprintf(path, sizeof path, "%s/checkpoint-%d", folder, k);
+        CHECK(dpoi_is_folder(path) == (k > 2), "checkpoint %d of 4", k);
+    }
+    snprintf(path, sizeof path, "%s/checkpoint-9.part", folder);
+    CHECK(!dpoi_is_folder(path), "what a kill left is still there");
+    dpo_close(c);
+}
+
 /* Every objective makes its own loss smaller on one pair that it sees again and again. */
 static void test_objectives(void)
 {
@@ -913,6 +1243,14 @@ int main(int argc, char **argv)
     test_limits();
     test_sampling();
     test_objectives();
+    test_latents();
+    test_ahead();
+    test_settings();
+    test_kto();
+    test_held();
+    test_team();
+    test_refused();
+    test_keep();
     test_memory();
     test_cancel();
     test_allocations(argc > 1 && !strcmp(argv[1], "every"));
