@@ -454,7 +454,7 @@ static int write_note(run *r)
     if (!(r->note = (char *)dpo_scope_alloc(r->c, room))) return 0;
     for (int i = 0; i < OPTIONS; i++) {
         const option *o = &options[i];
-        if (o->type == 'p' || o->type == 'x' || o->type == 'X') continue;
+        if (o->keep) continue;
         option_text(&r->s, o, text, sizeof text);
         at += (size_t)snprintf(r->note + at, room - at, "%s=%s\n", o->name, text);
         if (at >= room) return fail("the settings are too long");
@@ -867,9 +867,9 @@ static int train(run *r, const dpo_desc *desc)
     if (!r->s.estimate) describe_rest(r, &d);
     if (!r->team.index) announce(r, &d, r->s.no_estimate ? 0 : estimate(r, desc));
     if (r->s.estimate) return 1;
-    path_of(r, path, "samples");
-    if (!dpo_make_folder(r->c, r->s.out) || (r->s.prompt_count && !dpo_make_folder(r->c, path))) return 0;
     if (!(r->t = dpo_train_begin(r->m, r->pairs, &d))) return 0;
+    path_of(r, path, "samples");          /* now: a run that is refused leaves nothing */
+    if (!dpo_make_folder(r->c, r->s.out) || (r->s.prompt_count && !dpo_make_folder(r->c, path))) return 0;
     if (dpo_train_done(r->t)) printf("resumed after step %lld\n", (long long)dpo_train_done(r->t));
     if (!r->team.index && (!open_events(r) || !open_metrics(r, dpo_train_done(r->t)))) return 0;
     return steps(r) && save_result(r) && (r->team.index || write_page(r, dpo_seconds() - r->start));
