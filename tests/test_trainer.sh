@@ -39,11 +39,12 @@ for i in 1 10 11 12 2 3 4 5 6 7 8 9; do    # as a folder's names are sorted
     echo "{\"prompt\": \"thing $i\", \"chosen\": \"pairs/w/$i.png\", \"rejected\": \"pairs/l/$i.png\"}" >>"$work/pairs.jsonl"
 done
 
-# train OUT ARGUMENTS...: a small run.
+# train OUT ARGUMENTS...: a small run.  EXEC=exec: in place of the shell, so that a kill meets the program.
+EXEC=
 train() {
     folder=$1
     shift
-    "$build/train" --pretrained_model_name_or_path "$m" --train_data_dir "$work/pairs" --output_dir "$folder" --preset small \
+    $EXEC "$build/train" --pretrained_model_name_or_path "$m" --train_data_dir "$work/pairs" --output_dir "$folder" --preset small \
         --max_train_steps 12 --train_batch_size 2 --rank 2 --learning_rate 1e-3 --threads 1 "$@"
 }
 works()  { name=$1; shift; if train "$@" >"$work/out" 2>"$work/err"; then ok; else bad "$name: $(tail -n 1 "$work/err")"; fi; }
@@ -135,7 +136,7 @@ kills=0 tries=0
 while [ $kills -lt "${KILLS:-8}" ] && [ $tries -lt 2000 ]; do
     tries=$((tries + 1))
     # the step at which it dies depends on the machine; a run that ended before is begun anew
-    long "$work/killed" >"$work/out" 2>"$work/err" &
+    ( EXEC=exec; long "$work/killed" >"$work/out" 2>"$work/err" ) &
     pid=$!
     sleep "0.$(od -An -N2 -tu2 /dev/urandom | awk '{ printf "%03d", 30 + $1 % 500 }')"
     if kill -9 $pid 2>/dev/null; then kills=$((kills + 1)); fi
