@@ -1173,7 +1173,7 @@ DPO_DEF int          dpo_train_end  (dpo_trainer *t);                        /* 
 enum { DPO_HELD_RANGES = 4 };
 typedef struct dpo_held {
     int64_t pairs;
-    float   accuracy, range[DPO_HELD_RANGES];               /* shares of draws whose inside is above 0 */
+    float   accuracy, range[DPO_HELD_RANGES];               /* shares of draws whose inside is above 0; 0 counts half */
     float   policy_w, policy_l, reference_w, reference_l;   /* errors, as in dpo_progress */
     int     degrading;
 } dpo_held;
@@ -24640,7 +24640,7 @@ static void dpoi_held_count(const dpo_trainer *t, const dpoi_lot *plan, int rang
         double gain = (double)R[b] - L[b];
         if (t->each == 2) gain -= (double)R[n + b] - L[n + b];
         else gain *= dpoi_train_liked(t, &plan->slot[b]);
-        right[range] += gain > 0;
+        right[range] += gain > 0 ? 1 : gain == 0 ? 0.5 : 0;
         sum[0] += L[b];
         sum[2] += R[b];
         if (t->each == 2) { sum[1] += L[n + b];  sum[3] += R[n + b]; }

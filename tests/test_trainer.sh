@@ -88,6 +88,9 @@ works  'objectives: sft' "$work/g" --sft --snr_gamma 5
 works  'mapo'            "$work/h" --objective mapo --beta_dpo 0.1
 works  'kto'             "$work/i" --objective kto --beta_dpo 1000
 works  'buckets'         "$work/j" --enable_bucket --bucket_reso_steps 8 --random_crop --separate_views
+train "$work/w" --learning_rate 3 --max_grad_norm 0 --degrading_limit 0.02 --stop_when_degrading >"$work/out" 2>"$work/err" && ok || bad "degrading: $(cat "$work/err")"
+says   'degrading'       "$work/err" 'warning: step .*both errors are more than 2% above'
+says   'degrading'       "$work/err" 'stopped at step'
 m=$root/tests/golden/latents/pipeline
 works  'latents'         "$work/l" --resolution 16 --noise_offset 0.1
 works  'latents, cached' "$work/k" --resolution 16 --noise_offset 0.1 --cache_dir "$work/l/cache"
