@@ -1139,6 +1139,8 @@ typedef struct dpo_train_desc {
                                              authors; 1: the chosen picture's own size and crop, as diffusers */
     int                ahead;             /* 1, all weights: the reference's errors of all steps are computed before the
                                              first one, and no second model is kept */
+    int                drop_encoders;     /* 1: texts and pictures are encoded before the first step, and the model's text
+                                             encoders and VAE given back: it can then no more draw, or be saved whole */
     int                beside;            /* 1: pictures are read and decoded on a thread beside the step */
     const char        *note;              /* a text that goes into checkpoints, as metadata "note"; or NULL */
     const char        *cache_folder;      /* where latents, texts and reference errors are kept, see dpo_cache; or NULL */
@@ -13783,6 +13785,7 @@ static dpoi_param *dpoi_param_at(dpoi_pass *r, const char *name, int form, const
     p = dpoi_net_find(r->net, r->path);
     if (!p && r->declare && dpoi_ok(r->c)) p = dpoi_net_add(r->net, form, shape, r->path);
     if (!p) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has no parameter %s", r->net->kind->name, r->path);
+    else if (!r->declare && !p->t) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has given its weights back", r->net->kind->name);
     *t = !p ? NULL : r->declare ? dpoi_param_tensor(r->c, r->net->dtype, form, p->shape, r->path) : p->t;
     dpoi_leave(r, before);
     return p;
@@ -13973,6 +13976,18 @@ static void dpoi_net_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, n, sizeof *n);
 }
 
+/* Give back the weights and keep the configuration: a pass through it is an error from now on. */
+static void dpoi_net_drop(dpo_net *n)
+{
+    dpo_ctx *c = n->c;
+    for (int64_t i = 0; i < n->count; i++) {
+        dpo_param_free(n->params[i].t);
+        n->params[i].t = NULL;
+    }
+    if (n->list) dpoi_release(c, n->list, (size_t)n->count * sizeof *n->list);
+    n->list = NULL;
+}
+
 /* Run the forward pass where nothing is computed; it leaves the list of parameters.  The context for that has a backend
    of its own and is gone afterwards; what went wrong in it is told by the network's. */
 static int dpoi_net_declare(dpo_net *n)
@@ -14044,7 +14059,7 @@ static dpo_net *dpoi_net_realise(dpo_net *n, const dpoi_origin *s)
 
 DPO_DEF dpo_tensor **dpo_net_params(dpo_net *n, int *count)
 {
-    if (count) *count = n ? (int)n->count : 0;
+    if (count) *count = n && n->list ? (int)n->count : 0;
     return n ? n->list : NULL;
 }
 
@@ -14057,7 +14072,7 @@ DPO_DEF dpo_tensor *dpo_net_param(dpo_net *n, const char *name)
 /* Gradients that are there stay: dpo_param_free of the parameter takes them along. */
 DPO_DEF void dpo_net_trainable(dpo_net *n, int yes)
 {
-    for (int64_t i = 0; n && i < n->count; i++) n->params[i].t->needs_grad = yes != 0;
+    for (int64_t i = 0; n && i < n->count; i++) if (n->params[i].t) n->params[i].t->needs_grad = yes != 0;
 }
 
 /* Copy the values of `from` into `to` through a buffer of floats. */
@@ -23288,6 +23303,9 @@ static int dpoi_train_contradictions(dpo_ctx *c, const dpo_train_desc *d)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: label smoothing is part of the sigmoid loss alone");
     if (d->ahead && (d->rank || !dpoi_has_reference(d->objective)))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: only all weights under DPO or KTO need a reference ahead");
+    if (d->drop_encoders && (d->random_crop || d->train_text))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders needs every picture's view before the first step, "
+                         "which random_crop draws at each, and text encoders that are not trained");
     if (d->levels > 0 && (d->timestep_bias != 0 || d->t_limit > 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: levels excludes timestep_bias and t_limit");
     return 1;
@@ -23640,6 +23658,8 @@ static int dpoi_train_caches(dpo_trainer *t)
     return (t->cache = dpo_cache_open(t->c, t->d.cache_folder)) != NULL;
 }
 
+static int dpoi_train_encode_all(dpo_trainer *t);
+
 /* In this order: what can be wrong with the request first, what costs memory last.  Full fine-tuning needs a reference
    that stays as the policy was; adapters have theirs in the same weights. */
 static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
@@ -23647,6 +23667,7 @@ static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
     if (!dpoi_train_settings(t, d) || !dpoi_train_pairs(t) || !dpoi_train_texts(t)) return 0;
     if (!dpoi_train_noise(t) || !dpoi_train_caches(t) || !dpoi_train_buffers(t)) return 0;
     if (t->d.beside && !(t->loader = dpo_loader_new(t->p, 2 * t->N, 1))) return 0;
+    if (t->d.drop_encoders && !dpoi_train_encode_all(t)) return 0;         /* before the optimizer needs its memory */
     if (!dpoi_train_params(t) || !dpoi_train_averages(t)) return 0;
     if (dpoi_has_reference(t->d.objective) && !t->d.rank && !t->d.reference && !t->d.ahead)
         return (t->d.reference = t->copy = dpo_net_copy(dpo_model_unet(t->m), DPO_F32)) != NULL;
@@ -24119,6 +24140,65 @@ static int dpoi_train_text_forward(dpo_trainer *t, const dpoi_lot *plan, dpo_dra
     for (int b = 0; b < plan->count; b++) t->prompts[b] = t->text[plan->slot[b].text].prompt;
     d->emb = dpo_encode_text(t->m, t->prompts, plan->count, &d->pooled);
     return d->emb != NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ everything at once */
+
+/* Text i into memory or the folder. */
+static int dpoi_train_encode_text(dpo_trainer *t, int32_t i)
+{
+    dpo_key key;
+    if (t->text[i].emb) return 1;
+    key = dpoi_train_text_key(t, t->text[i].prompt);
+    if (t->cache && dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    t->missing[0] = i;
+    if (!dpoi_train_encode(t, 0, 1)) return 0;
+    if (t->text[i].emb || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
+    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all texts");
+}
+
+/* One picture of an entry, mirrored or not, likewise. */
+static int dpoi_train_encode_picture(dpo_trainer *t, int32_t entry, int which, int flip)
+{
+    const dpoi_sizes *b = &t->bucket[t->entry[entry].bucket];
+    dpoi_seat         s;
+    dpo_key           key;
+    int               k = t->each == 2 ? which : 0;
+    memset(&s, 0, sizeof s);
+    s.entry = entry;
+    s.which = which;
+    s.view[k].width = b->width;
+    s.view[k].height = b->height;
+    s.view[k].at_x = s.view[k].at_y = 0.5f;
+    s.view[k].flip = flip;
+    if (t->cache) {
+        if (!dpoi_train_latent_key(t, &s, k, &key)) return 0;
+        if (dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    }
+    if (!dpoi_train_picture(t, &s, k, 0)) return 0;
+    if (*dpoi_train_place(t, &s, k) || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
+    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all pictures");
+}
+
+/* What the run will ever ask of them, then the memory of the networks.  The model keeps their configurations. */
+static int dpoi_train_encode_all(dpo_trainer *t)
+{
+    dpo_model *m = t->m;
+    double     told = dpo_seconds();
+    if (!dpoi_has_latents(t)) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
+    for (int64_t i = 0; i < t->texts; i++)
+        if (!dpoi_train_encode_text(t, (int32_t)i)) return 0;
+    for (int64_t i = 0; i < t->entries; i++) {
+        int both = dpoi_duel_has(&t->entry[i].p->pair[t->entry[i].i], 1) && t->d.objective != DPO_SFT;
+        for (int k = 0; k < 2 * (both + 1); k++)          /* each picture as it is, then mirrored */
+            if ((k % 2 == 0 || t->d.flip) && !dpoi_train_encode_picture(t, (int32_t)i, k / 2, k % 2)) return 0;
+        if (dpo_seconds() - told < 10) continue;
+        told = dpo_seconds();
+        dpoi_log(t->c, DPO_LOG_INFO, "encoded pictures of %lld of %lld pairs", (long long)i + 1, (long long)t->entries);
+    }
+    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
+    dpoi_net_drop(m->vae);
+    return dpoi_ok(t->c);
 }
 
 /* ------------------------------------------------------------------------------------------ one micro-batch */

@@ -58,7 +58,7 @@ typedef struct {
     const char *prompts[PROMPTS];
     int         prompt_count, images, sample_steps, naming;
     double      guidance, limit;
-    int         no_ahead, no_estimate, estimate, threads, isa;
+    int         drop, no_ahead, no_estimate, estimate, threads, isa;
     const char *ignored;
 } settings;
 
@@ -188,6 +188,7 @@ static const option options[] = {
     { "validation_sampler_steps", 'i', O(sample_steps), 1, 1000, 1, "steps of the sampler" },
     { "guidance_scale", 'f', O(guidance), 0, 100, 1, "of these pictures" },
     { "adapter_format", 'c', O(naming), 0, 0, 1, "kohya|peft  names in the adapter's file" },
+    { "drop_encoders", 'b', O(drop), 0, 0, 1, "encode all before the first step and free text encoders and VAE: less memory, no sample pictures" },
     { "no_reference_ahead", 'b', O(no_ahead), 0, 0, 1, "all weights: keep a second model, not its errors computed ahead" },
     { "no_estimate", 'b', O(no_estimate), 0, 0, 1, "do not work out the memory of a step before it" },
     { "estimate", 'b', O(estimate), 0, 0, 1, "say what the run would do and take, and stop" },
@@ -436,6 +437,8 @@ static int check_settings(run *r)
         return fail("--lr_scheduler constant has no warm-up: take constant_with_warmup");
     if (s->convention && s->objective != DPO_DPO) return fail("--beta_convention is about dpo alone");
     if (s->stop_degrading && !(s->limit > 0)) return fail("--stop_when_degrading needs --degrading_limit above 0");
+    if (s->drop && s->prompt_count) return fail("--drop_encoders leaves nothing to draw --validation_prompts with");
+    if (s->drop && s->random_crop) return fail("--drop_encoders and --random_crop: each step would crop anew");
     if (s->lora && s->rank == 0) return fail("--lora starts adapters, --rank 0 trains all weights");
     r->beta = s->convention ? 2 * s->beta : s->beta;
     if (!s->resolution) return 1;
@@ -677,6 +680,7 @@ static dpo_train_desc describe(const run *r)
     d.bucket_step = s->buckets ? s->bucket_step : 0;
     d.real_sizes = s->real_sizes;
     d.ahead = s->rank == 0 && !s->no_ahead && (s->objective == DPO_DPO || s->objective == DPO_KTO);
+    d.drop_encoders = s->drop;
     d.degrading_limit = (float)s->limit;
     d.team = r->team;
     return d;
@@ -843,8 +847,9 @@ static int save_result(run *r)
     memset(&f, 0, sizeof f);
     f.dtype = DPO_F16;
     f.naming = r->s.naming ? DPO_PEFT : DPO_KOHYA;
-    path_of(r, path, r->s.rank ? "adapter.safetensors" : "model");
-    ok = r->s.rank ? dpo_model_adapter_save(r->m, path, &f) : dpo_model_save(r->m, path, DPO_F16);
+    path_of(r, path, r->s.rank ? "adapter.safetensors" : r->s.drop ? "unet" : "model");
+    if (r->s.rank) ok = dpo_model_adapter_save(r->m, path, &f);
+    else ok = r->s.drop ? dpo_net_save(dpo_model_unet(r->m), path, DPO_F16) : dpo_model_save(r->m, path, DPO_F16);
     if (ok) printf("%s\n", path);
     return (!r->s.ema || dpo_train_average(r->t)) && ok;
 }

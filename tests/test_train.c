@@ -772,7 +772,15 @@ static void test_latents(void)
     CHECK(e[0].loss == e[2].loss && e[0].reference_w == e[2].reference_w && e[0].reference_w > 0, "reference errors from the cache: %g, %g",
           e[0].reference_w, e[2].reference_w);
     for (int k = 0; k < 3; k++) free(w[k].v);
-    d.cache_folder = NULL;
+    d.drop_encoders = 1;                  /* from the folder, then from memory alone: the same, in less memory */
+    for (int k = 1; k < 3; k++) {
+        if (k == 2) d.cache_folder = NULL;
+        e[k] = run_on(LATENTS, d, 0, &w[k]);
+        CHECK(e[k].loss == e[0].loss && e[k].memory < e[0].memory, "without encoders: loss %g, not %g; %zu bytes, not below %zu", e[k].loss,
+              e[0].loss, e[k].memory, e[0].memory);
+        free(w[k].v);
+    }
+    d.drop_encoders = 0;
     d.beside = 0;
     e[1] = run_on(LATENTS, d, 0, &w[1]);
     CHECK(e[1].loss == e[0].loss, "the thread beside the step changed the loss");

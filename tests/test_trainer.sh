@@ -94,6 +94,10 @@ says   'degrading'       "$work/err" 'stopped at step'
 m=$root/tests/golden/latents/pipeline
 works  'latents'         "$work/l" --resolution 16 --noise_offset 0.1
 works  'latents, cached' "$work/k" --resolution 16 --noise_offset 0.1 --cache_dir "$work/l/cache"
+works  'no encoders'     "$work/m" --resolution 16 --noise_offset 0.1 --drop_encoders
+equal  'no encoders'     "$work/l/adapter.safetensors" "$work/m/adapter.safetensors"
+works  'no encoders, all weights' "$work/n" --resolution 16 --drop_encoders --rank 0 --learning_rate 1e-5
+exists 'a UNet'          "$work/n/unet/diffusion_pytorch_model.safetensors"
 equal  'latents, cached' "$work/l/adapter.safetensors" "$work/k/adapter.safetensors"
 m=$work/model
 "$build/train" --check_data --train_data_dir "$work/pairs" >"$work/out" 2>"$work/err" && says 'data' "$work/out" '12 pairs' || bad "data: $(cat "$work/err")"
@@ -118,6 +122,7 @@ refuse 'two held sets'   'one of the two'                      --validation_pair
 refuse 'smoothing'       'label smoothing'                     --loss_type hinge --label_smoothing 0.1
 refuse 'min-SNR'         'min-SNR'                             --snr_gamma 5
 refuse 'safeguard'       'safeguard'                           --sft --sdpo_mu 0.5
+refuse 'no encoders'     'leaves nothing to draw'              --drop_encoders --validation_prompts "a b"
 refuse 'resolution'      '--resolution wants'                  --resolution big
 refuse 'no checkpoint'   "$work/nowhere"                       --resume_from_checkpoint "$work/nowhere"
 cp "$work/pairs.jsonl" "$work/broken.jsonl"
