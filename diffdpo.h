@@ -22752,7 +22752,7 @@ DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma)
     return (float)(prediction == DPO_V_PREDICTION ? least / (snr + 1) : snr > 0 ? least / snr : 1);
 }
 
-/* The gradient of the losers' errors scaled by lambda [B], their values as they are: L_l + (lambda - 1)(L_l - held L_l).
+/* The gradient of the losers' errors scaled by lambda [B], their values as they are: h + lambda (L_l - h), h = L_l.
      lambda = (1 - mu) |e_w|^2 / (e_w e_l),  held to 0..1, and 1 where the product is not above 0;
    with means in place of sums, e_w e_l = (L_w + L_l - D)/2, D the mean squared difference of e_w and e_l: one pass over
    the predictions that mse has already.  Diffusion-SDPO; e [2B,..], L [2B]. */
@@ -23087,7 +23087,7 @@ typedef struct dpoi_entry_of {
     int64_t    i;                         /* its number there */
     int32_t    text;                      /* its caption */
     int32_t    bucket;
-    void      *kept[2][2];                /* [which][mirrored] as it is diffused, see dpoi_train_kept; NULL: not in memory */
+    void      *kept[2][2];                /* [which][mirrored] as it is diffused, see dpoi_train_kept; or NULL */
 } dpoi_entry_of;
 
 /* What is drawn: a pair, or for DPO_SFT its winner, or for DPO_KTO one of its pictures. */
@@ -23113,8 +23113,8 @@ typedef struct dpoi_lot {
 
 /* All that a run holds between steps.  Arrays have one size for the whole run, so that a step allocates nothing but
    what its ops take from the block cache.
-   Invariants: N = 2B for objectives of pairs, else B; `params` and the optimizer's list are the same, in the same order,
-   on which averages and checkpoints rely. */
+   Invariants: N = 2B for objectives of pairs, else B; `params` and the optimizer's list are the same, in the same
+   order, on which averages and checkpoints rely. */
 struct dpo_trainer {
     dpo_ctx        *c;
     dpo_model      *m;
@@ -23168,7 +23168,7 @@ struct dpo_trainer {
     dpo_cache      *cache;
     dpo_loader     *loader;
     dpo_key         unet_key, vae_key, text_key;          /* what was computed with, of the cache and of checkpoints */
-    dpo_key        *ref_key;              /* [accumulation][B] of the step's reference errors; word 0 and 1 zero: known */
+    dpo_key        *ref_key;              /* [accumulation][B] of the step's reference errors; zero: known */
 };
 
 /* Of one text in memory. */
@@ -23298,14 +23298,14 @@ static int dpoi_train_contradictions(dpo_ctx *c, const dpo_train_desc *d)
     if (d->safeguard > 0 && !dpoi_is_paired(d->objective))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: a safeguard of the winner needs pairs: DPO or MaPO");
     if (d->min_snr > 0 && d->objective != DPO_SFT)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min-SNR weights are for DPO_SFT: they would bend a preference");
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min-SNR weights are for SFT: they would bend a preference");
     if (d->smoothing > 0 && (d->objective != DPO_DPO || d->kind != DPO_PREF_SIGMOID))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: label smoothing is part of the sigmoid loss alone");
     if (d->ahead && (d->rank || !dpoi_has_reference(d->objective)))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: only all weights under DPO or KTO need a reference ahead");
     if (d->drop_encoders && (d->random_crop || d->train_text))
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders needs every picture's view before the first step, "
-                         "which random_crop draws at each, and text encoders that are not trained");
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders needs every picture's view before the first "
+                         "step, which random_crop draws at each, and text encoders that are not trained");
     if (d->levels > 0 && (d->timestep_bias != 0 || d->t_limit > 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: levels excludes timestep_bias and t_limit");
     return 1;
@@ -23320,7 +23320,7 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
     /* Their product numbers the samples of a step, in 31 bits. */
     if (d->batch < 1 || d->batch > 4096 || d->accumulation < 1 || d->accumulation > 1 << 18 || d->team.count < 0 ||
         d->team.count > 4096 || (int64_t)d->batch * d->accumulation * (d->team.count + 1) > INT32_MAX)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: batch is 1 to 4096, accumulation 1 to 262144, processes to 4096");
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: batch 1 to 4096, accumulation 1 to 262144, processes to 4096");
     if (d->team.count > 1 && (d->team.index < 0 || d->team.index >= d->team.count || !d->team.reduce))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: a team needs a reduce function, and an index below its count");
     if (d->objective < DPO_DPO || d->objective >= DPO_OBJECTIVES || d->kind < DPO_PREF_SIGMOID ||
@@ -23332,8 +23332,8 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
         !(d->average >= 0 && d->average < 1) || d->rank < 0 || !(d->alpha >= 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: lr, beta, empty_prompts, average, rank or alpha out of range");
     if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
-        !(d->noise_offset >= 0 && d->noise_offset < 100) || !(d->input_perturbation >= 0 && d->input_perturbation < 100) ||
-        !(d->held_out >= 0 && d->held_out < 1) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
+        !(d->noise_offset >= 0 && d->noise_offset < 100) ||
+        !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
         d->bucket_step < 0 || d->keep < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
                          "bucket_step or keep out of range");
@@ -23369,7 +23369,8 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
                          t->d.width, t->d.height, t->d.bucket_step, sides);
     if (!dpoi_train_string(c, d->targets, &t->d.targets) || !dpoi_train_string(c, d->output, &t->d.output) ||
         !dpoi_train_string(c, d->cache_folder, &t->d.cache_folder) ||
-        !dpoi_train_string(c, d->resume_from, &t->d.resume_from) || !dpoi_train_string(c, d->note, &t->d.note)) return 0;
+        !dpoi_train_string(c, d->resume_from, &t->d.resume_from) || !dpoi_train_string(c, d->note, &t->d.note))
+        return 0;
     t->B = t->d.batch;
     t->each = dpoi_is_paired(t->d.objective) ? 2 : 1;
     t->N = t->each * t->B;
@@ -23415,8 +23416,8 @@ static int dpoi_train_usable(dpo_trainer *t, const dpoi_entry_of *e)
     return 1;
 }
 
-/* Is this prompt held out?  By prompt, so that no caption stands on both sides; by its text, so that the answer does not
-   hang on the order of rows. */
+/* Is this prompt held out?  By prompt, so that no caption stands on both sides; by its text, so that the answer does
+   not hang on the order of rows. */
 static int dpoi_train_is_held(const dpo_trainer *t, const dpoi_entry_of *e)
 {
     dpo_hash h;
@@ -23447,8 +23448,8 @@ static void dpoi_train_items(dpo_trainer *t)
     t->helds = t->room_items - back;
 }
 
-/* Entries, their buckets, items.  Where there are several buckets a micro-batch stays inside one, and an epoch is cut into
-   groups of B of the same bucket; the last group of a bucket is filled up from its start. */
+/* Entries, their buckets, items.  Where there are several buckets a micro-batch stays inside one, and an epoch is cut
+   into groups of B of the same bucket; the last group of a bucket is filled up from its start. */
 static int dpoi_train_pairs(dpo_trainer *t)
 {
     dpo_ctx *c = t->c;
@@ -23531,7 +23532,8 @@ static int dpoi_train_params(dpo_trainer *t)
     t->d.rank = n > 0;                    /* from here on it says: are adapters trained? */
     /* The host may have loaded adapters; then these are trained, whatever their rank. */
     if (n && text) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: train_text, but the UNet has adapters");
-    if (n && t->d.ahead) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a reference ahead, but the UNet has adapters");
+    if (n && t->d.ahead)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a reference ahead, but the UNet has adapters");
     if (!n) first = dpo_net_params(unet, &n);
     if (text) second = dpo_net_params(text, &more);
     dpo_net_trainable(unet, 0);           /* a product whose weights are frozen does not even keep its input */
@@ -23593,8 +23595,8 @@ static int dpoi_train_noise(dpo_trainer *t)
     if (t->d.levels > s.T || t->d.t_limit > s.T)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: levels and t_limit are at most the %d timesteps", s.T);
     if (t->d.zero_snr && s.prediction == DPO_EPSILON && !t->d.levels)
-        dpoi_log(t->c, DPO_LOG_WARNING, "training: with zero terminal SNR a network that predicts noise learns nothing at "
-                 "the last timestep");
+        dpoi_log(t->c, DPO_LOG_WARNING, "training: with zero terminal SNR a network that predicts noise learns nothing "
+                 "at the last timestep");
     if (!(t->noise = dpo_noise_new(t->c, &s))) return 0;
     if (!(t->d.min_snr > 0)) return 1;
     if (!(t->weigh = (float *)dpoi_calloc(t->c, (size_t)s.T, sizeof *t->weigh))) return 0;
@@ -24066,8 +24068,8 @@ static int dpoi_train_encode(dpo_trainer *t, int first, int n)
     return ok;
 }
 
-/* The texts of a plan that are not in memory: those in the folder to the front of missing and fresh, then those that must
-   be encoded.  Returns how many there are in all; *have: in the folder. */
+/* The texts of a plan that are not in memory: those in the folder to the front of missing and fresh, then those that
+   must be encoded.  Returns how many there are in all; *have: in the folder. */
 static int dpoi_train_missing(dpo_trainer *t, const dpoi_lot *plan, int *have)
 {
     int64_t wide = t->emb_count + t->pooled_count;
@@ -24177,7 +24179,8 @@ static int dpoi_train_encode_picture(dpo_trainer *t, int32_t entry, int which, i
     }
     if (!dpoi_train_picture(t, &s, k, 0)) return 0;
     if (*dpoi_train_place(t, &s, k) || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
-    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all pictures");
+    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all "
+                     "pictures");
 }
 
 /* What the run will ever ask of them, then the memory of the networks.  The model keeps their configurations. */
@@ -24185,7 +24188,8 @@ static int dpoi_train_encode_all(dpo_trainer *t)
 {
     dpo_model *m = t->m;
     double     told = dpo_seconds();
-    if (!dpoi_has_latents(t)) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
+    if (!dpoi_has_latents(t))
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
     for (int64_t i = 0; i < t->texts; i++)
         if (!dpoi_train_encode_text(t, (int32_t)i)) return 0;
     for (int64_t i = 0; i < t->entries; i++) {
@@ -24452,7 +24456,7 @@ static int dpoi_train_note(dpo_trainer *t, int micro, const dpo_terms *terms, co
     return ok && dpoi_copy_into(t->metrics, at + 2*t->N + t->B, loss);
 }
 
-/* The plan of this micro-batch, whose pictures are asked for, and of the next one, whose pictures are read meanwhile. */
+/* The plan of this micro-batch, whose pictures are asked for, and of the next one, whose are read meanwhile. */
 static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int micro)
 {
     int64_t next = micro + 1 < t->d.accumulation ? t->steps_done : t->steps_done + 1;
@@ -24786,8 +24790,8 @@ DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
    A run may be killed anywhere: a folder gets its name when all in it is on the disk, latest.txt changes after that,
    and both changes are renames, which happen or do not.  An old folder loses its name before its files. */
 
-/* Settings that a checkpoint must have in common with the run that loads it: everything but the number of steps and what
-   changes no result.  'i' int, 'l' int64_t, 'f' float. */
+/* Settings that a checkpoint must have in common with the run that loads it: everything but the number of steps and
+   what changes no result.  'i' int, 'l' int64_t, 'f' float. */
 typedef struct dpoi_run_field { const char *name; char type; size_t at; } dpoi_run_field;
 #define DPOI_RUN_FIELD(type, field) { #field, type, offsetof(dpo_train_desc, field) }
 static const dpoi_run_field dpoi_run_fields[] = {

@@ -15,7 +15,7 @@ static int line_number(const char *line, const char *key, double *out)
     return end != p + strlen(name);
 }
 
-/* ---- TensorBoard ------------------------------------------------------------------------------------------------- */
+/* ---- TensorBoard ------------------------------------------------------------------------------------------------ */
 
 /* CRC-32C of Castagnoli, bit by bit: a line is 1 KB. */
 static uint32_t crc32c(const uint8_t *p, size_t n)
@@ -108,9 +108,9 @@ static int send_event(run *r, const message *m)
 }
 
 static const char *const scalars[] = {
-    "loss", "implicit_acc", "policy_w", "policy_l", "reference_w", "reference_l", "margin", "grad_norm", "lr", "skipped",
-    "bytes", "seconds", "held_accuracy", "held_0", "held_1", "held_2", "held_3", "held_policy_w", "held_policy_l",
-    "held_reference_w", "held_reference_l"
+    "loss", "implicit_acc", "policy_w", "policy_l", "reference_w", "reference_l", "margin", "grad_norm", "lr",
+    "skipped", "bytes", "seconds", "held_accuracy", "held_0", "held_1", "held_2", "held_3", "held_policy_w",
+    "held_policy_l", "held_reference_w", "held_reference_l"
 };
 
 /* One line of metrics.jsonl as an event. */
@@ -142,24 +142,23 @@ static int open_events(run *r)
     return send_event(r, &m);
 }
 
-/* ---- report.html -------------------------------------------------------------------------------------------------- */
+/* ---- report.html ------------------------------------------------------------------------------------------------ */
 
 /* One key of every line of metrics.jsonl that has it: memory of the context. */
-typedef struct { float *y, *step; int n; } series;
+typedef struct { float *y; int n; } series;
 
 static series read_series(run *r, const char *key)
 {
     char   path[PATHS], line[4096];
-    series s = { NULL, NULL, 0 };
-    double x, at;
+    series s = { NULL, 0 };
+    double x;
     FILE  *f;
     int    room = r->s.steps + 2;
     path_of(r, path, "metrics.jsonl");
     if (!(f = fopen(path, "rb"))) return s;
     s.y = (float *)dpo_scope_alloc(r->c, (size_t)room * sizeof *s.y);
-    s.step = (float *)dpo_scope_alloc(r->c, (size_t)room * sizeof *s.step);
-    while (s.y && s.step && s.n < room && fgets(line, sizeof line, f))
-        if (line_number(line, key, &x) && line_number(line, "step", &at)) { s.y[s.n] = (float)x; s.step[s.n++] = (float)at; }
+    while (s.y && s.n < room && fgets(line, sizeof line, f))
+        if (line_number(line, key, &x)) s.y[s.n++] = (float)x;
     fclose(f);
     return s;
 }
@@ -199,7 +198,8 @@ static void put_sample(run *r, FILE *f, int64_t step, int prompt, int i)
     snprintf(name, sizeof name, "samples/step-%06lld-%d-%d.png", (long long)step, prompt, i);
     path_of(r, path, name);
     if (!(in = fopen(path, "rb"))) return;
-    if (!fseek(in, 0, SEEK_END) && (n = ftell(in)) > 0 && n < 1 << 26) png = (uint8_t *)dpo_scope_alloc(r->c, (size_t)n);
+    if (!fseek(in, 0, SEEK_END)) n = ftell(in);
+    if (n > 0 && n < 1 << 26) png = (uint8_t *)dpo_scope_alloc(r->c, (size_t)n);
     rewind(in);
     if (png && fread(png, 1, (size_t)n, in) == (size_t)n) {
         fprintf(f, "<figure><img width=\"%d\" height=\"%d\" alt=\"", r->width, r->height);
@@ -217,7 +217,8 @@ static void put_sample(run *r, FILE *f, int64_t step, int prompt, int i)
 static void put_samples(run *r, FILE *f)
 {
     if (!r->s.prompt_count) return;
-    fputs("<h2>Samples</h2>\n<p>Before the first step and after the last, from the same noise.</p>\n<div class=\"cards\">\n", f);
+    fputs("<h2>Samples</h2>\n<p>Before the first step and after the last, from the same noise.</p>\n"
+          "<div class=\"cards\">\n", f);
     for (int k = 0; k < r->s.prompt_count; k++)
         for (int i = 0; i < r->s.images; i++) {
             put_sample(r, f, 0, k, i);
@@ -244,12 +245,14 @@ static void put_report(run *r, FILE *f, double seconds)
 {
     double even = r->s.objective == DPO_DPO && r->s.kind == DPO_PREF_SIGMOID ? log(2.0) : 0;
     fputs("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
-          "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>Training on preferences</title>\n", f);
+          "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n"
+          "<title>Training on preferences</title>\n", f);
     fprintf(f, "<style>\n%s</style></head>\n<body>\n<h1>Training on preferences</h1>\n<p>%lld pairs, %d steps, %.0f s.",
             STYLE, (long long)dpo_train_count(r->t), r->s.steps, seconds);
     if (r->best >= 0) fprintf(f, " The best held-out accuracy is <b>%.3f</b>; its checkpoint is in best/.", r->best);
-    fputs("</p>\n<h2>Curves</h2>\n<p>For Diffusion-DPO the loss starts at ln&nbsp;2&nbsp;=&nbsp;0.69 and stays near it for "
-          "long. Watch the share of pairs that are ranked right, and that the error on chosen pictures does not rise.</p>\n"
+    fputs("</p>\n<h2>Curves</h2>\n<p>For Diffusion-DPO the loss starts at ln&nbsp;2&nbsp;=&nbsp;0.69 and stays near "
+          "it for long. Watch the share of pairs that are ranked right, and that the error on chosen pictures does not "
+          "rise.</p>\n"
           "<div class=\"curves\">", f);
     put_series(r, f, "loss", "loss", even > 0 ? 0.5 : 0, even > 0 ? 1 : 0, even);
     put_series(r, f, "implicit accuracy", "implicit_acc", 0, 1, 0.5);
