@@ -23607,7 +23607,7 @@ static int dpoi_train_noise(dpo_trainer *t)
     return dpoi_ok(t->c);
 }
 
-/* A network's weights as a key: every name, shape and number. */
+/* A network as a key: its configuration, every name, shape and number. */
 static int dpoi_net_key(dpo_net *net, dpo_key *out)
 {
     dpo_ctx     *c = net->c;
@@ -23615,6 +23615,7 @@ static int dpoi_net_key(dpo_net *net, dpo_key *out)
     dpo_tensor **x = dpo_net_params(net, &n);
     dpo_hash     h;
     dpo_hash_begin(&h, "network 1");
+    dpo_hash_text(&h, net->text);
     for (int i = 0; i < n && ok; i++) {
         int64_t count = dpo_count(x[i]);
         float  *v = (float *)dpoi_calloc(c, (size_t)count, sizeof *v);
@@ -23639,13 +23640,14 @@ static void dpoi_train_numerics(const dpo_trainer *t, dpo_hash *h)
     dpo_hash_int(h, ((const dpoi_cpu *)b->self)->products);
 }
 
-/* Keys and the folder, where one is asked for.  The keys of checkpoints need the UNet's alone. */
+/* Keys and the folder, where one is asked for.  Checkpoints need the UNet's key alone, taken before its weights move; a
+   backend that computes nothing has no weights to tell apart. */
 static int dpoi_train_caches(dpo_trainer *t)
 {
     dpo_net *second = dpo_model_text(t->m, 1), *vae = dpo_model_vae(t->m);
     dpo_key  more;
     dpo_hash h;
-    if (!t->d.cache_folder && !t->d.output && !t->d.resume_from) return 1;
+    if (!strcmp(t->c->backend->name, "dry")) return 1;
     if (!dpoi_net_key(dpo_model_unet(t->m), &t->unet_key)) return 0;
     if (!t->d.cache_folder) return 1;
     if (dpo_model_text(t->m, 0) && !dpoi_net_key(dpo_model_text(t->m, 0), &t->text_key)) return 0;
@@ -24324,6 +24326,18 @@ static dpo_objective dpoi_train_objective(const dpo_trainer *t)
    trained: so they can be computed ahead, and a second run over the same draws, with another beta, say, finds them in
    the cache's folder. */
 
+/* The tables of x_t and of the target. */
+static void dpoi_train_schedule_key(const dpo_trainer *t, dpo_hash *h)
+{
+    const dpo_schedule *s = dpo_model_schedule(t->m);
+    dpo_hash_int(h, s->T);
+    dpo_hash_int(h, s->beta_schedule);
+    dpo_hash_int(h, s->prediction);
+    dpo_hash_int(h, t->d.zero_snr || s->zero_terminal_snr);
+    dpo_hash_float(h, s->beta_start);
+    dpo_hash_float(h, s->beta_end);
+}
+
 /* The key of all that, for one slot. */
 static int dpoi_train_reference_key(dpo_trainer *t, const dpoi_lot *plan, const dpoi_seat *s, dpo_key *out)
 {
@@ -24344,7 +24358,7 @@ static int dpoi_train_reference_key(dpo_trainer *t, const dpoi_lot *plan, const 
     dpo_hash_int(&h, plan->stream);
     dpo_hash_int(&h, s->key);
     dpo_hash_int(&h, s->t);
-    dpo_hash_int(&h, t->d.zero_snr);
+    dpoi_train_schedule_key(t, &h);
     dpo_hash_float(&h, t->d.noise_offset);
     dpo_hash_float(&h, t->d.input_perturbation);
     *out = dpo_hash_end(&h);
@@ -24910,8 +24924,6 @@ DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
     int   ok, e = 0;
     if (!t || !folder || !dpoi_ok(t->c)) return 0;
     if (t->d.team.index) return 1;        /* all processes hold the same: the first one writes */
-    if (!t->unet_key.word[0] && !t->unet_key.word[1] && t->d.rank && !dpoi_net_key(dpo_model_unet(t->m), &t->unet_key))
-        return 0;
     if (dpoi_is_folder(folder)) return dpoi_train_write(t, folder);
     /* A .part that is there already is what a killed run left: its files are replaced. */
     if (!(part = dpoi_with(t->c, folder, ".part"))) return 0;
