@@ -805,6 +805,10 @@ DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, con
 typedef struct dpo_adafactor_desc { float decay, eps, clip, weight_decay, max_norm; } dpo_adafactor_desc;
 DPO_DEF dpo_optim *dpo_adafactor_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adafactor_desc *d);
 
+/* AdamW whose moments take 8 bits a number and one float a block of 256 (arXiv 2110.02861), for parameters of at least
+   4096 numbers; smaller ones keep floats.  Its state fits the backend that wrote it. */
+DPO_DEF dpo_optim *dpo_adamw8_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d);
+
 DPO_DEF int     dpo_optim_step (dpo_optim *o, float lr);    /* clip, update, clear the gradients; reads nothing back */
 DPO_DEF int     dpo_optim_clear(dpo_optim *o);              /* forget the gradients without a step */
 DPO_DEF int64_t dpo_optim_count(const dpo_optim *o);        /* steps so far, skipped ones included */
@@ -820,9 +824,21 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path);
 DPO_DEF int   dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights, int count, float decay);
 DPO_DEF float dpo_average_decay(int64_t step, float decay);
 
-/* Learning rate of step k = 0, 1, ...: it rises over `warmup` steps as (k+1)/warmup, then follows `kind` to the end. */
-enum { DPO_LR_CONSTANT, DPO_LR_LINEAR, DPO_LR_COSINE };
-DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);
+/* Learning rate of step k = 0, 1, ... of `steps`, as diffusers' get_scheduler computes it: over `warmup` steps it rises
+   as k/warmup, 0 at the first; then it stays, or follows with u = (k - warmup)/(steps - warmup), the part of the way done,
+     LINEAR      lr (1 - u)
+     COSINE      lr/2 (1 + cos(2 pi cycles u))                cycles 0: 0.5, half a wave
+     RESTARTS    lr/2 (1 + cos(pi frac(cycles u)))            cycles 0: 1
+     POLYNOMIAL  end + (lr - end) (1 - u)^power               end 0: 1e-7, power 0: 1 */
+enum { DPO_LR_CONSTANT, DPO_LR_LINEAR, DPO_LR_COSINE, DPO_LR_RESTARTS, DPO_LR_POLYNOMIAL, DPO_LR_SCHEDULES };
+typedef struct dpo_lr_desc {
+    int     kind;                         /* DPO_LR_CONSTANT ... */
+    float   lr;
+    int64_t warmup, steps;
+    float   cycles, power, end;
+} dpo_lr_desc;
+DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k);
+DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);   /* the same with zeros for the rest */
 
 /* ==========================================================================================================
    >>api pairs                                                                        prompts with two pictures
@@ -987,28 +1003,61 @@ enum { DPO_PREF_SIGMOID, DPO_PREF_HINGE, DPO_PREF_IPO };
 DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *weight,
                                         int kind, float beta, float smoothing, dpo_tensor **inside);
 
-/* One micro-batch as the losses see it, [winners, losers] on the first axis; DPO_SFT: N pictures, no order. */
+/* MaPO, arXiv 2406.06424, which needs no reference: mean over pairs of weight (L_w - lambda log sigmoid(1000 (phi(L_w) -
+   phi(L_l)))), phi(L) = u/(exp(u) - 1), u = L/2.  *inside (or NULL): what the sigmoid sees, to first order in the errors. */
+DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda, dpo_tensor **inside);
+
+/* Diffusion-KTO, arXiv 2404.04465, of single pictures: policy, reference, liked (1 or -1) [N], weight [N] or NULL.  With
+   g = R - L and z = max(0, mean of g over all processes), which is held fast,
+     inside = liked beta (g - z),   loss = mean of weight (1 - sigmoid(inside)) */
+typedef struct dpo_team dpo_team;
+DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
+                                 dpo_tensor *weight, float beta, const dpo_team *team, dpo_tensor **inside);
+
+/* min-SNR weight of a sample's error, arXiv 2303.09556: with snr = abar/(1 - abar), min(snr, gamma)/snr where noise is
+   predicted and min(snr, gamma)/(snr + 1) where v is. */
+DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma);
+
+/* Several processes that train one model.  reduce: data [count] of every process becomes the sum or maximum over all, in
+   place, in the backend's memory; 1 on success.  Every process calls it in the same order. */
+enum { DPO_REDUCE_SUM, DPO_REDUCE_MAX };
+typedef int (*dpo_reduce_fn)(void *user, void *data, int64_t count, int dtype, int op);
+struct dpo_team {
+    int           count, index;           /* processes, and which of them this is; 0 and 1: alone */
+    dpo_reduce_fn reduce;
+    void         *user;
+};
+
+/* One micro-batch as the losses see it, [winners, losers] on the first axis; DPO_SFT, DPO_KTO: N pictures, no order. */
 typedef struct dpo_draw {
     dpo_tensor *x0, *noise;               /* [2B,H,W,C]; noise is the same for both of a pair */
     dpo_tensor *t;                        /* I32 [2B]; the same for both of a pair */
     dpo_tensor *emb;                      /* [2B,T,D] text */
     dpo_tensor *pooled, *time_ids;        /* SDXL, else NULL */
     dpo_tensor *weight;                   /* [B] or NULL */
+    dpo_tensor *shown;                    /* the noise that x_t is made with, where it is not `noise`; or NULL */
+    dpo_tensor *liked;                    /* DPO_KTO: [N], 1 or -1 */
+    dpo_tensor *reference;                /* [2B] the reference's errors, where they are known; or NULL */
 } dpo_draw;
 
 typedef struct dpo_terms {                /* what a loss was made of; what it has not is NULL */
     dpo_tensor *policy, *reference;       /* [2B] errors */
-    dpo_tensor *inside;                   /* [B] */
+    dpo_tensor *inside;                   /* [B]; KTO: [N] */
 } dpo_terms;
 
-enum { DPO_DPO, DPO_SFT };                /* objectives */
-enum { DPO_ADAMW, DPO_ADAFACTOR };        /* optimizers */
+/* Objectives.  DPO_DPO: Diffusion-DPO with one of the losses above.  DPO_SFT: the winner's mean squared error. */
+enum { DPO_DPO, DPO_SFT, DPO_KTO, DPO_MAPO, DPO_OBJECTIVES };
+enum { DPO_ADAMW, DPO_ADAFACTOR, DPO_ADAMW8, DPO_OPTIMIZERS };
 typedef struct dpo_objective {
-    int      objective;                   /* DPO_DPO: Diffusion-DPO, DPO_SFT: mean squared error */
+    int      objective;                   /* DPO_DPO ... */
     int      kind;                        /* DPO_PREF_SIGMOID ... */
-    float    beta, smoothing;
+    float    beta, smoothing;             /* beta: of DPO and KTO; MaPO's lambda */
     int      checkpoint;                  /* 1: recompute blocks in backward instead of keeping them */
     dpo_net *reference;                   /* NULL: the policy with its adapters off */
+    float    safeguard;                   /* 0: off.  mu of Diffusion-SDPO: the loser's gradient is scaled by
+                                             min(1, (1 - mu) |e_w|^2/(e_w e_l)), e = prediction - target, where that
+                                             product is above 0, so that a step along it cannot raise L_w */
+    const dpo_team *team;                 /* NULL: one process */
 } dpo_objective;
 
 /* x_t -> policy, reference (without gradient) -> errors -> loss [1], ready for dpo_backward.  terms may be NULL. */
@@ -1031,12 +1080,16 @@ DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const ch
 typedef struct dpo_progress {
     int64_t step, steps;                  /* optimizer steps done, and to do in all */
     int64_t pairs, skipped;               /* pairs seen; steps left out because a gradient was not finite */
-    float   loss, implicit_acc;           /* means over the step's pairs */
-    float   policy_w, policy_l, reference_w, reference_l;   /* errors on winners and losers */
+    float   loss, implicit_acc;           /* means over the step's pairs, of all processes */
+    float   policy_w, policy_l, reference_w, reference_l;   /* errors on winners and losers; KTO: liked and not */
     float   margin;                       /* of the errors: mean of 2 inside / beta */
     float   grad_norm, lr;
     double  seconds, pairs_per_second;    /* since dpo_train_begin; of this step */
     size_t  memory;                       /* most bytes held so far */
+    int     left_out;                     /* 1: this step was skipped, its gradient was not finite */
+    int     degrading;                    /* 1: both errors are above the reference's by more than degrading_limit */
+    double  seconds_data, seconds_optimizer;                /* of this step: before the UNet, and after it */
+    int64_t encoded, cached;              /* pictures and texts that were encoded, or found in a cache, so far */
 } dpo_progress;
 typedef int (*dpo_progress_fn)(void *user, const dpo_progress *p);           /* nonzero: stop, without an error */
 
@@ -1044,13 +1097,13 @@ typedef int (*dpo_progress_fn)(void *user, const dpo_progress *p);           /* 
 typedef struct dpo_train_desc {
     int64_t            steps;             /* optimizer steps */
     int                batch, accumulation;                  /* pairs a micro-batch, micro-batches a step; 0: 1 */
-    int                objective, kind;   /* DPO_DPO or DPO_SFT; DPO_PREF_SIGMOID ... */
-    float              beta, smoothing;
+    int                objective, kind;   /* DPO_DPO ...; DPO_PREF_SIGMOID ... */
+    float              beta, smoothing;   /* beta 0: 5000, KTO 1000, MaPO 0.1 */
     float              lr;
     int                lr_schedule;       /* DPO_LR_CONSTANT ... */
     int64_t            warmup;            /* steps */
-    int                optimizer;         /* DPO_ADAMW or DPO_ADAFACTOR */
-    dpo_adamw_desc     adamw;
+    int                optimizer;         /* DPO_ADAMW ... */
+    dpo_adamw_desc     adamw;             /* of DPO_ADAMW8, too */
     dpo_adafactor_desc adafactor;
     int                rank;              /* of the adapters; 0: those that the UNet has, or else all its weights */
     float              alpha;             /* 0: rank */
@@ -1064,17 +1117,47 @@ typedef struct dpo_train_desc {
     int                checkpoint;        /* 1: gradient checkpointing */
     dpo_net           *reference;         /* NULL: adapters off, or a copy made at the start */
     uint64_t           seed;
-    size_t             cache;             /* bytes of text embeddings to keep; 0: 256 MiB */
+    size_t             cache;             /* bytes of texts and pictures to keep in memory; 0: 256 MiB */
     const char        *output;            /* folder for checkpoints, or NULL */
     int64_t            save_every;        /* steps; 0: only at the end */
     int                resume;            /* 1: go on from the last checkpoint in output, if there is one */
     dpo_progress_fn    on_step;           /* after every step */
     void              *user;
+
+    float              lr_cycles, lr_power, lr_end;          /* see dpo_lr_desc */
+    float              min_snr;           /* gamma of dpo_min_snr, for DPO_SFT; 0: off */
+    float              safeguard;         /* see dpo_objective */
+    float              noise_offset;      /* noise += this times one normal number a channel, the same for a pair */
+    float              input_perturbation;                   /* x_t is made with noise + this times other noise */
+    int                levels;            /* N: only the timesteps T k/N - 1, k = 1 ... N (SDXL Turbo: 4); 0: all */
+    int                t_limit;           /* only timesteps below it (SDXL's refiner: 200); 0: all */
+    int                zero_snr;          /* 1: the schedule is rescaled to end in pure noise, arXiv 2305.08891 */
+    int                random_crop;       /* 1: crop anywhere, both pictures of a pair alike; 0: the centre */
+    int                apart;             /* 1: crop and mirror the two pictures of a pair each by itself */
+    int                bucket_step;       /* 64: aspect-ratio buckets of that step, of sqrt(width height); 0: one size */
+    int                real_sizes;        /* SDXL's time_ids. 0: height and width of the bucket twice, crop 0, as the
+                                             authors; 1: the chosen picture's own size and crop, as diffusers */
+    int                ahead;             /* 1, all weights: the reference's errors of all steps are computed before the
+                                             first one, and no second model is kept */
+    int                drop_encoders;     /* 1: texts and pictures are encoded before the first step, and the model's text
+                                             encoders and VAE given back: it can then no more draw, or be saved whole */
+    int                beside;            /* 1: pictures are read and decoded on a thread beside the step */
+    const char        *note;              /* a text that goes into checkpoints, as metadata "note"; or NULL */
+    const char        *cache_folder;      /* where latents, texts and reference errors are kept, see dpo_cache; or NULL */
+    int                keep;              /* checkpoints to keep in output; 0: all */
+    const char        *resume_from;       /* a checkpoint's folder, in place of the last one in output; or NULL */
+    float              held_out;          /* share of prompts whose pairs are not trained on, see dpo_train_held */
+    dpo_pairs         *held_pairs;        /* pairs for dpo_train_held, beside or in place of that share; or NULL */
+    float              degrading_limit;   /* 0.1: see dpo_progress.degrading; 0: never */
+    dpo_team           team;              /* zeros: one process.  A step has batch * accumulation * count pairs */
 } dpo_train_desc;
 
 DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void);    /* arXiv 2311.12908: all weights, beta 2000, 2048 pairs */
 DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void); /* its launchers/sd15.sh: beta 5000, lr 2.048e-5 */
+DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void); /* launchers/sdxl.sh: the same with Adafactor at 1024 pixels */
+DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void);/* launchers/turbo.sh: four timesteps, zero terminal SNR */
 DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void);     /* diffusers' script: rank 8, lr 1e-5, 32 pairs, beta 5000 */
+DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void);     /* its script for SDXL: 16 pairs at 1024 pixels */
 DPO_DEF dpo_train_desc dpo_recipe_small(void);         /* adapters on a small model of pixels, in a minute */
 
 /* Train the model's UNet on the pairs.  dpo_train does it all; a host that keeps its own loop calls begin, step until
@@ -1087,8 +1170,22 @@ DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train
 DPO_DEF int          dpo_train_step (dpo_trainer *t, dpo_progress *out);     /* 1: a step done; 0: finished or failed */
 DPO_DEF int          dpo_train_end  (dpo_trainer *t);                        /* frees; 1 if all went well */
 
+/* How the pairs that were held out are ranked, by timestep range: range k of DPO_HELD_RANGES is the k-th part of all
+   timesteps.  One draw a pair and range, the same at every call.  1 on success; pairs 0: none are held out. */
+enum { DPO_HELD_RANGES = 4 };
+typedef struct dpo_held {
+    int64_t pairs;
+    float   accuracy, range[DPO_HELD_RANGES];               /* shares of draws whose inside is above 0; 0 counts half */
+    float   policy_w, policy_l, reference_w, reference_l;   /* errors, as in dpo_progress */
+    int     degrading;
+} dpo_held;
+DPO_DEF int     dpo_train_held (dpo_trainer *t, dpo_held *out);
+DPO_DEF int64_t dpo_train_count(const dpo_trainer *t);     /* pairs that are trained on; KTO: pictures */
+DPO_DEF int64_t dpo_train_done (const dpo_trainer *t);     /* steps done, after a resume those of the checkpoint */
+DPO_DEF int64_t dpo_train_sizes(const dpo_trainer *t);     /* buckets in use */
+
 /* The state of a run in a folder that appears whole or not at all: trained weights, moments, averages, step.  A
-   checkpoint of another model, seed, batch or number of pairs is refused.  In `output` the trainer keeps
+   checkpoint of another model, other data or other settings than `steps` is refused.  In `output` the trainer keeps
    checkpoint-STEP folders and latest.txt, which names the last whole one. */
 DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder);
 DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder);
@@ -1135,9 +1232,12 @@ typedef struct dpo_view {
     X(RANDN,      1, 0x00, 0x00)             /* key I32 [N] -> [N,P] */ \
     X(MSE,        2, 0x03, 0x03)             /* pred [N,P] target [N,P] -> [N] */ \
     X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; stat [2,B] = inside, dloss/dL_w */ \
+    X(MAPO,       2, 0x01, DPOI_STAT)        /* policy [2B] weight [B] -> loss [1]; stat [2B] = dloss/dL */ \
     X(SUM_SQUARES,1, 0x00, 0x00)             /* g -> [1] */ \
     X(CLIP,       1, 0x00, 0x00)             /* sums of squares [P] -> the step record, see DPO_REC_ */ \
     X(ADAMW,      4, 0x00, 0x00)             /* g m v record -> weights; m and v are written too */ \
+    X(ADAMW8,     6, 0x00, 0x00)             /* g, codes of m and v I32 [ceil(n/4)], record, scales of m and v */ \
+                                             /* [ceil(n/256)] -> weights of n numbers as stored; codes and scales, too */ \
     X(ADAFACTOR,  4, 0x00, 0x00)             /* g row col record -> weights; row and col are written too; one of: */ \
                                              /* none, as weights; [O], [I]; [O,kh,1,I], [O,1,kw,I] in weights' panels */ \
     X(LERP,       1, 0x00, 0x00)             /* x -> y += rate * (x - y) */
@@ -1171,8 +1271,9 @@ typedef union dpo_params {
     struct { int64_t from; } slice;
     struct { uint64_t seed; uint32_t purpose, step; } random;
     struct { int kind; float beta, smoothing; } preference;         /* see dpo_preference_loss */
+    struct { float lambda; } mapo;        /* see dpo_mapo_loss */
     struct { float max_norm; } clip;
-    struct { float beta1, beta2, eps, weight_decay; } adamw;        /* w -= lr*(wd*w + m^/(sqrt(v^) + eps)) */
+    struct { float beta1, beta2, eps, weight_decay; } adamw;        /* w -= lr*(wd*w + m^/(sqrt(v^) + eps)); 8 bits too */
     struct { float eps, clip, weight_decay; } adafactor;            /* see >>impl optim */
     struct { float rate; } lerp;
 } dpo_params;
@@ -2118,6 +2219,11 @@ static void dpoi_sys_remove(const char *path)
     WCHAR w[DPOI_WIN_PATH];
     if (dpoi_wide(path, w)) DeleteFileW(w);
 }
+static void dpoi_sys_remove_folder(const char *path)
+{
+    WCHAR wide[DPOI_WIN_PATH];
+    if (dpoi_wide(path, wide)) RemoveDirectoryW(wide);
+}
 
 /* One level; dpoi_mkdirs walks the path. */
 static int dpoi_sys_mkdir(const char *path)
@@ -2274,6 +2380,7 @@ static int dpoi_sys_sync(dpoi_fd f) { return fsync(f) && errno != EINVAL ? errno
 static int dpoi_sys_close(dpoi_fd f) { return close(f) ? errno : 0; }
 static int dpoi_sys_rename(const char *from, const char *to) { return rename(from, to) ? errno : 0; }
 static void dpoi_sys_remove(const char *path) { unlink(path); }
+static void dpoi_sys_remove_folder(const char *path) { rmdir(path); }        /* an empty one */
 static int dpoi_sys_mkdir(const char *path) { return mkdir(path, 0777) ? errno : 0; }
 
 /* After a rename: the folder's own entry must reach the disk too.  Not every file system can; nothing is lost then. */
@@ -2400,6 +2507,7 @@ static int dpoi_sys_sync(dpoi_fd f) { return fflush(f) != 0; }
 static int dpoi_sys_close(dpoi_fd f) { return fclose(f) != 0; }
 static int dpoi_sys_rename(const char *from, const char *to) { return rename(from, to) != 0; }
 static void dpoi_sys_remove(const char *path) { remove(path); }
+static void dpoi_sys_remove_folder(const char *path) { remove(path); }
 static int dpoi_sys_mkdir(const char *path) { (void)path; return 1; }
 static void dpoi_sys_sync_folder(const char *folder) { (void)folder; }
 static int dpoi_sys_seek(dpoi_fd f, uint64_t at) { return at > LONG_MAX || fseek(f, (long)at, SEEK_SET) != 0; }
@@ -7408,7 +7516,7 @@ static int dpoi_check_run(void *self, const dpo_args *a)
     if (status == DPO_OK) status = dpoi_check_both(k, &mine, &other);
     for (int i = 0; i < made; i++) {
         dpo_view *from = dpoi_args_view(&mine, i), *to = dpoi_args_view(&other, i);
-        int       moves = a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR;
+        int       moves = a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR || a->op == DPO_OP_ADAMW8;
         int       written = a->backward ? i >= DPO_MAX_INPUTS && i < 2 * DPO_MAX_INPUTS
                                         : i == 2 * DPO_MAX_INPUTS || i == 2 * DPO_MAX_INPUTS + 1 || moves;
         if (!from->data || !to->data || to->data == from->data) continue;
@@ -10064,6 +10172,49 @@ static int dpoi_cpu_preference_backward(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
+/* MaPO's squashed error, phi = u/(exp(u) - 1) with u = L/2, which falls from 1 at L = 0; *slope = d phi / d L.
+   expm1: at u = 0.01 the plain difference has lost half of its digits, and a factor of 1000 follows. */
+static double dpoi_mapo_phi(double L, double *slope)
+{
+    double u = 0.5*L, e = expm1(u);
+    if (fabs(u) < 1e-8) { *slope = -0.25;  return 1 - 0.5*u; }
+    if (e > 1e300)      { *slope = 0;      return 0; }
+    *slope = 0.5*(1 - u*(e + 1)/e)/e;
+    return u/e;
+}
+
+/* policy [2B], winners first -> loss [1] = 1/B sum_b weight_b (L_w - lambda log sigmoid(1000 (phi(L_w) - phi(L_l)))).
+   stat [2B]: d loss / d L of winners and losers. */
+static int dpoi_cpu_mapo(dpoi_cpu *cpu, const dpo_args *a)
+{
+    int64_t B = a->in[0].shape[0]/2;
+    const float *L = dpoi_a_in(a, 0), *weight = dpoi_a_in(a, 1);
+    float *stat = (float *)a->stat.data;
+    double loss = 0, lambda = a->p.mapo.lambda, dw, dl;
+    (void)cpu;
+    for (int64_t b = 0; b < B; b++) {
+        double share = (weight ? weight[b] : 1)/(double)B;
+        double z = 1000*(dpoi_mapo_phi(L[b], &dw) - dpoi_mapo_phi(L[B + b], &dl));
+        double g = 1000*lambda*dpoi_sigmoid(-z);          /* -d/dz of -lambda log sigmoid, times 1000 */
+        loss += share*(L[b] - lambda*dpoi_log_sigmoid(z));
+        if (!stat) continue;
+        stat[b] = (float)(share*(1 - g*dw));
+        stat[B + b] = (float)(share*g*dl);
+    }
+    dpoi_a_out(a)[0] = (float)loss;
+    return DPO_OK;
+}
+/* dL = dloss stat. */
+static int dpoi_cpu_mapo_backward(dpoi_cpu *cpu, const dpo_args *a)
+{
+    int64_t n = a->in[0].shape[0];
+    const float *stat = (const float *)a->stat.data;
+    float *d = dpoi_a_din(a, 0), dy = dpoi_a_dout(a)[0];
+    (void)cpu;
+    for (int64_t i = 0; i < n && d; i++) d[i] = (dpoi_a_adds(a, 0) ? d[i] : 0) + dy*stat[i];
+    return DPO_OK;
+}
+
 /* g [..] -> [1], over panels' zeros too.
    SQUARE takes (a - s0)^2 with s0 = 0. */
 static int dpoi_cpu_sum_squares(dpoi_cpu *cpu, const dpo_args *a)
@@ -10107,20 +10258,137 @@ static void dpoi_adamw_piece(const dpoi_job *j, int64_t from, int64_t to)
                        (float *)j->a->in[2].data + from, dpoi_a_out(j->a) + from, w->s);
 }
 /* The factors that all numbers share are formed in double, once. */
+static void dpoi_adamw_factors(const dpo_args *a, const float *record, float *s)
+{
+    s[DPOI_ADAMW_FACTOR] = record[DPO_REC_FACTOR];
+    s[DPOI_ADAMW_BETA1]  = a->p.adamw.beta1;
+    s[DPOI_ADAMW_BETA2]  = a->p.adamw.beta2;
+    s[DPOI_ADAMW_DECAY]  = (float)(1 - (double)record[DPO_REC_LR]*a->p.adamw.weight_decay);
+    s[DPOI_ADAMW_RATE]   = record[DPO_REC_LR]/record[DPO_REC_BIAS1];
+    s[DPOI_ADAMW_ROOT]   = (float)(1/sqrt((double)record[DPO_REC_BIAS2]));
+    s[DPOI_ADAMW_EPS]    = a->p.adamw.eps;
+}
 static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
 {
     const float *record = dpoi_a_in(a, 3);
     dpoi_adamw w;
-    w.s[DPOI_ADAMW_FACTOR] = record[DPO_REC_FACTOR];
-    w.s[DPOI_ADAMW_BETA1]  = a->p.adamw.beta1;
-    w.s[DPOI_ADAMW_BETA2]  = a->p.adamw.beta2;
-    w.s[DPOI_ADAMW_DECAY]  = (float)(1 - (double)record[DPO_REC_LR]*a->p.adamw.weight_decay);
-    w.s[DPOI_ADAMW_RATE]   = record[DPO_REC_LR]/record[DPO_REC_BIAS1];
-    w.s[DPOI_ADAMW_ROOT]   = (float)(1/sqrt((double)record[DPO_REC_BIAS2]));
-    w.s[DPOI_ADAMW_EPS]    = a->p.adamw.eps;
+    dpoi_adamw_factors(a, record, w.s);
     /* a skipped step leaves weights and moments as they are */
     if (record[DPO_REC_FACTOR] != 0) dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, &w, dpoi_adamw_piece);
     return DPO_OK;
+}
+
+/* --------------------------------------------------------------------------------------- 8-bit moments
+
+   A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are a
+   dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
+   10^(i-7) ... 10^(i-6), so that small numbers keep an exponent and large ones their digits; 0 and 1 are codes, too. */
+enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*16 };
+
+typedef struct dpoi_levels {
+    float   value[DPOI_CODES];            /* ascending from 0 to 1, */
+    int     count, sign;                  /* so many; sign 1: code 127 is 0, those below are negative */
+    uint8_t first[DPOI_CODE_BINS];        /* the level nearest to the low end of each 16th of an octave from 2^-24 on */
+} dpoi_levels;
+
+typedef struct dpoi_adamw8 { dpoi_levels m, v; float s[DPOI_ADAMW_COUNT]; } dpoi_adamw8;
+
+/* Bits 19 and up of a float of 2^-24 to 1, counted from 2^-24. */
+static int dpoi_level_bin(float a)
+{
+    int k = (int)(dpoi_bits_of(a) >> 19) - 103*16;
+    return k < 0 ? 0 : k < DPOI_CODE_BINS ? k : DPOI_CODE_BINS - 1;
+}
+
+/* The nearest level, counted up from `k`, which is not above it. */
+static int dpoi_level_from(const dpoi_levels *q, float a, int k)
+{
+    while (k + 1 < q->count && a > 0.5f*(q->value[k] + q->value[k + 1])) k++;
+    return k;
+}
+
+static void dpoi_levels_fill(dpoi_levels *q, int sign)
+{
+    double decade = 1e-6;
+    int    n = 1;
+    q->sign = sign;
+    q->value[0] = 0;
+    for (int i = 0; i < 7; i++, decade *= 10) {
+        int parts = 1 << (sign ? i : i + 1);
+        for (int k = 0; k < parts; k++) q->value[n++] = (float)(decade*(0.1 + 0.9*(k + 0.5)/parts));
+    }
+    q->value[n++] = 1;
+    q->count = n;
+    for (int b = 0; b < DPOI_CODE_BINS; b++)
+        q->first[b] = (uint8_t)(b ? dpoi_level_from(q, dpoi_float_of((uint32_t)(b + 103*16) << 19), 0) : 0);
+}
+
+/* x as the code nearest to it, in units of `most`.  What is not 0 without a sign keeps at least the lowest level: a second
+   moment of 0 under a first one that is not would make a step without bounds. */
+static int dpoi_level_code(const dpoi_levels *q, float x, float most)
+{
+    float a = most > 0 ? fabsf(x)/most : 0;
+    int   k = dpoi_level_from(q, a, q->first[dpoi_level_bin(a)]);
+    if (!q->sign) return k || x == 0 ? k : 1;
+    return x >= 0 ? 127 + k : 127 - (k < 127 ? k : 127);
+}
+
+static float dpoi_level_value(const dpoi_levels *q, int code)
+{
+    if (!q->sign) return q->value[code];
+    return code >= 127 ? q->value[code - 127] : -q->value[127 - code];
+}
+
+/* n codes of a block as numbers, and back with a new scale. */
+static void dpoi_levels_read(const dpoi_levels *q, const uint8_t *code, float most, float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) x[i] = most*dpoi_level_value(q, code[i]);
+}
+static void dpoi_levels_write(const dpoi_levels *q, uint8_t *code, float *most, const float *x, int64_t n)
+{
+    float top = 0;
+    for (int64_t i = 0; i < n; i++) if (fabsf(x[i]) > top) top = fabsf(x[i]);
+    for (int64_t i = 0; i < n; i++) code[i] = (uint8_t)dpoi_level_code(q, x[i], top);
+    *most = top;
+}
+
+/* Blocks from..to-1: the moments as floats, AdamW's own loop, the moments as codes.  The step is made of the moments
+   before they are rounded. */
+static void dpoi_adamw8_blocks(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpoi_adamw8 *w = (const dpoi_adamw8 *)j->more;
+    const dpo_args    *a = j->a;
+    int64_t            n = dpoi_stored(&a->out);
+    uint8_t           *codes[2];
+    codes[0] = (uint8_t *)a->in[1].data;
+    codes[1] = (uint8_t *)a->in[2].data;
+    for (int64_t u = from; u < to; u++) {
+        int64_t at = u*DPOI_CODE_BLOCK, count = dpoi_least(DPOI_CODE_BLOCK, n - at);
+        float   m[DPOI_CODE_BLOCK], v[DPOI_CODE_BLOCK];
+        float  *ms = (float *)a->in[4].data + u, *vs = (float *)a->in[5].data + u;
+        dpoi_levels_read(&w->m, codes[0] + at, *ms, m, count);
+        dpoi_levels_read(&w->v, codes[1] + at, *vs, v, count);
+        j->cpu->rows.adamw(count, dpoi_a_in(a, 0) + at, m, v, dpoi_a_out(a) + at, w->s);
+        dpoi_levels_write(&w->m, codes[0] + at, ms, m, count);
+        dpoi_levels_write(&w->v, codes[1] + at, vs, v, count);
+    }
+}
+/* A state of zeros is scales of zeros: whatever the codes are, they mean 0. */
+static int dpoi_cpu_adamw8(dpoi_cpu *cpu, const dpo_args *a)
+{
+    const float *record = dpoi_a_in(a, 3);
+    dpoi_adamw8 *w = (dpoi_adamw8 *)a->work;
+    if (record[DPO_REC_FACTOR] == 0) return DPO_OK;
+    dpoi_levels_fill(&w->m, 1);
+    dpoi_levels_fill(&w->v, 0);
+    dpoi_adamw_factors(a, record, w->s);
+    dpoi_cut(cpu, a, dpoi_pieces(dpoi_stored(&a->out), DPOI_CODE_BLOCK), DPOI_CODE_BLOCK, w, dpoi_adamw8_blocks);
+    return DPO_OK;
+}
+static size_t dpoi_cpu_adamw8_workspace(const dpoi_cpu *cpu, const dpo_args *a)
+{
+    (void)cpu; (void)a;
+    return sizeof(dpoi_adamw8);
 }
 
 /* --------------------------------------------------------------------------------------- Adafactor
@@ -13678,9 +13946,11 @@ static const dpoi_kernel dpoi_kernels[DPO_OP_COUNT] = {                     /* i
     { dpoi_cpu_randn,       NULL,                         NULL },
     { dpoi_cpu_mse,         dpoi_cpu_mse_backward,        dpoi_cpu_mse_workspace },
     { dpoi_cpu_preference,  dpoi_cpu_preference_backward, NULL },
+    { dpoi_cpu_mapo,        dpoi_cpu_mapo_backward,       NULL },
     { dpoi_cpu_sum_squares, NULL,                         dpoi_cpu_sum_squares_workspace },
     { dpoi_cpu_clip,        NULL,                         NULL },
     { dpoi_cpu_adamw,       NULL,                         NULL },
+    { dpoi_cpu_adamw8,      NULL,                         dpoi_cpu_adamw8_workspace },
     { dpoi_cpu_adafactor,   NULL,                         dpoi_cpu_adafactor_workspace },
     { dpoi_cpu_lerp,        NULL,                         NULL }
 };
@@ -13795,6 +14065,7 @@ static int dpoi_cpu_run(void *self, const dpo_args *a)
         return DPO_UNSUPPORTED;
     }
     if (a->work_size < dpoi_cpu_workspace(self, a)) { cpu->why = "too little scratch";  return DPO_BAD_ARGUMENT; }
+    if (a->op == DPO_OP_ADAMW8 && a->out.dtype != DPO_F32) { cpu->why = "weights must be F32";  return DPO_UNSUPPORTED; }
     if ((a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR) &&
         (a->out.dtype != DPO_F32 || a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32)) {
         cpu->why = "weights and moments must be F32";
@@ -14134,6 +14405,7 @@ static dpoi_param *dpoi_param_at(dpoi_pass *r, const char *name, int form, const
     p = dpoi_net_find(r->net, r->path);
     if (!p && r->declare && dpoi_ok(r->c)) p = dpoi_net_add(r->net, form, shape, r->path);
     if (!p) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has no parameter %s", r->net->kind->name, r->path);
+    else if (!r->declare && !p->t) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has given its weights back", r->net->kind->name);
     *t = !p ? NULL : r->declare ? dpoi_param_tensor(r->c, r->net->dtype, form, p->shape, r->path) : p->t;
     dpoi_leave(r, before);
     return p;
@@ -14324,6 +14596,18 @@ static void dpoi_net_destroy(dpo_ctx *c, void *object)
     dpoi_release(c, n, sizeof *n);
 }
 
+/* Give back the weights and keep the configuration: a pass through it is an error from now on. */
+static void dpoi_net_drop(dpo_net *n)
+{
+    dpo_ctx *c = n->c;
+    for (int64_t i = 0; i < n->count; i++) {
+        dpo_param_free(n->params[i].t);
+        n->params[i].t = NULL;
+    }
+    if (n->list) dpoi_release(c, n->list, (size_t)n->count * sizeof *n->list);
+    n->list = NULL;
+}
+
 /* Run the forward pass where nothing is computed; it leaves the list of parameters.  The context for that has a backend
    of its own and is gone afterwards; what went wrong in it is told by the network's. */
 static int dpoi_net_declare(dpo_net *n)
@@ -14395,7 +14679,7 @@ static dpo_net *dpoi_net_realise(dpo_net *n, const dpoi_origin *s)
 
 DPO_DEF dpo_tensor **dpo_net_params(dpo_net *n, int *count)
 {
-    if (count) *count = n ? (int)n->count : 0;
+    if (count) *count = n && n->list ? (int)n->count : 0;
     return n ? n->list : NULL;
 }
 
@@ -14408,7 +14692,7 @@ DPO_DEF dpo_tensor *dpo_net_param(dpo_net *n, const char *name)
 /* Gradients that are there stay: dpo_param_free of the parameter takes them along. */
 DPO_DEF void dpo_net_trainable(dpo_net *n, int yes)
 {
-    for (int64_t i = 0; n && i < n->count; i++) n->params[i].t->needs_grad = yes != 0;
+    for (int64_t i = 0; n && i < n->count; i++) if (n->params[i].t) n->params[i].t->needs_grad = yes != 0;
 }
 
 /* Copy the values of `from` into `to` through a buffer of floats. */
@@ -18152,7 +18436,12 @@ enum {
     DPOI_RANDOM_ORDER,                    /* which pair comes when */
     DPOI_RANDOM_CHOICES,                  /* a pair's timestep, dropped caption, flip */
     DPOI_RANDOM_NOISE,                    /* a pair's noise */
-    DPOI_RANDOM_REWARD                    /* timestep and noise of an implicit reward's draw */
+    DPOI_RANDOM_REWARD,                   /* timestep and noise of an implicit reward's draw */
+    DPOI_RANDOM_POSTERIOR,                /* a picture's draw from what its VAE says */
+    DPOI_RANDOM_OFFSET,                   /* a noise of one number a channel, for noise_offset */
+    DPOI_RANDOM_PERTURB,                  /* a second noise that is shown, for input_perturbation */
+    DPOI_RANDOM_VIEW,                     /* where a picture is cropped */
+    DPOI_RANDOM_HELD                      /* which prompts are held out; timestep and noise of a held-out pair */
 };
 
 /* ------------------------------------------------------------------------------------------ schedules
@@ -20254,12 +20543,13 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
    they are not factored, in v the columns' or the squares themselves. */
 struct dpo_optim {
     dpo_ctx       *c;
-    int            kind;                  /* DPO_ADAMW or DPO_ADAFACTOR */
+    int            kind;                  /* DPO_ADAMW, DPO_ADAFACTOR or DPO_ADAMW8 */
     dpo_adamw_desc d;                     /* of AdamW; eps, weight_decay and max_norm of both */
     float          decay, clip;           /* of Adafactor */
     int            count;
     int64_t        steps;
-    dpo_tensor   **params, **m, **v;      /* [count] each, one allocation */
+    dpo_tensor   **params, **m, **v;      /* [count] each, one allocation; */
+    dpo_tensor   **ms, **vs;              /* scales where m and v are codes of 8 bits, else NULL */
     dpo_tensor    *sums;                  /* F32 [count], squares of each gradient added up: see dpoi_optim_squares */
     dpo_tensor    *record;                /* F32 [DPO_REC_COUNT], see there */
 };
@@ -20271,10 +20561,12 @@ static void dpoi_optim_destroy(dpo_ctx *c, void *object)
     for (int i = 0; o->params && i < o->count; i++) {
         dpo_param_free(o->m[i]);
         dpo_param_free(o->v[i]);
+        dpo_param_free(o->ms[i]);
+        dpo_param_free(o->vs[i]);
     }
     dpo_param_free(o->sums);
     dpo_param_free(o->record);
-    if (o->params) dpoi_release(c, o->params, (size_t)o->count * 3 * sizeof *o->params);
+    if (o->params) dpoi_release(c, o->params, (size_t)o->count * 5 * sizeof *o->params);
     dpoi_release(c, o, sizeof *o);
 }
 
@@ -20299,10 +20591,25 @@ static int dpoi_optim_factors(dpo_optim *o, int i)
     return o->m[i] && o->v[i];
 }
 
+/* Codes of 8 bits, four in an I32, for every number of a weight as it is stored, panels and all; a scale a block. */
+static int dpoi_optim_codes(dpo_optim *o, int i)
+{
+    dpo_view v = dpoi_view(o->params[i]);
+    int64_t  codes = (int64_t)(dpoi_view_bytes(&v) / sizeof(float) + 3) / 4, scales = (codes + 63) / 64;
+    o->m[i] = dpoi_persistent(o->c, DPO_I32, 1, &codes, 0, NULL);
+    o->v[i] = dpoi_persistent(o->c, DPO_I32, 1, &codes, 0, NULL);
+    o->ms[i] = dpoi_persistent(o->c, DPO_F32, 1, &scales, 0, NULL);
+    o->vs[i] = dpoi_persistent(o->c, DPO_F32, 1, &scales, 0, NULL);
+    return o->m[i] && o->v[i] && o->ms[i] && o->vs[i];
+}
+
+enum { DPOI_OPTIM_SMALL = 4096 };         /* numbers below which a parameter's moments stay floats */
+
 static int dpoi_optim_moments(dpo_optim *o, int i)
 {
     const dpo_tensor *p = o->params[i];
     if (o->kind == DPO_ADAFACTOR) return dpoi_optim_factors(o, i);
+    if (o->kind == DPO_ADAMW8 && dpo_count(p) >= DPOI_OPTIM_SMALL) return dpoi_optim_codes(o, i);
     o->m[i] = dpoi_persistent(o->c, DPO_F32, p->rank, p->shape, p->panel, NULL);
     o->v[i] = dpoi_persistent(o->c, DPO_F32, p->rank, p->shape, p->panel, NULL);
     return o->m[i] && o->v[i];
@@ -20314,10 +20621,12 @@ static int dpoi_optim_fill(dpo_optim *o, dpo_tensor **params)
 {
     dpo_ctx *c = o->c;
     int64_t  shape[1];
-    o->params = (dpo_tensor **)dpoi_calloc(c, (size_t)o->count * 3, sizeof *o->params);
+    o->params = (dpo_tensor **)dpoi_calloc(c, (size_t)o->count * 5, sizeof *o->params);
     if (!o->params) return 0;
     o->m = o->params + o->count;
     o->v = o->m + o->count;
+    o->ms = o->v + o->count;
+    o->vs = o->ms + o->count;
     for (int i = 0; i < o->count; i++) {
         dpo_tensor *p = o->params[i] = params[i];
         if (!p || !p->persistent || p->dtype != DPO_F32)
@@ -20345,23 +20654,34 @@ static dpo_optim *dpoi_optim_new(dpo_ctx *c, dpo_tensor **params, int count, con
     if (!(o->d.beta1 > 0 && o->d.beta1 < 1 && o->d.beta2 > 0 && o->d.beta2 < 1 && o->d.eps > 0 && o->clip > 0 &&
           o->d.weight_decay >= 0 && o->d.max_norm >= 0 && o->decay > 0 && o->decay <= 1))      /* a NaN fails one */
         dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: betas and decay lie between 0 and 1, the rest is not negative",
-                  o->kind == DPO_ADAMW ? "AdamW" : "Adafactor");
+                  o->kind == DPO_ADAFACTOR ? "Adafactor" : "AdamW");
     if (dpo_status(c) != DPO_OK || !dpoi_optim_fill(o, params)) { dpoi_optim_destroy(c, o); return NULL; }
     return dpoi_own(c, o, dpoi_optim_destroy) ? o : NULL;
 }
 
 /* Zeros in d become the defaults of torch.optim.AdamW, all but its weight decay of 0.01: off is off here.
    Betas of exactly 0 cannot be asked for: a zero stands for the default. */
-DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+static dpo_optim *dpoi_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d, int kind)
 {
     dpo_optim o;
     memset(&o, 0, sizeof o);
+    o.kind = kind;
     if (d) o.d = *d;
     if (o.d.beta1 == 0) o.d.beta1 = 0.9f;
     if (o.d.beta2 == 0) o.d.beta2 = 0.999f;
     if (o.d.eps == 0)   o.d.eps = 1e-8f;
     o.decay = o.clip = 1;                 /* not read */
     return dpoi_optim_new(c, params, count, &o);
+}
+
+DPO_DEF dpo_optim *dpo_adamw_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+{
+    return dpoi_adamw_new(c, params, count, d, DPO_ADAMW);
+}
+
+DPO_DEF dpo_optim *dpo_adamw8_new(dpo_ctx *c, dpo_tensor **params, int count, const dpo_adamw_desc *d)
+{
+    return dpoi_adamw_new(c, params, count, d, DPO_ADAMW8);
 }
 
 /* Zeros in d become the defaults of transformers' Adafactor. */
@@ -20437,11 +20757,12 @@ static int dpoi_optim_update(dpo_optim *o, int i)
     dpo_args a;
     if (!o->params[i]->grad) return 1;
     memset(&a, 0, sizeof a);
-    a.op = o->kind == DPO_ADAFACTOR ? DPO_OP_ADAFACTOR : DPO_OP_ADAMW;
+    a.op = o->kind == DPO_ADAFACTOR ? DPO_OP_ADAFACTOR : o->ms[i] ? DPO_OP_ADAMW8 : DPO_OP_ADAMW;
     a.in[0] = dpoi_view(o->params[i]->grad);
     a.in[1] = dpoi_view(o->m[i]);
     a.in[2] = dpoi_view(o->v[i]);
     a.in[3] = dpoi_view(o->record);
+    if (o->ms[i]) { a.in[4] = dpoi_view(o->ms[i]);  a.in[5] = dpoi_view(o->vs[i]); }
     a.out = dpoi_view(o->params[i]);
     if (o->kind == DPO_ADAFACTOR) {
         a.p.adafactor.eps = o->d.eps;
@@ -20528,19 +20849,42 @@ DPO_DEF float dpo_average_decay(int64_t step, float decay)
     return early < decay ? early : decay;
 }
 
-/* diffusers' get_scheduler, but for its warm-up, which starts at zero and wastes the first step: here it starts at
-   1/warmup.
-   k = 0 at the first step.  lr(k) = lr * (k+1)/warmup while k < warmup. */
+/* The formulas stand at the declaration.  In double: (1 - u)^power of a long run differs from step to step in digits that a
+   float has not. */
+DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k)
+{
+    const double pi = 3.14159265358979323846;
+    double       u, x, lr, end;
+    if (!d) return 0;
+    lr = d->lr;
+    if (k < d->warmup) return (float)(lr * ((double)k / (double)d->warmup));
+    if (d->kind == DPO_LR_CONSTANT || d->steps <= d->warmup) return d->lr;     /* the rest would divide by zero */
+    u = (double)(k - d->warmup) / (double)(d->steps - d->warmup);
+    if (u >= 1) u = 1;
+    switch (d->kind) {
+    case DPO_LR_LINEAR: return (float)(lr * (1 - u));
+    case DPO_LR_RESTARTS:
+        x = (d->cycles > 0 ? (double)d->cycles : 1) * u;
+        return u >= 1 ? 0 : (float)(lr * 0.5 * (1 + cos(pi * (x - floor(x)))));
+    case DPO_LR_POLYNOMIAL:
+        end = d->end > 0 ? (double)d->end : 1e-7;
+        return (float)(end + (lr - end) * pow(1 - u, d->power > 0 ? (double)d->power : 1));
+    default:
+        x = d->cycles > 0 ? (double)d->cycles : 0.5;
+        x = 0.5 * (1 + cos(pi * 2 * x * u));
+        return (float)(lr * (x > 0 ? x : 0));
+    }
+}
+
 DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k)
 {
-    double u;                             /* how much of the way after the warm-up is done, 0 to 1 */
-    if (k < warmup) return (float)(lr * ((double)(k + 1) / (double)warmup));
-    if (kind == DPO_LR_CONSTANT || steps <= warmup) return lr;                 /* the rest would divide by zero */
-    /* linear: 1 - u; cosine: half a wave, from 1 to 0 */
-    u = (double)(k - warmup) / (double)(steps - warmup);
-    u = u < 1 ? u : 1;
-    if (kind == DPO_LR_LINEAR) return (float)(lr * (1 - u));
-    return (float)(lr * 0.5 * (1 + cos(3.14159265358979323846 * u)));
+    dpo_lr_desc d;
+    memset(&d, 0, sizeof d);
+    d.kind = kind;
+    d.lr = lr;
+    d.warmup = warmup;
+    d.steps = steps;
+    return dpo_lr_at(&d, k);
 }
 
 /* ------------------------------------------------------------------------------------------ state on disk
@@ -20549,7 +20893,8 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
    One safetensors file: record, and for parameter i "weight.i.name", "m.i.name", "v.i.name", "average.i.name", with
    "row" and "col" for Adafactor's m and v; the metadata says which run it belongs to. */
 
-enum { DPOI_STATE_WEIGHT, DPOI_STATE_M, DPOI_STATE_V, DPOI_STATE_AVERAGE, DPOI_STATE_PARTS };
+enum { DPOI_STATE_WEIGHT, DPOI_STATE_M, DPOI_STATE_V, DPOI_STATE_MS, DPOI_STATE_VS, DPOI_STATE_AVERAGE,
+       DPOI_STATE_PARTS };
 
 /* What goes into the file: an optimizer, perhaps averages, and texts that must be the same when it is read. */
 typedef struct dpoi_state {
@@ -20557,6 +20902,7 @@ typedef struct dpoi_state {
     dpo_tensor      **average;            /* [count] or NULL */
     const char *const (*meta)[2];         /* pairs of key and value, */
     int               metas;              /* so many */
+    const char       *note;               /* a text that may differ, or NULL */
 } dpoi_state;
 
 /* Tensor i of a part; NULL where this run has no such part: averages as a whole, rows of what is not factored. */
@@ -20566,6 +20912,8 @@ static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
     of[DPOI_STATE_WEIGHT] = s->o->params;
     of[DPOI_STATE_M] = s->o->m;
     of[DPOI_STATE_V] = s->o->v;
+    of[DPOI_STATE_MS] = s->o->ms;
+    of[DPOI_STATE_VS] = s->o->vs;
     of[DPOI_STATE_AVERAGE] = s->average;
     return of[part] ? of[part][i] : NULL;
 }
@@ -20573,8 +20921,9 @@ static dpo_tensor *dpoi_state_tensor(const dpoi_state *s, int part, int i)
 /* The number makes it unique, the name says to a reader what it is. */
 static void dpoi_state_name(const dpoi_state *s, int part, int i, char *out, size_t size)
 {
-    static const char *const names[2][DPOI_STATE_PARTS] = { { "weight", "m", "v", "average" },
-                                                            { "weight", "row", "col", "average" } };
+    static const char *const names[2][DPOI_STATE_PARTS] = {
+        { "weight", "m", "v", "m.scale", "v.scale", "average" },
+        { "weight", "row", "col", "", "", "average" } };
     const char *name = s->o->params[i]->name;
     snprintf(out, size, "%s.%d.%s", names[s->o->kind == DPO_ADAFACTOR][part], i, name ? name : "");
 }
@@ -20586,11 +20935,15 @@ static int dpoi_state_put(void *user, dpo_writer *w, void *tag)
     dpo_ctx    *c = (dpo_ctx *)user;
     dpo_tensor *x = (dpo_tensor *)tag;
     int64_t     n = dpo_count(x);
-    float      *v = (float *)dpoi_calloc(c, (size_t)n, sizeof *v);
-    int         ok = v && dpo_read(x, v) && dpo_writer_floats(w, v, n);
+    float      *v = (float *)dpoi_calloc(c, (size_t)n, sizeof *v);             /* or int32_t, of the same size */
+    int         ok = v && dpo_read(x, v);
+    if (ok) ok = x->dtype == DPO_I32 ? dpo_writer_bytes(w, v, (size_t)n * sizeof *v) : dpo_writer_floats(w, v, n);
     if (v) dpoi_release(c, v, (size_t)n * sizeof *v);
     return ok;
 }
+
+/* How a state's tensor stands in its file. */
+static const char *dpoi_state_type(const dpo_tensor *x) { return x->dtype == DPO_I32 ? "I32" : "F32"; }
 
 /* Tensors are read from the device one by one, in the order in which the writer asks for them.
    Names longer than 255 bytes are cut; the number in front keeps them apart. */
@@ -20603,12 +20956,13 @@ static int dpoi_state_save(const dpoi_state *s, const char *path)
     snprintf(text, sizeof text, "%lld", (long long)s->o->steps);
     ok = dpo_writer_metadata(w, "optimizer_steps", text);
     for (int i = 0; ok && i < s->metas; i++) ok = dpo_writer_metadata(w, s->meta[i][0], s->meta[i][1]);
+    if (ok && s->note) ok = dpo_writer_metadata(w, "note", s->note);
     ok = ok && dpo_writer_add(w, "record", "F32", 1, s->o->record->shape, s->o->record);
     for (int part = 0; ok && part < DPOI_STATE_PARTS; part++)
         for (int i = 0; ok && i < s->o->count; i++) {
             dpo_tensor *x = dpoi_state_tensor(s, part, i);
             dpoi_state_name(s, part, i, text, sizeof text);
-            if (x) ok = dpo_writer_add(w, text, "F32", x->rank, x->shape, x);
+            if (x) ok = dpo_writer_add(w, text, dpoi_state_type(x), x->rank, x->shape, x);
         }
     if (ok) return dpo_writer_save(w, dpoi_state_put, c);
     dpo_writer_free(w);
@@ -20619,7 +20973,7 @@ static int dpoi_state_save(const dpoi_state *s, const char *path)
 static dpo_entry *dpoi_state_entry(dpo_ctx *c, dpo_file *f, const char *name, const dpo_tensor *x)
 {
     dpo_entry *e = dpo_file_find(f, name);
-    int        same = e && e->rank == x->rank && !strcmp(e->dtype, "F32");     /* another type would round */
+    int        same = e && e->rank == x->rank && !strcmp(e->dtype, dpoi_state_type(x));    /* another would round */
     for (int i = 0; same && i < x->rank; i++) same = e->shape[i] == x->shape[i];
     if (same) return e;
     dpoi_fail(c, DPO_BAD_FILE, "%.300s belongs to another run: %s %s", dpo_file_path(f), name,
@@ -20634,7 +20988,10 @@ static int dpoi_state_get(dpo_ctx *c, dpo_file *f, const char *name, dpo_tensor 
     dpo_entry *e = dpoi_state_entry(c, f, name, x);
     int64_t    n = dpo_count(x);
     float     *v = e ? (float *)dpoi_calloc(c, (size_t)n, sizeof *v) : NULL;
-    int        ok = v && dpo_entry_floats(e, 0, n, v) && dpo_write(x, v);
+    int        ok = v != NULL;
+    if (ok && x->dtype == DPO_I32) memcpy(v, e->data, (size_t)n * sizeof *v);
+    else ok = ok && dpo_entry_floats(e, 0, n, v);
+    ok = ok && dpo_write(x, v);
     if (v) dpoi_release(c, v, (size_t)n * sizeof *v);
     return ok;
 }
@@ -22924,13 +23281,126 @@ DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tens
     return dpoi_apply(c, &k);
 }
 
+/* inside = 1000/4 (L_l - L_w): phi falls by a quarter of L near 0, and what counts is the sign. */
+static dpo_tensor *dpoi_mapo_inside(dpo_ctx *c, dpo_tensor *L)
+{
+    int64_t     B = dpo_count(L) / 2;
+    dpo_tensor *w, *l, *y;
+    dpo_no_grad(c, 1);
+    w = dpo_slice(c, L, 0, 0, B);
+    l = dpo_slice(c, L, 0, B, B);
+    y = dpo_affine(c, dpo_last(dpo_binary(c, DPO_SUB, dpo_last(l), dpo_last(w))), 250, 0);
+    dpo_no_grad(c, -1);
+    return y;
+}
+
+DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda, dpo_tensor **inside)
+{
+    dpoi_call   k;
+    dpo_tensor *in[2];
+    int64_t     n = dpo_count(policy);
+    in[0] = policy; in[1] = weight;
+    if (inside) *inside = NULL;
+    if (!policy || !dpoi_call_begin(c, &k, DPO_OP_MAPO, in, 2)) return NULL;
+    if (policy->rank != 1 || n % 2 || policy->dtype != DPO_F32 ||
+        (weight && (dpo_count(weight) != n / 2 || weight->dtype != DPO_F32))) {
+        dpoi_bad_shapes(c, "mapo_loss", policy, weight, "F32 errors [2B], winners first, and weights [B]");
+        return NULL;
+    }
+    if (!(lambda >= 0 && lambda < FLT_MAX)) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "mapo_loss: lambda is not negative");
+        return NULL;
+    }
+    k.rank = 1;
+    k.shape[0] = k.shape[1] = k.shape[2] = k.shape[3] = 1;
+    k.stat.rank = 1;                      /* [2B]: the slopes, which backward reads */
+    k.stat.dtype = DPO_F32;
+    k.stat.shape[0] = n;
+    k.stat.shape[1] = k.stat.shape[2] = k.stat.shape[3] = 1;
+    k.a.p.mapo.lambda = lambda;
+    if (inside && !(*inside = dpoi_mapo_inside(c, policy))) return NULL;
+    return dpoi_apply(c, &k);
+}
+
+/* Over all processes; alone there is nothing to do. */
+static int dpoi_reduce(dpo_ctx *c, const dpo_team *team, void *data, int64_t count, int op)
+{
+    if (!team || team->count < 2 || !dpoi_ok(c)) return dpoi_ok(c);
+    if (team->reduce && team->reduce(team->user, data, count, DPO_F32, op)) return 1;
+    return dpoi_fail(c, DPO_DEVICE, "the other processes did not answer");
+}
+
+/* z = max(0, mean over all processes of g), [1], outside the tape. */
+static dpo_tensor *dpoi_kto_centre(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, const dpo_team *team)
+{
+    dpo_tensor *mean;
+    dpo_no_grad(c, 1);
+    mean = dpo_mean(c, dpo_last(dpo_binary(c, DPO_SUB, R, L)), -1);
+    if (mean && !dpoi_reduce(c, team, mean->data, 1, DPO_REDUCE_SUM)) mean = NULL;
+    if (team && team->count > 1) mean = dpo_affine(c, mean, 1 / (float)team->count, 0);
+    mean = dpo_clamp(c, mean, 0, FLT_MAX);
+    dpo_no_grad(c, -1);
+    return mean;
+}
+
+/* 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where x is large. */
+DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
+                                 dpo_tensor *weight, float beta, const dpo_team *team, dpo_tensor **inside)
+{
+    dpo_tensor *z, *g, *u;
+    if (inside) *inside = NULL;
+    if (!policy || !reference || !liked || !dpoi_ok(c)) return NULL;
+    if (policy->rank != 1 || !dpoi_alike(policy, reference) || !dpoi_alike(policy, liked) ||
+        (weight && !dpoi_alike(policy, weight))) {
+        dpoi_bad_shapes(c, "kto_loss", policy, reference, "F32 errors [N], and as many signs and weights");
+        return NULL;
+    }
+    if (!(beta > 0 && beta < FLT_MAX)) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "kto_loss: beta above 0");
+        return NULL;
+    }
+    z = dpoi_kto_centre(c, policy, reference, team);
+    g = dpo_binary(c, DPO_SUB, dpo_binary(c, DPO_SUB, reference, policy), z);
+    u = dpo_affine(c, dpo_binary(c, DPO_MUL, g, liked), beta, 0);
+    if (inside && u) *inside = dpo_detach(c, u);
+    u = dpo_act(c, dpo_affine(c, u, -1, 0), DPO_SIGMOID);
+    return dpo_mean(c, weight ? dpo_binary(c, DPO_MUL, u, weight) : u, -1);
+}
+
+DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma)
+{
+    double snr = abar < 1 ? (double)abar / (1 - (double)abar) : 1e30, least = snr < gamma ? snr : gamma;
+    return (float)(prediction == DPO_V_PREDICTION ? least / (snr + 1) : snr > 0 ? least / snr : 1);
+}
+
+/* The gradient of the losers' errors scaled by lambda [B], their values as they are: h + lambda (L_l - h), h = L_l.
+     lambda = (1 - mu) |e_w|^2 / (e_w e_l),  held to 0..1, and 1 where the product is not above 0;
+   with means in place of sums, e_w e_l = (L_w + L_l - D)/2, D the mean squared difference of e_w and e_l: one pass over
+   the predictions that mse has already.  Diffusion-SDPO; e [2B,..], L [2B]. */
+static dpo_tensor *dpoi_safeguard(dpo_ctx *c, dpo_tensor *e, dpo_tensor *L, float mu)
+{
+    int64_t     B = dpo_count(L) / 2;
+    dpo_tensor *w = dpo_slice(c, L, 0, 0, B), *l = dpo_slice(c, L, 0, B, B), *held, *lambda, *D;
+    dpo_no_grad(c, 1);
+    D = dpo_mse(c, dpo_last(dpo_slice(c, e, 0, 0, B)), dpo_last(dpo_slice(c, e, 0, B, B)));
+    lambda = dpo_affine(c, dpo_binary(c, DPO_SUB, dpo_binary(c, DPO_ADD, w, l), dpo_last(D)), 0.5f, 0);
+    lambda = dpo_clamp(c, lambda, 1e-30f, FLT_MAX);
+    lambda = dpo_clamp(c, dpo_binary(c, DPO_DIV, dpo_affine(c, w, 1 - mu, 0), lambda), 0, 1);
+    held = dpo_detach(c, l);
+    dpo_no_grad(c, -1);
+    l = dpo_binary(c, DPO_ADD, dpo_binary(c, DPO_MUL, dpo_binary(c, DPO_SUB, l, held), lambda), held);
+    return dpo_concat(c, w, l, 0);
+}
+
 /* Errors [N] of a network on noisy pictures; off: without its adapters.
    [N,..] -> [N], the mean over a picture's numbers; with the sum of the paper's equation 14 beta would
-   be P times smaller. */
+   be P times smaller.  mu: see dpo_objective.safeguard; 0 keeps no prediction. */
 static dpo_tensor *dpoi_errors(dpo_net *net, const dpo_draw *d, dpo_tensor *xt, dpo_tensor *time, dpo_tensor *target,
-                               int off, int checkpoint)
+                               int off, int checkpoint, float mu)
 {
+    dpo_ctx    *c = net->c;
     dpo_unet_in in;
+    dpo_tensor *y, *L, *e;
     memset(&in, 0, sizeof in);
     in.x = xt;
     in.t = time;
@@ -22939,7 +23409,13 @@ static dpo_tensor *dpoi_errors(dpo_net *net, const dpo_draw *d, dpo_tensor *xt, 
     in.time_ids = d->time_ids;
     in.adapters_off = off;                /* a copy of all weights has none: then it changes nothing */
     in.checkpoint = checkpoint;
-    return dpo_mse(net->c, dpo_last(dpo_unet(net, &in)), target);
+    if (!(mu > 0)) return dpo_mse(c, dpo_last(dpo_unet(net, &in)), target);
+    y = dpo_unet(net, &in);
+    L = dpo_mse(c, y, target);
+    dpo_no_grad(c, 1);
+    e = dpo_binary(c, DPO_SUB, y, target);
+    dpo_no_grad(c, -1);
+    return L && e ? dpoi_safeguard(c, e, L, mu) : NULL;
 }
 
 /* The same of the reference: no gradient, nothing kept.
@@ -22951,9 +23427,24 @@ static dpo_tensor *dpoi_reference_errors(dpo_net *policy, dpo_net *reference, co
     int64_t     scope = dpo_scope(c);
     dpo_tensor *y;
     dpo_no_grad(c, 1);
-    y = dpoi_errors(reference ? reference : policy, d, xt, time, target, 1, 0);
+    y = dpoi_errors(reference ? reference : policy, d, xt, time, target, 1, 0, 0);
     dpo_no_grad(c, -1);
     return dpo_scope_end(c, scope, y);
+}
+
+static int dpoi_is_paired(int objective)     { return objective == DPO_DPO || objective == DPO_MAPO; }
+static int dpoi_has_reference(int objective) { return objective == DPO_DPO || objective == DPO_KTO; }
+
+/* Errors -> loss, by objective: all that the objectives differ in. */
+static dpo_tensor *dpoi_objective_loss(dpo_ctx *c, const dpo_draw *d, const dpo_objective *o, dpo_terms *t)
+{
+    dpo_tensor *L = t->policy, *R = t->reference;
+    switch (o->objective) {
+    case DPO_DPO:  return dpo_preference_loss(c, L, R, d->weight, o->kind, o->beta, o->smoothing, &t->inside);
+    case DPO_MAPO: return dpo_mapo_loss(c, L, d->weight, o->beta, &t->inside);
+    case DPO_KTO:  return dpo_kto_loss(c, L, R, d->liked, d->weight, o->beta, o->team, &t->inside);
+    default:       return dpo_mean(c, d->weight ? dpo_binary(c, DPO_MUL, L, d->weight) : L, -1);
+    }
 }
 
 /* The reference first: when its pass is over all its memory is free again, before the policy's begins to grow.
@@ -22968,23 +23459,23 @@ DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, cons
     memset(&t, 0, sizeof t);
     if (terms) *terms = t;
     if (!n || !d || !o || !dpoi_ok(c)) return NULL;
-    if (o->objective != DPO_DPO && o->objective != DPO_SFT) {
-        dpoi_fail(c, DPO_BAD_ARGUMENT, "there is no objective %d", o->objective);
+    if (o->objective < DPO_DPO || o->objective >= DPO_OBJECTIVES || !(o->safeguard >= 0 && o->safeguard <= 1) ||
+        (o->safeguard > 0 && !dpoi_is_paired(o->objective))) {
+        dpoi_fail(c, DPO_BAD_ARGUMENT, "objective %d with safeguard %g: there is no such thing", o->objective,
+                  (double)o->safeguard);
         return NULL;
     }
-    xt = dpo_noise_add(n, d->x0, d->noise, d->t);
+    xt = dpo_noise_add(n, d->x0, d->shown ? d->shown : d->noise, d->t);
     target = dpo_noise_target(n, d->x0, d->noise, d->t);
     time = dpo_noise_time(n, d->t);
     if (!xt || !target || !time) return NULL;
-    if (o->objective == DPO_DPO) {
-        t.reference = dpoi_reference_errors(policy, o->reference, d, xt, time, target);
+    if (dpoi_has_reference(o->objective)) {
+        t.reference = d->reference;
+        if (!t.reference) t.reference = dpoi_reference_errors(policy, o->reference, d, xt, time, target);
         if (!t.reference) return NULL;
     }
-    t.policy = dpoi_errors(policy, d, xt, time, target, 0, o->checkpoint);  /* the one pass that goes on the tape */
-    if (o->objective == DPO_DPO)
-        loss = dpo_preference_loss(c, t.policy, t.reference, d->weight, o->kind, o->beta, o->smoothing, &t.inside);
-    else
-        loss = dpo_mean(c, d->weight ? dpo_binary(c, DPO_MUL, t.policy, d->weight) : t.policy, -1);
+    t.policy = dpoi_errors(policy, d, xt, time, target, 0, o->checkpoint, o->safeguard);   /* what goes on the tape */
+    loss = dpoi_objective_loss(c, d, o, &t);
     if (terms) *terms = t;
     return loss;
 }
@@ -23023,7 +23514,7 @@ static int dpoi_reward_draw(const dpoi_rewarding *g, dpo_draw *d, int k, float *
     time = dpo_noise_time(g->noise, d->t);
     if (!xt || !target || !time) return 0;
     R = dpoi_reference_errors(g->unet, g->reference, d, xt, time, target);
-    L = dpoi_errors(g->unet, d, xt, time, target, 0, 0);
+    L = dpoi_errors(g->unet, d, xt, time, target, 0, 0, 0);
     if (!dpo_read(dpo_binary(g->c, DPO_SUB, R, L), gain)) return 0;
     for (int i = 0; i < g->count; i++) reward[i] += 0.5f * g->beta * gain[i] / (float)g->draws;
     return 1;
@@ -23039,9 +23530,9 @@ static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *
     int64_t        scope;
     int            ok = 1;
     memset(&d, 0, sizeof d);
-    d.x0 = dpo_from_rgb(g->c, rgb, g->count, g->shape[0], g->shape[1]);
+    d.x0 = dpo_encode_images(m, dpo_from_rgb(g->c, rgb, g->count, info.size, info.size), NULL);
     d.emb = dpo_encode_text(m, prompts, g->count, &d.pooled);
-    if (info.time_ids) d.time_ids = dpoi_time_ids(g->c, g->count, info.time_ids, g->shape[0], g->shape[1]);
+    if (info.time_ids) d.time_ids = dpoi_time_ids(g->c, g->count, info.time_ids, info.size, info.size);
     if (!d.x0 || !d.emb) return 0;
     for (int i = 0; i < g->count; i++) reward[i] = 0;
     for (int k = 0; k < g->draws && ok; k++) {
@@ -23050,14 +23541,6 @@ static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *
         dpo_scope_end(g->c, scope, NULL);
     }
     return ok;
-}
-
-/* Only models whose pixels are diffused: a host encodes latents itself and calls dpo_diffusion_loss. */
-static int dpoi_needs_pixels(dpo_model *m, const char *what)
-{
-    dpo_model_info info = dpo_model_describe(m);
-    if (info.channels == 3 && info.factor == 1) return 1;
-    return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: this model diffuses latents; the trainer takes models of pixels", what);
 }
 
 /* A log-likelihood ratio in disguise: beta log p_th(x)/p_ref(x) up to a constant, bounded by the denoising errors
@@ -23071,7 +23554,7 @@ DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const ch
     int            size = dpo_model_describe(m).size, ok = 1;
     memset(&g, 0, sizeof g);
     g.c = dpoi_model_ctx(m);
-    if (!prompts || !rgb || !reward || !dpoi_ok(g.c) || !dpoi_needs_pixels(m, "implicit reward")) return 0;
+    if (!prompts || !rgb || !reward || !dpoi_ok(g.c)) return 0;
     g.draws = d && d->draws ? d->draws : 10;
     g.beta = d && d->beta != 0 ? d->beta : 5000;
     g.seed = d ? d->seed : 0;
@@ -23080,8 +23563,8 @@ DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const ch
                          (int)DPOI_SAMPLING_BATCH);
     g.unet = dpo_model_unet(m);
     g.reference = d ? d->reference : NULL;
-    g.shape[0] = g.shape[1] = size;
-    g.shape[2] = 3;
+    g.shape[0] = g.shape[1] = size / dpo_model_describe(m).factor;
+    g.shape[2] = dpo_model_describe(m).channels;
     if (!(g.noise = dpo_noise_new(g.c, dpo_model_schedule(m)))) return 0;
     dpo_no_grad(g.c, 1);
     for (int i = 0; i < n && ok; i += batch) {
@@ -23153,6 +23636,40 @@ DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
     return d;
 }
 
+/* launchers/sdxl.sh: Adafactor, which --sdxl forces, and a clipped norm beside it. */
+DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void)
+{
+    dpo_train_desc d = dpo_recipe_official_sd15();
+    d.warmup = 200;
+    d.optimizer = DPO_ADAFACTOR;
+    d.adafactor.weight_decay = 1e-2f;
+    d.adafactor.max_norm = 1;
+    d.width = d.height = 1024;
+    return d;
+}
+
+/* launchers/turbo.sh: four timesteps of a schedule that ends in noise, no caption dropped. */
+DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void)
+{
+    dpo_train_desc d = dpo_recipe_official_sdxl();
+    d.empty_prompts = 0;
+    d.levels = 4;
+    d.zero_snr = 1;
+    d.width = d.height = 512;
+    return d;
+}
+
+/* The README of the same folder of diffusers for SDXL. */
+DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void)
+{
+    dpo_train_desc d = dpo_recipe_lora_sd15();
+    d.steps = 2000;
+    d.batch = 8;
+    d.real_sizes = 1;
+    d.width = d.height = 1024;
+    return d;
+}
+
 /* Found on the emoji model: the win rate rises within a minute and the error on real pictures hardly does. */
 DPO_DEF dpo_train_desc dpo_recipe_small(void)
 {
@@ -23168,25 +23685,57 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void)
 
 /* ------------------------------------------------------------------------------------------ the trainer
 
-   One optimizer step is `accumulation` micro-batches of B pairs:
+   One optimizer step is `accumulation` micro-batches of B pairs, on each of the team's processes:
 
-     pair -> pixels (fitted, perhaps mirrored) and text (from the cache, or encoded once)
-          -> t and noise of (seed, step, number in the step)                        [winners, losers], N = 2B pictures
-          -> reference without gradient, policy with it -> four errors a pair -> loss -> backward
-     then clip, AdamW, the averages, and the figures come down.
+     plan    which pair, view, caption, t and noise each slot has: a function of (seed, step, number in the step) alone,
+             so that it can be made before its time, to read pictures beside the step before
+     gather  pictures as they are diffused and texts, from memory, from the cache's folder, or made now
+             -> x0, noise, t, text                                              [winners, losers], N pictures
+     loss    reference without gradient (or its errors, where they are known), policy with it -> backward
+   then the sum over processes, clip, optimizer, averages, and the figures come down.
 
    Nothing else is carried from step to step than weights, moments and averages, which is what a checkpoint holds. */
 
 /* One allocation: T*D numbers, then P. */
-typedef struct dpoi_caption {                /* a distinct prompt */
+typedef struct dpoi_caption {             /* a distinct prompt */
     const char *prompt;
-    float      *emb;                      /* [T*D], then pooled [P]; NULL: not in the cache */
+    float      *emb;                      /* [T*D], then pooled [P]; NULL: not in memory */
 } dpoi_caption;
+
+/* A pair of one of the two sets that a run may have, and what is known of it. */
+typedef struct dpoi_entry_of {
+    dpo_pairs *p;
+    int64_t    i;                         /* its number there */
+    int32_t    text;                      /* its caption */
+    int32_t    bucket;
+    void      *kept[2][2];                /* [which][mirrored] as it is diffused, see dpoi_train_kept; or NULL */
+} dpoi_entry_of;
+
+/* What is drawn: a pair, or for DPO_SFT its winner, or for DPO_KTO one of its pictures. */
+typedef struct dpoi_choice { int32_t entry; int32_t which; } dpoi_choice;
+
+typedef struct dpoi_sizes { int width, height; int64_t items; } dpoi_sizes;
+
+/* One place in a micro-batch. */
+typedef struct dpoi_seat {
+    int32_t    entry, which, text, t;
+    uint32_t   key;                       /* of the random numbers: the sample's number in its step */
+    dpo_window view[2];                   /* of the winner or only picture, and of the loser */
+    int        asked[2];                  /* of the loader */
+} dpoi_seat;
+
+/* A micro-batch before anything was computed. */
+typedef struct dpoi_lot {
+    int64_t    step;                      /* -1: none; held-out batches have none either */
+    int        micro, count, bucket;      /* count: slots in use */
+    uint32_t   stream;                    /* third part of the random counters: the step */
+    dpoi_seat *slot;                      /* [B] */
+} dpoi_lot;
 
 /* All that a run holds between steps.  Arrays have one size for the whole run, so that a step allocates nothing but
    what its ops take from the block cache.
-   Invariants: N = 2B for a preference objective and B for DPO_SFT; `params` and the optimizer's list
-   are the same, in the same order, on which averages and checkpoints rely. */
+   Invariants: N = 2B for objectives of pairs, else B; `params` and the optimizer's list are the same, in the same
+   order, on which averages and checkpoints rely. */
 struct dpo_trainer {
     dpo_ctx        *c;
     dpo_model      *m;
@@ -23195,54 +23744,100 @@ struct dpo_trainer {
     dpo_model_info  info;
     dpo_net        *copy;                 /* the reference that was made here, or NULL */
     dpo_noise      *noise;
+    float          *weigh;                /* [T] of dpo_min_snr, or NULL */
     dpo_optim      *o;
     dpo_tensor    **params, **average;    /* [count]; average may be NULL */
-    int             count, B, N;          /* B pairs a micro-batch, N pictures: 2B, or B for DPO_SFT */
+    int             count, B, N;          /* B slots a micro-batch, N pictures: 2B, or B */
+    int             each;                 /* pictures a slot: 2, or 1 */
     int             stopped, phase;       /* DPOI_BETWEEN ...: how far a step came that failed */
-    int64_t         steps_done, pairs;
-    int64_t        *order, epoch;         /* [pairs] which pair comes when, in this epoch; -1: not drawn yet */
+    int64_t         steps_done;
+    int64_t         skipped;              /* as of the last step */
 
-    dpoi_caption      *text;                 /* [texts], the empty prompt first */
-    int32_t        *text_of;              /* [pairs] */
-    int64_t         texts, emb_count, pooled_count;       /* numbers a text: T*D and P */
+    dpoi_entry_of  *entry;                /* [entries]: pairs, then held_pairs */
+    int64_t         entries;
+    dpoi_choice      *item, *held;          /* [items] to train on, [helds] held out; one array of room_items */
+    int64_t         items, helds, room_items;
+    dpoi_sizes    *bucket;               /* [buckets], room for one an entry */
+    int             buckets, widest;      /* widest: pixels of the largest */
+    int64_t        *order, *scratch, epoch, groups;       /* order [places] of this epoch; -1: not drawn yet */
+    int64_t         places;               /* items, or groups * B where there are several buckets */
+
+    dpoi_caption   *text;                 /* [texts], the empty prompt first */
+    int64_t         texts, room_texts, emb_count, pooled_count;       /* numbers a text: T*D and P */
     int64_t         emb_shape[3];         /* [1,T,D] */
     size_t          cache_left;
 
-    float          *emb, *fresh;          /* [B][T*D + P]: of this micro-batch; of texts that were not in the cache */
+    dpoi_lot       plan[2];              /* this micro-batch and the next */
+    int             now;                  /* which of the two is this one */
+    float          *emb, *fresh;          /* [B][T*D + P]: of this micro-batch; of texts that were not in memory */
     const char    **prompts;              /* [B] */
-    int32_t        *want, *missing, *t, *key;              /* [B] [B] [N] [N] */
-    uint8_t        *rgb;                  /* [N,H,W,3] */
-    float          *weight;               /* [B] */
+    int32_t        *missing, *t, *key, *keys;              /* [B] [N] [N] [N] */
+    uint8_t        *rgb;                  /* [widest,3] */
+    float          *x0;                   /* [2][N][numbers of a picture]: means, then log variances */
+    float          *weight, *liked, *sizes;               /* [B] [N] [N][6] */
+    size_t          x0_count;             /* numbers of the largest picture as it is diffused */
 
     dpo_tensor     *metrics;              /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1] */
-    float          *figures;              /* the same on the host */
+    float          *figures, *signs;      /* the same on the host; [accumulation][N] of liked */
+    float          *known;                /* [steps][accumulation][N] reference errors computed ahead, or NULL */
+    int64_t         known_count;
+    float          *held_known;           /* [helds][DPO_HELD_RANGES][2], or NULL */
     int             row;
-    double          began;
+    double          began, data;          /* data: seconds of this step spent in gathering */
+    int64_t         encoded, cached;
+
+    dpo_cache      *cache;
+    dpo_loader     *loader;
+    dpo_key         unet_key, vae_key, text_key;          /* what was computed with, of the cache and of checkpoints */
+    dpo_key        *ref_key;              /* [accumulation][B] of the step's reference errors; zero: known */
 };
 
-/* Of one text in the cache. */
+/* Of one text in memory. */
 static size_t dpoi_caption_bytes(const dpo_trainer *t)
 {
     return (size_t)(t->emb_count + t->pooled_count) * sizeof(float);
 }
 
-/* What destroy and begin must agree on: every plain array of the trainer and its size.
+static int dpoi_has_latents(const dpo_trainer *t) { return t->info.factor > 1; }
+
+/* Numbers of a picture of a bucket as it is diffused. */
+static int64_t dpoi_bucket_count(const dpo_trainer *t, const dpoi_sizes *b)
+{
+    return (int64_t)(b->width / t->info.factor) * (b->height / t->info.factor) * t->info.channels;
+}
+
+/* What is kept in memory of a picture: mean and log variance of latents, the bytes of pixels. */
+static size_t dpoi_train_kept(const dpo_trainer *t, const dpoi_sizes *b)
+{
+    if (!dpoi_has_latents(t)) return (size_t)b->width * (size_t)b->height * 3;
+    return (size_t)dpoi_bucket_count(t, b) * 2 * sizeof(float);
+}
+
+/* What destroy and begin must agree on: every plain array of a trainer whose size hangs on its texts and buckets.
    One list for both directions: what is allocated with a size is released with the same. */
 static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx *, void **, size_t, size_t), int *ok)
 {
-    size_t B = (size_t)t->B, N = (size_t)t->N, n = (size_t)t->pairs, wide = (size_t)(t->emb_count + t->pooled_count);
-    size_t pixels = (size_t)t->d.width * (size_t)t->d.height * 3;
-    *ok = each(c, (void **)&t->order, n, sizeof *t->order) && *ok;
+    size_t B = (size_t)t->B, N = (size_t)t->N, wide = (size_t)(t->emb_count + t->pooled_count);
+    size_t acc = (size_t)t->d.accumulation;
+    *ok = each(c, (void **)&t->order, (size_t)t->places, sizeof *t->order) && *ok;
+    *ok = each(c, (void **)&t->scratch, (size_t)t->places, sizeof *t->scratch) && *ok;
+    *ok = each(c, (void **)&t->plan[0].slot, B, sizeof *t->plan[0].slot) && *ok;
+    *ok = each(c, (void **)&t->plan[1].slot, B, sizeof *t->plan[1].slot) && *ok;
     *ok = each(c, (void **)&t->emb, B * wide, sizeof *t->emb) && *ok;
     *ok = each(c, (void **)&t->fresh, B * wide, sizeof *t->fresh) && *ok;
     *ok = each(c, (void **)&t->prompts, B, sizeof *t->prompts) && *ok;
-    *ok = each(c, (void **)&t->want, B, sizeof *t->want) && *ok;
     *ok = each(c, (void **)&t->missing, B, sizeof *t->missing) && *ok;
     *ok = each(c, (void **)&t->t, N, sizeof *t->t) && *ok;
     *ok = each(c, (void **)&t->key, N, sizeof *t->key) && *ok;
-    *ok = each(c, (void **)&t->rgb, N, pixels) && *ok;
+    *ok = each(c, (void **)&t->keys, N, sizeof *t->keys) && *ok;
+    *ok = each(c, (void **)&t->rgb, (size_t)t->widest, 3) && *ok;
+    *ok = each(c, (void **)&t->x0, 2 * N, t->x0_count * sizeof *t->x0) && *ok;
     *ok = each(c, (void **)&t->weight, B, sizeof *t->weight) && *ok;
-    *ok = each(c, (void **)&t->figures, (size_t)t->row * (size_t)t->d.accumulation, sizeof *t->figures) && *ok;
+    *ok = each(c, (void **)&t->liked, N, sizeof *t->liked) && *ok;
+    *ok = each(c, (void **)&t->sizes, N * 6, sizeof *t->sizes) && *ok;
+    *ok = each(c, (void **)&t->figures, (size_t)t->row * acc, sizeof *t->figures) && *ok;
+    *ok = each(c, (void **)&t->signs, N * acc, sizeof *t->signs) && *ok;
+    *ok = each(c, (void **)&t->ref_key, B * acc, sizeof *t->ref_key) && *ok;
 }
 
 /* The two things that are done to all of them. */
@@ -23259,13 +23854,24 @@ static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
 }
 
 /* The strings are the pairs' own.
-   A text that was never cached has no emb. */
-static void dpoi_trainer_texts_free(dpo_trainer *t)
+   A text or picture that was never kept is NULL. */
+static void dpoi_trainer_data_free(dpo_trainer *t)
 {
+    dpo_ctx *c = t->c;
     for (int64_t i = 0; t->text && i < t->texts; i++)
-        if (t->text[i].emb) dpoi_release(t->c, t->text[i].emb, dpoi_caption_bytes(t));
-    if (t->text) dpoi_release(t->c, t->text, (size_t)(t->pairs + 1) * sizeof *t->text);
-    if (t->text_of) dpoi_release(t->c, t->text_of, (size_t)t->pairs * sizeof *t->text_of);
+        if (t->text[i].emb) dpoi_release(c, t->text[i].emb, dpoi_caption_bytes(t));
+    for (int64_t i = 0; t->entry && i < t->entries; i++)
+        for (int k = 0; k < 4; k++) {
+            void *p = t->entry[i].kept[k / 2][k % 2];
+            if (p) dpoi_release(c, p, dpoi_train_kept(t, &t->bucket[t->entry[i].bucket]));
+        }
+    if (t->text) dpoi_release(c, t->text, (size_t)t->room_texts * sizeof *t->text);
+    if (t->bucket) dpoi_release(c, t->bucket, (size_t)t->entries * sizeof *t->bucket);
+    if (t->item) dpoi_release(c, t->item, (size_t)t->room_items * sizeof *t->item);
+    if (t->entry) dpoi_release(c, t->entry, (size_t)t->entries * sizeof *t->entry);
+    if (t->weigh) dpoi_release(c, t->weigh, (size_t)t->noise->T * sizeof *t->weigh);
+    if (t->known) dpoi_release(c, t->known, (size_t)t->known_count * sizeof *t->known);
+    if (t->held_known) dpoi_release(c, t->held_known, (size_t)t->helds * 2 * DPO_HELD_RANGES * sizeof *t->held_known);
 }
 
 /* Weights stay as they are; gradients, moments and caches go.
@@ -23275,6 +23881,8 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 {
     dpo_trainer *t = (dpo_trainer *)object;
     int          ok = 1;
+    dpo_loader_free(t->loader);
+    dpo_cache_close(t->cache);
     dpo_optim_free(t->o);
     for (int i = 0; i < t->count && t->params; i++) {
         dpo_tensor *x = t->params[i];
@@ -23282,19 +23890,47 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
         if (x && !t->d.rank) x->needs_grad = 0;
         if (t->average) dpo_param_free(t->average[i]);
     }
-    dpo_noise_free(t->noise);
     if (t->copy) dpoi_disown(c, t->copy);
     dpo_param_free(t->metrics);
-    dpoi_trainer_texts_free(t);
+    dpoi_trainer_data_free(t);
+    dpo_noise_free(t->noise);
     dpoi_trainer_arrays(t, c, dpoi_array_free, &ok);
     if (t->average) dpoi_release(c, t->average, (size_t)t->count * sizeof *t->average);
     if (t->params) dpoi_release(c, t->params, (size_t)t->count * sizeof *t->params);
     dpoi_strfree(c, (char *)(uintptr_t)t->d.targets);
     dpoi_strfree(c, (char *)(uintptr_t)t->d.output);
+    dpoi_strfree(c, (char *)(uintptr_t)t->d.cache_folder);
+    dpoi_strfree(c, (char *)(uintptr_t)t->d.resume_from);
+    dpoi_strfree(c, (char *)(uintptr_t)t->d.note);
     dpoi_release(c, t, sizeof *t);
 }
 
 /* ------------------------------------------------------------------------------------------ beginning */
+
+/* Settings that contradict each other, each with the reason. */
+static int dpoi_train_contradictions(dpo_ctx *c, const dpo_train_desc *d)
+{
+    if (d->train_text && d->rank)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text trains all weights, which adapters exclude");
+    if (d->train_text && d->objective != DPO_SFT)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text would move the reference's text; only DPO_SFT may");
+    if (d->train_text && d->team.count > 1)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text works on one process");
+    if (d->safeguard > 0 && !dpoi_is_paired(d->objective))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: a safeguard of the winner needs pairs: DPO or MaPO");
+    if (d->min_snr > 0 && d->objective != DPO_SFT)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min-SNR weights are for SFT: they would bend a preference");
+    if (d->smoothing > 0 && (d->objective != DPO_DPO || d->kind != DPO_PREF_SIGMOID))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: label smoothing is part of the sigmoid loss alone");
+    if (d->ahead && (d->rank || !dpoi_has_reference(d->objective)))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: only all weights under DPO or KTO need a reference ahead");
+    if (d->drop_encoders && (d->random_crop || d->train_text))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders needs every picture's view before the first "
+                         "step, which random_crop draws at each, and text encoders that are not trained");
+    if (d->levels > 0 && (d->timestep_bias != 0 || d->t_limit > 0))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: levels excludes timestep_bias and t_limit");
+    return 1;
+}
 
 /* Ranges, written so that a NaN fails them.
    timestep_bias, lr and beta are bounded only by what the formulas survive. */
@@ -23303,20 +23939,32 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
     if (d->steps < 0 || d->steps > INT32_MAX || d->warmup < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: steps and warmup are 0 to 2147483647");
     /* Their product numbers the samples of a step, in 31 bits. */
-    if (d->batch < 1 || d->batch > 4096 || d->accumulation < 1 || d->accumulation > 1 << 18)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: batch is 1 to 4096, accumulation 1 to 262144");
-    if (d->objective < DPO_DPO || d->objective > DPO_SFT || d->kind < DPO_PREF_SIGMOID || d->kind > DPO_PREF_IPO ||
-        d->lr_schedule < DPO_LR_CONSTANT || d->lr_schedule > DPO_LR_COSINE)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: there is no such objective, loss or learning rate schedule");
+    if (d->batch < 1 || d->batch > 4096 || d->accumulation < 1 || d->accumulation > 1 << 18 || d->team.count < 0 ||
+        d->team.count > 4096 || (int64_t)d->batch * d->accumulation * (d->team.count + 1) > INT32_MAX)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: batch 1 to 4096, accumulation 1 to 262144, processes to 4096");
+    if (d->team.count > 1 && (d->team.index < 0 || d->team.index >= d->team.count || !d->team.reduce))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: a team needs a reduce function, and an index below its count");
+    if (d->objective < DPO_DPO || d->objective >= DPO_OBJECTIVES || d->kind < DPO_PREF_SIGMOID ||
+        d->kind > DPO_PREF_IPO || d->lr_schedule < DPO_LR_CONSTANT || d->lr_schedule >= DPO_LR_SCHEDULES ||
+        d->optimizer < DPO_ADAMW || d->optimizer >= DPO_OPTIMIZERS)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: there is no such objective, loss, schedule or optimizer");
     if (!(d->lr > 0 && d->lr < 1e3f) || !(d->beta > 0 && d->beta < 1e12f) ||
         !(d->empty_prompts >= 0 && d->empty_prompts <= 1) || !(d->timestep_bias > -1 && d->timestep_bias <= 100) ||
         !(d->average >= 0 && d->average < 1) || d->rank < 0 || !(d->alpha >= 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: lr, beta, empty_prompts, average, rank or alpha out of range");
-    if (d->train_text && d->rank)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text trains all weights, which adapters exclude");
-    if (d->train_text && d->objective == DPO_DPO)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: train_text would move the reference's text; only DPO_SFT may");
-    return 1;
+    if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
+        !(d->noise_offset >= 0 && d->noise_offset < 100) ||
+        !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
+        d->bucket_step < 0 || d->keep < 0)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
+                         "bucket_step or keep out of range");
+    return dpoi_train_contradictions(c, d);
+}
+
+/* A copy of the caller's string; NULL stays NULL. */
+static int dpoi_train_string(dpo_ctx *c, const char *from, const char **to)
+{
+    return !from || (*to = dpoi_strdup(c, from)) != NULL;
 }
 
 /* The caller's description with defaults in place of zeros.
@@ -23324,37 +23972,128 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
 static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
 {
     dpo_ctx *c = t->c;
+    int      sides;
     t->d = *d;
-    t->d.targets = t->d.output = NULL;    /* the caller's strings until they are copied: destroy frees these */
+    t->d.targets = t->d.output = t->d.cache_folder = t->d.resume_from = NULL;
+    t->d.note = NULL;                     /* NULL until they are copied: destroy frees these */
     if (!t->d.batch) t->d.batch = 1;
     if (!t->d.accumulation) t->d.accumulation = 1;
-    if (t->d.beta == 0) t->d.beta = 5000;
+    if (t->d.beta == 0) t->d.beta = d->objective == DPO_KTO ? 1000 : d->objective == DPO_MAPO ? 0.1f : 5000;
     if (!t->d.width) t->d.width = t->info.size;
     if (!t->d.height) t->d.height = t->info.size;
     if (!t->d.cache) t->d.cache = (size_t)256 << 20;
+    if (t->d.team.count < 1) t->d.team.count = 1;
     if (!dpoi_train_check(c, &t->d) || !dpoi_image_fits(c, "training", t->d.width, t->d.height)) return 0;
-    if (d->targets && !(t->d.targets = dpoi_strdup(c, d->targets))) return 0;
-    if (d->output && !(t->d.output = dpoi_strdup(c, d->output))) return 0;
-    t->pairs = dpo_pairs_count(t->p);
+    sides = t->info.factor;               /* the UNet takes what is left of odd sides */
+    if (t->d.width % sides || t->d.height % sides || t->d.bucket_step % sides)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: %dx%d pixels, buckets of %d: this model wants multiples of %d",
+                         t->d.width, t->d.height, t->d.bucket_step, sides);
+    if (!dpoi_train_string(c, d->targets, &t->d.targets) || !dpoi_train_string(c, d->output, &t->d.output) ||
+        !dpoi_train_string(c, d->cache_folder, &t->d.cache_folder) ||
+        !dpoi_train_string(c, d->resume_from, &t->d.resume_from) || !dpoi_train_string(c, d->note, &t->d.note))
+        return 0;
     t->B = t->d.batch;
-    t->N = t->d.objective == DPO_SFT ? t->B : 2 * t->B;
+    t->each = dpoi_is_paired(t->d.objective) ? 2 : 1;
+    t->N = t->each * t->B;
     t->row = 2 * t->N + t->B + 1;         /* figures of a micro-batch, see metrics */
     t->cache_left = t->d.cache;
     t->epoch = -1;                        /* no order was drawn yet */
     return 1;
 }
 
-/* Is every pair one that this objective can use?  The error says where a pair without a loser came from.
-   Numbers of pairs and texts are int32 in the arrays of a step. */
-static int dpoi_train_pairs(dpo_trainer *t)
+/* The bucket of an entry, by a search among those there are: a few dozen at most. */
+static int dpoi_train_bucket(dpo_trainer *t, dpoi_entry_of *e)
+{
+    int w = t->d.width, h = t->d.height, k = 0;
+    int root = (int)(sqrt((double)w * (double)h) + 0.5);
+    if (t->d.bucket_step && !dpo_pairs_bucket(e->p, e->i, root, t->d.bucket_step, &w, &h)) return 0;
+    while (k < t->buckets && (t->bucket[k].width != w || t->bucket[k].height != h)) k++;
+    if (k == t->buckets) {
+        t->bucket[k].width = w;
+        t->bucket[k].height = h;
+        t->buckets++;
+        if (w * h > t->widest) t->widest = w * h;
+        if ((size_t)dpoi_bucket_count(t, &t->bucket[k]) > t->x0_count)
+            t->x0_count = (size_t)dpoi_bucket_count(t, &t->bucket[k]);
+    }
+    e->bucket = k;
+    return 1;
+}
+
+/* Is it a pair that this objective can use?  The error says where one without a loser came from. */
+static int dpoi_train_usable(dpo_trainer *t, const dpoi_entry_of *e)
 {
     char where[480];
-    if (!t->pairs) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: there are no pairs");
-    if (t->pairs > INT32_MAX - 1) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: more than 2^31 pairs");
-    for (int64_t i = 0; i < t->pairs && t->d.objective == DPO_DPO; i++)
-        if (!dpoi_duel_has(&t->p->pair[i], 1))
-            return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "%s: no rejected picture",
-                             dpoi_duel_where(t->p, i, where, sizeof where));
+    int  single = !dpoi_duel_has(&e->p->pair[e->i], 1), liked = dpo_pairs_liked(e->p, e->i);
+    if (t->each == 2 && single)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "%s: no rejected picture",
+                         dpo_pairs_where(e->p, e->i, where, sizeof where));
+    if (t->d.objective == DPO_SFT && liked < 0)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "%s: a picture that was not liked is nothing to imitate",
+                         dpo_pairs_where(e->p, e->i, where, sizeof where));
+    if (t->d.objective == DPO_KTO && single && !liked)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "%s: it is not said whether the picture was liked",
+                         dpo_pairs_where(e->p, e->i, where, sizeof where));
+    return 1;
+}
+
+/* Is this prompt held out?  By prompt, so that no caption stands on both sides; by its text, so that the answer does
+   not hang on the order of rows. */
+static int dpoi_train_is_held(const dpo_trainer *t, const dpoi_entry_of *e)
+{
+    dpo_hash h;
+    if (e->p != t->p) return 1;
+    if (!(t->d.held_out > 0)) return 0;
+    dpo_hash_begin(&h, "held out 1");
+    dpo_hash_text(&h, dpo_pairs_prompt(e->p, e->i));
+    dpo_hash_int(&h, (int64_t)t->d.seed);
+    return (double)(dpo_hash_end(&h).word[0] >> 11) / 9007199254740992.0 < (double)t->d.held_out;
+}
+
+/* Every entry's pictures into the list to train on, from the front, or into the held-out one, from the back. */
+static void dpoi_train_items(dpo_trainer *t)
+{
+    int64_t back = t->room_items;
+    for (int64_t k = 0; k < t->entries; k++) {
+        dpoi_entry_of *e = &t->entry[k];
+        int            held = dpoi_train_is_held(t, e);
+        int            n = t->d.objective == DPO_KTO && dpoi_duel_has(&e->p->pair[e->i], 1) ? 2 : 1;
+        for (int which = 0; which < n; which++) {
+            dpoi_choice *x = held ? &t->item[--back] : &t->item[t->items++];
+            x->entry = (int32_t)k;
+            x->which = which;
+            if (!held) t->bucket[e->bucket].items++;
+        }
+    }
+    t->held = t->item + back;
+    t->helds = t->room_items - back;
+}
+
+/* Entries, their buckets, items.  Where there are several buckets a micro-batch stays inside one, and an epoch is cut
+   into groups of B of the same bucket; the last group of a bucket is filled up from its start. */
+static int dpoi_train_pairs(dpo_trainer *t)
+{
+    dpo_ctx *c = t->c;
+    int64_t  first = dpo_pairs_count(t->p), more = dpo_pairs_count(t->d.held_pairs);
+    if (!first) return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: there are no pairs");
+    if (first + more > INT32_MAX / 4) return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: more than 2^29 pairs");
+    if (t->d.held_pairs && t->d.held_pairs->c != c)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: pairs belong to two contexts");
+    t->entries = first + more;
+    t->room_items = t->entries * (t->d.objective == DPO_KTO ? 2 : 1);
+    t->entry = (dpoi_entry_of *)dpoi_calloc(c, (size_t)t->entries, sizeof *t->entry);
+    t->bucket = (dpoi_sizes *)dpoi_calloc(c, (size_t)t->entries, sizeof *t->bucket);
+    t->item = (dpoi_choice *)dpoi_calloc(c, (size_t)t->room_items, sizeof *t->item);
+    if (!t->entry || !t->bucket || !t->item) return 0;
+    for (int64_t k = 0; k < t->entries; k++) {
+        t->entry[k].p = k < first ? t->p : t->d.held_pairs;
+        t->entry[k].i = k < first ? k : k - first;
+        if (!dpoi_train_usable(t, &t->entry[k]) || !dpoi_train_bucket(t, &t->entry[k])) return 0;
+    }
+    dpoi_train_items(t);
+    if (!t->items) return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: all pairs are held out");
+    for (int k = 0; k < t->buckets; k++) t->groups += (t->bucket[k].items + t->B - 1) / t->B;
+    t->places = t->buckets > 1 ? t->groups * t->B : t->items;
     return 1;
 }
 
@@ -23366,23 +24105,34 @@ static int dpoi_train_texts(dpo_trainer *t)
     dpo_ctx *c = t->c;
     size_t   slots = 64;
     int32_t *slot;
-    while (slots < (size_t)t->pairs * 2 + 2) slots *= 2;  /* at most half full */
-    t->text = (dpoi_caption *)dpoi_calloc(c, (size_t)t->pairs + 1, sizeof *t->text);
-    t->text_of = (int32_t *)dpoi_calloc(c, (size_t)t->pairs, sizeof *t->text_of);
+    while (slots < (size_t)t->entries * 2 + 2) slots *= 2;/* at most half full */
+    t->room_texts = t->entries + 1;
+    t->text = (dpoi_caption *)dpoi_calloc(c, (size_t)t->room_texts, sizeof *t->text);
     slot = (int32_t *)dpoi_calloc(c, slots, sizeof *slot);
     /* i = -1 is the empty prompt, which gets number 0 though no pair may have it */
-    for (int64_t i = -1; slot && t->text && t->text_of && i < t->pairs; i++) {
-        const char *prompt = i < 0 ? "" : dpo_pairs_prompt(t->p, i);
+    for (int64_t i = -1; slot && t->text && i < t->entries; i++) {
+        const char *prompt = i < 0 ? "" : dpo_pairs_prompt(t->entry[i].p, t->entry[i].i);
         size_t      at = dpoi_hash(prompt) & (slots - 1);
         while (slot[at] && strcmp(t->text[slot[at] - 1].prompt, prompt)) at = (at + 1) & (slots - 1);
         if (!slot[at]) {
             t->text[t->texts++].prompt = prompt;
             slot[at] = (int32_t)t->texts;
         }
-        if (i >= 0) t->text_of[i] = slot[at] - 1;
+        if (i >= 0) t->entry[i].text = slot[at] - 1;
     }
     if (slot) dpoi_release(c, slot, slots * sizeof *slot);
     return dpo_status(c) == DPO_OK;
+}
+
+/* The optimizer of the description over all trained parameters. */
+static int dpoi_train_optimizer(dpo_trainer *t)
+{
+    switch (t->d.optimizer) {
+    case DPO_ADAFACTOR: t->o = dpo_adafactor_new(t->c, t->params, t->count, &t->d.adafactor); break;
+    case DPO_ADAMW8:    t->o = dpo_adamw8_new(t->c, t->params, t->count, &t->d.adamw); break;
+    default:            t->o = dpo_adamw_new(t->c, t->params, t->count, &t->d.adamw);
+    }
+    return t->o != NULL;
 }
 
 /* The parameters to train, marked as such; the others need no gradient.
@@ -23403,6 +24153,8 @@ static int dpoi_train_params(dpo_trainer *t)
     t->d.rank = n > 0;                    /* from here on it says: are adapters trained? */
     /* The host may have loaded adapters; then these are trained, whatever their rank. */
     if (n && text) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: train_text, but the UNet has adapters");
+    if (n && t->d.ahead)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a reference ahead, but the UNet has adapters");
     if (!n) first = dpo_net_params(unet, &n);
     if (text) second = dpo_net_params(text, &more);
     dpo_net_trainable(unet, 0);           /* a product whose weights are frozen does not even keep its input */
@@ -23414,9 +24166,7 @@ static int dpoi_train_params(dpo_trainer *t)
         /* Now rather than in the first backward: after the first step no step takes new memory. */
         if (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL)) return 0;
     }
-    if (t->d.optimizer == DPO_ADAFACTOR) t->o = dpo_adafactor_new(t->c, t->params, t->count, &t->d.adafactor);
-    else t->o = dpo_adamw_new(t->c, t->params, t->count, &t->d.adamw);
-    return t->o != NULL;
+    return dpoi_train_optimizer(t);
 }
 
 /* Averages start as the weights themselves.
@@ -23451,25 +24201,106 @@ static int dpoi_train_buffers(dpo_trainer *t)
     dpo_scope_end(c, scope, NULL);
     if (!emb) return 0;
     dpoi_trainer_arrays(t, c, dpoi_array_new, &ok);
+    t->plan[0].step = t->plan[1].step = -1;
     shape[0] = (int64_t)t->row * t->d.accumulation;
     t->metrics = ok ? dpo_param_new(c, DPO_F32, 1, shape, NULL) : NULL;
     return t->metrics != NULL;
 }
 
+/* The schedule, perhaps rescaled, and what hangs on it. */
+static int dpoi_train_noise(dpo_trainer *t)
+{
+    dpo_schedule s = *dpo_model_schedule(t->m);
+    float       *abar;
+    if (t->d.zero_snr) s.zero_terminal_snr = 1;
+    if (t->d.levels > s.T || t->d.t_limit > s.T)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: levels and t_limit are at most the %d timesteps", s.T);
+    if (t->d.zero_snr && s.prediction == DPO_EPSILON && !t->d.levels)
+        dpoi_log(t->c, DPO_LOG_WARNING, "training: with zero terminal SNR a network that predicts noise learns nothing "
+                 "at the last timestep");
+    if (!(t->noise = dpo_noise_new(t->c, &s))) return 0;
+    if (!(t->d.min_snr > 0)) return 1;
+    if (!(t->weigh = (float *)dpoi_calloc(t->c, (size_t)s.T, sizeof *t->weigh))) return 0;
+    abar = (float *)dpoi_calloc(t->c, (size_t)s.T, sizeof *abar);
+    if (abar && dpo_schedule_alphas(t->c, &s, abar))
+        for (int k = 0; k < s.T; k++) t->weigh[k] = dpo_min_snr(abar[k], s.prediction, t->d.min_snr);
+    if (abar) dpoi_release(t->c, abar, (size_t)s.T * sizeof *abar);
+    return dpoi_ok(t->c);
+}
+
+/* A network as a key: its configuration, every name, shape and number. */
+static int dpoi_net_key(dpo_net *net, dpo_key *out)
+{
+    dpo_ctx     *c = net->c;
+    int          n = 0, ok = 1;
+    dpo_tensor **x = dpo_net_params(net, &n);
+    dpo_hash     h;
+    dpo_hash_begin(&h, "network 1");
+    dpo_hash_text(&h, net->text);
+    for (int i = 0; i < n && ok; i++) {
+        int64_t count = dpo_count(x[i]);
+        float  *v = (float *)dpoi_calloc(c, (size_t)count, sizeof *v);
+        ok = v && dpo_read(x[i], v);
+        dpo_hash_text(&h, x[i]->name);
+        dpo_hash_int(&h, x[i]->dtype);
+        for (int k = 0; k < DPO_MAX_RANK; k++) dpo_hash_int(&h, x[i]->shape[k]);
+        if (ok) dpo_hash_bytes(&h, v, (size_t)count * sizeof *v);
+        if (v) dpoi_release(c, v, (size_t)count * sizeof *v);
+    }
+    *out = dpo_hash_end(&h);
+    return ok;
+}
+
+/* What results depend on beside the weights: the backend, its instructions, whether products round. */
+static void dpoi_train_numerics(const dpo_trainer *t, dpo_hash *h)
+{
+    dpo_backend *b = t->c->backend;
+    dpo_hash_text(h, b->name);
+    if (strcmp(b->name, "cpu")) return;
+    dpo_hash_int(h, ((const dpoi_cpu *)b->self)->isa);
+    dpo_hash_int(h, ((const dpoi_cpu *)b->self)->products);
+}
+
+/* Keys and the folder, where one is asked for.  Checkpoints need the UNet's key alone, taken before its weights move; a
+   backend that computes nothing has no weights to tell apart. */
+static int dpoi_train_caches(dpo_trainer *t)
+{
+    dpo_net *second = dpo_model_text(t->m, 1), *vae = dpo_model_vae(t->m);
+    dpo_key  more;
+    dpo_hash h;
+    if (!strcmp(t->c->backend->name, "dry")) return 1;
+    if (!dpoi_net_key(dpo_model_unet(t->m), &t->unet_key)) return 0;
+    if (!t->d.cache_folder) return 1;
+    if (dpo_model_text(t->m, 0) && !dpoi_net_key(dpo_model_text(t->m, 0), &t->text_key)) return 0;
+    if (second) {
+        if (!dpoi_net_key(second, &more)) return 0;
+        dpo_hash_begin(&h, "two texts 1");
+        dpo_hash_bytes(&h, &t->text_key, sizeof t->text_key);
+        dpo_hash_bytes(&h, &more, sizeof more);
+        t->text_key = dpo_hash_end(&h);
+    }
+    if (vae && !dpoi_net_key(vae, &t->vae_key)) return 0;
+    return (t->cache = dpo_cache_open(t->c, t->d.cache_folder)) != NULL;
+}
+
+static int dpoi_train_encode_all(dpo_trainer *t);
+
 /* In this order: what can be wrong with the request first, what costs memory last.  Full fine-tuning needs a reference
    that stays as the policy was; adapters have theirs in the same weights. */
 static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 {
-    if (!dpoi_needs_pixels(t->m, "training") || !dpoi_train_settings(t, d)) return 0;
-    if (!dpoi_train_pairs(t) || !dpoi_train_texts(t) || !dpoi_train_buffers(t)) return 0;
-    if (!(t->noise = dpo_noise_new(t->c, dpo_model_schedule(t->m)))) return 0;
+    if (!dpoi_train_settings(t, d) || !dpoi_train_pairs(t) || !dpoi_train_texts(t)) return 0;
+    if (!dpoi_train_noise(t) || !dpoi_train_caches(t) || !dpoi_train_buffers(t)) return 0;
+    if (t->d.beside && !(t->loader = dpo_loader_new(t->p, 2 * t->N, 1))) return 0;
+    if (t->d.drop_encoders && !dpoi_train_encode_all(t)) return 0;         /* before the optimizer needs its memory */
     if (!dpoi_train_params(t) || !dpoi_train_averages(t)) return 0;
-    if (t->d.objective == DPO_DPO && !t->d.rank && !t->d.reference)
+    if (dpoi_has_reference(t->d.objective) && !t->d.rank && !t->d.reference && !t->d.ahead)
         return (t->d.reference = t->copy = dpo_net_copy(dpo_model_unet(t->m), DPO_F32)) != NULL;
     return 1;
 }
 
 static int dpoi_train_resume(dpo_trainer *t);
+static int dpoi_train_ahead(dpo_trainer *t);
 
 /* Until it is owned by the context, a failure destroys it here; afterwards the context does.
    A trainer belongs to the context of its model; pairs of another context would outlive or predecease
@@ -23488,7 +24319,8 @@ DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train
     t->began = dpo_seconds();
     if (!dpoi_train_prepare(t, d)) { dpoi_trainer_destroy(c, t); return NULL; }
     if (!dpoi_own(c, t, dpoi_trainer_destroy)) return NULL;
-    if (!t->d.resume || !t->d.output || dpoi_train_resume(t)) return t;
+    /* Ahead before the state is loaded: the weights are still those of the reference. */
+    if ((!t->d.ahead || dpoi_train_ahead(t)) && dpoi_train_resume(t)) return t;
     dpoi_disown(c, t);
     return NULL;
 }
@@ -23502,107 +24334,385 @@ DPO_DEF int dpo_train_end(dpo_trainer *t)
     return dpo_status(c) == DPO_OK;
 }
 
-/* ------------------------------------------------------------------------------------------ one micro-batch
+DPO_DEF int64_t dpo_train_count(const dpo_trainer *t) { return t ? t->items : 0; }
+DPO_DEF int64_t dpo_train_done (const dpo_trainer *t) { return t ? t->steps_done : 0; }
+DPO_DEF int64_t dpo_train_sizes(const dpo_trainer *t) { return t ? t->buckets : 0; }
 
-   The host prepares plain arrays and hands them up; from there on all stays on the device. */
+/* ------------------------------------------------------------------------------------------ the plan */
 
-/* A new order of the pairs for every epoch, the same for every run with this seed.  Fisher and Yates's shuffle.
-   O(pairs) once an epoch, without memory; the order of epoch e can be made at any time, which is all
-   that a resume needs. */
-static void dpoi_train_shuffle(dpo_trainer *t, int64_t epoch)
+/* A new order for every epoch, the same for every run with this seed.  Fisher and Yates's shuffle.
+   O(n) once an epoch; the order of epoch e can be made at any time, which is all that a resume needs.  `lane` keeps the
+   two shuffles of an epoch apart. */
+static void dpoi_train_shuffle(const dpo_trainer *t, int64_t epoch, uint32_t lane, int64_t *x, int64_t n)
 {
-    for (int64_t i = 0; i < t->pairs; i++) t->order[i] = i;
-    for (int64_t i = t->pairs - 1; i > 0; i--) {
+    for (int64_t i = 0; i < n; i++) x[i] = i;
+    for (int64_t i = n - 1; i > 0; i--) {
         /* u (i+1) / 2^32: off from uniform by less than i/2^32, which no one can see */
-        uint64_t u = dpoi_random_u32(t->d.seed, DPOI_RANDOM_ORDER, (uint32_t)epoch, 0, (uint64_t)i);
-        int64_t  j = (int64_t)(u * (uint64_t)(i + 1) >> 32), was = t->order[i];
-        t->order[i] = t->order[j];
-        t->order[j] = was;
+        uint64_t u = dpoi_random_u32(t->d.seed, DPOI_RANDOM_ORDER, (uint32_t)epoch, lane, (uint64_t)i);
+        int64_t  j = (int64_t)(u * (uint64_t)(i + 1) >> 32), was = x[i];
+        x[i] = x[j];
+        x[j] = was;
     }
-    t->epoch = epoch;
 }
 
-/* The g-th pair of the run.
-   g = (step * accumulation + micro) * B + b counts pairs over the whole run. */
-static int64_t dpoi_train_pick(dpo_trainer *t, int64_t g)
+/* order: the shuffled items bucket by bucket, each filled up to a multiple of B from its own start.
+   scratch: which group of B comes when. */
+static void dpoi_train_group(dpo_trainer *t, int64_t epoch)
 {
+    int64_t n = 0;
+    dpoi_train_shuffle(t, epoch, 0, t->scratch, t->items);
+    for (int b = 0; b < t->buckets; b++) {
+        int64_t first = n;
+        for (int64_t k = 0; k < t->items; k++)
+            if (t->entry[t->item[t->scratch[k]].entry].bucket == b) t->order[n++] = t->scratch[k];
+        for (int64_t k = first; n % t->B; k++, n++) t->order[n] = t->order[k];
+    }
+    dpoi_train_shuffle(t, epoch, 1, t->scratch, t->groups);
+}
+
+/* The item of slot b in micro-batch `number` of the whole run, counted over all processes. */
+static int64_t dpoi_train_pick(dpo_trainer *t, int64_t number, int b)
+{
+    int     many = t->buckets > 1;
+    int64_t g = many ? number : number * t->B + b, length = many ? t->groups : t->items;
     /* A micro-batch may hold the end of one epoch and the start of the next. */
-    if (g / t->pairs != t->epoch) dpoi_train_shuffle(t, g / t->pairs);
-    return t->order[g % t->pairs];
-}
-
-/* Copy a picture, mirrored if flip.
-   Bytes, three a pixel; mirrored left to right. */
-static void dpoi_train_picture(uint8_t *to, const uint8_t *from, int width, int height, int flip)
-{
-    for (int64_t i = 0; i < height; i++)
-        for (int64_t j = 0; j < width; j++)
-            memcpy(to + 3*(i*width + j), from + 3*(i*width + (flip ? width - 1 - j : j)), 3);
+    if (g / length != t->epoch) {
+        t->epoch = g / length;
+        if (many) dpoi_train_group(t, t->epoch);
+        else      dpoi_train_shuffle(t, t->epoch, 0, t->order, t->items);
+    }
+    return many ? t->order[t->scratch[g % length] * t->B + b] : t->order[g % length];
 }
 
 /* t of 0 ... T-1 with density t^bias: T u^(1/(1+bias)) for u uniform in 0..1.
    bias 0 is uniform, by the upper half of a 64-bit product, without a division or a double. */
-static int32_t dpoi_train_timestep(uint32_t u, int T, float bias)
+static int32_t dpoi_train_timestep(const dpo_trainer *t, uint32_t u)
 {
+    int    T = t->d.t_limit ? t->d.t_limit : t->noise->T, N = t->d.levels;
+    float  bias = t->d.timestep_bias;
     double x;
+    if (N) return (int32_t)((int64_t)T * (int64_t)(((uint64_t)u * (uint64_t)N >> 32) + 1) / N - 1);
     if (bias == 0) return (int32_t)((uint64_t)u * (uint64_t)T >> 32);
     x = (double)T * pow(((double)u + 0.5) / 4294967296.0, 1 / (1 + (double)bias));
     return x < T ? (int32_t)x : T - 1;    /* a large bias rounds the power to 1 */
 }
 
-/* Slot b of a micro-batch: which pair, its text, timestep, noise key, weight and pixels.  Winner and loser share t,
-   noise and flip.  The key is the sample's number in its step, so that neither batch size nor threads change a draw. */
-static int dpoi_train_slot(dpo_trainer *t, int micro, int b)
+/* Views of one slot's pictures: crop and mirror alike for both, or each by itself. */
+static void dpoi_train_views(const dpo_trainer *t, const dpoi_lot *plan, dpoi_seat *s, uint32_t flip)
 {
-    int64_t        size = (int64_t)t->d.width * t->d.height * 3, i;
-    uint32_t       key = (uint32_t)(micro * t->B + b), u[4];
-    const uint8_t *chosen, *rejected;
-    int            both = t->N > t->B, flip;              /* both: not SFT, which has winners alone */
-    i = dpoi_train_pick(t, (t->steps_done * t->d.accumulation + micro) * t->B + b);
-    dpoi_random_quad(t->d.seed, DPOI_RANDOM_CHOICES, (uint32_t)t->steps_done, key, 0, u);     /* t, caption, flip */
-    t->t[b] = dpoi_train_timestep(u[0], t->noise->T, t->d.timestep_bias);
-    t->want[b] = (double)u[1] < (double)t->d.empty_prompts * 4294967296.0 ? 0 : t->text_of[i];
-    flip = t->d.flip && (u[2] & 1);
-    t->key[b] = (int32_t)key;
-    t->weight[b] = dpo_pairs_weight(t->p, i);
-    if (!dpo_pairs_pixels(t->p, i, t->d.width, t->d.height, &chosen, both ? &rejected : NULL)) return 0;
-    dpoi_train_picture(t->rgb + b*size, chosen, t->d.width, t->d.height, flip);
-    if (!both) return 1;
-    t->t[t->B + b] = t->t[b];             /* losers follow the winners, B places on */
-    t->key[t->B + b] = t->key[b];
-    dpoi_train_picture(t->rgb + (t->B + b)*size, rejected, t->d.width, t->d.height, flip);
+    const dpoi_sizes *b = &t->bucket[t->entry[s->entry].bucket];
+    for (int k = 0; k < t->each; k++) {
+        uint32_t u[4];
+        int      own = k && t->d.apart;
+        dpoi_random_quad(t->d.seed, DPOI_RANDOM_VIEW, plan->stream, s->key, (uint32_t)own, u);
+        s->view[k].width = b->width;
+        s->view[k].height = b->height;
+        s->view[k].at_x = t->d.random_crop ? (float)(u[0] >> 8) / 16777216.0f : 0.5f;
+        s->view[k].at_y = t->d.random_crop ? (float)(u[1] >> 8) / 16777216.0f : 0.5f;
+        s->view[k].flip = t->d.flip && ((own ? u[2] : flip) & 1);
+        s->asked[k] = 0;
+    }
+}
+
+/* Slot b of a micro-batch: which pair, its text, timestep, noise key and views.  Winner and loser share t and noise.
+   The key is the sample's number in its step over all processes, so that neither batch size nor their number changes a
+   draw. */
+static void dpoi_train_slot(dpo_trainer *t, dpoi_lot *plan, int64_t number, int b)
+{
+    int64_t          count = (int64_t)t->d.accumulation * t->d.team.count;      /* micro-batches of a step */
+    const dpoi_choice *x = &t->item[dpoi_train_pick(t, number, b)];
+    dpoi_seat       *s = &plan->slot[b];
+    uint32_t         u[4];
+    memset(s, 0, sizeof *s);
+    s->entry = x->entry;
+    s->which = x->which;
+    s->key = (uint32_t)((number % count) * t->B + b);
+    dpoi_random_quad(t->d.seed, DPOI_RANDOM_CHOICES, plan->stream, s->key, 0, u);    /* t, caption, flip */
+    s->t = dpoi_train_timestep(t, u[0]);
+    s->text = (double)u[1] < (double)t->d.empty_prompts * 4294967296.0 ? 0 : t->entry[s->entry].text;
+    dpoi_train_views(t, plan, s, u[2]);
+}
+
+/* Micro-batch `micro` of a step, on this process: theirs take turns. */
+static void dpoi_train_plan(dpo_trainer *t, dpoi_lot *plan, int64_t step, int micro)
+{
+    int64_t number = (step * t->d.accumulation + micro) * t->d.team.count + t->d.team.index;
+    if (plan->step == step && plan->micro == micro) return;               /* made before its time */
+    plan->step = step;
+    plan->micro = micro;
+    plan->stream = (uint32_t)step;
+    plan->count = t->B;
+    for (int b = 0; b < t->B; b++) dpoi_train_slot(t, plan, number, b);
+    plan->bucket = t->entry[plan->slot[0].entry].bucket;
+}
+
+/* ------------------------------------------------------------------------------------------ pictures */
+
+/* Which of the entry's pictures the slot's k-th is. */
+static int dpoi_slot_which(const dpo_trainer *t, const dpoi_seat *s, int k) { return t->each == 2 ? k : s->which; }
+
+/* Where the picture is kept in memory; NULL for views that will hardly come again. */
+static void **dpoi_train_place(dpo_trainer *t, const dpoi_seat *s, int k)
+{
+    if (t->d.random_crop) return NULL;
+    return &t->entry[s->entry].kept[dpoi_slot_which(t, s, k)][s->view[k].flip];
+}
+
+/* Everything that a picture's latents depend on. */
+static int dpoi_train_latent_key(dpo_trainer *t, const dpoi_seat *s, int k, dpo_key *out)
+{
+    const dpoi_entry_of *e = &t->entry[s->entry];
+    const dpo_window    *v = &s->view[k];
+    dpo_key              picture;
+    dpo_hash             h;
+    if (!dpo_pairs_key(e->p, e->i, dpoi_slot_which(t, s, k), &picture)) return 0;
+    dpo_hash_begin(&h, "latent 1");
+    dpo_hash_bytes(&h, &picture, sizeof picture);
+    dpo_hash_bytes(&h, &t->vae_key, sizeof t->vae_key);
+    dpo_hash_int(&h, v->width);
+    dpo_hash_int(&h, v->height);
+    dpo_hash_float(&h, v->at_x);
+    dpo_hash_float(&h, v->at_y);
+    dpo_hash_int(&h, v->flip);
+    dpoi_train_numerics(t, &h);
+    *out = dpo_hash_end(&h);
     return 1;
 }
 
-/* Encode the texts that the cache has not, all in one pass, into fresh; keep those that it has room for.
+/* Ask the loader for the pictures of a plan that nothing else will give.  plan 0 has the lower half of its slots. */
+static int dpoi_train_ask(dpo_trainer *t, int which)
+{
+    dpoi_lot *plan = &t->plan[which];
+    for (int i = 0; i < plan->count * t->each && t->loader; i++) {
+        dpoi_seat *s = &plan->slot[i / t->each];
+        int        k = i % t->each;
+        void     **place = dpoi_train_place(t, s, k);
+        dpo_key    key;
+        if (s->asked[k] || (place && *place) || t->entry[s->entry].p != t->p) continue;
+        if (t->cache && dpoi_has_latents(t)) {
+            if (!dpoi_train_latent_key(t, s, k, &key)) return 0;
+            if (dpo_cache_has(t->cache, &key)) continue;
+        }
+        if (!dpo_loader_ask(t->loader, which * t->N + i, t->entry[s->entry].i, dpoi_slot_which(t, s, k), &s->view[k]))
+            return 0;
+        s->asked[k] = 1 + which * t->N + i;
+    }
+    return dpoi_ok(t->c);
+}
+
+/* The pixels of a slot's k-th picture, [height,width,3], until the next call. */
+static const uint8_t *dpoi_train_rgb(dpo_trainer *t, dpoi_seat *s, int k)
+{
+    const dpoi_entry_of *e = &t->entry[s->entry];
+    int                  asked = s->asked[k];
+    s->asked[k] = 0;
+    if (asked) return dpo_loader_take(t->loader, asked - 1);
+    return dpo_pairs_view(e->p, e->i, dpoi_slot_which(t, s, k), &s->view[k], t->rgb) ? t->rgb : NULL;
+}
+
+/* Two tensors, mean and log variance, to the host: x [n], then [n]. */
+static int dpoi_train_moments(dpo_tensor *const *m, int64_t n, float *x, float *more)
+{
+    return dpo_count(m[0]) == n && dpo_count(m[1]) == n && dpo_read(m[0], x) && dpo_read(m[1], more);
+}
+
+/* Mean and log variance of one picture: from the folder, or by the VAE.  A picture at a time, as it would be alone. */
+static int dpoi_train_latents(dpo_trainer *t, dpoi_seat *s, int k, int64_t n, float *x, float *more)
+{
+    dpo_ctx       *c = t->c;
+    int64_t        scope = dpo_scope(c);
+    dpo_tensor    *m[2];
+    dpo_key        key;
+    const uint8_t *rgb;
+    int            ok = !t->cache || dpoi_train_latent_key(t, s, k, &key);
+    if (ok && t->cache && dpo_cache_get(t->cache, &key, m, 2) && dpoi_train_moments(m, n, x, more)) {
+        t->cached++;
+        dpo_scope_end(c, scope, NULL);
+        return dpoi_ok(c);
+    }
+    if (ok && (rgb = dpoi_train_rgb(t, s, k)) != NULL) {
+        dpo_no_grad(c, 1);
+        m[0] = dpo_encode_images(t->m, dpo_from_rgb(c, rgb, 1, s->view[k].height, s->view[k].width), &m[1]);
+        dpo_no_grad(c, -1);
+        ok = m[0] && dpoi_train_moments(m, n, x, more);
+        if (ok && t->cache) dpo_cache_put(t->cache, &key, m, 2);
+        t->encoded++;
+    }
+    dpo_scope_end(c, scope, NULL);
+    return ok && dpoi_ok(c);
+}
+
+/* Keep a copy while there is room.  A failed allocation is a failure, as everywhere. */
+static int dpoi_train_keep(dpo_trainer *t, void **place, const void *from, size_t bytes)
+{
+    if (!place || t->cache_left < bytes) return 1;
+    if (!(*place = dpoi_calloc(t->c, 1, bytes))) return 0;
+    memcpy(*place, from, bytes);
+    t->cache_left -= bytes;
+    return 1;
+}
+
+/* Picture j of N of a model of pixels: bytes to -1..1, as dpo_from_rgb does. */
+static int dpoi_train_pixels(dpo_trainer *t, dpoi_seat *s, int k, int64_t n, float *x)
+{
+    void         **place = dpoi_train_place(t, s, k);
+    const uint8_t *rgb = place ? (const uint8_t *)*place : NULL;
+    if (rgb) t->cached++;
+    else {
+        if (!(rgb = dpoi_train_rgb(t, s, k)) || !dpoi_train_keep(t, place, rgb, (size_t)n)) return 0;
+        t->encoded++;
+    }
+    for (int64_t i = 0; i < n; i++) x[i] = (float)rgb[i] / 127.5f - 1;
+    return 1;
+}
+
+/* Picture j of N as it is diffused, to x0: winners from the front, losers B places on. */
+static int dpoi_train_picture(dpo_trainer *t, dpoi_seat *s, int k, int j)
+{
+    const dpoi_sizes *b = &t->bucket[t->entry[s->entry].bucket];
+    int64_t            n = dpoi_bucket_count(t, b);
+    float             *x = t->x0 + j*n, *more = t->x0 + t->N*n + j*n, *joint;
+    void             **place = dpoi_train_place(t, s, k);
+    int                ok;
+    if (!dpoi_has_latents(t)) return dpoi_train_pixels(t, s, k, n, x);
+    if (place && *place) {
+        memcpy(x, *place, (size_t)n * sizeof *x);
+        memcpy(more, (const float *)*place + n, (size_t)n * sizeof *x);
+        t->cached++;
+        return 1;
+    }
+    if (!dpoi_train_latents(t, s, k, n, x, more)) return 0;
+    if (!place || t->cache_left < (size_t)n * 2 * sizeof *x) return 1;
+    if (!(joint = (float *)dpoi_calloc(t->c, (size_t)n * 2, sizeof *joint))) return 0;
+    memcpy(joint, x, (size_t)n * sizeof *x);
+    memcpy(joint + n, more, (size_t)n * sizeof *x);
+    ok = dpoi_train_keep(t, place, joint, (size_t)n * 2 * sizeof *x);
+    dpoi_release(t->c, joint, (size_t)n * 2 * sizeof *joint);
+    return ok;
+}
+
+/* I32 [n] from the host. */
+static dpo_tensor *dpoi_train_ints(dpo_trainer *t, int64_t n, const int32_t *v)
+{
+    return dpo_tensor_from(t->c, DPO_I32, 1, &n, v);
+}
+
+/* x0 [N,h,w,C] of a plan.  The posterior is sampled anew at every step, for each picture by itself. */
+static dpo_tensor *dpoi_train_x0(dpo_trainer *t, dpoi_lot *plan, int64_t *shape)
+{
+    const dpoi_sizes *b = &t->bucket[plan->bucket];
+    int64_t            n = dpoi_bucket_count(t, b);
+    dpo_tensor        *mean, *logvar, *z;
+    int                N = plan->count * t->each;
+    for (int i = 0; i < N; i++) {
+        int slot = i % plan->count, k = i / plan->count;
+        if (!dpoi_train_picture(t, &plan->slot[slot], k, i)) return NULL;
+        t->keys[i] = (int32_t)(2 * plan->slot[slot].key + (uint32_t)k);
+    }
+    shape[0] = N;
+    shape[1] = b->height / t->info.factor;
+    shape[2] = b->width / t->info.factor;
+    shape[3] = t->info.channels;
+    mean = dpo_tensor_from(t->c, DPO_F32, 4, shape, t->x0);
+    if (!dpoi_has_latents(t)) return mean;
+    logvar = dpo_tensor_from(t->c, DPO_F32, 4, shape, t->x0 + t->N*n);
+    z = dpo_randn(t->c, t->d.seed, DPOI_RANDOM_POSTERIOR, plan->stream, dpoi_train_ints(t, N, t->keys), 3, shape + 1);
+    return dpo_encode_sample(t->m, mean, logvar, z);
+}
+
+/* ------------------------------------------------------------------------------------------ texts */
+
+static dpo_key dpoi_train_text_key(const dpo_trainer *t, const char *prompt)
+{
+    dpo_hash h;
+    dpo_hash_begin(&h, "text 1");
+    dpo_hash_bytes(&h, &t->text_key, sizeof t->text_key);
+    dpo_hash_text(&h, prompt);
+    dpoi_train_numerics(t, &h);
+    return dpo_hash_end(&h);
+}
+
+/* A text from the folder into f [T*D + P]; 0, without an error, if it is not there. */
+static int dpoi_train_text_get(dpo_trainer *t, const char *prompt, float *f)
+{
+    int64_t     scope = dpo_scope(t->c), shape = t->emb_count + t->pooled_count;
+    dpo_key     key = dpoi_train_text_key(t, prompt);
+    dpo_tensor *x = NULL;
+    int         ok = dpo_cache_get(t->cache, &key, &x, 1) && dpo_count(x) == shape && dpo_read(x, f);
+    dpo_scope_end(t->c, scope, NULL);
+    return ok;
+}
+
+static void dpoi_train_text_put(dpo_trainer *t, const char *prompt, const float *f)
+{
+    int64_t     scope = dpo_scope(t->c), shape = t->emb_count + t->pooled_count;
+    dpo_key     key = dpoi_train_text_key(t, prompt);
+    dpo_tensor *x = dpo_tensor_from(t->c, DPO_F32, 1, &shape, f);
+    if (x) dpo_cache_put(t->cache, &key, &x, 1);
+    dpo_scope_end(t->c, scope, NULL);
+}
+
+/* Keep a text in memory, while there is room for it; else it is got again the next time. */
+static int dpoi_train_text_keep(dpo_trainer *t, int32_t text, const float *f)
+{
+    void *place = NULL;
+    if (!dpoi_train_keep(t, &place, f, dpoi_caption_bytes(t))) return 0;
+    t->text[text].emb = (float *)place;
+    return 1;
+}
+
+/* Encode texts missing[first..n-1], all in one pass, into fresh.
    n texts at once use the encoder's weights once. */
-static int dpoi_train_encode(dpo_trainer *t, int n)
+static int dpoi_train_encode(dpo_trainer *t, int first, int n)
 {
     dpo_ctx    *c = t->c;
     int64_t     scope = dpo_scope(c), wide = t->emb_count + t->pooled_count;
     dpo_tensor *pooled = NULL, *emb;
     float      *raw;
-    int         ok;
-    for (int k = 0; k < n; k++) t->prompts[k] = t->text[t->missing[k]].prompt;
+    int         ok, m = n - first;
+    for (int k = 0; k < m; k++) t->prompts[k] = t->text[t->missing[first + k]].prompt;
     /* The device's order is all embeddings, then all pooled states; fresh and the cache keep a text's together. */
-    raw = (float *)dpo_scope_alloc(c, (size_t)n * (size_t)wide * sizeof *raw);
+    raw = (float *)dpo_scope_alloc(c, (size_t)m * (size_t)wide * sizeof *raw);
     dpo_no_grad(c, 1);
-    emb = dpo_encode_text(t->m, t->prompts, n, &pooled);
+    emb = dpo_encode_text(t->m, t->prompts, m, &pooled);
     dpo_no_grad(c, -1);
-    ok = raw && emb && dpo_read(emb, raw) && (!t->pooled_count || dpo_read(pooled, raw + n*t->emb_count));
-    for (int k = 0; ok && k < n; k++) {
-        dpoi_caption *x = &t->text[t->missing[k]];
-        float     *f = t->fresh + k*wide;
+    ok = raw && emb && dpo_read(emb, raw) && (!t->pooled_count || dpo_read(pooled, raw + m*t->emb_count));
+    for (int k = 0; ok && k < m; k++) {
+        int32_t text = t->missing[first + k];
+        float  *f = t->fresh + (first + k)*wide;
         memcpy(f, raw + k*t->emb_count, (size_t)t->emb_count * sizeof *f);
         if (t->pooled_count)
-            memcpy(f + t->emb_count, raw + n*t->emb_count + k*t->pooled_count, (size_t)t->pooled_count * sizeof *f);
-        if (t->cache_left < dpoi_caption_bytes(t)) continue;          /* full: encoded again the next time */
-        if (!(x->emb = (float *)dpoi_calloc(c, 1, dpoi_caption_bytes(t)))) { ok = 0; break; }
-        memcpy(x->emb, f, dpoi_caption_bytes(t));
-        t->cache_left -= dpoi_caption_bytes(t);
+            memcpy(f + t->emb_count, raw + m*t->emb_count + k*t->pooled_count, (size_t)t->pooled_count * sizeof *f);
+        if (t->cache) dpoi_train_text_put(t, t->text[text].prompt, f);
+        ok = dpoi_train_text_keep(t, text, f);
+        t->encoded++;
     }
     dpo_scope_end(c, scope, NULL);
     return ok;
+}
+
+/* The texts of a plan that are not in memory: those in the folder to the front of missing and fresh, then those that
+   must be encoded.  Returns how many there are in all; *have: in the folder. */
+static int dpoi_train_missing(dpo_trainer *t, const dpoi_lot *plan, int *have)
+{
+    int64_t wide = t->emb_count + t->pooled_count;
+    int     n = 0;
+    *have = 0;
+    for (int b = 0; b < plan->count; b++) {
+        int32_t want = plan->slot[b].text;
+        int     seen = t->text[want].emb != NULL;
+        for (int k = 0; k < n && !seen; k++) seen = t->missing[k] == want;
+        if (seen) continue;
+        t->missing[n] = want;
+        if (t->cache && dpoi_train_text_get(t, t->text[want].prompt, t->fresh + *have*wide)) {
+            t->missing[n] = t->missing[*have];
+            t->missing[(*have)++] = want;
+            t->cached++;
+            if (!dpoi_train_text_keep(t, want, t->fresh + (*have - 1)*wide)) return -1;
+        }
+        n++;
+    }
+    return n;
 }
 
 /* Where text `want` of this micro-batch lies on the host.
@@ -23615,75 +24725,360 @@ static const float *dpoi_train_text_at(const dpo_trainer *t, int32_t want, int m
     return NULL;
 }
 
-/* rows [B,..] to the device, once for the winners and once for the losers: [N,..].
+/* rows [count,..] to the device, once for the winners and once for the losers: [N,..].
    `one` is the shape for a single sample, its first axis 1. */
-static dpo_tensor *dpoi_train_rows(dpo_trainer *t, int rank, const int64_t *one, const float *rows)
+static dpo_tensor *dpoi_train_rows(dpo_trainer *t, int count, int rank, const int64_t *one, const float *rows)
 {
     int64_t     shape[DPO_MAX_RANK];
     dpo_tensor *x;
     memcpy(shape, one, (size_t)rank * sizeof *shape);
-    shape[0] = t->B;
+    shape[0] = count;
     x = dpo_tensor_from(t->c, DPO_F32, rank, shape, rows);
-    return t->N > t->B ? dpoi_twice(t->c, x) : x;
+    return t->each == 2 ? dpoi_twice(t->c, x) : x;
 }
 
-/* Text embeddings [N,T,D] of a micro-batch, from the cache or encoded now.
-   The cache is asked before the encoder, and a text that two slots want is encoded once. */
-static int dpoi_train_emb(dpo_trainer *t, dpo_draw *d)
+/* Text embeddings [N,T,D] of a micro-batch.
+   Memory is asked before the folder, that before the encoder, and a text that two slots want is got once. */
+static int dpoi_train_emb(dpo_trainer *t, const dpoi_lot *plan, dpo_draw *d)
 {
     int64_t pooled_shape[2];
-    int     missing = 0;
-    for (int b = 0; b < t->B; b++) {      /* which texts are neither in the cache nor asked for already? */
-        int seen = t->text[t->want[b]].emb != NULL;
-        for (int k = 0; k < missing && !seen; k++) seen = t->missing[k] == t->want[b];
-        if (!seen) t->missing[missing++] = t->want[b];
-    }
-    if (missing && !dpoi_train_encode(t, missing)) return 0;
-    for (int b = 0; b < t->B; b++) {
-        const float *x = dpoi_train_text_at(t, t->want[b], missing);
+    int     have, n = plan->count, missing = dpoi_train_missing(t, plan, &have);
+    if (missing < 0 || (missing > have && !dpoi_train_encode(t, have, missing))) return 0;
+    for (int b = 0; b < n; b++) {
+        const float *x = dpoi_train_text_at(t, plan->slot[b].text, missing);
         if (!x) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a text was lost");
         memcpy(t->emb + b*t->emb_count, x, (size_t)t->emb_count * sizeof *x);
         if (t->pooled_count)
-            memcpy(t->emb + t->B*t->emb_count + b*t->pooled_count, x + t->emb_count,
-                   (size_t)t->pooled_count * sizeof *x);
+            memcpy(t->emb + n*t->emb_count + b*t->pooled_count, x + t->emb_count, (size_t)t->pooled_count * sizeof *x);
     }
-    d->emb = dpoi_train_rows(t, 3, t->emb_shape, t->emb); /* winner and loser have one prompt */
+    d->emb = dpoi_train_rows(t, n, 3, t->emb_shape, t->emb);              /* winner and loser have one prompt */
     pooled_shape[0] = 1;
     pooled_shape[1] = t->pooled_count;
-    if (t->pooled_count) d->pooled = dpoi_train_rows(t, 2, pooled_shape, t->emb + t->B*t->emb_count);
-    if (t->info.time_ids) d->time_ids = dpoi_time_ids(t->c, t->N, t->info.time_ids, t->d.height, t->d.width);
+    if (t->pooled_count) d->pooled = dpoi_train_rows(t, n, 2, pooled_shape, t->emb + n*t->emb_count);
     return dpoi_ok(t->c);
 }
 
 /* The same with the text encoder's weights on the tape.
    No cache: the weights change with every step.  Only for DPO_SFT, so that N = B. */
-static int dpoi_train_text_forward(dpo_trainer *t, dpo_draw *d)
+static int dpoi_train_text_forward(dpo_trainer *t, const dpoi_lot *plan, dpo_draw *d)
 {
-    for (int b = 0; b < t->B; b++) t->prompts[b] = t->text[t->want[b]].prompt;
-    d->emb = dpo_encode_text(t->m, t->prompts, t->B, &d->pooled);
-    if (t->info.time_ids) d->time_ids = dpoi_time_ids(t->c, t->N, t->info.time_ids, t->d.height, t->d.width);
+    for (int b = 0; b < plan->count; b++) t->prompts[b] = t->text[plan->slot[b].text].prompt;
+    d->emb = dpo_encode_text(t->m, t->prompts, plan->count, &d->pooled);
     return d->emb != NULL;
 }
 
-/* Everything that the loss needs of a micro-batch: x0, noise [N,H,W,3], t [N], text [N,T,D], weight [B].
-   Three uploads of plain arrays; noise never exists on the host. */
-static int dpoi_train_draw(dpo_trainer *t, int micro, dpo_draw *d)
+/* ------------------------------------------------------------------------------------------ everything at once */
+
+/* Text i into memory or the folder. */
+static int dpoi_train_encode_text(dpo_trainer *t, int32_t i)
 {
-    int64_t shape[3], n[1];
-    memset(d, 0, sizeof *d);
-    for (int b = 0; b < t->B; b++)
-        if (!dpoi_train_slot(t, micro, b)) return 0;
-    shape[0] = t->d.height; shape[1] = t->d.width; shape[2] = 3;
-    d->x0 = dpo_from_rgb(t->c, t->rgb, t->N, t->d.height, t->d.width);
-    n[0] = t->N;
-    d->t = dpo_tensor_from(t->c, DPO_I32, 1, n, t->t);
-    d->noise = dpo_randn(t->c, t->d.seed, DPOI_RANDOM_NOISE, (uint32_t)t->steps_done,
-                         dpo_tensor_from(t->c, DPO_I32, 1, n, t->key), 3, shape);
-    n[0] = t->B;
-    d->weight = dpo_tensor_from(t->c, DPO_F32, 1, n, t->weight);
-    if (!d->noise || !d->weight) return 0;
-    return t->d.train_text ? dpoi_train_text_forward(t, d) : dpoi_train_emb(t, d);
+    dpo_key key;
+    if (t->text[i].emb) return 1;
+    key = dpoi_train_text_key(t, t->text[i].prompt);
+    if (t->cache && dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    t->missing[0] = i;
+    if (!dpoi_train_encode(t, 0, 1)) return 0;
+    if (t->text[i].emb || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
+    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all texts");
 }
+
+/* One picture of an entry, mirrored or not, likewise. */
+static int dpoi_train_encode_picture(dpo_trainer *t, int32_t entry, int which, int flip)
+{
+    const dpoi_sizes *b = &t->bucket[t->entry[entry].bucket];
+    dpoi_seat         s;
+    dpo_key           key;
+    int               k = t->each == 2 ? which : 0;
+    memset(&s, 0, sizeof s);
+    s.entry = entry;
+    s.which = which;
+    s.view[k].width = b->width;
+    s.view[k].height = b->height;
+    s.view[k].at_x = s.view[k].at_y = 0.5f;
+    s.view[k].flip = flip;
+    if (t->cache) {
+        if (!dpoi_train_latent_key(t, &s, k, &key)) return 0;
+        if (dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    }
+    if (!dpoi_train_picture(t, &s, k, 0)) return 0;
+    if (*dpoi_train_place(t, &s, k) || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
+    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all "
+                     "pictures");
+}
+
+/* What the run will ever ask of them, then the memory of the networks.  The model keeps their configurations. */
+static int dpoi_train_encode_all(dpo_trainer *t)
+{
+    dpo_model *m = t->m;
+    double     told = dpo_seconds();
+    if (!dpoi_has_latents(t))
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
+    for (int64_t i = 0; i < t->texts; i++)
+        if (!dpoi_train_encode_text(t, (int32_t)i)) return 0;
+    for (int64_t i = 0; i < t->entries; i++) {
+        int both = dpoi_duel_has(&t->entry[i].p->pair[t->entry[i].i], 1) && t->d.objective != DPO_SFT;
+        for (int k = 0; k < 2 * (both + 1); k++)          /* each picture as it is, then mirrored */
+            if ((k % 2 == 0 || t->d.flip) && !dpoi_train_encode_picture(t, (int32_t)i, k / 2, k % 2)) return 0;
+        if (dpo_seconds() - told < 10) continue;
+        told = dpo_seconds();
+        dpoi_log(t->c, DPO_LOG_INFO, "encoded pictures of %lld of %lld pairs", (long long)i + 1, (long long)t->entries);
+    }
+    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
+    dpoi_net_drop(m->vae);
+    return dpoi_ok(t->c);
+}
+
+/* ------------------------------------------------------------------------------------------ one micro-batch */
+
+/* SDXL's numbers beside the text for slot b, [ids]: of the chosen picture, for both. */
+static int dpoi_train_sizes_of(dpo_trainer *t, const dpoi_seat *s, float *v)
+{
+    const dpoi_entry_of *e = &t->entry[s->entry];
+    const dpo_window    *w = &s->view[0];
+    int                  width, height, left, top, which = dpoi_slot_which(t, s, 0);
+    v[0] = v[4] = (float)w->height;
+    v[1] = v[5] = (float)w->width;
+    v[2] = v[3] = 0;
+    if (t->d.real_sizes) {
+        if (!dpo_pairs_size(e->p, e->i, which, &width, &height)) return 0;
+        if (!dpo_window_place(w, width, height, &left, &top))
+            return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a picture of %dx%d has no view", width, height);
+        v[0] = (float)height;
+        v[1] = (float)width;
+        v[2] = (float)top;
+        v[3] = (float)left;
+    }
+    if (t->info.time_ids == 5) v[4] = 6;  /* the refiner: an aesthetic score in place of the target's size */
+    return 1;
+}
+
+static int dpoi_train_time_ids(dpo_trainer *t, const dpoi_lot *plan, dpo_draw *d)
+{
+    int64_t one[2];
+    float   v[6];
+    int     ids = t->info.time_ids;
+    if (!ids) return 1;
+    if (ids != 5 && ids != 6)
+        return dpoi_fail(t->c, DPO_UNSUPPORTED, "a UNet that reads %d time ids; 5 and 6 are supported", ids);
+    for (int b = 0; b < plan->count; b++) {
+        if (!dpoi_train_sizes_of(t, &plan->slot[b], v)) return 0;
+        memcpy(t->sizes + b*ids, v, (size_t)ids * sizeof *v);
+    }
+    one[0] = 1;
+    one[1] = ids;
+    return (d->time_ids = dpoi_train_rows(t, plan->count, 2, one, t->sizes)) != NULL;
+}
+
+/* noise [N,..], with an offset a channel, and what x_t is made with.  Extra noise is made of the pair's key, too: the
+   authors' script draws it before the pair shares its noise, so that winner and loser see different noise. */
+static int dpoi_train_noises(dpo_trainer *t, const dpoi_lot *plan, const int64_t *shape, dpo_draw *d)
+{
+    dpo_ctx    *c = t->c;
+    dpo_tensor *key = dpoi_train_ints(t, shape[0], t->key), *z;
+    int64_t     one[3];
+    d->noise = dpo_randn(c, t->d.seed, DPOI_RANDOM_NOISE, plan->stream, key, 3, shape + 1);
+    if (t->d.noise_offset > 0) {
+        one[0] = one[1] = 1;
+        one[2] = shape[3];
+        z = dpo_affine(c, dpo_randn(c, t->d.seed, DPOI_RANDOM_OFFSET, plan->stream, key, 3, one), t->d.noise_offset, 0);
+        d->noise = dpo_binary(c, DPO_ADD, d->noise, z);
+    }
+    if (t->d.input_perturbation > 0) {
+        z = dpo_randn(c, t->d.seed, DPOI_RANDOM_PERTURB, plan->stream, key, 3, shape + 1);
+        d->shown = dpo_binary(c, DPO_ADD, d->noise, dpo_affine(c, z, t->d.input_perturbation, 0));
+    }
+    return d->noise && (!(t->d.input_perturbation > 0) || d->shown);
+}
+
+/* Weight of slot b: the pair's own, and for DPO_SFT that of its timestep. */
+static float dpoi_train_weight(const dpo_trainer *t, const dpoi_seat *s)
+{
+    const dpoi_entry_of *e = &t->entry[s->entry];
+    return dpo_pairs_weight(e->p, e->i) * (t->weigh ? t->weigh[s->t] : 1);
+}
+
+/* 1 for a picture that was liked or chosen, -1 for the others. */
+static float dpoi_train_liked(const dpo_trainer *t, const dpoi_seat *s)
+{
+    const dpoi_entry_of *e = &t->entry[s->entry];
+    int                  liked = dpo_pairs_liked(e->p, e->i);
+    return liked ? (float)liked : s->which ? -1.0f : 1.0f;
+}
+
+/* Everything that the loss needs of a micro-batch: x0, noise [N,h,w,C], t [N], text [N,T,D], weight [B].
+   Uploads of plain arrays; noise never exists on the host. */
+static int dpoi_train_gather(dpo_trainer *t, dpoi_lot *plan, dpo_draw *d)
+{
+    int64_t shape[4], n = plan->count;
+    memset(d, 0, sizeof *d);
+    for (int i = 0; i < plan->count * t->each; i++) {     /* losers follow the winners, and share t and noise */
+        const dpoi_seat *s = &plan->slot[i % plan->count];
+        t->t[i] = s->t;
+        t->key[i] = (int32_t)s->key;
+        t->liked[i] = dpoi_train_liked(t, s);
+        if (i < plan->count) t->weight[i] = dpoi_train_weight(t, s);
+    }
+    if (!(d->x0 = dpoi_train_x0(t, plan, shape)) || !dpoi_train_noises(t, plan, shape, d)) return 0;
+    d->t = dpoi_train_ints(t, shape[0], t->t);
+    d->weight = dpo_tensor_from(t->c, DPO_F32, 1, &n, t->weight);
+    if (t->d.objective == DPO_KTO) d->liked = dpo_tensor_from(t->c, DPO_F32, 1, &n, t->liked);
+    if (!d->t || !d->weight || !dpoi_train_time_ids(t, plan, d)) return 0;
+    return t->d.train_text ? dpoi_train_text_forward(t, plan, d) : dpoi_train_emb(t, plan, d);
+}
+
+static dpo_objective dpoi_train_objective(const dpo_trainer *t)
+{
+    dpo_objective o;
+    memset(&o, 0, sizeof o);
+    o.objective = t->d.objective;
+    o.kind = t->d.kind;
+    o.beta = t->d.beta;
+    o.smoothing = t->d.smoothing;
+    o.checkpoint = t->d.checkpoint;
+    o.reference = t->d.reference;
+    o.safeguard = t->d.safeguard;
+    o.team = &t->d.team;
+    return o;
+}
+
+/* ------------------------------------------------------------------------------------------ the reference's errors
+
+   They depend on the pair, its views, text, t, noise, the reference's weights and what computes, and on nothing that is
+   trained: so they can be computed ahead, and a second run over the same draws, with another beta, say, finds them in
+   the cache's folder. */
+
+/* The tables of x_t and of the target. */
+static void dpoi_train_schedule_key(const dpo_trainer *t, dpo_hash *h)
+{
+    const dpo_schedule *s = dpo_model_schedule(t->m);
+    dpo_hash_int(h, s->T);
+    dpo_hash_int(h, s->beta_schedule);
+    dpo_hash_int(h, s->prediction);
+    dpo_hash_int(h, t->d.zero_snr || s->zero_terminal_snr);
+    dpo_hash_float(h, s->beta_start);
+    dpo_hash_float(h, s->beta_end);
+}
+
+/* The key of all that, for one slot. */
+static int dpoi_train_reference_key(dpo_trainer *t, const dpoi_lot *plan, const dpoi_seat *s, dpo_key *out)
+{
+    dpo_key  key = dpoi_train_text_key(t, t->text[s->text].prompt);
+    dpo_hash h;
+    float    sizes[6];
+    dpo_hash_begin(&h, "reference 1");
+    dpo_hash_bytes(&h, &t->unet_key, sizeof t->unet_key);
+    dpo_hash_bytes(&h, &key, sizeof key);
+    for (int k = 0; k < t->each; k++) {
+        if (!dpoi_train_latent_key(t, s, k, &key)) return 0;
+        dpo_hash_bytes(&h, &key, sizeof key);
+    }
+    memset(sizes, 0, sizeof sizes);
+    if (t->info.time_ids && !dpoi_train_sizes_of(t, s, sizes)) return 0;
+    for (int k = 0; k < 6; k++) dpo_hash_float(&h, sizes[k]);
+    dpo_hash_int(&h, (int64_t)t->d.seed);
+    dpo_hash_int(&h, plan->stream);
+    dpo_hash_int(&h, s->key);
+    dpo_hash_int(&h, s->t);
+    dpoi_train_schedule_key(t, &h);
+    dpo_hash_float(&h, t->d.noise_offset);
+    dpo_hash_float(&h, t->d.input_perturbation);
+    *out = dpo_hash_end(&h);
+    return 1;
+}
+
+/* All N errors of a plan from the folder into r; 0 if one is not there: the pass computes them all. */
+static int dpoi_train_reference_get(dpo_trainer *t, const dpoi_lot *plan, dpo_key *keys, float *r)
+{
+    int found = 1;
+    for (int b = 0; b < plan->count; b++) {
+        float e[2];
+        if (!dpoi_train_reference_key(t, plan, &plan->slot[b], &keys[b])) return 0;
+        if (!dpo_cache_get_floats(t->cache, &keys[b], e, t->each)) found = 0;
+        else for (int k = 0; k < t->each; k++) r[k*plan->count + b] = e[k];
+    }
+    if (found) memset(keys, 0, (size_t)plan->count * sizeof *keys);      /* nothing to put */
+    return found;
+}
+
+/* Put a micro-batch's errors r [N], but those whose key is zero: they came from there. */
+static void dpoi_train_reference_put(dpo_trainer *t, const dpo_key *keys, int count, const float *r)
+{
+    for (int b = 0; b < count; b++) {
+        float e[2];
+        if (!keys[b].word[0] && !keys[b].word[1]) continue;
+        for (int k = 0; k < t->each; k++) e[k] = r[k*count + b];
+        dpo_cache_put_floats(t->cache, &keys[b], e, t->each);
+    }
+}
+
+/* The known errors of a plan on the device, or NULL: then the loss computes them.  keys: [B] for those, or NULL. */
+static dpo_tensor *dpoi_train_known(dpo_trainer *t, const dpoi_lot *plan, dpo_key *keys)
+{
+    int64_t N = t->N, at = (plan->step * t->d.accumulation + plan->micro) * N;
+    float  *r = t->x0;                    /* uploaded already: free for this */
+    if (t->known && at + N <= t->known_count) return dpo_tensor_from(t->c, DPO_F32, 1, &N, t->known + at);
+    if (!t->cache || !keys || !dpoi_has_reference(t->d.objective)) return NULL;
+    return dpoi_train_reference_get(t, plan, keys, r) ? dpo_tensor_from(t->c, DPO_F32, 1, &N, r) : NULL;
+}
+
+/* A reference pass over a draw, to r [N] on the host. */
+static int dpoi_train_reference_run(dpo_trainer *t, const dpo_draw *d, int64_t N, float *r)
+{
+    dpo_tensor *xt = dpo_noise_add(t->noise, d->x0, d->shown ? d->shown : d->noise, d->t), *y;
+    dpo_tensor *target = dpo_noise_target(t->noise, d->x0, d->noise, d->t), *time = dpo_noise_time(t->noise, d->t);
+    if (!xt || !target || !time) return 0;
+    y = dpoi_reference_errors(dpo_model_unet(t->m), t->d.reference, d, xt, time, target);
+    return dpo_count(y) == N && dpo_read(y, r);
+}
+
+/* One micro-batch of what is computed ahead. */
+static int dpoi_train_ahead_one(dpo_trainer *t, int64_t step, int micro, float *r)
+{
+    dpoi_lot  *plan = &t->plan[0];
+    int64_t     scope = dpo_scope(t->c);
+    dpo_tensor *known;
+    dpo_draw    d;
+    int         ok;
+    dpoi_train_plan(t, plan, step, micro);
+    memset(t->ref_key, 0, (size_t)t->B * sizeof *t->ref_key);
+    known = dpoi_train_known(t, plan, t->ref_key);
+    if (known) ok = dpo_read(known, r);
+    else {
+        dpo_no_grad(t->c, 1);
+        ok = dpoi_train_gather(t, plan, &d) && dpoi_train_reference_run(t, &d, t->N, r);
+        dpo_no_grad(t->c, -1);
+        if (ok && t->cache) dpoi_train_reference_put(t, t->ref_key, t->B, r);
+    }
+    dpo_scope_end(t->c, scope, NULL);
+    return ok && dpoi_ok(t->c);
+}
+
+/* Every draw of the run is known from its seed: the reference sees them all before the first step, and the policy's
+   weights are then free to move.  The progress goes to the log. */
+static int dpoi_train_ahead(dpo_trainer *t)
+{
+    int64_t n = t->d.steps * t->d.accumulation;
+    float  *r;
+    double  told = dpo_seconds();
+    size_t  bytes;
+    dpo_held held;
+    if (!dpoi_mul((size_t)n, (size_t)t->N * sizeof *r, &bytes)) return dpoi_no_memory(t->c, (size_t)-1);
+    if (!(r = (float *)dpoi_calloc(t->c, (size_t)n * (size_t)t->N, sizeof *r))) return 0;
+    t->known = r;
+    t->known_count = 0;                   /* not to be read while it is made, */
+    for (int64_t k = 0; k < n; k++) {
+        if (!dpoi_train_ahead_one(t, k / t->d.accumulation, (int)(k % t->d.accumulation), r + k*t->N)) break;
+        if (dpo_seconds() - told < 10) continue;
+        told = dpo_seconds();
+        dpoi_log(t->c, DPO_LOG_INFO, "reference ahead: %lld of %lld micro-batches", (long long)k + 1, (long long)n);
+    }
+    t->plan[0].step = -1;
+    if (dpoi_ok(t->c)) dpo_train_held(t, &held);
+    t->known_count = n * t->N;            /* but always to be freed */
+    return dpoi_ok(t->c);
+}
+
+/* ------------------------------------------------------------------------------------------ one step */
 
 /* The step's figures stay on the device until it is over: policy, reference, inside, loss.
    Row of metrics: policy [N], reference [N], inside [B], loss [1]. */
@@ -23696,59 +25091,104 @@ static int dpoi_train_note(dpo_trainer *t, int micro, const dpo_terms *terms, co
     return ok && dpoi_copy_into(t->metrics, at + 2*t->N + t->B, loss);
 }
 
+/* The plan of this micro-batch, whose pictures are asked for, and of the next one, whose are read meanwhile. */
+static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int micro)
+{
+    int64_t next = micro + 1 < t->d.accumulation ? t->steps_done : t->steps_done + 1;
+    int     after = micro + 1 < t->d.accumulation ? micro + 1 : 0;
+    if (t->plan[t->now].step != t->steps_done || t->plan[t->now].micro != micro) t->now = !t->now;
+    dpoi_train_plan(t, &t->plan[t->now], t->steps_done, micro);
+    if (!dpoi_train_ask(t, t->now)) return NULL;
+    if (!t->loader || next >= t->d.steps) return &t->plan[t->now];
+    dpoi_train_plan(t, &t->plan[!t->now], next, after);
+    return dpoi_train_ask(t, !t->now) ? &t->plan[t->now] : NULL;
+}
+
 /* Forward and backward of one micro-batch; its gradients add to those of the ones before.  Dividing the loss by their
-   number makes the step that of one large batch.
+   number, over all processes, makes the step that of one large batch.
    terms->policy and the others are read by the copies before the scope ends. */
 static int dpoi_train_micro(dpo_trainer *t, int micro)
 {
     int64_t       scope = dpo_scope(t->c);
+    int           parts = t->d.accumulation * t->d.team.count, ok;
+    double        began = dpo_seconds();
     dpo_draw      d;
     dpo_terms     terms;
-    dpo_objective o;
+    dpo_objective o = dpoi_train_objective(t);
     dpo_tensor   *loss = NULL;
-    int           ok;
-    memset(&o, 0, sizeof o);
-    o.objective = t->d.objective;
-    o.kind = t->d.kind;
-    o.beta = t->d.beta;
-    o.smoothing = t->d.smoothing;
-    o.checkpoint = t->d.checkpoint;
-    o.reference = t->d.reference;
-    if (dpoi_train_draw(t, micro, &d))
-        loss = dpo_diffusion_loss(dpo_model_unet(t->m), t->noise, &d, &o, &terms);
+    dpo_key      *keys = t->ref_key + (int64_t)micro * t->B;
+    dpoi_lot    *plan = dpoi_train_plans(t, micro);
+    memset(keys, 0, (size_t)t->B * sizeof *keys);
+    if (plan && dpoi_train_gather(t, plan, &d)) {
+        memcpy(t->signs + (int64_t)micro * t->N, t->liked, (size_t)t->N * sizeof *t->signs);
+        d.reference = dpoi_train_known(t, plan, keys);
+        t->data += dpo_seconds() - began;
+        if (dpoi_ok(t->c)) loss = dpo_diffusion_loss(dpo_model_unet(t->m), t->noise, &d, &o, &terms);
+    }
     ok = loss && dpoi_train_note(t, micro, &terms, loss);
-    if (ok && t->d.accumulation > 1) loss = dpo_affine(t->c, loss, 1 / (float)t->d.accumulation, 0);
+    if (ok && parts > 1) loss = dpo_affine(t->c, loss, 1 / (float)parts, 0);
     ok = ok && dpo_backward(loss);
     dpo_scope_end(t->c, scope, NULL);     /* all but the parameters' gradients and the figures is free again */
     return ok;
 }
 
-/* ------------------------------------------------------------------------------------------ one step */
-
-/* Means over the figures of all micro-batches.
-   margin = mean of (R_w - L_w) - (R_l - L_l) = 2 inside/beta. */
-static void dpoi_train_means(const dpo_trainer *t, dpo_progress *p)
+/* Sums over all processes of every gradient, a parameter at a time, in the same order everywhere. */
+static int dpoi_train_reduce(dpo_trainer *t)
 {
-    double sum[5] = { 0, 0, 0, 0, 0 };    /* policy w, l, reference w, l, loss */
-    double inside = 0, right = 0, n = (double)t->B * t->d.accumulation;
+    for (int i = 0; i < t->count && t->d.team.count > 1; i++) {
+        dpo_tensor *g = t->params[i]->grad;
+        dpo_view    v = dpoi_view(g);
+        int64_t     n = (int64_t)(dpoi_view_bytes(&v) / sizeof(float));
+        if (!dpoi_reduce(t->c, &t->d.team, g->data, n, DPO_REDUCE_SUM)) return 0;
+    }
+    return 1;
+}
+
+enum { DPOI_SUM_W, DPOI_SUM_L, DPOI_SUM_REF_W, DPOI_SUM_REF_L, DPOI_SUM_WON, DPOI_SUM_LOST, DPOI_SUM_LOSS,
+       DPOI_SUM_RIGHT, DPOI_SUM_COUNT };
+
+/* Sums over the figures of all micro-batches: of pairs, or of pictures that were liked and not. */
+static void dpoi_train_sums(dpo_trainer *t, double *sum)
+{
     for (int k = 0; k < t->d.accumulation; k++) {
         const float *f = t->figures + (int64_t)k * t->row, *ref = f + t->N, *in = f + 2*t->N;
-        for (int b = 0; b < t->B; b++) {
-            sum[0] += f[b];
-            sum[2] += ref[b];
-            if (t->N > t->B) { sum[1] += f[t->B + b]; sum[3] += ref[t->B + b]; }
-            inside += in[b];
-            right += in[b] > 0;           /* 0 is not right: so the authors count */
+        for (int i = 0; i < t->N; i++) {
+            int lost = t->each == 2 ? i >= t->B : t->signs[(int64_t)k * t->N + i] < 0;
+            sum[lost ? DPOI_SUM_L : DPOI_SUM_W] += f[i];
+            sum[lost ? DPOI_SUM_REF_L : DPOI_SUM_REF_W] += ref[i];
+            sum[lost ? DPOI_SUM_LOST : DPOI_SUM_WON] += 1;
         }
-        sum[4] += in[t->B];
+        for (int b = 0; b < t->B; b++) sum[DPOI_SUM_RIGHT] += in[b] > 0;  /* 0 is not right: so the authors count */
+        sum[DPOI_SUM_LOSS] += in[t->B];
     }
-    p->policy_w = (float)(sum[0] / n);
-    p->policy_l = (float)(sum[1] / n);
-    p->reference_w = (float)(sum[2] / n);
-    p->reference_l = (float)(sum[3] / n);
-    p->loss = (float)(sum[4] / t->d.accumulation);
-    p->implicit_acc = (float)(right / n);
-    p->margin = t->d.beta > 0 ? (float)(2 * inside / n / t->d.beta) : 0;
+}
+
+/* Means over the figures of all micro-batches and processes.
+   margin = mean of (R_w - L_w) - (R_l - L_l), which for pairs is that of 2 inside/beta. */
+static int dpoi_train_means(dpo_trainer *t, dpo_progress *p)
+{
+    double sum[DPOI_SUM_COUNT], n = (double)t->B * t->d.accumulation * t->d.team.count, won, lost;
+    double limit = 1 + (double)t->d.degrading_limit;
+    memset(sum, 0, sizeof sum);
+    dpoi_train_sums(t, sum);
+    if (t->d.team.count > 1) {            /* floats: what is reduced is what kernels know */
+        float f[DPOI_SUM_COUNT];
+        for (int i = 0; i < DPOI_SUM_COUNT; i++) f[i] = (float)sum[i];
+        if (!dpoi_reduce(t->c, &t->d.team, f, DPOI_SUM_COUNT, DPO_REDUCE_SUM)) return 0;
+        for (int i = 0; i < DPOI_SUM_COUNT; i++) sum[i] = f[i];
+    }
+    won = sum[DPOI_SUM_WON] > 0 ? sum[DPOI_SUM_WON] : 1;
+    lost = sum[DPOI_SUM_LOST] > 0 ? sum[DPOI_SUM_LOST] : 1;
+    p->policy_w = (float)(sum[DPOI_SUM_W] / won);
+    p->policy_l = (float)(sum[DPOI_SUM_L] / lost);
+    p->reference_w = (float)(sum[DPOI_SUM_REF_W] / won);
+    p->reference_l = (float)(sum[DPOI_SUM_REF_L] / lost);
+    p->loss = (float)(sum[DPOI_SUM_LOSS] / (t->d.accumulation * t->d.team.count));
+    p->implicit_acc = (float)(sum[DPOI_SUM_RIGHT] / n);
+    p->margin = (float)((sum[DPOI_SUM_REF_W] - sum[DPOI_SUM_W]) / won - (sum[DPOI_SUM_REF_L] - sum[DPOI_SUM_L]) / lost);
+    p->degrading = t->d.degrading_limit > 0 && t->d.objective == DPO_DPO && p->policy_w > limit * p->reference_w &&
+                   p->policy_l > limit * p->reference_l;
+    return 1;
 }
 
 /* The one place where a step waits for the device.
@@ -23756,18 +25196,27 @@ static void dpoi_train_means(const dpo_trainer *t, dpo_progress *p)
 static int dpoi_train_report(dpo_trainer *t, double started, float lr, dpo_progress *p)
 {
     double now;
-    memset(p, 0, sizeof *p);
     if (!dpo_read(t->metrics, t->figures) || !dpo_optim_read(t->o, &p->grad_norm, &p->skipped)) return 0;
+    for (int k = 0; k < t->d.accumulation && t->cache; k++)
+        dpoi_train_reference_put(t, t->ref_key + (int64_t)k * t->B, t->B, t->figures + (int64_t)k * t->row + t->N);
     now = dpo_seconds();
-    dpoi_train_means(t, p);
+    if (!dpoi_train_means(t, p)) return 0;
     p->step = t->steps_done;
     p->steps = t->d.steps;
-    p->pairs = t->steps_done * t->d.accumulation * t->B;
+    p->pairs = t->steps_done * t->d.accumulation * t->B * t->d.team.count;
     p->lr = lr;
     p->seconds = now - t->began;
     /* a clock may stand still between two readings */
-    p->pairs_per_second = now > started ? (double)t->B * t->d.accumulation / (now - started) : 0;
+    p->pairs_per_second = now > started ? (double)t->B * t->d.accumulation * t->d.team.count / (now - started) : 0;
     p->memory = dpo_memory_peak(t->c, 0);
+    p->left_out = p->skipped > t->skipped;
+    t->skipped = p->skipped;
+    p->seconds_data = t->data;
+    p->encoded = t->encoded;
+    p->cached = t->cached;
+    if (p->left_out)
+        dpoi_log(t->c, DPO_LOG_WARNING, "step %lld was left out: its loss or gradient is not finite (%lld so far)",
+                 (long long)p->step, (long long)p->skipped);
     return 1;
 }
 
@@ -23787,32 +25236,57 @@ static int dpoi_train_ready(dpo_trainer *t)
     return !t->stopped && t->steps_done < t->d.steps;
 }
 
-/* All that the device does in a step, from draws to weights.
-   The learning rate is that of the number of steps done before, 0 at the first. */
+/* The learning rate of the step that comes, 0 the first. */
+static float dpoi_train_rate(const dpo_trainer *t)
+{
+    dpo_lr_desc d;
+    d.kind = t->d.lr_schedule;
+    d.lr = t->d.lr;
+    d.warmup = t->d.warmup;
+    d.steps = t->d.steps;
+    d.cycles = t->d.lr_cycles;
+    d.power = t->d.lr_power;
+    d.end = t->d.lr_end;
+    return dpo_lr_at(&d, t->steps_done);
+}
+
+/* Reduce, clip, update, average: what cannot be done twice. */
 static int dpoi_train_update(dpo_trainer *t, float lr)
 {
     float decay = dpo_average_decay(t->steps_done, t->d.average);
-    for (int k = 0; k < t->d.accumulation; k++)
-        if (!dpoi_train_micro(t, k)) return 0;
-    t->phase = DPOI_UPDATE;
     if (!dpo_optim_step(t->o, lr)) return 0;
     return !t->average || dpo_average(t->c, t->average, t->params, t->count, decay);
 }
 
-/* The figures are read only after the whole step was handed to the device. */
+/* All that the device does in a step, from draws to weights; *updating: when the gradients were there. */
+static int dpoi_train_work(dpo_trainer *t, float lr, double *updating)
+{
+    for (int k = 0; k < t->d.accumulation; k++)
+        if (!dpoi_train_micro(t, k)) return 0;
+    *updating = dpo_seconds();
+    if (!dpoi_train_reduce(t)) return 0;
+    t->phase = DPOI_UPDATE;
+    return dpoi_train_update(t, lr);
+}
+
+/* The figures are read only after the whole step was handed to the device.
+   The learning rate is that of the number of steps done before, 0 at the first. */
 DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
     dpo_progress p;
-    double       started = dpo_seconds();
+    double       started = dpo_seconds(), updating = started;
     float        lr;
     int          ok;
     if (!dpoi_train_ready(t)) return 0;
+    memset(&p, 0, sizeof p);
     t->phase = DPOI_GRADIENTS;
-    lr = dpo_lr(t->d.lr_schedule, t->d.lr, t->d.warmup, t->d.steps, t->steps_done);
-    ok = dpoi_device_step(t->c, 1) && dpoi_train_update(t, lr);
+    t->data = 0;
+    lr = dpoi_train_rate(t);
+    ok = dpoi_device_step(t->c, 1) && dpoi_train_work(t, lr, &updating);
     if (!dpoi_device_step(t->c, 0) || !ok) return 0;
     t->phase = DPOI_BETWEEN;
     t->steps_done++;
+    p.seconds_optimizer = dpo_seconds() - updating;
     if (!dpoi_train_report(t, started, lr, &p)) return 0;
     if (out) *out = p;                    /* before the callback: both see the same step */
     if (t->d.on_step && t->d.on_step(t->d.user, &p)) t->stopped = 1;
@@ -23830,30 +25304,207 @@ DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
     return dpo_train_end(t);
 }
 
+/* ------------------------------------------------------------------------------------------ held-out pairs */
+
+/* Up to B held-out items of one bucket, from `first` on, at range k of the timesteps; returns how many. */
+static int dpoi_held_plan(dpo_trainer *t, dpoi_lot *plan, int64_t first, int range)
+{
+    int T = t->noise->T;
+    plan->step = -1;
+    plan->count = 0;
+    plan->stream = 0x80000000u + (uint32_t)range;         /* no step of training has such a number */
+    plan->bucket = t->entry[t->held[first].entry].bucket;
+    for (int64_t i = first; i < t->helds && plan->count < t->B; i++) {
+        dpoi_seat *s = &plan->slot[plan->count];
+        uint32_t   u = dpoi_random_u32(t->d.seed, DPOI_RANDOM_HELD, (uint32_t)range, (uint32_t)i, 0);
+        if (t->entry[t->held[i].entry].bucket != plan->bucket) break;
+        memset(s, 0, sizeof *s);
+        s->entry = t->held[i].entry;
+        s->which = t->held[i].which;
+        s->key = (uint32_t)i;
+        s->text = t->entry[s->entry].text;
+        s->t = (int32_t)(((double)range + (double)u / 4294967296.0) / DPO_HELD_RANGES * T);
+        if (s->t >= T) s->t = T - 1;
+        for (int k = 0; k < t->each; k++) {               /* the centre, never mirrored */
+            s->view[k].width = t->bucket[plan->bucket].width;
+            s->view[k].height = t->bucket[plan->bucket].height;
+            s->view[k].at_x = s->view[k].at_y = 0.5f;
+        }
+        plan->count++;
+    }
+    return plan->count;
+}
+
+/* One batch: errors of both networks, [N], the reference's from the first time that it was asked. */
+static int dpoi_held_errors(dpo_trainer *t, dpoi_lot *plan, int64_t first, int range, float *L, float *R)
+{
+    int64_t      N = plan->count * t->each;
+    dpo_draw     d;
+    dpo_tensor  *xt, *target, *time;
+    float       *known = t->held_known + (range * t->helds + first) * 2;
+    int          ok = dpoi_train_gather(t, plan, &d);
+    if (!ok) return 0;
+    xt = dpo_noise_add(t->noise, d.x0, d.shown ? d.shown : d.noise, d.t);
+    target = dpo_noise_target(t->noise, d.x0, d.noise, d.t);
+    time = dpo_noise_time(t->noise, d.t);
+    if (!xt || !target || !time) return 0;
+    if (!dpo_read(dpoi_errors(dpo_model_unet(t->m), &d, xt, time, target, 0, 0, 0), L)) return 0;
+    if (known[0] == 0 && (t->d.rank || t->d.reference || (t->d.ahead && !t->known_count))) {  /* no real error is 0 */
+        dpo_tensor *y = dpoi_reference_errors(dpo_model_unet(t->m), t->d.reference, &d, xt, time, target);
+        if (dpo_count(y) != N || !dpo_read(y, R)) return 0;
+        memcpy(known, R, (size_t)N * sizeof *R);
+    }
+    memcpy(R, known, (size_t)N * sizeof *R);
+    return 1;
+}
+
+/* One batch's share of the result: for pairs inside > 0, for single pictures liked and gained, or not and lost. */
+static void dpoi_held_count(const dpo_trainer *t, const dpoi_lot *plan, int range, const float *L, const float *R,
+                            double *right, double *sum)
+{
+    int n = plan->count;
+    for (int b = 0; b < n; b++) {
+        double gain = (double)R[b] - L[b];
+        if (t->each == 2) gain -= (double)R[n + b] - L[n + b];
+        else gain *= dpoi_train_liked(t, &plan->slot[b]);
+        right[range] += gain > 0 ? 1 : gain == 0 ? 0.5 : 0;
+        sum[0] += L[b];
+        sum[2] += R[b];
+        if (t->each == 2) { sum[1] += L[n + b];  sum[3] += R[n + b]; }
+    }
+}
+
+/* All ranges of all held-out items, in batches of one bucket. */
+static int dpoi_held_run(dpo_trainer *t, double *right, double *sum)
+{
+    float *L = t->figures, *R = t->figures + t->N;        /* free between two steps */
+    for (int range = 0; range < DPO_HELD_RANGES; range++)
+        for (int64_t i = 0; i < t->helds; ) {
+            int64_t scope = dpo_scope(t->c);
+            int     n = dpoi_held_plan(t, &t->plan[t->now], i, range);
+            int     ok = dpoi_held_errors(t, &t->plan[t->now], i, range, L, R);
+            if (ok) dpoi_held_count(t, &t->plan[t->now], range, L, R, right, sum);
+            dpo_scope_end(t->c, scope, NULL);
+            if (!ok) return 0;
+            i += n;
+        }
+    return 1;
+}
+
+/* Where no reference is left, of all weights without DPO or KTO, its errors count as 0: who has the smaller error wins.
+   With `ahead` the reference is the policy before its first step: begin asks for it then. */
+DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
+{
+    double right[DPO_HELD_RANGES], sum[4], n, limit;
+    int    ok;
+    memset(right, 0, sizeof right);
+    memset(sum, 0, sizeof sum);
+    if (out) memset(out, 0, sizeof *out);
+    if (!t || !out || !dpoi_ok(t->c)) return 0;
+    if (!t->helds) return 1;
+    if (!t->held_known && !(t->held_known = (float *)dpoi_calloc(t->c, (size_t)t->helds * 2 * DPO_HELD_RANGES,
+                                                                 sizeof *t->held_known))) return 0;
+    dpo_no_grad(t->c, 1);
+    ok = dpoi_held_run(t, right, sum);
+    dpo_no_grad(t->c, -1);
+    t->plan[t->now].step = -1;
+    if (!ok) return 0;
+    out->pairs = t->helds;
+    n = (double)t->helds;
+    for (int k = 0; k < DPO_HELD_RANGES; k++) {
+        out->range[k] = (float)(right[k] / n);
+        out->accuracy += (float)(right[k] / n / DPO_HELD_RANGES);
+    }
+    out->policy_w = (float)(sum[0] / n / DPO_HELD_RANGES);
+    out->policy_l = (float)(sum[1] / n / DPO_HELD_RANGES);
+    out->reference_w = (float)(sum[2] / n / DPO_HELD_RANGES);
+    out->reference_l = (float)(sum[3] / n / DPO_HELD_RANGES);
+    limit = 1 + (double)t->d.degrading_limit;
+    out->degrading = t->d.degrading_limit > 0 && t->each == 2 && out->policy_w > limit * out->reference_w &&
+                     out->policy_l > limit * out->reference_l;
+    return 1;
+}
+
 /* ------------------------------------------------------------------------------------------ checkpoints
 
    output/checkpoint-500/state.safetensors      what a run needs to go on
    output/checkpoint-500/adapter.safetensors    what other programs load, if adapters are trained
    output/latest.txt                            the name of the last folder that is whole
    A run may be killed anywhere: a folder gets its name when all in it is on the disk, latest.txt changes after that,
-   and both changes are renames, which happen or do not. */
+   and both changes are renames, which happen or do not.  An old folder loses its name before its files. */
 
-enum { DPOI_RUN_KEYS = 5 };
+/* Settings that a checkpoint must have in common with the run that loads it: everything but the number of steps and
+   what changes no result.  'i' int, 'l' int64_t, 'f' float. */
+typedef struct dpoi_run_field { const char *name; char type; size_t at; } dpoi_run_field;
+#define DPOI_RUN_FIELD(type, field) { #field, type, offsetof(dpo_train_desc, field) }
+static const dpoi_run_field dpoi_run_fields[] = {
+    DPOI_RUN_FIELD('i', batch), DPOI_RUN_FIELD('i', objective), DPOI_RUN_FIELD('i', kind), DPOI_RUN_FIELD('f', beta),
+    DPOI_RUN_FIELD('f', smoothing), DPOI_RUN_FIELD('f', lr), DPOI_RUN_FIELD('i', lr_schedule),
+    DPOI_RUN_FIELD('l', warmup), DPOI_RUN_FIELD('f', lr_cycles), DPOI_RUN_FIELD('f', lr_power),
+    DPOI_RUN_FIELD('f', lr_end), DPOI_RUN_FIELD('i', optimizer), DPOI_RUN_FIELD('f', adamw.beta1),
+    DPOI_RUN_FIELD('f', adamw.beta2), DPOI_RUN_FIELD('f', adamw.eps), DPOI_RUN_FIELD('f', adamw.weight_decay),
+    DPOI_RUN_FIELD('f', adamw.max_norm), DPOI_RUN_FIELD('f', adafactor.weight_decay),
+    DPOI_RUN_FIELD('f', adafactor.max_norm), DPOI_RUN_FIELD('i', train_text), DPOI_RUN_FIELD('f', average),
+    DPOI_RUN_FIELD('f', empty_prompts), DPOI_RUN_FIELD('f', timestep_bias), DPOI_RUN_FIELD('i', flip),
+    DPOI_RUN_FIELD('i', width), DPOI_RUN_FIELD('i', height), DPOI_RUN_FIELD('f', min_snr),
+    DPOI_RUN_FIELD('f', safeguard), DPOI_RUN_FIELD('f', noise_offset), DPOI_RUN_FIELD('f', input_perturbation),
+    DPOI_RUN_FIELD('i', levels), DPOI_RUN_FIELD('i', t_limit), DPOI_RUN_FIELD('i', zero_snr),
+    DPOI_RUN_FIELD('i', random_crop), DPOI_RUN_FIELD('i', apart), DPOI_RUN_FIELD('i', bucket_step),
+    DPOI_RUN_FIELD('i', real_sizes), DPOI_RUN_FIELD('f', held_out)
+};
+enum { DPOI_RUN_FIELDS = sizeof dpoi_run_fields / sizeof *dpoi_run_fields, DPOI_RUN_KEYS = DPOI_RUN_FIELDS + 4 };
 
-/* What a checkpoint must have in common with the run that loads it: everything that the draws depend on.
-   31 characters hold any of the numbers. */
-typedef struct dpoi_run_keys { char text[DPOI_RUN_KEYS][32]; const char *meta[DPOI_RUN_KEYS][2]; } dpoi_run_keys;
+/* 39 characters hold any of the values. */
+typedef struct dpoi_run_keys { char text[DPOI_RUN_KEYS][40]; const char *meta[DPOI_RUN_KEYS][2]; } dpoi_run_keys;
 
-/* Not among them: learning rate, beta, steps.  A run may go on with others, as people do. */
+/* A field's value as text; a host's locale may write its floats with a comma. */
+static void dpoi_run_value(const dpo_train_desc *d, const dpoi_run_field *f, char out[40])
+{
+    const char *at = (const char *)d + f->at;
+    if (f->type == 'i')      snprintf(out, 40, "%d", *(const int *)(const void *)at);
+    else if (f->type == 'l') snprintf(out, 40, "%lld", (long long)*(const int64_t *)(const void *)at);
+    else                     snprintf(out, 40, "%.9g", (double)*(const float *)(const void *)at);
+    for (char *p = out; *p; p++) if (*p == ',') *p = '.';
+}
+
+/* Prompts, weights, signs and buckets of all pairs in their order: who adds a row has another run. */
+static dpo_key dpoi_train_data_key(const dpo_trainer *t)
+{
+    dpo_hash h;
+    dpo_hash_begin(&h, "data 1");
+    for (int64_t k = 0; k < t->entries; k++) {
+        const dpoi_entry_of *e = &t->entry[k];
+        dpo_hash_text(&h, dpo_pairs_prompt(e->p, e->i));
+        dpo_hash_float(&h, dpo_pairs_weight(e->p, e->i));
+        dpo_hash_int(&h, dpo_pairs_liked(e->p, e->i));
+        dpo_hash_int(&h, e->p == t->p);
+        dpo_hash_int(&h, t->bucket[e->bucket].width);
+        dpo_hash_int(&h, t->bucket[e->bucket].height);
+    }
+    return dpo_hash_end(&h);
+}
+
+static void dpoi_run_hex(const dpo_key *key, char out[40])
+{
+    snprintf(out, 40, "%08lx%08lx", (unsigned long)(key->word[0] >> 32), (unsigned long)(key->word[0] & 0xffffffffu));
+}
+
+/* What a checkpoint must have in common with the run that loads it.  A user's own seed and data first: those messages
+   help most. */
 static void dpoi_train_keys(const dpo_trainer *t, dpoi_run_keys *k)
 {
-    static const char *const names[DPOI_RUN_KEYS] = { "seed", "pairs", "batch", "accumulation", "objective" };
+    static const char *const names[4] = { "seed", "data", "model", "accumulation" };
+    dpo_key data = dpoi_train_data_key(t);
     snprintf(k->text[0], sizeof k->text[0], "%llu", (unsigned long long)t->d.seed);
-    snprintf(k->text[1], sizeof k->text[1], "%lld", (long long)t->pairs);
-    snprintf(k->text[2], sizeof k->text[2], "%d", t->d.batch);
-    snprintf(k->text[3], sizeof k->text[3], "%d", t->d.accumulation);
-    snprintf(k->text[4], sizeof k->text[4], "%d", t->d.objective);
-    for (int i = 0; i < DPOI_RUN_KEYS; i++) { k->meta[i][0] = names[i]; k->meta[i][1] = k->text[i]; }
+    dpoi_run_hex(&data, k->text[1]);
+    dpoi_run_hex(&t->unet_key, k->text[2]);
+    snprintf(k->text[3], sizeof k->text[3], "%d", t->d.accumulation * t->d.team.count);
+    for (int i = 0; i < 4; i++) k->meta[i][0] = names[i];
+    for (int i = 0; i < DPOI_RUN_FIELDS; i++) {
+        k->meta[4 + i][0] = dpoi_run_fields[i].name;
+        dpoi_run_value(&t->d, &dpoi_run_fields[i], k->text[4 + i]);
+    }
+    for (int i = 0; i < DPOI_RUN_KEYS; i++) k->meta[i][1] = k->text[i];
 }
 
 /* k must live as long as the state that is returned. */
@@ -23865,6 +25516,7 @@ static dpoi_state dpoi_train_state(dpo_trainer *t, dpoi_run_keys *k)
     s.average = t->average;
     s.meta = (const char *const (*)[2])k->meta;
     s.metas = DPOI_RUN_KEYS;
+    s.note = t->d.note;
     return s;
 }
 
@@ -23882,20 +25534,28 @@ static int dpoi_train_write(dpo_trainer *t, const char *folder)
     return ok;
 }
 
+/* name and more as one string. */
+static char *dpoi_with(dpo_ctx *c, const char *name, const char *more)
+{
+    size_t n = strlen(name), m = strlen(more);
+    char  *s = (char *)dpoi_calloc(c, n + m + 1, 1);
+    if (!s) return NULL;
+    memcpy(s, name, n);
+    memcpy(s + n, more, m);
+    return s;
+}
+
 /* folder.part, written and synced, becomes folder.  Where a folder of that name is already, from a run that was killed
    between two lines below, each of its files is replaced whole instead. */
 DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
 {
-    char  *part, *above;
-    size_t n;
-    int    ok, e = 0;
+    char *part, *above;
+    int   ok, e = 0;
     if (!t || !folder || !dpoi_ok(t->c)) return 0;
+    if (t->d.team.index) return 1;        /* all processes hold the same: the first one writes */
     if (dpoi_is_folder(folder)) return dpoi_train_write(t, folder);
     /* A .part that is there already is what a killed run left: its files are replaced. */
-    n = strlen(folder);
-    if (!(part = (char *)dpoi_calloc(t->c, n + 6, 1))) return 0;
-    memcpy(part, folder, n);
-    memcpy(part + n, ".part", 5);
+    if (!(part = dpoi_with(t->c, folder, ".part"))) return 0;
     ok = dpoi_mkdirs(t->c, part) && dpoi_train_write(t, part);
     if (ok && (e = dpoi_sys_rename(part, folder)) != 0) ok = dpoi_fail_io(t->c, "make the folder", folder, e);
     if (ok && (above = dpoi_folder_of(t->c, folder)) != NULL) {
@@ -23917,11 +25577,62 @@ DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
     s = dpoi_train_state(t, &k);
     ok = dpoi_state_load(&s, path);
     dpoi_strfree(t->c, path);
-    if (!ok) return 0;
+    if (!ok || !dpo_optim_read(t->o, NULL, &t->skipped)) return 0;
     t->steps_done = t->o->steps;
     t->phase = DPOI_GRADIENTS;            /* whatever gradients there are belong to no step of this state */
     t->stopped = 0;
     return ok;
+}
+
+/* What lies in `output`: the steps of whole checkpoints, and one folder that a kill left unfinished. */
+typedef struct dpoi_old { int64_t oldest, count, newest; char left[80]; } dpoi_old;
+
+static int dpoi_old_seen(void *user, const char *name)
+{
+    dpoi_old *o = (dpoi_old *)user;
+    int64_t   step = strncmp(name, "checkpoint-", 11) ? -1 : dpoi_whole(name + 11);
+    if (step >= 0) {
+        if (!o->count || step < o->oldest) o->oldest = step;
+        if (!o->count || step > o->newest) o->newest = step;
+        o->count++;
+    } else if (!strncmp(name, "checkpoint-", 11) && strlen(name) < sizeof o->left &&
+               (dpoi_ends_with(name, ".part") || dpoi_ends_with(name, ".gone")))
+        memcpy(o->left, name, strlen(name) + 1);
+    return 1;
+}
+
+/* Files of a folder that is going, by their names: another's are left, and the folder with them. */
+static void dpoi_old_empty(dpo_ctx *c, const char *folder)
+{
+    static const char *const names[] = { "state.safetensors", "adapter.safetensors", "state.safetensors.tmp",
+                                         "adapter.safetensors.tmp" };
+    for (int i = 0; i < 4; i++) {
+        char *path = dpoi_join(c, folder, names[i]);
+        if (path) dpoi_sys_remove(path);
+        dpoi_strfree(c, path);
+    }
+    dpoi_sys_remove_folder(folder);
+}
+
+/* Remove what a kill left, and the oldest checkpoints until `keep` are there.  What cannot be removed is left. */
+static void dpoi_train_tidy(dpo_trainer *t)
+{
+    dpo_ctx *c = t->c;
+    for (int k = 0; k < 1000 && dpoi_ok(c); k++) {
+        dpoi_old o;
+        char     name[64], *from, *to;
+        memset(&o, 0, sizeof o);
+        if (dpoi_sys_list(t->d.output, dpoi_old_seen, &o)) return;
+        if (!o.left[0] && (!t->d.keep || o.count <= t->d.keep || o.oldest == t->steps_done)) return;
+        snprintf(name, sizeof name, "checkpoint-%lld", (long long)o.oldest);
+        from = dpoi_join(c, t->d.output, o.left[0] ? o.left : name);
+        to = from && !o.left[0] ? dpoi_with(c, from, ".gone") : NULL;
+        if (to && !dpoi_sys_rename(from, to)) dpoi_old_empty(c, to);
+        else if (from && o.left[0]) dpoi_old_empty(c, from);
+        k += from && dpoi_is_folder(to ? to : from) ? 1000 : 0;   /* it would not go: do not try for ever */
+        dpoi_strfree(c, from);
+        dpoi_strfree(c, to);
+    }
 }
 
 /* output/checkpoint-STEP, and once it is whole its name in output/latest.txt. */
@@ -23929,22 +25640,28 @@ static int dpoi_train_checkpoint(dpo_trainer *t)
 {
     char  name[64], *folder, *latest;
     int   ok;
+    if (t->d.team.index) return 1;
     snprintf(name, sizeof name, "checkpoint-%lld", (long long)t->steps_done);
     folder = dpoi_join(t->c, t->d.output, name);
     latest = dpoi_join(t->c, t->d.output, "latest.txt");
     ok = folder && latest && dpo_train_save(t, folder) && dpoi_write_file(t->c, latest, name, strlen(name));
     dpoi_strfree(t->c, folder);
     dpoi_strfree(t->c, latest);
+    if (ok) dpoi_train_tidy(t);
     return ok;
 }
 
-/* Go on from the checkpoint that latest.txt names; without one the run starts at the beginning. */
+/* Go on from resume_from, or from the checkpoint that latest.txt names; without one the run starts at the beginning. */
 static int dpoi_train_resume(dpo_trainer *t)
 {
     dpo_ctx *c = t->c;
-    char    *latest = dpoi_join(c, t->d.output, "latest.txt"), *text = NULL, *folder = NULL;
+    char    *latest, *text = NULL, *folder = NULL;
     size_t   n = 0;
-    int      ok = latest != NULL;
+    int      ok;
+    if (t->d.resume_from) return dpo_train_load(t, t->d.resume_from);
+    if (!t->d.resume || !t->d.output) return 1;
+    latest = dpoi_join(c, t->d.output, "latest.txt");
+    ok = latest != NULL;
     if (ok && dpoi_exists(latest)) {      /* else: a new run */
         ok = dpoi_read_file(c, latest, 63, &text, &n);
         if (ok && (strncmp(text, "checkpoint-", 11) || dpoi_whole(text + 11) < 0))

@@ -364,16 +364,145 @@ static void test_adamw(dpo_ctx *c)
     dpo_param_free(x);
 }
 
+/* diffusers' get_scheduler, 40 steps of which 4 warm up, at steps 0, 1, 4, 5, 17, 30, 39. */
 static void test_rates(void)
 {
-    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 0), 0.5, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 3), 2, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 4, 100, 99), 2, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_LINEAR, 2, 0, 100, 25), 1.5, 1e-6);
-    CHECK_CLOSE(dpo_lr(DPO_LR_COSINE, 2, 0, 100, 50), 1, 1e-6);
+    static const int    at[7] = { 0, 1, 4, 5, 17, 30, 39 };
+    static const double want[DPO_LR_SCHEDULES][7] = {
+        { 0, 0.5, 2, 2, 2, 2, 2 },
+        { 0, 0.5, 2, 1.9444444444444444, 1.2777777777777777, 0.5555555555555556, 0.05555555555555555 },
+        { 0, 0.5, 2, 1.9961946980917455, 1.4226182617406995, 0.35721239031346064, 0.003805301908254455 },
+        { 0, 0.5, 2, 1.9659258262890682, 1.9659258262890682, 1.8660254037844388, 0.03407417371093191 },
+        { 0, 0.5, 2, 1.890432104243827, 0.8163580838734565, 0.15432107993827163, 0.0015433097993827174 } };
+    dpo_lr_desc d;
+    memset(&d, 0, sizeof d);
+    d.lr = 2;
+    d.warmup = 4;
+    d.steps = 40;
+    for (d.kind = 0; d.kind < DPO_LR_SCHEDULES; d.kind++) {
+        d.cycles = d.kind == DPO_LR_RESTARTS ? 3.0f : 0;
+        d.power = 2;
+        for (int k = 0; k < 7; k++) CHECK_CLOSE(dpo_lr_at(&d, at[k]), want[d.kind][k], 1e-6);
+    }
+    CHECK_CLOSE(dpo_lr(DPO_LR_CONSTANT, 2, 0, 100, 0), 2, 1e-6);
     CHECK_CLOSE(dpo_lr(DPO_LR_COSINE, 2, 0, 100, 100), 0, 1e-6);
     CHECK_CLOSE(dpo_average_decay(0, 0.99f), 0.1, 1e-6);
     CHECK_CLOSE(dpo_average_decay(100000, 0.99f), 0.99, 1e-6);
+}
+
+/* KTO and MaPO: loss and gradient as PyTorch computes them in double. */
+static void test_single_losses(dpo_ctx *c)
+{
+    static const float  L[6] = { 0.11f, 0.24f, 0.31f, 0.105f, 0.26f, 0.29f }, R[6] = { 0.12f, 0.23f, 0.33f, 0.10f, 0.25f, 0.30f };
+    static const float  s[6] = { 1, -1, 1, -1, 1, -1 }, w[6] = { 1, 2, 0.5f, 1, 1, 1 };
+    static const double kto[7] = { 0.43625750644429356, 3.631583229, -5.770159566, 1.051076877, -3.631583229, 2.885079783, -3.631583229 };
+    static const double mapo[7] = { 0.37768310778753783, 6.6601816, 0.798340147, 4.084339653, -6.332217543, -0.131217004, -3.931411814 };
+    int64_t six[1] = { 6 }, three[1] = { 3 };
+    for (int k = 0; k < 2; k++) {
+        int64_t      scope = dpo_scope(c);
+        const double *want = k ? mapo : kto;
+        dpo_tensor  *x = dpo_tensor_from(c, DPO_F32, 1, six, L), *inside, *loss;
+        float        y = 0, g[6] = { 0 }, in[6] = { 0 };
+        x->needs_grad = 1;
+        loss = k ? dpo_mapo_loss(c, x, dpo_tensor_from(c, DPO_F32, 1, three, w), 0.1f, &inside)
+                 : dpo_kto_loss(c, x, dpo_tensor_from(c, DPO_F32, 1, six, R), dpo_tensor_from(c, DPO_F32, 1, six, s),
+                                dpo_tensor_from(c, DPO_F32, 1, six, w), 100, NULL, &inside);
+        CHECK(loss && dpo_read(loss, &y) && dpo_read(inside, in) && dpo_backward(loss) && dpo_read(x->grad, g), "%s", why(c));
+        CHECK_CLOSE(y, want[0], 2e-6);
+        for (int i = 0; i < 6; i++) CHECK_CLOSE(g[i], want[1 + i], 2e-5);
+        for (int i = 0; i < (k ? 3 : 6); i++)   /* the sign says who is ranked right */
+            CHECK((in[i] > 0) == (k ? L[i] < L[3 + i] : s[i] * (R[i] - L[i] - 0.0025) > 0), "kind %d: inside %d is %g", k, i, in[i]);
+        dpo_scope_end(c, scope, NULL);
+    }
+    CHECK_CLOSE(dpo_min_snr(0.9f, DPO_EPSILON, 5), 5.0 / 9, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(0.5f, DPO_EPSILON, 5), 1, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(0.9f, DPO_V_PREDICTION, 5), 0.5, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(1, DPO_EPSILON, 5), 0, 1e-6);
+    CHECK_CLOSE(dpo_min_snr(0, DPO_V_PREDICTION, 5), 0, 1e-6);
+}
+
+/* The safeguard changes no value, and scales the gradient of each loser by its lambda. */
+static void test_safeguard(dpo_ctx *c)
+{
+    enum { B = 3, P = 10 };
+    float      y[2*B*P], g[2*B*P], plain[2*B*P], v[2*B];
+    uint64_t   state = 3;
+    int64_t    shape[2] = { 2*B, P }, scope = dpo_scope(c);
+    dpo_tensor *e, *L, *S;
+    for (int i = 0; i < 2*B*P; i++) y[i] = (float)test_normal(&state);
+    for (int i = 0; i < P; i++) y[(B + 1)*P + i] = -y[P + i] + 0.1f*y[i];      /* pair 1: against each other */
+    for (int i = 0; i < P; i++) y[(B + 2)*P + i] = 0.2f*y[2*P + i];            /* pair 2: along each other */
+    for (int k = 0; k < 2; k++) {
+        e = dpo_tensor_from(c, DPO_F32, 2, shape, y);
+        e->needs_grad = 1;
+        L = dpo_mse(c, e, dpo_tensor_new(c, DPO_F32, 2, shape));
+        dpo_no_grad(c, 1);
+        S = dpo_affine(c, e, 1, 0);
+        dpo_no_grad(c, -1);
+        if (k) L = dpoi_safeguard(c, S, L, 0.9f);
+        CHECK(dpo_read(L, v) && dpo_backward(dpo_sum(c, L, -1)) && dpo_read(e->grad, k ? g : plain), "%s", why(c));
+        for (int b = 0; b < 2*B; b++) {
+            double sum = 0;
+            for (int i = 0; i < P; i++) sum += (double)y[b*P + i]*y[b*P + i]/P;
+            CHECK_CLOSE(v[b], sum, 1e-5);
+        }
+    }
+    for (int b = 0; b < B; b++) {
+        double ww = 0, wl = 0, lambda;
+        for (int i = 0; i < P; i++) { ww += (double)y[b*P + i]*y[b*P + i];  wl += (double)y[b*P + i]*y[(B + b)*P + i]; }
+        lambda = wl > 0 ? fmin(1, 0.1*ww/wl) : 1;
+        for (int i = 0; i < P; i++) {
+            CHECK_CLOSE(g[b*P + i], plain[b*P + i], 1e-6);
+            CHECK_CLOSE(g[(B + b)*P + i], lambda*plain[(B + b)*P + i], 1e-5);
+        }
+    }
+    dpo_scope_end(c, scope, NULL);
+}
+
+/* Moments of 8 bits: a weight of 5000 numbers goes where AdamW takes it, and a state that was saved goes on to the bit. */
+static void test_adamw8(dpo_ctx *c)
+{
+    enum { N = 5003, STEPS = 60 };
+    int64_t        shape[1] = { N };
+    dpo_tensor    *x[3];
+    dpo_optim     *o[3];
+    dpo_adamw_desc d = { 0.9f, 0.999f, 1e-8f, 0.01f, 0 };
+    static float   w[3][N], g[N];
+    double         off = 0, moved = 0;
+    for (int k = 0; k < 3; k++) {
+        x[k] = dpo_param_new(c, DPO_F32, 1, shape, "x");
+        x[k]->needs_grad = 1;
+        for (int i = 0; i < N; i++) w[k][i] = (float)cos(i);
+        dpo_write(x[k], w[k]);
+    }
+    o[0] = dpo_adamw_new(c, &x[0], 1, &d);
+    o[1] = dpo_adamw8_new(c, &x[1], 1, &d);
+    o[2] = dpo_adamw8_new(c, &x[2], 1, &d);
+    for (int step = 1; step <= STEPS; step++)
+        for (int k = 0; k < 3; k++) {
+            uint64_t state = (uint64_t)step;
+            for (int i = 0; i < N; i++) {     /* sizes from 1e-4 to 1e-2 beside each other, signs that mostly stay */
+                double size = pow(10, (i % 64) / 32.0 - 4);
+                g[i] = (float)(size * (sin(i) + 0.7*test_normal(&state)));
+            }
+            if (k == 2 && step == 31) {
+                CHECK(dpo_optim_save(o[2], FOLDER "/adamw8.safetensors"), "%s", why(c));
+                dpo_optim_free(o[2]);
+                o[2] = dpo_adamw8_new(c, &x[2], 1, &d);
+                CHECK(dpo_optim_load(o[2], FOLDER "/adamw8.safetensors"), "%s", why(c));
+            }
+            set_grad(c, x[k], g);
+            CHECK(dpo_optim_step(o[k], 0.01f), "%s", why(c));
+        }
+    for (int k = 0; k < 3; k++) dpo_read(x[k], w[k]);
+    for (int i = 0; i < N; i++) {
+        off += fabs(w[1][i] - w[0][i]) / N;
+        moved += fabs(w[0][i] - cos(i)) / N;
+    }
+    CHECK(off < 0.06*moved && moved > 0.05, "8 bits: weights are %g off on average, which moved by %g", off, moved);
+    CHECK(!memcmp(w[1], w[2], sizeof w[1]), "8 bits: a state that was loaded goes on elsewhere");
+    CHECK(off > 0, "8 bits are not used");
+    for (int k = 0; k < 3; k++) { dpo_optim_free(o[k]); dpo_param_free(x[k]); }
 }
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------ */
@@ -576,6 +705,420 @@ static void test_sampling(void)
     dpo_close(c);
 }
 
+/* ---- the trainer's other ways ------------------------------------------------------------------------------------- */
+
+#define LATENTS "tests/golden/latents/pipeline"
+
+/* Bright against dark pictures of three shapes, in files where there is stb; liked: single pictures. */
+static dpo_pairs *shaped_pairs(dpo_ctx *c, int n, int single)
+{
+    static const int size[3][2] = { { 16, 16 }, { 32, 16 }, { 16, 24 } };
+    dpo_pairs *p = dpo_pairs_new(c);
+    for (int i = 0; i < n; i++) {
+        dpo_image a, b;
+        char      prompt[32];
+        snprintf(prompt, sizeof prompt, "thing %d", i);
+        if (!dpo_image_new(c, size[i % 3][0], size[i % 3][1], &a) || !dpo_image_new(c, size[i % 3][0], size[i % 3][1], &b)) return NULL;
+        fill_picture(&a, 2*i, 0);
+        fill_picture(&b, 2*i + 1, 1);
+        if (single) { dpo_pairs_add_single(p, prompt, &a, 1, 1); dpo_pairs_add_single(p, prompt, &b, 0, 1); }
+        else dpo_pairs_add(p, prompt, &a, &b, 1);
+        dpo_image_free(c, &a);
+        dpo_image_free(c, &b);
+    }
+    return p;
+}
+
+/* A run on a folder's model; w: its weights after it. */
+static dpo_progress run_on(const char *model, dpo_train_desc d, int single, numbers *w)
+{
+    dpo_ctx     *c = open_threads(1);
+    dpo_model   *m = dpo_model_load(c, model, DPO_F32);
+    dpo_trainer *t = dpo_train_begin(m, shaped_pairs(c, 9, single), &d);
+    dpo_progress e;
+    memset(&e, 0, sizeof e);
+    while (dpo_train_step(t, &e)) { }
+    CHECK(dpo_train_end(t), "objective %d: %s", d.objective, why(c));
+    if (w) *w = weights_of(m);
+    dpo_close(c);
+    return e;
+}
+
+static const char *fresh_folder(char *out, size_t size, const char *name)
+{
+    snprintf(out, size, FOLDER "/%s-%llu", name, (unsigned long long)(dpo_seconds() * 1e6));
+    return out;
+}
+
+/* A model of latents in buckets: what is kept in a folder changes no bit, and leaves nothing to encode. */
+static void test_latents(void)
+{
+    char           folder[96];
+    dpo_train_desc d = small_run(2);
+    dpo_progress   e[3];
+    numbers        w[3];
+    d.width = d.height = 16;
+    d.bucket_step = 8;
+    d.noise_offset = 0.1f;
+    d.input_perturbation = 0.1f;
+    d.beside = 1;
+    for (int k = 0; k < 3; k++) {
+        if (k) d.cache_folder = k == 1 ? fresh_folder(folder, sizeof folder, "cache") : folder;
+        e[k] = run_on(LATENTS, d, 0, &w[k]);
+    }
+    CHECK(same(w[0], w[1]) && same(w[0], w[2]), "a cache changed the weights");
+    CHECK(e[1].encoded > 10 && e[2].encoded == 0 && e[2].cached >= e[1].encoded, "%d encoded at first, %d the second time, %d cached",
+          (int)e[1].encoded, (int)e[2].encoded, (int)e[2].cached);
+    CHECK(e[0].loss == e[2].loss && e[0].reference_w == e[2].reference_w && e[0].reference_w > 0, "reference errors from the cache: %g, %g",
+          e[0].reference_w, e[2].reference_w);
+    for (int k = 0; k < 3; k++) free(w[k].v);
+    d.drop_encoders = 1;                  /* from the folder, then from memory alone: the same, in less memory */
+    for (int k = 1; k < 3; k++) {
+        if (k == 2) d.cache_folder = NULL;
+        e[k] = run_on(LATENTS, d, 0, &w[k]);
+        CHECK(e[k].loss == e[0].loss && e[k].memory < e[0].memory, "without encoders: loss %g, not %g; %zu bytes, not below %zu", e[k].loss,
+              e[0].loss, e[k].memory, e[0].memory);
+        free(w[k].v);
+    }
+    d.drop_encoders = 0;
+    d.beside = 0;
+    e[1] = run_on(LATENTS, d, 0, &w[1]);
+    CHECK(e[1].loss == e[0].loss, "the thread beside the step changed the loss");
+    free(w[1].v);
+}
+
+/* All weights: the reference's errors computed ahead are those of a second model. */
+static void test_ahead(void)
+{
+    numbers a, b, half, rest;
+    char    folder[96];
+    dpo_train_desc d = small_run(0);
+    dpo_progress   e, f;
+    d.lr = 1e-4f;
+    a = trained(1, d, &e);
+    d.ahead = 1;
+    b = trained(1, d, &f);
+    CHECK(same(a, b) && e.loss == f.loss && f.memory < e.memory, "ahead: loss %g, not %g; %zu bytes, not below %zu", f.loss, e.loss, f.memory, e.memory);
+    d.output = fresh_folder(folder, sizeof folder, "ahead");
+    d.resume = 1;
+    d.on_step = stop_at_two;
+    half = trained(1, d, NULL);
+    d.on_step = NULL;
+    rest = trained(1, d, NULL);
+    CHECK(!same(a, half) && same(a, rest), "ahead: a run that was resumed differs");
+    free(a.v); free(b.v); free(half.v); free(rest.v);
+}
+
+/* Every setting changes something: one that were ignored would not. */
+static void test_settings(void)
+{
+    dpo_train_desc d = small_run(2);
+    dpo_progress   base, e;
+    numbers        w, v;
+    d.width = 16;
+    d.height = 8;                         /* so that there is something to crop */
+    base = run_on(TINY, d, 0, &w);
+    for (int k = 0; k < 16; k++) {
+        dpo_train_desc x = d;
+        switch (k) {
+        case 0: x.noise_offset = 0.5f; break;
+        case 1: x.input_perturbation = 0.5f; break;
+        case 2: x.random_crop = 1; break;
+        case 3: x.apart = 1; break;
+        case 4: x.levels = 4; break;
+        case 5: x.t_limit = 200; break;
+        case 6: x.zero_snr = 1; break;
+        case 7: x.safeguard = 0.99f; break;
+        case 8: x.kind = DPO_PREF_HINGE; break;
+        case 9: x.smoothing = 0.2f; break;
+        case 10: x.optimizer = DPO_ADAFACTOR; break;
+        case 11: x.objective = DPO_MAPO; x.beta = 0.1f; break;
+        case 12: x.lr_schedule = DPO_LR_POLYNOMIAL; break;
+        case 13: x.bucket_step = 8; break;
+        case 14: x.objective = DPO_KTO; break;
+        default: x.objective = DPO_SFT; x.min_snr = 1; break;
+        }
+        e = run_on(TINY, x, 0, &v);
+        CHECK(!same(w, v) && v.n == w.n && e.skipped == 0 && e.loss == e.loss, "setting %d changed nothing, or too much: loss %g", k, e.loss);
+        CHECK(k != 4 || e.step == base.step, "levels");
+        free(v.v);
+    }
+    d.objective = DPO_SFT;
+    base = run_on(TINY, d, 0, NULL);
+    d.min_snr = 1;
+    e = run_on(TINY, d, 0, NULL);
+    CHECK(e.loss < base.loss, "min-SNR weights: loss %g, without %g", e.loss, base.loss);
+    free(w.v);
+}
+
+/* Single pictures: what was liked grows likelier. */
+static void test_kto(void)
+{
+    dpo_train_desc d = small_run(4);
+    dpo_progress   e;
+    d.objective = DPO_KTO;
+    d.beta = 2000;
+    d.steps = 30;
+    d.lr = 5e-3f;
+    d.batch = 6;
+    d.empty_prompts = 0;
+    e = run_on(TINY, d, 1, NULL);
+    CHECK(e.margin > 0 && e.implicit_acc > 0.6f && e.policy_l > e.reference_l - 1 && e.pairs == 30*12, "KTO: margin %g, accuracy %g", e.margin, e.implicit_acc);
+    d.objective = DPO_DPO;
+    {
+        dpo_ctx *c = open_threads(1);
+        CHECK(!dpo_train_begin(dpo_model_load(c, TINY, DPO_F32), shaped_pairs(c, 2, 1), &d) && strstr(why(c), "no rejected picture"), "%s", why(c));
+        dpo_close(c);
+    }
+}
+
+/* Held-out pairs: no prompt on both sides, the same answer each time, above one half after training. */
+static void test_held(void)
+{
+    dpo_train_desc d = small_run(4);
+    dpo_ctx       *c = open_threads(1);
+    dpo_trainer   *t;
+    dpo_held       before, again, after;
+    int64_t        pairs;
+    d.steps = 40;
+    d.lr = 2e-3f;
+    d.held_out = 0.4f;
+    d.degrading_limit = 0.5f;
+    t = dpo_train_begin(dpo_model_load(c, TINY, DPO_F32), shaped_pairs(c, 30, 0), &d);
+    CHECK(t && dpo_train_held(t, &before) && dpo_train_held(t, &again), "%s", why(c));
+    pairs = dpo_train_count(t);
+    CHECK(before.pairs + pairs == 30 && before.pairs > 5 && before.pairs < 20, "%d of 30 held out", (int)before.pairs);
+    CHECK(!memcmp(&before, &again, sizeof before) && before.accuracy == 0.5f, "held-out accuracy %g, again %g", before.accuracy, again.accuracy);
+    while (dpo_train_step(t, NULL)) { }
+    CHECK(dpo_train_held(t, &after) && after.accuracy > 0.7f && after.reference_w == before.reference_w && !after.degrading,
+          "held-out accuracy %g after training", after.accuracy);
+    CHECK(dpo_train_end(t), "%s", why(c));
+    dpo_close(c);
+}
+
+/* What a micro-batch is made of, by its formulas: noise + offset a channel, noise that is shown, dropped captions, levels,
+   crops; the winner's draws are the loser's. */
+static void test_draws(void)
+{
+    dpo_ctx       *c = open_threads(1);
+    dpo_train_desc d = small_run(2);
+    dpo_trainer   *t;
+    dpo_draw       e;
+    int64_t        scope = dpo_scope(c), shape[3] = { 8, 8, 3 }, one[3] = { 1, 1, 3 };
+    static float   noise[4*192], shown[4*192], x[4*192], y[4*192], z[4*3];
+    int            empty = 0, flips = 0, total = 0;
+    d.noise_offset = 0.25f;
+    d.input_perturbation = 0.5f;
+    d.levels = 4;
+    d.empty_prompts = 0.3f;
+    t = dpo_train_begin(dpo_model_load(c, TINY, DPO_F32), shaped_pairs(c, 9, 0), &d);
+    CHECK(t, "%s", why(c));
+    if (!t) { dpo_close(c); return; }
+    dpoi_train_plan(t, &t->plan[0], 3, 1);
+    CHECK(dpoi_train_gather(t, &t->plan[0], &e) && dpo_read(e.noise, noise) && dpo_read(e.shown, shown), "%s", why(c));
+    {
+        int64_t     n[1] = { 4 };
+        int32_t     keys[4] = { 2, 3, 2, 3 };             /* second micro-batch of two: samples 2 and 3 of their step */
+        dpo_tensor *k = dpo_tensor_from(c, DPO_I32, 1, n, keys);
+        CHECK(dpo_read(dpo_randn(c, d.seed, DPOI_RANDOM_NOISE, 3, k, 3, shape), x) &&
+              dpo_read(dpo_randn(c, d.seed, DPOI_RANDOM_OFFSET, 3, k, 3, one), z) &&
+              dpo_read(dpo_randn(c, d.seed, DPOI_RANDOM_PERTURB, 3, k, 3, shape), y), "%s", why(c));
+    }
+    for (int i = 0; i < 4*192; i++) {
+        CHECK_CLOSE(noise[i], x[i] + 0.25*z[i/192*3 + i%3], 1e-6);
+        CHECK_CLOSE(shown[i], noise[i] + 0.5*y[i], 1e-6);
+    }
+    CHECK(!memcmp(noise, noise + 2*192, 2*192*4) && !memcmp(shown, shown + 2*192, 2*192*4), "winner and loser see different noise");
+    for (int step = 0; step < 500; step++)
+        for (int micro = 0; micro < 2; micro++) {
+            dpoi_train_plan(t, &t->plan[0], step, micro);
+            for (int b = 0; b < 2; b++, total++) {
+                dpoi_seat *q = &t->plan[0].slot[b];
+                empty += q->text == 0;
+                flips += q->view[0].flip;
+                if (q->t % 250 != 249 || q->t < 249 || q->t > 999 || q->view[0].flip != q->view[1].flip) empty = -10000;
+            }
+        }
+    CHECK(abs(empty - 600) < 110 && abs(flips - 1000) < 120 && total == 2000, "of %d draws %d without caption, %d mirrored", total, empty, flips);
+    dpo_scope_end(c, scope, NULL);
+    dpo_train_end(t);
+    dpo_close(c);
+}
+
+/* A step whose loss is not finite changes nothing and is said. */
+static void test_left_out(void)
+{
+    dpo_ctx       *c = open_threads(1);
+    dpo_model     *m = dpo_model_load(c, TINY, DPO_F32);
+    dpo_pairs     *p = dpo_pairs_new(c);
+    dpo_train_desc d = small_run(2);
+    dpo_progress   e;
+    dpo_trainer   *t;
+    dpo_image      a, b;
+    numbers        before, after;
+    if (dpo_image_new(c, 8, 8, &a) && dpo_image_new(c, 8, 8, &b)) {
+        fill_picture(&a, 1, 0);
+        fill_picture(&b, 2, 1);
+        dpo_pairs_add(p, "x", &a, &b, 3e38f);
+    }
+    d.beta = 1e9f;
+    t = dpo_train_begin(m, p, &d);
+    before = weights_of(m);
+    CHECK(dpo_train_step(t, &e) && e.left_out && e.skipped == 1, "a step that is not finite: %d skipped, loss %g: %s", (int)e.skipped, e.loss, why(c));
+    after = weights_of(m);
+    CHECK(same(before, after), "it changed weights");
+    CHECK(dpo_train_end(t), "%s", why(c));
+    free(before.v); free(after.v);
+    dpo_close(c);
+}
+
+/* A team of two contexts in two threads, whose sums meet here. */
+#ifdef DPOI_THREADS
+typedef struct { dpoi_lock lock; dpoi_cond cond; const float *first; float sum[1 << 16]; int came, round, failed; } meeting;
+typedef struct { dpo_train_desc d; numbers w; dpo_progress last; meeting *at; } member;
+
+static int meet(void *user, void *data, int64_t count, int dtype, int op)
+{
+    member  *m = (member *)user;
+    meeting *a = m->at;
+    float   *x = (float *)data;
+    int      round;
+    if (dtype != DPO_F32 || op != DPO_REDUCE_SUM || count > 1 << 16) return 0;
+    dpoi_lock_take(&a->lock);
+    round = a->round;
+    for (int64_t i = 0; i < count; i++) a->sum[i] = (a->came ? a->sum[i] : 0) + x[i];
+    if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
+    else while (a->round == round) dpoi_cond_wait(&a->cond, &a->lock);
+    memcpy(x, a->sum, (size_t)count * sizeof *x);
+    a->first = NULL;
+    /* the sum must not be overwritten before both have it: a second meeting */
+    round = a->round;
+    if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
+    else while (a->round == round) dpoi_cond_wait(&a->cond, &a->lock);
+    dpoi_lock_give(&a->lock);
+    return 1;
+}
+
+static void member_run(void *arg)
+{
+    member *m = (member *)arg;
+    m->d.team.user = m;
+    m->last = run_on(TINY, m->d, m->d.objective == DPO_KTO, &m->w);
+}
+#endif
+
+/* The same global batch on one and on two processes gives the same training to rounding. */
+static void test_team(void)
+{
+#ifdef DPOI_THREADS
+    for (int kto = 0; kto < 2; kto++) {
+        static meeting    a;
+        static member     m[2];
+        dpoi_thread_start s[2];
+        dpoi_thread       th[2];
+        dpo_train_desc    d = small_run(kto ? 3 : 0);
+        numbers           alone;
+        dpo_progress      e;
+        double            off = 0, size = 0;
+        if (kto) { d.objective = DPO_KTO; d.accumulation = 1; d.batch = 4; }
+        else d.lr = 1e-4f;
+        e = run_on(TINY, d, kto, &alone);
+        memset(&a, 0, sizeof a);
+        dpoi_lock_open(&a.lock);
+        dpoi_cond_open(&a.cond);
+        if (kto) d.batch = 2;
+        else d.accumulation = 1;
+        d.team.count = 2;
+        d.team.reduce = meet;
+        for (int i = 0; i < 2; i++) {
+            m[i].d = d;
+            m[i].d.team.index = i;
+            m[i].at = &a;
+            s[i].fn = member_run;
+            s[i].arg = &m[i];
+        }
+        dpoi_thread_open(&th[0], &s[0]);
+        dpoi_thread_open(&th[1], &s[1]);
+        for (int i = 0; i < 2; i++) dpoi_thread_join(&th[i]);
+        CHECK(same(m[0].w, m[1].w), "two processes hold different weights");
+        for (int64_t i = 0; i < alone.n && m[0].w.n == alone.n; i++) { off += fabs(alone.v[i] - m[0].w.v[i]); size += fabs(alone.v[i]); }
+        CHECK(m[0].w.n == alone.n && off < 1e-4*size, "kto %d: two processes are %g off, of %g", kto, off, size);
+        CHECK(fabs(e.loss - m[0].last.loss) < 1e-3*fabs(e.loss) && m[0].last.loss == m[1].last.loss && m[1].last.pairs == e.pairs &&
+              fabs(e.implicit_acc - m[0].last.implicit_acc) < 1e-6, "kto %d: loss %g, alone %g", kto, m[0].last.loss, e.loss);
+        free(alone.v); free(m[0].w.v); free(m[1].w.v);
+        dpoi_cond_close(&a.cond);
+        dpoi_lock_close(&a.lock);
+    }
+#else
+    SKIP("a team of two: no threads");
+#endif
+}
+
+/* What is refused, and by which word it says why. */
+static void test_refused(void)
+{
+    char     folder[96];
+    dpo_ctx *c = open_threads(1);
+    dpo_model *m = dpo_model_load(c, TINY, DPO_F32);
+    dpo_train_desc d = small_run(2);
+    for (int k = 0; k < 10; k++) {
+        static const char *const words[10] = { "safeguard", "min-SNR", "label smoothing", "reference ahead", "levels", "multiples of",
+                                               "team", "held out", "out of range", "timesteps" };
+        dpo_train_desc x = d;
+        dpo_model     *of = m;
+        switch (k) {
+        case 0: x.objective = DPO_SFT; x.safeguard = 0.5f; break;
+        case 1: x.min_snr = 5; break;
+        case 2: x.kind = DPO_PREF_IPO; x.smoothing = 0.1f; break;
+        case 3: x.ahead = 1; break;
+        case 4: x.levels = 4; x.t_limit = 100; break;
+        case 5: x.width = 15; of = dpo_model_load(c, LATENTS, DPO_F32); break;
+        case 6: x.team.count = 2; break;
+        case 7: x.held_out = 0.9999f; x.rank = 0; break;
+        case 8: x.noise_offset = NAN; break;
+        default: x.t_limit = 5000; break;
+        }
+        CHECK(!dpo_train_begin(of, some_pairs(c, 4), &x) && strstr(why(c), words[k]), "refusal %d: %s", k, why(c));
+        dpo_clear_error(c);
+    }
+    d.output = fresh_folder(folder, sizeof folder, "refused");
+    d.resume = 1;
+    CHECK(dpo_train(m, some_pairs(c, 4), &d), "%s", why(c));
+    for (int k = 0; k < 4; k++) {
+        static const char *const words[4] = { "beta", "data", "model", "lr" };
+        dpo_train_desc x = d;
+        dpo_model     *of = m;
+        if (k == 0) x.beta = 5;
+        if (k == 2) of = dpo_model_create(c, TINY, 99);
+        if (k == 3) x.lr *= 2;
+        CHECK(!dpo_train_begin(of, some_pairs(c, k == 1 ? 5 : 4), &x) && strstr(why(c), "another run: its") && strstr(why(c), words[k]),
+              "another run %d: %s", k, why(c));
+        dpo_clear_error(c);
+    }
+    dpo_close(c);
+}
+
+/* Only the last two checkpoints stay, and what a kill left goes. */
+static void test_keep(void)
+{
+    char           folder[96], path[160];
+    dpo_ctx       *c = open_threads(1);
+    dpo_train_desc d = small_run(2);
+    d.output = fresh_folder(folder, sizeof folder, "keep");
+    d.save_every = 1;
+    d.keep = 2;
+    snprintf(path, sizeof path, "%s/checkpoint-9.part", folder);
+    CHECK(dpo_make_folder(c, path) && put(path, "state.safetensors", "half"), "%s", why(c));
+    CHECK(dpo_train(dpo_model_load(c, TINY, DPO_F32), some_pairs(c, 4), &d), "%s", why(c));
+    for (int k = 1; k <= 4; k++) {
+        snprintf(path, sizeof path, "%s/checkpoint-%d", folder, k);
+        CHECK(dpoi_is_folder(path) == (k > 2), "checkpoint %d of 4", k);
+    }
+    snprintf(path, sizeof path, "%s/checkpoint-9.part", folder);
+    CHECK(!dpoi_is_folder(path), "what a kill left is still there");
+    dpo_close(c);
+}
+
 /* Every objective makes its own loss smaller on one pair that it sees again and again. */
 static void test_objectives(void)
 {
@@ -772,6 +1315,9 @@ int main(int argc, char **argv)
     test_losses(c);
     test_adamw(c);
     test_rates();
+    test_single_losses(c);
+    test_safeguard(c);
+    test_adamw8(c);
     CHECK(!dpo_error(c), "%s", why(c));
     dpo_close(c);
     test_pairs();
@@ -781,6 +1327,16 @@ int main(int argc, char **argv)
     test_limits();
     test_sampling();
     test_objectives();
+    test_latents();
+    test_ahead();
+    test_settings();
+    test_kto();
+    test_held();
+    test_draws();
+    test_left_out();
+    test_team();
+    test_refused();
+    test_keep();
     test_memory();
     test_cancel();
     test_allocations(argc > 1 && !strcmp(argv[1], "every"));
