@@ -16834,17 +16834,19 @@ DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
    Mapped, then written whole or not at all: copying a file onto itself is safe. */
 static int dpoi_copy_file(dpo_ctx *c, const char *from, const char *to)
 {
-    dpoi_map map;
-    char    *folder;
-    int      ok;
+    dpoi_map  map;
+    dpoi_out *o;
+    char     *folder;
+    int       ok;
     if (!dpoi_exists(from)) return 1;
     if (!(folder = dpoi_folder_of(c, to))) return 0;
     ok = dpoi_mkdirs(c, folder) && dpoi_map_open(c, from, &map);
     dpoi_strfree(c, folder);
     if (!ok) return 0;
-    ok = dpoi_write_file(c, to, map.data, map.size);
-    dpoi_map_close(c, &map);
-    return ok;
+    o = dpoi_out_open(c, to);
+    if (o) dpoi_out_write(o, map.data, map.size);
+    dpoi_map_close(c, &map);              /* before the name changes hands: Windows replaces no file that is mapped */
+    return dpoi_out_commit(o);
 }
 
 /* Write folder/sub/name.
@@ -23954,7 +23956,8 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: lr, beta, empty_prompts, average, rank or alpha out of range");
     if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
         !(d->noise_offset >= 0 && d->noise_offset < 100) ||
-        !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
+        !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) ||
+        !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
         d->bucket_step < 0 || d->keep < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
                          "bucket_step or keep out of range");
