@@ -1,8 +1,8 @@
 /* diffdpo_cuda.cu - the backend of diffdpo.h for one NVIDIA GPU.  Public domain or MIT, see the end of diffdpo.h.
 
    BUILD     nvcc -O3 -arch=sm_90 -DDIFFDPO_CUDA program.c diffdpo_cuda.cu -lcublasLt -o program
-             sm_80 and newer; -gencode lines for several of them make a fat binary.  -DDIFFDPO_CUDNN -lcudnn lets cuDNN
-             do the 3x3 convolutions, -DDIFFDPO_NCCL -lnccl adds dpo_cuda_reduce.
+             CUDA 12 or newer, sm_80 or newer; -gencode lines for several of them make a fat binary.  -DDIFFDPO_CUDNN
+             -lcudnn lets cuDNN do the 3x3 convolutions, -DDIFFDPO_NCCL -lnccl adds dpo_cuda_reduce.
    USE       dpo_desc d = {0};  d.backend = dpo_cuda_open(0, DIFFDPO_VERSION);  dpo_ctx *c = dpo_open(&d);
              Without a usable device dpo_error(c) says why; a host that wants to go on opens another context without it.
    CPU       g++ -std=c++11 -DDIFFDPO_CUDA_STAND_IN -x c++ runs the same kernels on the CPU, see tests/cuda_stand_in.h.
@@ -1620,6 +1620,7 @@ static void dpoc_blas_loops(const dpoc_gemm &g)
 static int dpoc_blas(dpoc *d, const dpoc_gemm *gemm)
 {
     dpoc_gemm g = *gemm;
+    if (stand_in_state.no_products) return DPO_UNSUPPORTED;
     if (stand_in_denies(&stand_in_state.deny_product)) return dpoc_fail(d, DPO_DEVICE, "cublasLtMatmul", "denied");
     stand_in_do([=] { dpoc_blas_loops(g); });
     return DPO_OK;
@@ -1639,7 +1640,9 @@ typedef struct dpoc_plans { dpoc_plan at[DPOC_PLANS]; } dpoc_plans;
 /* cuBLASLt's own words for its statuses. */
 static int dpoc_blas_check(dpoc *d, cublasStatus_t s, const char *call)
 {
-    return s == CUBLAS_STATUS_SUCCESS ? DPO_OK : dpoc_fail(d, DPO_DEVICE, call, cublasLtGetStatusString(s));
+    if (s == CUBLAS_STATUS_SUCCESS) return DPO_OK;
+    return dpoc_fail(d, s == CUBLAS_STATUS_NOT_SUPPORTED ? DPO_UNSUPPORTED
+                     : DPO_DEVICE, call, cublasLtGetStatusString(s));
 }
 
 static int dpoc_blas_open(dpoc *d)
@@ -1778,12 +1781,42 @@ static int dpoc_blas(dpoc *d, const dpoc_gemm *g)
 }
 #endif
 
+/* For shapes that cuBLASLt has no kernel for (rows of an odd number of 16-bit numbers may be such): 16 x 16 numbers a
+   block, one a thread, from slices of 16.  Correct and slow. */
+enum { DPOC_SQUARE_SIDE = 16 };
+
+static __global__ void dpoc_gemm_kernel(dpoc_gemm g)
+{
+    __shared__ float as[DPOC_SQUARE_SIDE][DPOC_SQUARE_SIDE + 1], bs[DPOC_SQUARE_SIDE][DPOC_SQUARE_SIDE + 1];
+    int     ti = (int)threadIdx.x/DPOC_SQUARE_SIDE, tj = (int)threadIdx.x % DPOC_SQUARE_SIDE;
+    int64_t i = (int64_t)blockIdx.x*DPOC_SQUARE_SIDE + ti, j = (int64_t)blockIdx.y*DPOC_SQUARE_SIDE + tj,
+        at = i*g.n + j;
+    float   sum = 0;
+    for (int64_t k = 0; k < g.k; k += DPOC_SQUARE_SIDE) {
+        as[ti][tj] = i < g.m && k + tj < g.k ? dpoc_get(g.A, g.type, g.ta ? (k + tj)*g.m + i : i*g.k + k + tj) : 0;
+        bs[ti][tj] = j < g.n && k + ti < g.k ? dpoc_get(g.B, g.type, g.tb ? j*g.k + k + ti : (k + ti)*g.n + j) : 0;
+        __syncthreads();
+        for (int e = 0; e < DPOC_SQUARE_SIDE; e++) sum += as[ti][e]*bs[e][tj];
+        __syncthreads();
+    }
+    if (i >= g.m || j >= g.n) return;
+    sum *= g.alpha;
+    if (g.beta != 0) sum += g.beta*dpoc_get(g.D ? g.D : g.C, g.ctype, at);
+    if (g.bias)      sum += dpoc_get(g.bias, g.ctype, j);
+    dpoc_put(g.C, g.ctype, at, sum);
+}
+
 /* m, n, k as above; counted calls do nothing. */
 static void dpoc_product(dpoc_run *r, dpoc_gemm g)
 {
+    dim3 grid((unsigned)dpoc_pieces(g.m, DPOC_SQUARE_SIDE), (unsigned)dpoc_least(dpoc_pieces(g.n, DPOC_SQUARE_SIDE),
+            65535));
     if (r->counting || r->status != DPO_OK) return;
     g.tf32 = r->d->options[DPO_CUDA_TF32] != 0;
     r->status = dpoc_blas(r->d, &g);
+    if (r->status != DPO_UNSUPPORTED || g.n > (int64_t)65535*DPOC_SQUARE_SIDE) return;
+    r->status = DPO_OK;
+    DPOC_LAUNCH(r, dpoc_gemm_kernel, grid, DPOC_THREADS, (g));
 }
 
 /* ------------------------------------------------------------------------------------------ what follows a product */
@@ -2013,6 +2046,9 @@ template<int type> static __device__ __forceinline__ uint32_t dpoc_pair(float x,
     if (type == DPO_BF16) return dpoc_to_bf16(x) | (uint32_t)dpoc_to_bf16(y) << 16;
     return dpoc_to_f16(x) | (uint32_t)dpoc_to_f16(y) << 16;
 }
+
+/* wgmma and tcgen05, which reach further on sm_90 and sm_100, would each want a kernel of their own that nobody could
+   test without the device; mma.sync runs on all of them, and the stand-in knows what it computes. */
 
 /* A block computes 128 x 64 numbers from slices of 32 of the depth; each of its 8 warps 32 x 32 of them: 16 products of
    16x8x16 a slice for 8 loads of four words, which is what shared memory can feed.  Two slices take turns: the next one
@@ -3009,6 +3045,9 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else                  dpoc_attention_wide<type, 10>(r, *g);
 }
 
+/* Which of the kernels above takes a call is decided by its shape, its types and the options, never by what was there
+   before. */
+
 /* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  1 if it was done here: forward
    up to 160 channels, backward of BF16 up to 80, above which its sums no longer fit in registers. */
 static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
@@ -3167,6 +3206,8 @@ static void dpoc_op_clip(dpoc_run *r)
    AdamW and squares of gradients come as one call a tensor, hundreds in a row.  They are gathered, up to 64, and run as
    one launch when another call, a copy or the end of the step comes: see dpoc_flush.  A block takes a piece of
    DPOC_PIECE numbers, and finds its tensor by walking the sums of pieces: 64 steps beside 16384 numbers. */
+/* Passed by value: 64 tensors are 3 KB of the 4 KB that a kernel's arguments may have, and what is passed by value a
+   graph keeps without further ado. */
 typedef struct dpoc_many {
     int     count, op;                    /* tensors */
     float   beta1, beta2, eps, decay;     /* of AdamW */
@@ -3876,7 +3917,9 @@ static int dpoc_backend_run(void *self, const dpo_args *a)
     char      mail[16];
     int       status = dpoc_enter(d);
     if (status != DPO_OK) return status;
-    if (a->work_size < dpoc_workspace(self, a)) return dpoc_fail(d, DPO_BAD_ARGUMENT, "run", "too little scratch");
+    /* a call that is put off equals one that was checked */
+    if (!d->steps->deferring && a->work_size < dpoc_workspace(self, a)) return dpoc_fail(d, DPO_BAD_ARGUMENT, "run",
+            "too little scratch");
     if (!d->steps->active) return dpoc_execute(d, a);
     memset(&c, 0, sizeof c);
     c.a = *a;

@@ -13,7 +13,7 @@
 
 #ifdef STAND_IN
 typedef struct stand_in_control {         /* as in cuda_stand_in.h */
-    int    devices, driver, major, minor, backwards, deny_alloc, deny_launch, deny_product;
+    int    devices, driver, major, minor, backwards, deny_alloc, deny_launch, deny_product, no_products;
     size_t memory, used;
     int    allocs, launches, graphs;
 } stand_in_control;
@@ -343,6 +343,7 @@ static void check_types(uint64_t seed, int rounds)
             p[i].exact = 1;
 #ifdef STAND_IN
             stand_in()->backwards = i == 3;
+            stand_in()->no_products = i == 2;
 #endif
             run_probe(&p[i], kind);
         }
@@ -357,7 +358,7 @@ static void check_types(uint64_t seed, int rounds)
     dpo_close(cuda);
     dpo_close(simple);
 #ifdef STAND_IN
-    stand_in()->backwards = 0;
+    stand_in()->backwards = stand_in()->no_products = 0;
 #endif
 }
 
