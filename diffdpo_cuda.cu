@@ -2929,7 +2929,7 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
             (most[h] + log2f(total[h]))/DPOC_LOG2E;
         total[h] = 1/total[h];
     }
-    dpoc_spill_rows<chunks>(sum, total, g, g.y, type, q, g.T - own, 0);
+    dpoc_spill_rows<chunks>(sum, total, g, g.y, g.otype, q, g.T - own, 0);
 }
 
 /* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
@@ -3045,19 +3045,22 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else                  dpoc_attention_wide<type, 10>(r, *g);
 }
 
-/* Which of the kernels above takes a call is decided by its shape, its types and the options, never by what was there
-   before. */
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Can tensor cores take them, if
+   the numbers have 16 bits?  Forward up to 160 channels, backward up to 80, above which its sums no longer fit in
+   registers. Decided by shape and options, never by what was there before. */
+static int dpoc_attention_fits(const dpoc_run *r, const dpoc_attention *g)
+{
+    if (r->d->major < 8 || r->d->options[DPO_CUDA_PLAIN] || g->d % 8) return 0;
+    return g->d <= (r->a->backward ? 80 : 160);
+}
 
-/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  1 if it was done here: forward
-   up to 160 channels, backward of BF16 up to 80, above which its sums no longer fit in registers. */
+/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain. */
 static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = *attention;
-    int fits = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g.d % 8 == 0 && g.d <= 160 &&
-        g.type == g.otype &&
-               ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v) % 16 == 0;
-    if (!fits || (a->backward && (g.type != DPO_BF16 || g.d > 80))) return 0;
+    int             lines = ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v) % 16 == 0;
+    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && g.type != DPO_BF16)) return 0;
     if (!a->backward) {
         if (g.type == DPO_BF16) dpoc_attention_forward<DPO_BF16>(r, &g);
         else                    dpoc_attention_forward<DPO_F16>(r, &g);
@@ -3086,14 +3089,17 @@ static dpoc_attention dpoc_attention_of(const dpo_args *a)
     return g;
 }
 
-/* One type for q, k and v: that of q, as the layers give them; others are converted. */
+/* One type for q, k and v: that of q, or BF16 where factors that are F32 may be rounded; what has another is converted.
+   */
 static void dpoc_op_attention(dpoc_run *r)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = dpoc_attention_of(a);
     unsigned slices = (unsigned)(g.N*g.heads), strips = (unsigned)g.strips;
     g.type = a->in[0].dtype;
-    g.q = a->in[0].data;  g.k = dpoc_as(r, &a->in[1], g.type);  g.v = dpoc_as(r, &a->in[2], g.type);
+    if (g.type == DPO_F32 && r->d->options[DPO_CUDA_PRODUCTS] == DPO_BF16 && dpoc_attention_fits(r, &g)) g.type =
+        DPO_BF16;
+    g.q = dpoc_as(r, &a->in[0], g.type);  g.k = dpoc_as(r, &a->in[1], g.type);  g.v = dpoc_as(r, &a->in[2], g.type);
     if (a->backward) g.delta = (float *)dpoc_carve(r, (size_t)(g.N*g.heads*g.T)*sizeof(float));
     dim3 queries((unsigned)dpoc_pieces(g.T, DPOC_TILE)*slices, strips),
         keys((unsigned)dpoc_pieces(g.S, DPOC_TILE)*slices, strips);
