@@ -44,10 +44,12 @@
 
    CONTENTS   search for the tag
        >>manual      the model of the world, errors, memory, threads, macros, numbers, how to add an op
-       >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, train, backend
+       >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, cache, train,
+                     backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
                      tensor, tape, ops, backends, cpu, rows, kernels, products, amx, convolution, attention, open,
-                     nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, train
+                     nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, cache,
+                     train
        >>end         license
 
    LETTERS   N pictures or samples, B pairs, H,W height and width, C channels, T,S tokens, D width, I,O input and output
@@ -221,7 +223,7 @@ DPO_DEF double   dpo_seconds(void);                        /* a clock that only 
 struct dpo_tensor {
     int         rank, dtype;
     int64_t     shape[DPO_MAX_RANK];      /* axes beyond rank are 1 */
-    int         panel;                    /* 0, or weights of a product stored as panels (see dpo_view) */
+    int         panel, pairs;             /* 0, or weights of a product stored as panels (see dpo_view) */
     int         needs_grad;
     void       *data;
     dpo_tensor *grad;                     /* same shape and layout, F32; NULL until backward reached it */
@@ -832,12 +834,22 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
 
 typedef struct dpo_pairs dpo_pairs;
 
-/* A manifest has one JSON object a line, {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1} or
-   {"caption": .., "image_0": .., "image_1": .., "label_0": 1 | 0 | 0.5}; ties are dropped.  Paths are relative to the
-   manifest.  Every bad row goes to the log with its file and line; then the load fails.  Pictures are read when they
-   are needed first. */
+/* Rows, told apart by what they hold; names of fields are those of JSON and of a CSV's header line alike:
+     {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1}       a pair; without "rejected": one to imitate
+     {"caption": .., "image_0": .., "image_1": .., "label_0": 1 | 0 | 0.5}     as Pick-a-Pic has it; 0.5 is a tie
+     {"prompt": .., "images": [..], "rank": [..]}                              all pairs of different rank, 1 is the best
+     {"prompt": .., "file_path": [..], "human_preference": [1, 0]}             HPDv2; also "image_path" with "rank"
+     {"prompt": .., "image": "a.png", "liked": true | false}                   a single picture, for DPO_KTO
+   A file has one object a line (.jsonl), or all in one list (.json), or is CSV (RFC 4180; .tsv: tabs) with a header
+   line.  Paths are relative to the file; HPDv2's to the folder beside it that has its name.  A folder has w/ and l/ with
+   pictures of the same names, and captions NAME.txt (or .caption) beside either; or folders that are made so.
+   Ties are dropped and counted.  Every bad row goes to the log with its file and line; then the load fails.  Pictures
+   are read when they are needed first. */
 DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path);
 DPO_DEF dpo_pairs *dpo_pairs_new (dpo_ctx *c);
+
+/* The same, but bad rows are only logged, counted and left out: to look at data, see dpo_pairs_survey. */
+DPO_DEF dpo_pairs *dpo_pairs_load_good(dpo_ctx *c, const char *path);
 
 /* Add a pair; pixels and strings are copied.  rejected may be NULL for DPO_SFT.  weight 1 is usual. */
 DPO_DEF int dpo_pairs_add      (dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
@@ -845,10 +857,18 @@ DPO_DEF int dpo_pairs_add      (dpo_pairs *p, const char *prompt, const dpo_imag
 DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
                                 float weight);
 
+/* Add a single picture that was liked (1) or not (0).  It stands in the place of the chosen one. */
+DPO_DEF int dpo_pairs_add_single(dpo_pairs *p, const char *prompt, const dpo_image *picture, int liked, float weight);
+DPO_DEF int dpo_pairs_add_single_file(dpo_pairs *p, const char *prompt, const char *picture, int liked, float weight);
+
 DPO_DEF int64_t     dpo_pairs_count (const dpo_pairs *p);
-DPO_DEF int64_t     dpo_pairs_ties  (const dpo_pairs *p);                    /* rows that were dropped */
+DPO_DEF int64_t     dpo_pairs_ties  (const dpo_pairs *p);                    /* pairs that were dropped */
 DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i);
 DPO_DEF float       dpo_pairs_weight(const dpo_pairs *p, int64_t i);
+DPO_DEF int         dpo_pairs_liked (const dpo_pairs *p, int64_t i);         /* 0: a pair; single: 1 liked, -1 not */
+
+/* Where pair i comes from, for messages: "pairs.jsonl:17", "pair 16".  Returns out. */
+DPO_DEF const char *dpo_pairs_where (const dpo_pairs *p, int64_t i, char *out, size_t size);
 
 /* The two pictures fitted to width x height, [height,width,3] each, from the cache if they were asked for before.
    They belong to the pairs and stay valid until the next call.  rejected: NULL where the pair has none. */
@@ -856,6 +876,102 @@ DPO_DEF int  dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, co
                               const uint8_t **rejected);
 DPO_DEF int  dpo_pairs_check (dpo_pairs *p);           /* reads every header; bad ones to the log, then fails */
 DPO_DEF void dpo_pairs_free  (dpo_pairs *p);           /* else with the context */
+
+/* What there is, in numbers.  A picture that several rows name counts once; one from memory counts each time. */
+typedef struct dpo_pairs_counts {
+    int64_t rows, bad_rows, ties;         /* of the file or folder; a ranking is one row of many pairs and ties */
+    int64_t pairs, liked, disliked;       /* of two pictures; single ones */
+    int64_t pictures, unreadable;
+    int64_t different;                    /* pairs whose pictures differ in size */
+} dpo_pairs_counts;
+
+/* Reads every header, or with decode every picture whole.  What is wrong goes to the log with file and line, as errors
+   and, for pairs of different sizes, as warnings; the context does not fail for it. */
+DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out);
+
+/* ----------------------------------------------------------------------------------------------- views
+
+   which: 0 the chosen or single picture, 1 the rejected one. */
+
+/* A view of a picture: resized until it just covers width x height, as dpo_image_fit does, cut, then mirrored.
+   at: where the cut stands in what is left over, 0 .. 1 from the left and from the top; 0.5 is the centre. */
+typedef struct dpo_window { int width, height; float at_x, at_y; int flip; } dpo_window;
+
+/* rgb [height,width,3] is the caller's.  Reads and decodes the file at each call. */
+DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb);
+DPO_DEF int dpo_image_view(dpo_ctx *c, const dpo_image *x, const dpo_window *v, uint8_t *rgb);
+
+/* Pixels left of and above the cut in the resized picture: the crop coordinates that SDXL is told. */
+DPO_DEF int dpo_window_place(const dpo_window *v, int width, int height, int *left, int *top);
+
+DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height);     /* from its header */
+
+/* The bucket of a width x height picture: the size whose aspect ratio is closest, of all whose sides are multiples of
+   step from resolution/2 to 2 resolution, and whose area is at most resolution^2, as kohya's trainers make them.
+   step 0: resolution x resolution. */
+DPO_DEF int dpo_bucket(int width, int height, int resolution, int step, int *w, int *h);
+
+/* The bucket of a pair is that of its chosen picture.  Both pictures are resized and cut to it, each by itself, as the
+   authors' script does; where their sizes differ, both must cover the bucket without being enlarged, else the two
+   would differ in sharpness: that is an error with the row's file and line. */
+DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h);
+
+/* Reading beside the training step: views are asked for in advance, made on a thread of the loader's own in the order
+   of asking, and taken.  beside 0, or DIFFDPO_NO_THREADS: made when they are asked for, on the caller's thread.  The
+   thread takes its memory from malloc, as stb_image does, for the host's allocator is not called from other threads. */
+typedef struct dpo_loader dpo_loader;
+DPO_DEF dpo_loader *dpo_loader_new (dpo_pairs *p, int slots, int beside);
+
+/* Ask for a view into slot 0 .. slots-1.  What the slot held is gone; one that is still being made is waited for. */
+DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v);
+
+/* Wait for a slot: [height,width,3], valid until the slot is asked again, or NULL and the picture's error with its row's
+   file and line. */
+DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot);
+DPO_DEF void dpo_loader_free(dpo_loader *l);            /* else with the pairs */
+
+/* ==========================================================================================================
+   >>api cache                                                        what was computed before, kept in a folder
+   ========================================================================================================== */
+
+/* 128 bits that name content: MurmurHash3_x64_128 over everything that the content depends on.  Not for keeping
+   secrets: who wants two contents of one key can make them. */
+typedef struct dpo_key { uint64_t word[2]; } dpo_key;
+
+typedef struct dpo_hash {                 /* private: a key in the making */
+    uint64_t h[2], count;
+    uint8_t  tail[16];
+} dpo_hash;
+
+DPO_DEF void    dpo_hash_begin(dpo_hash *h, const char *purpose);   /* "latent 1": other purposes have other keys */
+DPO_DEF void    dpo_hash_bytes(dpo_hash *h, const void *p, size_t n);
+DPO_DEF void    dpo_hash_text (dpo_hash *h, const char *text);      /* and its length; NULL is not "" */
+DPO_DEF void    dpo_hash_int  (dpo_hash *h, int64_t x);
+DPO_DEF void    dpo_hash_float(dpo_hash *h, double x);              /* its bits; -0 is 0 */
+DPO_DEF dpo_key dpo_hash_end  (const dpo_hash *h);                  /* may go on after it */
+
+/* What is in the picture's file, or in its pixels if it came from memory: another content, another key.  A file is read
+   once, and again only when its size or time of change is another. */
+DPO_DEF int dpo_pairs_key(dpo_pairs *p, int64_t i, int which, dpo_key *out);
+
+/* A folder of records that are only ever appended.  Each process writes a file of its own, so that several may share
+   the folder; one that is killed at any moment loses the record that it was writing, at most.  Each record has
+   checksums: what is damaged counts as not there, and is made anew.  A folder that cannot be written any more is no
+   error either: the log says so once, and what is put is not kept. */
+typedef struct dpo_cache dpo_cache;
+DPO_DEF dpo_cache *dpo_cache_open (dpo_ctx *c, const char *folder);          /* made if it is missing */
+DPO_DEF void       dpo_cache_close(dpo_cache *cache);                        /* else with the context */
+DPO_DEF int64_t    dpo_cache_count(const dpo_cache *cache);                  /* keys that it has */
+DPO_DEF int        dpo_cache_has  (const dpo_cache *cache, const dpo_key *key);   /* in the index: get may find damage */
+
+/* n tensors, F32, F16 or BF16, under one key.  get: 1 and new tensors in the current scope; 0, without an error, if they
+   are not there, are not n, or are damaged.  put: 1 if they are kept; the last of a key holds. */
+DPO_DEF int dpo_cache_get(dpo_cache *cache, const dpo_key *key, dpo_tensor **out, int n);
+DPO_DEF int dpo_cache_put(dpo_cache *cache, const dpo_key *key, dpo_tensor *const *in, int n);
+
+/* The same for a few numbers on the host, such as a reference's two errors: 128 bytes of file for up to 16 floats. */
+DPO_DEF int dpo_cache_get_floats(dpo_cache *cache, const dpo_key *key, float *out, int n);
+DPO_DEF int dpo_cache_put_floats(dpo_cache *cache, const dpo_key *key, const float *in, int n);
 
 /* ==========================================================================================================
    >>api train                                                                 losses, one step, the whole loop
@@ -989,12 +1105,13 @@ DPO_DEF int dpo_train_average(dpo_trainer *t);
 
 /* What a kernel sees of a tensor.  panel == 0: dense, outermost axis first.  panel == P: weights [O,kh,kw,I] of a
    product, stored as [ceil(O/P)][kh*kw*I][P], that is P output channels side by side for each k = (ky*kw + kx)*I + i,
-   zeros where O ends: the order in which a product reads them, and the only copy there is. */
+   zeros where O ends: the order in which a product reads them, and the only copy there is.  With pairs, each two lines
+   of k are woven, [ceil(O/P)][K/2][P][2]. */
 typedef struct dpo_view {
     void   *data;                         /* NULL: this input was left out, or this result is not wanted */
     int     dtype, rank;
     int64_t shape[DPO_MAX_RANK];          /* axes beyond rank are 1 */
-    int     panel;
+    int     panel, pairs;
 } dpo_view;
 
 /* name, inputs, inputs that get a gradient (bits), what backward reads (bits: inputs, DPOI_OUT, DPOI_STAT).
@@ -1084,6 +1201,7 @@ struct dpo_backend {
     const char *name;
     void       *self;
     int         panel;                    /* P of dpo_view for weights of products; 0: dense */
+    int         pairs;                    /* 1: those of BF16 lie in pairs where their K is even */
     void       *(*alloc)  (void *self, size_t bytes);                    /* NULL: no memory; 64-byte aligned */
     void        (*release)(void *self, void *data, size_t bytes);
     int         (*copy)   (void *self, void *to, const void *from, size_t bytes, int direction);
@@ -1898,6 +2016,7 @@ static void dpoi_random_normals(const uint32_t x[4], float z[4])
 typedef HANDLE dpoi_fd;
 #elif (defined(__unix__) || defined(__APPLE__)) && !defined(DIFFDPO_NO_POSIX)
 #define DPOI_FILES_POSIX
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -2029,6 +2148,45 @@ static void dpoi_sys_unmap(void *data, size_t size) { (void)size; UnmapViewOfFil
 static void dpoi_sys_discard(const unsigned char *data, size_t n) { (void)data; (void)n; }   /* the system trims */
 #endif
 
+/* From the file's start. */
+static int dpoi_sys_seek(dpoi_fd f, uint64_t at)
+{
+    LARGE_INTEGER to;
+    to.QuadPart = (LONGLONG)at;
+    return SetFilePointerEx(f, to, NULL, FILE_BEGIN) ? 0 : (int)GetLastError();
+}
+
+/* A plain file's bytes, and a number that is another once it was changed. */
+static int dpoi_sys_stamp(const char *path, uint64_t *size, uint64_t *changed)
+{
+    WCHAR                     w[DPOI_WIN_PATH];
+    WIN32_FILE_ATTRIBUTE_DATA a;
+    if (!dpoi_wide(path, w)) return ERROR_INVALID_NAME;
+    if (!GetFileAttributesExW(w, GetFileExInfoStandard, &a)) return (int)GetLastError();
+    *size = (uint64_t)a.nFileSizeHigh << 32 | a.nFileSizeLow;
+    *changed = (uint64_t)a.ftLastWriteTime.dwHighDateTime << 32 | a.ftLastWriteTime.dwLowDateTime;
+    return 0;
+}
+
+/* Calls each(user, name) for what lies in the folder, in no order, until it returns 0. */
+static int dpoi_sys_list(const char *folder, int (*each)(void *user, const char *name), void *user)
+{
+    WCHAR            w[DPOI_WIN_PATH];
+    WIN32_FIND_DATAW d;
+    HANDLE           h;
+    size_t           n;
+    int              more = 1;
+    char             name[3 * MAX_PATH + 1];      /* a UTF-16 unit is three bytes of UTF-8 at most */
+    if (!dpoi_wide(folder, w) || (n = wcslen(w)) + 3 > DPOI_WIN_PATH) return ERROR_INVALID_NAME;
+    memcpy(w + n, L"\\*", 3 * sizeof *w);
+    if ((h = FindFirstFileW(w, &d)) == INVALID_HANDLE_VALUE) return (int)GetLastError();
+    do if (WideCharToMultiByte(CP_UTF8, 0, d.cFileName, -1, name, (int)sizeof name, NULL, NULL) > 0 &&
+           strcmp(name, ".") && strcmp(name, "..")) more = each(user, name);
+    while (more && FindNextFileW(h, &d));
+    FindClose(h);
+    return 0;
+}
+
 /* The cases that users meet; NULL for others, which are told by number. */
 static const char *dpoi_sys_reason(int e)
 {
@@ -2151,6 +2309,44 @@ static void dpoi_sys_discard(const unsigned char *data, size_t n)
 }
 #endif
 
+/* From the file's start. */
+static int dpoi_sys_seek(dpoi_fd f, uint64_t at)
+{
+    off_t to = (off_t)at;                 /* of 32 bits on some systems */
+    if (to < 0 || (uint64_t)to != at) return DPOI_ERROR_KIND;
+    return lseek(f, to, SEEK_SET) < 0 ? errno : 0;
+}
+
+/* A plain file's bytes, and a number that is another once it was changed or replaced: times can be as coarse as a
+   second, so that the file's own number joins in. */
+static int dpoi_sys_stamp(const char *path, uint64_t *size, uint64_t *changed)
+{
+    struct stat s;
+    if (stat(path, &s)) return errno;
+    if (!S_ISREG(s.st_mode)) return DPOI_ERROR_KIND;
+    *size = (uint64_t)s.st_size;
+    *changed = (uint64_t)s.st_mtime * 1000000000u + (uint64_t)s.st_ino * 0x9e3779b97f4a7c15u;
+#if defined(__APPLE__) && !defined(_POSIX_C_SOURCE)        /* which would hide it */
+    *changed += (uint64_t)s.st_mtimespec.tv_nsec;
+#elif defined(st_mtime)                   /* a macro where the finer time is there */
+    *changed += (uint64_t)s.st_mtim.tv_nsec;
+#endif
+    return 0;
+}
+
+/* Calls each(user, name) for what lies in the folder, in no order, until it returns 0. */
+static int dpoi_sys_list(const char *folder, int (*each)(void *user, const char *name), void *user)
+{
+    DIR           *d = opendir(folder);
+    struct dirent *e;
+    int            more = 1;
+    if (!d) return errno;
+    while (more && (e = readdir(d)) != NULL)
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) more = each(user, e->d_name);
+    closedir(d);
+    return 0;
+}
+
 /* In the user's words rather than strerror's, which speaks the host's locale and need not be thread-safe. */
 static const char *dpoi_sys_reason(int e)
 {
@@ -2210,6 +2406,17 @@ static int dpoi_sys_rename(const char *from, const char *to) { return rename(fro
 static void dpoi_sys_remove(const char *path) { remove(path); }
 static int dpoi_sys_mkdir(const char *path) { (void)path; return 1; }
 static void dpoi_sys_sync_folder(const char *folder) { (void)folder; }
+static int dpoi_sys_seek(dpoi_fd f, uint64_t at) { return at > LONG_MAX || fseek(f, (long)at, SEEK_SET) != 0; }
+static int dpoi_sys_stamp(const char *path, uint64_t *size, uint64_t *changed)
+{
+    (void)path; (void)size; (void)changed;
+    return 1;
+}
+static int dpoi_sys_list(const char *folder, int (*each)(void *user, const char *name), void *user)
+{
+    (void)folder; (void)each; (void)user;
+    return 1;
+}
 static const char *dpoi_sys_reason(int e) { return e == 1 ? "the system refused" : NULL; }
 #endif
 
@@ -5449,6 +5656,12 @@ static size_t dpoi_view_bytes(const dpo_view *v)
     return (size_t)(n * v->shape[1] * v->shape[2] * v->shape[3]) * dpoi_dtype_size(v->dtype);
 }
 
+/* Whether weights of K numbers an output lie in pairs there. */
+static int dpoi_paired(const dpo_backend *b, int panel, int dtype, int64_t K)
+{
+    return panel && b->pairs && dtype == DPO_BF16 && K % 2 == 0;
+}
+
 /* What a kernel sees of x; all zeros for NULL. */
 static dpo_view dpoi_view(const dpo_tensor *x)
 {
@@ -5459,6 +5672,7 @@ static dpo_view dpoi_view(const dpo_tensor *x)
     v.dtype = x->dtype;
     v.rank = x->rank;
     v.panel = x->panel;
+    v.pairs = x->pairs;
     memcpy(v.shape, x->shape, sizeof v.shape);
     return v;
 }
@@ -5503,6 +5717,7 @@ static int dpoi_set_shape(dpo_ctx *c, dpo_tensor *t, int dtype, int rank, const 
     t->rank = rank;
     t->dtype = dtype;
     t->panel = panel;
+    t->pairs = dpoi_paired(c->backend, panel, dtype, t->shape[1]*t->shape[2]*t->shape[3]);
     return 1;
 }
 
@@ -5705,7 +5920,7 @@ static void dpoi_move(void *to, const void *from, size_t size, const dpoi_axes *
 }
 
 /* n rows of K elements to the panels that hold them (up), or from there.  Columns behind the last row are left as they
-   are: the caller's zeros. */
+   are: the caller's zeros.  Pairs of two bytes each move as elements of four, of which there are half as many. */
 static void dpoi_panels_move(void *panels, void *rows, size_t size, int64_t n, int64_t K, int64_t P, int up)
 {
     dpoi_axes a;
@@ -5726,9 +5941,9 @@ static void dpoi_reorder(const dpo_view *v, void *bytes, void *values, int to_vi
 {
     int64_t O = v->shape[0], K = v->shape[1]*v->shape[2]*v->shape[3], P = v->panel;
     for (int64_t o = 0; o < O; o++) {
-        int64_t at = P ? o/P*K*P + o % P : o*K, step = P ? P : 1;
-        float  *x = (float *)values + o*K, *f = (float *)bytes;
-        for (int64_t k = 0; k < K; k++, at += step) {
+        float *x = (float *)values + o*K, *f = (float *)bytes;
+        for (int64_t k = 0; k < K; k++) {
+            int64_t at = !P ? o*K + k : v->pairs ? o/P*K*P + (k/2*P + o % P)*2 + k % 2 : (o/P*K + k)*P + o % P;
             uint16_t *h = (uint16_t *)bytes + at;
             if (dpoi_dtype_size(v->dtype) == 4) memcpy(to_view ? f + at : x + k, to_view ? x + k : f + at, 4);
             else if (to_view) dpoi_narrow(v->dtype, 1, x + k, h);
@@ -5774,10 +5989,10 @@ static int dpoi_ferry_run(dpoi_ferry *f, dpo_tensor *x, int64_t first, int64_t n
     char   *there = (char *)x->data + (size_t)(first*f->K) * f->size, *here = (char *)(P ? f->stage : f->rows);
     int     status;
     if (up && held > n) memset(f->stage, 0, bytes);
-    if (up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 1);
+    if (up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 1);
     status = b->copy(b->self, up ? there : here, up ? here : there, bytes, up ? DPO_COPY_UP : DPO_COPY_DOWN);
     if (status != DPO_OK) return dpoi_fail_device(x->ctx, "copying", bytes);
-    if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 0);
+    if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 0);
     return 1;
 }
 
@@ -7126,6 +7341,7 @@ static int dpoi_check_mirror(dpoi_check *k, const dpo_view *from, dpo_view *to)
     int          ok;
     *to = *from;
     if (from->panel) to->panel = o->panel;
+    to->pairs = dpoi_paired(o, to->panel, to->dtype, to->shape[1]*to->shape[2]*to->shape[3]);
     bytes = dpoi_view_bytes(to);
     to->data = o->alloc(o->self, bytes);
     raw = calloc(1, bytes);
@@ -8737,7 +8953,25 @@ static void dpoi_copy_piece(const dpoi_job *j, int64_t from, int64_t to)
         j->cpu->rows.narrow(y->dtype, n, tmp, q + i*ys);
     }
 }
-/* x [..] -> y [..] of the same layout; panels are repacked by the host, never here.
+/* Weights into pairs, or out of them: the same 32 numbers on both sides, [2][16] and [16][2]. */
+static void dpoi_copy_pairs(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpo_view *x = &j->a->in[0], *y = &j->a->out;
+    const char *p = (const char *)x->data + from*32*(int64_t)dpoi_dtype_size(x->dtype);
+    char *q = (char *)y->data + from*32*(int64_t)dpoi_dtype_size(y->dtype);
+    for (; from < to; from++, p += 32*dpoi_dtype_size(x->dtype), q += 32*dpoi_dtype_size(y->dtype)) {
+        float a[32], b[32];
+        if (x->dtype == DPO_F32) memcpy(a, p, sizeof a);
+        else j->cpu->rows.widen(x->dtype, 32, p, a);
+        for (int i = 0; i < 32; i++)
+            if (x->pairs) b[i % 2*16 + i/2] = a[i];
+            else          b[i] = a[i % 2*16 + i/2];
+        if (y->dtype == DPO_F32) memcpy(q, b, sizeof b);
+        else j->cpu->rows.narrow(y->dtype, 32, b, q);
+    }
+}
+
+/* x [..] -> y [..] of the same layout but for pairs; panels are repacked by the host, never here.
    I32 is only copied as I32. */
 static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
 {
@@ -8745,7 +8979,8 @@ static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
         cpu->why = "no copy between these layouts or types";
         return DPO_UNSUPPORTED;
     }
-    dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, NULL, dpoi_copy_piece);
+    if (a->in[0].pairs != a->out.pairs) dpoi_cut(cpu, a, dpoi_stored(&a->out)/32, 32, NULL, dpoi_copy_pairs);
+    else dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, NULL, dpoi_copy_piece);
     return DPO_OK;
 }
 /* Gradients are F32 on both sides: a copy or an addition. */
@@ -10087,6 +10322,7 @@ typedef struct dpoi_conv {
     float  *y, *work;
     const float *zero;                    /* as many zeros as the longest run of a pixel row */
     int     amx;                          /* products round their factors to BF16 */
+    int     pairs;                        /* w lies in pairs, [ceil(O/16)][K/2][16][2] */
     int     x_type, w_type, residual_type, y_type;         /* DPO_F32, or with amx DPO_BF16 */
     const dpo_args *a;
 } dpoi_conv;
@@ -10120,6 +10356,7 @@ static dpoi_conv dpoi_conv_of(const dpoi_cpu *cpu, const dpo_args *a)
     g.dy = (const float *)a->dout.data;  g.u = (const float *)a->stat.data;
     g.y  = (float *)a->out.data;         g.work = (float *)a->work;
     g.amx = dpoi_conv_rounds(cpu, a);
+    g.pairs = w->pairs;
     g.x_type = x->dtype;  g.w_type = w->dtype;  g.residual_type = a->in[4].dtype;
     g.y_type = a->backward ? DPO_F32 : y->dtype;
     g.a  = a;
@@ -10590,6 +10827,7 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
 typedef struct dpoi_source {
     const float *x, *w;                   /* [N,H,W,I], panels [K][16] */
     int     x_type, w_type;               /* DPO_F32, or for AMX DPO_BF16 */
+    int     paired;                       /* w lies in pairs, if not in whole tiles */
     const uint16_t *pairs;                /* for AMX: w in BF16, see >>impl amx; NULL: still to be made */
     int64_t H, W, I, kh, kw, stride, top, left, K;
 } dpoi_source;
@@ -10604,9 +10842,8 @@ typedef struct dpoi_cpu_product {
     int64_t N, Y, X, O, at_n, at_y, at_x;
     float  *y;
     const float *bias, *vec, *add, *zero; /* add: laid out as y, or y itself; zero: as many zeros as the longest run */
-    float  *room;                         /* for AMX: where pairs of weights are made, */
-    int     y_type, add_type;             /* other types than F32, */
-    float  *sums;                         /* and y in F32 until its last chunk, if it is BF16 */
+    float  *room;                         /* for AMX: scratch, see dpoi_conv_room, */
+    int     y_type, add_type;             /* and other types than F32 */
     int64_t M, panels, groups, block, blocks, span;        /* how the work is cut, see dpoi_product_run */
 } dpoi_cpu_product;
 
@@ -10767,6 +11004,9 @@ static void dpoi_product_run(dpoi_cpu_product *p)
     dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->groups, p->span), dpoi_product_task, p);
 }
 
+/* Weights in pairs serve as they lie where K ends with a tile, 32 values of k. */
+static int dpoi_whole_tiles(int64_t K) { return K % 32 == 0; }
+
 /* A product that reads x [N,H,W,I] through g's window; y is dense. */
 static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const float *x, const float *w, int64_t O,
                                         float *y)
@@ -10781,6 +11021,8 @@ static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const
     s->stride = g->stride;  s->top = g->top;  s->left = g->left;  s->K = g->K;
     s->x_type = x == g->x ? g->x_type : DPO_F32;
     s->w_type = w == g->w ? g->w_type : DPO_F32;
+    s->paired = w == g->w && g->pairs;
+    if (s->paired && dpoi_whole_tiles(g->K)) s->pairs = (const uint16_t *)(const void *)w;
     return p;
 }
 
@@ -11047,7 +11289,7 @@ static dpoi_axis dpoi_axis_of(int64_t a, int64_t pad, int64_t kernel, int64_t st
 /* The scratch holds one class at a time. */
 typedef struct dpoi_flip {
     const float *w;                       /* panels of [O,kh,kw,I] */
-    int     w_type;                       /* DPO_F32, or for AMX DPO_BF16 */
+    int     w_type, paired;               /* DPO_F32, or for AMX DPO_BF16; in pairs */
     float  *to;
     int64_t O, I, kw, K, stride;
     dpoi_axis y, x;
@@ -11079,9 +11321,10 @@ static void dpoi_flip_task(void *arg, int64_t task)
      c[i][j] += sum_{k < 16} a[i][2k] b[k][j][0] + a[i][2k+1] b[k][j][1]      a [16][32]  b [16][16][2]  c [16][16]
 
    so that b holds its numbers in pairs of k.  A product takes 32 pixels by two panels at a time, in four tiles of
-   sums: pixels are rounded into a buffer of the job, [k/32][2][16][32], once for all panels of the job, and weights
-   into pairs, [ceil(O/16)][k/2][16][2], once a call.  Sums run along k in one order: what a pixel gets does not depend
-   on its neighbours, on the batch, or on the threads. */
+   sums: a step of k loads four tiles for four products, and what comes from the second-level cache keeps up as long as
+   one of both sides lies in the first.  Weights come in pairs, [ceil(O/16)][k/2][16][2]: those of BF16 lie so (see
+   dpo_view), others are rounded into them once a call.  Sums run along k in one order: what a pixel gets does not
+   depend on its neighbours, on the batch, or on the threads. */
 
 #ifdef DPOI_SIMD_AMX
 
@@ -11090,9 +11333,6 @@ enum {
     DPOI_TILE_SIZE = 512,                 /* numbers in a tile of BF16 */
     DPOI_AMX_ROWS  = 32,                  /* pixels of one block: two tiles */
     DPOI_AMX_WIDE  = 32,                  /* channels of one block: two panels */
-    DPOI_AMX_STEPS = 20,                  /* tiles of k between two visits to y: 40 KiB of pixels */
-    DPOI_AMX_EXTRA = 2,                   /* and of the second source, if it shares the last chunk */
-    DPOI_AMX_SPAN  = 40,                  /* panels of a job: 800 KiB of weights a chunk stay in its cache */
     DPOI_AMX_JOB   = 40000000             /* multiplications and additions that are worth a job */
 };
 
@@ -11127,11 +11367,11 @@ static int64_t dpoi_amx_room(int64_t O, int64_t K)
 
    Tiles 0 to 3 are c[row tile][panel], 4 and 5 the two of a, 6 and 7 the two of b. */
 
-/* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; b's rows are b_row
-   bytes apart.  a[1] or b[1] may be NULL. */
+/* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; their rows are
+   a_row and b_row bytes apart.  a[1] or b[1] may be NULL. */
 typedef struct dpoi_amx_strip {
     const uint16_t *a[2], *b[2];
-    int64_t a_step, b_step, b_row, steps;
+    int64_t a_step, a_row, b_step, b_row, steps;
 } dpoi_amx_strip;
 
 /* `two` and `wide` are constants where this is inlined. */
@@ -11140,10 +11380,10 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two,
     const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1];
     for (int64_t k = 0; k < s->steps; k++) {
         _tile_loadd(6, b0, s->b_row);
-        _tile_loadd(4, a0, 64);
+        _tile_loadd(4, a0, s->a_row);
         _tile_dpbf16ps(0, 4, 6);
         if (wide) { _tile_loadd(7, b1, s->b_row);  _tile_dpbf16ps(1, 4, 7); }
-        if (two)  { _tile_loadd(5, a1, 64);        _tile_dpbf16ps(2, 5, 6); }
+        if (two)  { _tile_loadd(5, a1, s->a_row);        _tile_dpbf16ps(2, 5, 6); }
         if (two && wide) _tile_dpbf16ps(3, 5, 7);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
@@ -11209,7 +11449,7 @@ DPOI_AMX DPOI_INLINE __m512i dpoi_amx_pair(const float *x, const float *y, int t
 /* One panel of weights w [ceil(O/16)][K][16] as pairs. */
 typedef struct dpoi_amx_weights {
     const float *w;
-    int     type;
+    int     type, paired;
     uint16_t *to;
     int64_t K;
 } dpoi_amx_weights;
@@ -11217,7 +11457,13 @@ typedef struct dpoi_amx_weights {
 DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
 {
     const dpoi_amx_weights *p = (const dpoi_amx_weights *)arg;
-    uint16_t *to = p->to + panel*dpoi_amx_padded(p->K)*DPOI_PANEL;
+    int64_t size = dpoi_amx_padded(p->K)*DPOI_PANEL;
+    uint16_t *to = p->to + panel*size;
+    if (p->paired) {
+        memcpy(to, dpoi_amx_at(p->w, p->type, panel*p->K*DPOI_PANEL), (size_t)(p->K*DPOI_PANEL)*2);
+        memset(to + p->K*DPOI_PANEL, 0, (size_t)(size - p->K*DPOI_PANEL)*2);
+        return;
+    }
     for (int64_t k = 0; k < dpoi_amx_padded(p->K); k += 2, to += 2*DPOI_PANEL) {
         const float *w = dpoi_amx_at(p->w, p->type, (panel*p->K + k)*DPOI_PANEL);
         const float *high = k + 1 < p->K ? dpoi_amx_at(w, p->type, DPOI_PANEL) : NULL;
@@ -11225,22 +11471,152 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
     }
 }
 
-/* ------------------------------------------------------------------------------------------- products over pixels */
+/* ------------------------------------------------------------------------------------------- products over pixels
 
-/* The pixels of one block; place: where they lie in y. */
+   Pixels come to the tiles in one of three ways, the same for all panels of weights:
+
+     as they lie   a 1x1 kernel over BF16 whose channels fill tiles: 16 pixels are the rows of a tile
+     in slots      a larger kernel, stride 1: a copy in BF16, row after row with zeros between, so that place (ky,kx) of
+                   the kernel is a shift by ky*wide + kx slots and every tile lies there ready; results of slots that
+                   are no pixel are thrown away
+     in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
+
+   A job takes `block` slots and a span of panels.  For two panels after the other it goes along k and, inside of that,
+   over its slots: what two panels need of a chunk of k stays in the first-level cache, its slots in the second.  Where
+   k is one chunk, sums never leave the tiles; else they wait in [block][32] between chunks. */
+
+enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
+
+enum {
+    DPOI_AMX_RUN   = 4,                   /* tiles of channels at one place of the kernel, then the next place */
+    DPOI_AMX_CHUNK = 12,                  /* tiles of k at a 1x1 kernel between two visits to the sums: 24 KiB */
+    DPOI_AMX_WHOLE = 96,                  /* tiles of k that are not cut into chunks, */
+    DPOI_AMX_SHIFT = 384,                 /* and of a larger kernel, whose places see the same lines */
+    DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
+    DPOI_AMX_HELD  = 600000,              /* bytes of a job's slots */
+    DPOI_AMX_COPY  = 32000000,            /* bytes of a copy; larger pictures go in stripes */
+    DPOI_AMX_LARGE = 4000000,             /* bytes of a result that no cache keeps for its reader */
+    DPOI_AMX_JOBS  = 24                   /* wanted, where each is worth DPOI_AMX_JOB */
+};
+
+/* How one source comes, and where. */
+typedef struct dpoi_amx_factor {
+    int     way;
+    int64_t steps;                        /* tiles of channels a place, or of all k (tiled) */
+    int64_t seen;                         /* slots of the copy */
+    int64_t a_at, b_at, floats;           /* offsets in room: of the copy, of pairs of weights; how much */
+    const uint16_t *a, *b;
+} dpoi_amx_factor;
+
+typedef struct dpoi_amx_product {
+    const dpoi_cpu_product *p;
+    dpoi_amx_factor f[2];
+    int64_t wide, high, slots;            /* slots a row, rows an image, in all */
+    int64_t panels, block, blocks, span, spans;
+    int     stream;                       /* 1: y is written past the caches, which it would only flush */
+    int     chunked;                      /* 1: sums wait between chunks, in */
+    float  *sums;                         /* [spans][slots][32] */
+    int64_t sums_at, room;                /* floats */
+    int     source;                       /* that is brought over */
+} dpoi_amx_product;
+
+/* How far the kernel reaches over one end of an axis, the farther of both. */
+static int64_t dpoi_amx_gap(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad)
+{
+    return dpoi_most(0, dpoi_most(pad, (out - 1)*stride + kernel - pad - size));
+}
+
+static int dpoi_amx_way(const dpoi_cpu_product *p, const dpoi_source *s)
+{
+    int one = s->kh*s->kw == 1 && s->stride == 1 && !s->top && !s->left && s->H == p->Y && s->W == p->X;
+    if (s->I % DPOI_TILE_K) return DPOI_AMX_TILED;
+    if (one) return s->x_type == DPO_BF16 && s->I <= DPOI_AMX_NEAR && p->N*p->Y*p->X % DPOI_AMX_ROWS == 0 ?
+                    DPOI_AMX_AS_IT_LIES : DPOI_AMX_TILED;
+    return s->stride == 1 && s->kh*s->kw > 1 ? DPOI_AMX_SLOTTED : DPOI_AMX_TILED;
+}
+
+/* The second source never decides how slots lie: it follows them, in tiles. */
+static void dpoi_amx_lay_slots(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    const dpoi_source *s = &p->source[0];
+    t->f[0].way = dpoi_amx_way(p, s);
+    t->f[1].way = DPOI_AMX_TILED;
+    t->wide = p->X;  t->high = p->Y;
+    if (t->f[0].way == DPOI_AMX_SLOTTED) {
+        t->wide = dpoi_most(s->W + dpoi_amx_gap(s->W, p->X, s->kw, 1, s->left), p->X);
+        t->high = dpoi_most(s->H + dpoi_amx_gap(s->H, p->Y, s->kh, 1, s->top), p->Y);
+    }
+    t->slots = dpoi_pieces(p->N*t->high*t->wide, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+}
+
+/* Offsets of one source's copies in room, from `at` on. */
+static int64_t dpoi_amx_factor_of(dpoi_amx_product *t, int i, int64_t at)
+{
+    const dpoi_source *s = &t->p->source[i];
+    dpoi_amx_factor *f = &t->f[i];
+    if (!s->K) return at;
+    f->steps = (f->way == DPOI_AMX_TILED ? dpoi_pieces(s->K, DPOI_TILE_K) : s->I/DPOI_TILE_K);
+    f->a_at = at;
+    if (f->way == DPOI_AMX_SLOTTED) {
+        f->seen = t->slots + (s->kh - 1)*t->wide + s->kw - 1;
+        at += f->seen*s->I/2;
+    }
+    if (f->way == DPOI_AMX_TILED) at += t->slots*f->steps*DPOI_TILE_K/2;
+    f->b_at = at;
+    if (!s->pairs) at += dpoi_amx_room(t->p->O, s->K);
+    return at;
+}
+
+/* Blocks and spans of panels: of shapes alone. */
+static void dpoi_amx_cut(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    const dpoi_source *s = &p->source[0];
+    int64_t slot = 2*(t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, t->f[0].steps)*DPOI_TILE_K : s->I), jobs, worth;
+    t->panels = dpoi_pieces(p->O, DPOI_PANEL);
+    t->block = dpoi_least(dpoi_most(DPOI_AMX_HELD/slot, 128), 512)/DPOI_AMX_ROWS*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
+    jobs = dpoi_least(DPOI_AMX_JOBS, worth);
+    t->spans = dpoi_least(dpoi_pieces(jobs, t->blocks), dpoi_pieces(t->panels, 2));
+    t->span = dpoi_pieces(dpoi_pieces(t->panels, t->spans), 2)*2;
+    t->spans = dpoi_pieces(t->panels, t->span);
+}
+
+/* Everything that follows from shapes and types; p->room may be NULL. */
+static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
+{
+    dpoi_amx_product t;
+    int64_t places = p->source[0].kh*p->source[0].kw;
+    memset(&t, 0, sizeof t);
+    t.p = p;
+    dpoi_amx_lay_slots(&t);
+    for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
+    dpoi_amx_cut(&t);
+    t.chunked = t.f[0].way == DPOI_AMX_SLOTTED ? t.f[0].steps*places > DPOI_AMX_SHIFT : t.f[0].steps > DPOI_AMX_WHOLE;
+    t.sums_at = t.room;
+    if (t.chunked) t.room += t.spans*t.blocks*t.block*DPOI_AMX_WIDE;
+    return t;
+}
+
+/* ---- bringing pixels over
+
+   32 slots of the result; place: where a pixel lies in y, -1 for a slot that is none. */
 typedef struct dpoi_amx_pixels {
-    int     rows;
     int64_t n[DPOI_AMX_ROWS], y[DPOI_AMX_ROWS], x[DPOI_AMX_ROWS], place[DPOI_AMX_ROWS];
 } dpoi_amx_pixels;
 
-static void dpoi_amx_pixels_at(const dpoi_cpu_product *p, int64_t m, int64_t end, dpoi_amx_pixels *at)
+static void dpoi_amx_pixels_at(const dpoi_amx_product *t, int64_t m, dpoi_amx_pixels *at)
 {
-    int64_t x = m % p->X, y = m/p->X % p->Y, n = m/(p->X*p->Y);
-    at->rows = (int)dpoi_least(DPOI_AMX_ROWS, end - m);
-    for (int i = 0; i < at->rows; i++) {
+    const dpoi_cpu_product *p = t->p;
+    int64_t x = m % t->wide, y = m/t->wide % t->high, n = m/(t->wide*t->high);
+    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
         at->n[i] = n;  at->y[i] = y;  at->x[i] = x;
-        at->place[i] = n*p->at_n + y*p->at_y + x*p->at_x;
-        if (++x == p->X) { x = 0;  if (++y == p->Y) { y = 0;  n++; } }
+        at->place[i] = x < p->X && y < p->Y && n < p->N ? n*p->at_n + y*p->at_y + x*p->at_x : -1;
+        if (++x == t->wide) { x = 0;  if (++y == t->high) { y = 0;  n++; } }
     }
 }
 
@@ -11266,56 +11642,82 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_put(uint16_t *row, int64_t k, const float *x,
     if (count > 0) _mm512_storeu_si512(to, dpoi_amx_line(x, type, count));
 }
 
-/* A place on the line of k: place (ky,kx) of the kernel, and how far into a piece of `run` numbers from there.  Pieces
-   are I numbers, or whole rows of the kernel where a pixel's kernel lies inside of the image. */
-typedef struct dpoi_amx_place { int64_t run, step, ky, kx, off; } dpoi_amx_place;
-
-static dpoi_amx_place dpoi_amx_place_of(const dpoi_source *s, int64_t k, int inside)
+/* What pixel i sees of source s, all its K numbers; type is a constant where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx_pixels *m, int i, const int type,
+                                            uint16_t *row)
 {
-    dpoi_amx_place p;
-    p.step = inside ? s->kw : 1;
-    p.run = p.step*s->I;
-    p.ky = k/p.run*p.step/s->kw;
-    p.kx = k/p.run*p.step % s->kw;
-    p.off = k % p.run;
-    return p;
-}
-
-/* What pixel i sees of source s from place `at` on, `count` numbers; type is a constant where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx_pixels *m, int i,
-                                            const dpoi_amx_place *at, int64_t count, const int type, uint16_t *row)
-{
-    int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left;
-    int64_t inside = v >= 0 && v + s->kw <= s->W, k = 0, ky, kx, off;
+    int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left, k = 0;
+    int64_t step = v >= 0 && v + s->kw <= s->W ? s->kw : 1;          /* whole rows of the kernel where they are inside */
     const float *image = dpoi_amx_at(s->x, type, m->n[i]*s->H*s->W*s->I);
-    at += inside;
-    for (ky = at->ky, kx = at->kx, off = at->off; k < count; off = 0) {
-        int64_t n = dpoi_least(at->run - off, count - k), y = h + ky, x = v + kx;
-        int seen = y >= 0 && y < s->H && x >= 0 && x < s->W;
-        dpoi_amx_put(row, k, seen ? dpoi_amx_at(image, type, (y*s->W + x)*s->I + off) : NULL, type, n);
-        k += n;  kx += at->step;
-        if (kx >= s->kw) { kx = 0;  ky++; }
-    }
+    for (int64_t y = h; y < h + s->kh; y++)
+        for (int64_t x = v; x < v + s->kw; x += step, k += step*s->I) {
+            int seen = y >= 0 && y < s->H && x >= 0 && x < s->W;
+            dpoi_amx_put(row, k, seen ? dpoi_amx_at(image, type, (y*s->W + x)*s->I) : NULL, type, step*s->I);
+        }
 }
 
-/* Tiles of a block's pixels for k0 <= k < k1 of one source: [k/32][2][16][32]; returns where they end. */
-DPOI_AMX static uint16_t *dpoi_amx_pack(const dpoi_source *s, const dpoi_amx_pixels *at, int64_t k0, int64_t k1,
-                                        uint16_t *to)
+/* 32 slots of a source in tiles. */
+DPOI_AMX static void dpoi_amx_tiles_task(void *arg, int64_t task)
 {
-    int rows = at->rows > 16 ? 32 : 16;
-    int64_t count = dpoi_least(k1, s->K) - k0;
-    dpoi_amx_place place[2];
-    for (int i = 0; i < 2; i++) place[i] = dpoi_amx_place_of(s, k0, i);
-    for (int i = 0; i < rows; i++) {
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    const dpoi_source *s = &t->p->source[t->source];
+    int64_t steps = t->f[t->source].steps;
+    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[t->source].a_at) + task*steps*2*DPOI_TILE_SIZE;
+    dpoi_amx_pixels at;
+    dpoi_amx_pixels_at(t, task*DPOI_AMX_ROWS, &at);
+    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
         uint16_t *row = to + i*DPOI_TILE_K;
-        if (i >= at->rows)             dpoi_amx_put(row, 0, NULL, DPO_F32, k1 - k0);
-        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, at, i, place, count, DPO_F32, row);
-        else                           dpoi_amx_pack_row(s, at, i, place, count, DPO_BF16, row);
+        if (at.place[i] < 0)           dpoi_amx_put(row, 0, NULL, DPO_F32, steps*DPOI_TILE_K);
+        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, &at, i, DPO_F32, row);
+        else                           dpoi_amx_pack_row(s, &at, i, DPO_BF16, row);
     }
-    return to + (k1 - k0)/DPOI_TILE_K*2*DPOI_TILE_SIZE;
 }
 
-/* 16 numbers of F32 or BF16 from number i on, those in k. */
+/* DPOI_AMX_SLOTS slots of the copy of a source. */
+enum { DPOI_AMX_SLOTS = 64 };
+DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
+{
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    const dpoi_source *s = &t->p->source[0];
+    int64_t q = task*DPOI_AMX_SLOTS, end = dpoi_least(t->f[0].seen, q + DPOI_AMX_SLOTS);
+    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[0].a_at) + q*s->I;
+    for (; q < end; q++) {
+        int64_t at = q - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high, n = at/t->wide/t->high;
+        int seen = at >= 0 && x < s->W && y < s->H && n < t->p->N;
+        const float *pixel = seen ? dpoi_amx_at(s->x, s->x_type, ((n*s->H + y)*s->W + x)*s->I) : NULL;
+        for (int64_t i = 0; i < s->I; i += 32, to += 32)
+            _mm512_storeu_si512(to, seen ? dpoi_amx_line(dpoi_amx_at(pixel, s->x_type, i), s->x_type, 32)
+                                         : _mm512_setzero_si512());
+    }
+}
+
+/* Both sources' pixels and weights, where they do not serve as they lie. */
+static void dpoi_amx_bring(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    for (int i = 0; i < 2; i++) {
+        const dpoi_source *s = &p->source[i];
+        dpoi_amx_factor *f = &t->f[i];
+        dpoi_amx_weights w;
+        if (!s->K) continue;
+        t->source = i;
+        f->a = f->way == DPOI_AMX_AS_IT_LIES ? (const uint16_t *)(const void *)s->x
+                                             : (const uint16_t *)(const void *)(p->room + f->a_at);
+        if (f->way == DPOI_AMX_SLOTTED)
+            dpoi_parallel(p->cpu, dpoi_pieces(f->seen, DPOI_AMX_SLOTS), dpoi_amx_slots_task, t);
+        if (f->way == DPOI_AMX_TILED) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
+        f->b = s->pairs;
+        if (f->b) continue;
+        w.w = s->w;  w.type = s->w_type;  w.paired = s->paired;  w.K = s->K;
+        w.to = (uint16_t *)(void *)(p->room + f->b_at);
+        f->b = w.to;
+        dpoi_parallel(p->cpu, t->panels, dpoi_amx_weights_task, &w);
+    }
+}
+
+/* ---- results
+
+   16 numbers of F32 or BF16 from number i on, those in k. */
 DPOI_AMX DPOI_INLINE __m512 dpoi_amx_load(const float *x, int type, int64_t i, __mmask16 k)
 {
     if (type == DPO_F32) return _mm512_maskz_loadu_ps(k, x + i);
@@ -11336,171 +11738,257 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_save(float *y, const int type, int64_t i, __m
     }
 }
 
-/* One call's share of y's numbers: what is added to the sums, and where they go. */
-typedef struct dpoi_amx_end_of {
-    const float *add, *bias, *vec;
-    int     add_type, act;
-    float  *y;
-} dpoi_amx_end_of;
-
-/* type, that of y, and full are constants where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o,
-                                              const dpoi_amx_end_of *e, const int type, const int full, float *c)
+/* The same past the caches, whole lines of them. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_stream(float *y, const int type, int64_t i, __m512 f0, __m512 f1)
 {
+    if (type == DPO_F32) {
+        _mm512_stream_ps(y + i, f0);
+        _mm512_stream_ps(y + i + 16, f1);
+    } else _mm512_stream_si512((__m512i *)(void *)((uint16_t *)(void *)y + i), (__m512i)_mm512_cvtne2ps_pbh(f1, f0));
+}
+
+/* y = act(c + add + bias + vec) for channels o.. of a block, c [32][32]; type, that of y, and full are constants where
+   this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o,
+                                              const int type, const int full, float *c)
+{
+    const dpoi_cpu_product *p = t->p;
     int64_t width = full ? (int64_t)DPOI_AMX_WIDE : p->O - o;
     __mmask16 k0 = full || width > 15 ? (__mmask16)0xffff : (__mmask16)((1u << width) - 1);
     __mmask16 k1 = full ? (__mmask16)0xffff : width <= 16 ? (__mmask16)0 : (__mmask16)((1u << (width - 16)) - 1);
     __m512 b0 = _mm512_setzero_ps(), b1 = b0;
-    if (e->bias) { b0 = _mm512_maskz_loadu_ps(k0, e->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, e->bias + o + 16); }
-    for (int i = 0; i < at->rows; i++, c += DPOI_AMX_WIDE) {
+    if (p->bias) { b0 = _mm512_maskz_loadu_ps(k0, p->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, p->bias + o + 16); }
+    for (int i = 0; i < DPOI_AMX_ROWS; i++, c += DPOI_AMX_WIDE) {
         int64_t place = at->place[i] + o;
+        if (at->place[i] < 0) continue;
         __m512 f0 = _mm512_load_ps(c), f1 = _mm512_load_ps(c + 16);
-        if (e->add) {
-            f0 = _mm512_add_ps(f0, dpoi_amx_load(e->add, e->add_type, place, k0));
-            f1 = _mm512_add_ps(f1, dpoi_amx_load(e->add, e->add_type, place + 16, k1));
+        if (p->add) {
+            f0 = _mm512_add_ps(f0, dpoi_amx_load(p->add, p->add_type, place, k0));
+            f1 = _mm512_add_ps(f1, dpoi_amx_load(p->add, p->add_type, place + 16, k1));
         }
         f0 = _mm512_add_ps(f0, b0);  f1 = _mm512_add_ps(f1, b1);
-        if (e->vec) {
-            f0 = _mm512_add_ps(f0, _mm512_maskz_loadu_ps(k0, e->vec + at->n[i]*p->O + o));
-            f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, e->vec + at->n[i]*p->O + o + 16));
+        if (p->vec) {
+            f0 = _mm512_add_ps(f0, _mm512_maskz_loadu_ps(k0, p->vec + at->n[i]*p->O + o));
+            f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, p->vec + at->n[i]*p->O + o + 16));
         }
-        if (e->act != DPO_NONE) {
+        if (p->act != DPO_NONE) {
             _mm512_store_ps(c, f0);  _mm512_store_ps(c + 16, f1);
-            p->cpu->rows.map(e->act, width, c, NULL, NULL, NULL, c, 0);
+            p->cpu->rows.map(p->act, width, c, NULL, NULL, NULL, c, 0);
             f0 = _mm512_load_ps(c);  f1 = _mm512_load_ps(c + 16);
         }
-        dpoi_amx_save(e->y, type, place, k0, k1, f0, f1);
+        if (full && t->stream) dpoi_amx_stream(p->y, type, place, f0, f1);
+        else                   dpoi_amx_save(p->y, type, place, k0, k1, f0, f1);
     }
 }
 
-/* Adds to c [32][32] what y's channels o.. want beside the product, and writes them.  The first chunk adds bias, vec
-   and residual, the others what y holds, or `sums` for it; the last applies the activation. */
-DPOI_AMX static void dpoi_amx_store(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o, int first,
-                                    int last, float *c)
+DPOI_AMX static void dpoi_amx_store(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o, float *c)
 {
-    int full = p->O - o >= DPOI_AMX_WIDE;
-    float *held = p->y_type == DPO_F32 ? p->y : p->sums;
-    dpoi_amx_end_of e;
-    e.add = first ? p->add : held;      e.add_type = first ? p->add_type : DPO_F32;
-    e.bias = first ? p->bias : NULL;    e.vec = first ? p->vec : NULL;
-    e.y = last ? p->y : held;           e.act = last ? p->act : DPO_NONE;
-    if (e.y == held)  { if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 1, c);
-                        else      dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 0, c); }
-    else if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 1, c);
-    else           dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 0, c);
+    int full = t->p->O - o >= DPOI_AMX_WIDE;
+    if (t->p->y_type == DPO_F32) { if (full) dpoi_amx_store_rows(t, at, o, DPO_F32, 1, c);
+                                   else      dpoi_amx_store_rows(t, at, o, DPO_F32, 0, c); }
+    else if (full) dpoi_amx_store_rows(t, at, o, DPO_BF16, 1, c);
+    else           dpoi_amx_store_rows(t, at, o, DPO_BF16, 0, c);
 }
 
-/* Chunk `chunk` of k: from..to of both sources, in whole tiles; 0: there is none.  Chunks of a source are of even
-   sizes; a short second source shares the first one's last chunk. */
-typedef struct dpoi_amx_chunk { int64_t from[2], to[2]; int last; } dpoi_amx_chunk;
+/* ---- products
 
-static int dpoi_amx_chunk_of(const dpoi_cpu_product *p, int64_t chunk, dpoi_amx_chunk *r)
+   Sums of two panels by 32 slots to and from memory, rows of 32. */
+DPOI_AMX static void dpoi_amx_sums_load(const float *c)
 {
-    int64_t tiles[2], chunks[2], s;
-    for (s = 0; s < 2; s++) {
-        tiles[s] = dpoi_pieces(p->source[s].K, DPOI_TILE_K);
-        chunks[s] = dpoi_pieces(tiles[s], DPOI_AMX_STEPS);
-        r->from[s] = r->to[s] = 0;
+    const int64_t row = DPOI_AMX_WIDE*4;
+    _tile_loadd(0, c, row);       _tile_loadd(1, c + 16, row);
+    c += 16*DPOI_AMX_WIDE;
+    _tile_loadd(2, c, row);       _tile_loadd(3, c + 16, row);
+}
+DPOI_AMX static void dpoi_amx_sums_save(float *c)
+{
+    const int64_t row = DPOI_AMX_WIDE*4;
+    _tile_stored(0, c, row);      _tile_stored(1, c + 16, row);
+    c += 16*DPOI_AMX_WIDE;
+    _tile_stored(2, c, row);      _tile_stored(3, c + 16, row);
+}
+
+/* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
+   of pixels at all of them. */
+DPOI_AMX static void dpoi_amx_part(const dpoi_amx_product *t, int i, int64_t m, int64_t panel, int64_t ky, int64_t c0,
+                                   int64_t c1)
+{
+    const dpoi_source *s = &t->p->source[i];
+    const dpoi_amx_factor *f = &t->f[i];
+    int64_t size = dpoi_amx_padded(s->K)*DPOI_PANEL, kw = f->way == DPOI_AMX_TILED ? 1 : s->kw;
+    const uint16_t *b = f->b + panel*size;
+    dpoi_amx_strip r;
+    r.steps = c1 - c0;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    for (int64_t kx = 0; kx < kw; kx++) {
+        if (f->way == DPOI_AMX_TILED) {
+            r.a[0] = f->a + (m/DPOI_AMX_ROWS*f->steps + c0)*2*DPOI_TILE_SIZE;
+            r.a[1] = r.a[0] + DPOI_TILE_SIZE;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;
+        } else {
+            r.a[0] = f->a + (m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
+            r.a[1] = r.a[0] + 16*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
+        }
+        r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
+        r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
+        dpoi_amx_run(&r);
     }
-    if (!chunks[0]) chunks[0] = 1;        /* nothing to sum, but y is written */
-    if (tiles[1] <= DPOI_AMX_EXTRA) chunks[1] = 0;
-    if (chunk >= chunks[0] + chunks[1]) return 0;
-    r->last = chunk == chunks[0] + chunks[1] - 1;
-    s = chunk >= chunks[0];
-    if (s) chunk -= chunks[0];
-    r->from[s] = tiles[s]*chunk/chunks[s]*DPOI_TILE_K;
-    r->to[s]   = tiles[s]*(chunk + 1)/chunks[s]*DPOI_TILE_K;
-    if (r->last && !chunks[1]) r->to[1] = tiles[1]*DPOI_TILE_K;
-    return 1;
 }
 
-/* Two panels, from `panel` on, of one block of pixels that is packed in a. */
-DPOI_AMX static void dpoi_amx_block(const dpoi_cpu_product *p, const dpoi_amx_chunk *r, const uint16_t *a, int two,
-                                    int64_t panel, float *c)
+/* The sums so far are in the tiles: the second source, then y. */
+DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_product *t, int64_t m, int64_t panel)
 {
-    int wide = panel + 1 < p->panels;
-    dpoi_amx_zero();
-    for (int s = 0; s < 2; s++) {
-        int64_t size = dpoi_amx_padded(p->source[s].K)*DPOI_PANEL;
-        dpoi_amx_strip t;
-        t.steps = (r->to[s] - r->from[s])/DPOI_TILE_K;
-        if (!t.steps) continue;
-        t.a[0] = a;  t.a[1] = two ? a + DPOI_TILE_SIZE : NULL;  t.a_step = 2*DPOI_TILE_SIZE;
-        t.b[0] = p->source[s].pairs + panel*size + r->from[s]*DPOI_PANEL;
-        t.b[1] = wide ? t.b[0] + size : NULL;  t.b_step = DPOI_TILE_SIZE;  t.b_row = 64;
-        dpoi_amx_run(&t);
-        a += t.steps*2*DPOI_TILE_SIZE;
-    }
-    _tile_stored(0, c, DPOI_AMX_WIDE*sizeof(float));
-    if (wide) _tile_stored(1, c + 16, DPOI_AMX_WIDE*sizeof(float));
-    if (two)  _tile_stored(2, c + 16*DPOI_AMX_WIDE, DPOI_AMX_WIDE*sizeof(float));
-    if (two && wide) _tile_stored(3, c + 16*DPOI_AMX_WIDE + 16, DPOI_AMX_WIDE*sizeof(float));
+    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
+    dpoi_amx_pixels at;
+    if (t->f[1].steps) dpoi_amx_part(t, 1, m, panel, 0, 0, t->f[1].steps);
+    dpoi_amx_sums_save(c);
+    DPOI_AMX_READY();
+    dpoi_amx_pixels_at(t, m, &at);
+    dpoi_amx_store(t, &at, panel*DPOI_PANEL, c);
 }
 
-/* A job is `block` pixels by `span` panels.  For each chunk of k all pixels of the job: the chunk's weights stay in the
-   second-level cache while pixels stream by, 32 of them in the first-level cache for all panels. */
+/* Two panels, slots m0..end-1, where all of k is one chunk. */
+DPOI_AMX static void dpoi_amx_whole(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel)
+{
+    int64_t steps = t->f[0].steps, rows = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh;
+    int64_t run = rows*t->p->source[0].kw == 1 || t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, steps) : DPOI_AMX_RUN;
+    for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+        dpoi_amx_zero();
+        for (int64_t ky = 0; ky < rows; ky++)
+            for (int64_t c = 0; c < steps; c += run)
+                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
+        dpoi_amx_finish(t, m, panel);
+    }
+}
+
+/* The same with sums [block][32] between chunks. */
+DPOI_AMX static void dpoi_amx_chunks(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel, float *sums)
+{
+    int tiled = t->f[0].way == DPOI_AMX_TILED;
+    int64_t steps = t->f[0].steps, rows = tiled ? 1 : t->p->source[0].kh;
+    int64_t run = tiled || t->p->source[0].kw == 1 ? DPOI_AMX_CHUNK : DPOI_AMX_RUN;
+    for (int64_t ky = 0; ky < rows; ky++)
+        for (int64_t c = 0; c < steps; c += run)
+            for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+                float *at = sums + (m - m0)*DPOI_AMX_WIDE;
+                if (ky + c == 0) dpoi_amx_zero();
+                else dpoi_amx_sums_load(at);
+                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
+                if (ky == rows - 1 && c + run >= steps) dpoi_amx_finish(t, m, panel);
+                else dpoi_amx_sums_save(at);
+            }
+}
+
 DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
 {
-    const dpoi_cpu_product *p = (const dpoi_cpu_product *)arg;
-    int64_t m0 = i % p->blocks*p->block, end = dpoi_least(p->M, m0 + p->block);
-    int64_t panel = i/p->blocks*p->span, panels = dpoi_least(p->panels, panel + p->span);
-    uint16_t a[(DPOI_AMX_STEPS + DPOI_AMX_EXTRA)*2*DPOI_TILE_SIZE] DPOI_ALIGNED;
-    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    dpoi_amx_chunk r;
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block), span = i/t->blocks;
+    int64_t last = dpoi_least(t->panels, (span + 1)*t->span);
+    float *sums = t->sums + i*t->block*DPOI_AMX_WIDE;
     dpoi_amx_begin();
-    for (int64_t chunk = 0; dpoi_amx_chunk_of(p, chunk, &r); chunk++)
-        for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-            dpoi_amx_pixels at;
-            uint16_t *to = a;
-            dpoi_amx_pixels_at(p, m, end, &at);
-            for (int s = 0; s < 2; s++)
-                if (r.to[s] > r.from[s]) to = dpoi_amx_pack(p->source + s, &at, r.from[s], r.to[s], to);
-            DPOI_AMX_READY();
-            for (int64_t j = panel; j < panels; j += 2) {
-                dpoi_amx_block(p, &r, a, at.rows > 16, j, c);
-                dpoi_amx_store(p, &at, j*DPOI_PANEL, chunk == 0, r.last, c);
-            }
-        }
+    for (int64_t panel = span*t->span; panel < last; panel += 2)
+        if (t->chunked) dpoi_amx_chunks(t, m, end, panel, sums);
+        else            dpoi_amx_whole(t, m, end, panel);
+    if (t->stream) _mm_sfence();
     dpoi_amx_end();
 }
 
-/* Weights that are not in pairs yet are brought into them, in p->room.  Jobs take all panels that fit the cache, unless
-   there are too few pixels to make jobs of.  Shapes alone decide. */
-static void dpoi_amx_product_run(dpoi_cpu_product *p)
+static void dpoi_amx_product_go(const dpoi_cpu_product *p)
 {
-    int64_t all = p->source[0].K + p->source[1].K + 1, spans;
-    p->M = p->N*p->Y*p->X;
-    if (!p->M) return;
-    p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    for (int s = 0; s < 2; s++) {
-        dpoi_amx_weights w;
-        if (p->source[s].pairs || !p->source[s].K) continue;
-        w.w = p->source[s].w;  w.type = p->source[s].w_type;  w.K = p->source[s].K;  w.to = (uint16_t *)(void *)p->room;
-        dpoi_parallel(p->cpu, p->panels, dpoi_amx_weights_task, &w);
-        p->source[s].pairs = w.to;
-        p->room += dpoi_amx_room(p->O, w.K);
+    dpoi_amx_product t = dpoi_amx_product_of(p);
+    if (!t.slots) return;
+    t.sums = p->room ? p->room + t.sums_at : NULL;
+    t.stream = p->N*p->Y*p->X*p->O*(p->y_type == DPO_F32 ? 4 : 2) >= DPOI_AMX_LARGE && p->O % DPOI_AMX_WIDE == 0 &&
+               (uintptr_t)p->y % 64 == 0 && !(p->at_n % 32 || p->at_y % 32 || p->at_x % 32);
+    dpoi_amx_bring(&t);
+    dpoi_parallel(p->cpu, t.blocks*t.spans, dpoi_amx_product_task, &t);
+}
+
+/* Rows of the result whose copy keeps below DPOI_AMX_COPY; all of them: one call does it. */
+static int64_t dpoi_amx_stripe_rows(const dpoi_cpu_product *p)
+{
+    const dpoi_source *s = &p->source[0];
+    int     way = dpoi_amx_way(p, s);
+    int64_t row = 2*(way == DPOI_AMX_TILED ? p->X*dpoi_amx_padded(s->K) : s->W*s->I) + 1;
+    if (way == DPOI_AMX_AS_IT_LIES || p->N*p->Y*row <= DPOI_AMX_COPY) return p->N*p->Y;
+    return dpoi_least(p->Y, dpoi_most(1, DPOI_AMX_COPY/row));
+}
+
+/* The rows from y of sample n, as a product of their own. */
+static dpoi_cpu_product dpoi_amx_stripe(const dpoi_cpu_product *p, int64_t n, int64_t y, int64_t rows)
+{
+    dpoi_cpu_product q = *p;
+    int64_t at = n*p->at_n + y*p->at_y, wide = p->y_type == DPO_F32 ? 4 : 2, add = p->add_type == DPO_F32 ? 4 : 2;
+    q.N = 1;
+    q.Y = dpoi_least(rows, p->Y - y);
+    if (p->y)   q.y   = (float *)(void *)((char *)(void *)p->y + at*wide);
+    if (p->add) q.add = (const float *)(const void *)((const char *)(const void *)p->add + at*add);
+    if (p->vec) q.vec = p->vec + n*p->O;
+    for (int i = 0; i < 2; i++) {         /* the rows of x that these see */
+        dpoi_source *s = &q.source[i];
+        int64_t from = dpoi_most(0, dpoi_least(s->H, y*s->stride - s->top));
+        int64_t end = dpoi_most(from, dpoi_least(s->H, (y + q.Y - 1)*s->stride - s->top + s->kh));
+        if (s->x) s->x = dpoi_amx_at(s->x, s->x_type, (n*s->H + from)*s->W*s->I);
+        s->top += from - y*s->stride;
+        s->H = end - from;
     }
-    spans = dpoi_pieces(p->panels, DPOI_AMX_SPAN);
-    p->block = dpoi_most(128, DPOI_AMX_JOB/(2*all*dpoi_pieces(p->O, spans)) + 1);
-    p->block = dpoi_pieces(dpoi_least(p->block, p->M), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
-    p->blocks = dpoi_pieces(p->M, p->block);
-    while (p->blocks*spans < 8 && dpoi_pieces(p->panels, spans) > 8 && all*p->block*p->O/spans > DPOI_AMX_JOB) spans++;
-    p->span = (dpoi_pieces(p->panels, spans) + 1)/2*2;
-    dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->panels, p->span), dpoi_amx_product_task, p);
+    return q;
+}
+
+/* Floats of scratch at p->room. */
+static int64_t dpoi_amx_product_room(const dpoi_cpu_product *p)
+{
+    int64_t rows = dpoi_amx_stripe_rows(p), most = 0;
+    if (rows >= p->N*p->Y) return dpoi_amx_product_of(p).room;
+    for (int64_t y = 0; y < p->Y; y += rows) {
+        dpoi_cpu_product q = dpoi_amx_stripe(p, 0, y, rows);
+        most = dpoi_most(most, dpoi_amx_product_of(&q).room);
+    }
+    return most;
+}
+
+static void dpoi_amx_product_run(const dpoi_cpu_product *p)
+{
+    int64_t rows = dpoi_amx_stripe_rows(p);
+    if (rows >= p->N*p->Y) { dpoi_amx_product_go(p);  return; }
+    for (int64_t n = 0; n < p->N; n++)
+        for (int64_t y = 0; y < p->Y; y += rows) {
+            dpoi_cpu_product q = dpoi_amx_stripe(p, n, y, rows);
+            dpoi_amx_product_go(&q);
+        }
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of x */
 
-/* Numbers one by one, where O is odd and pairs reach over places of the kernel: k = j O + o of 16 channels i. */
-static void dpoi_amx_flip_slowly(const dpoi_flip *p, const float *w, int64_t j, int64_t ni, uint16_t *to)
+/* Number (k,o) of weights that lie as p->w does. */
+static float dpoi_amx_flip_at(const dpoi_flip *p, int64_t k, int64_t o)
+{
+    int64_t panel = o/DPOI_PANEL*p->K*DPOI_PANEL, c = o % DPOI_PANEL;
+    return dpoi_load(p->w, p->w_type, panel + (p->paired ? (k/2*DPOI_PANEL + c)*2 + k % 2 : k*DPOI_PANEL + c));
+}
+
+/* Numbers one by one, where O is odd and pairs reach over places of the kernel: k = j O + o of 16 channels i; from: the
+   first of them in w.  Where I is odd, w's own pairs reach over its places, too. */
+static void dpoi_amx_flip_slowly(const dpoi_flip *p, int64_t from, int64_t j, int64_t ni, uint16_t *to)
 {
     for (int64_t o = 0; o < p->O; o++)
         for (int64_t i = 0; i < DPOI_PANEL; i++) {
             int64_t k = j*p->O + o;
-            int64_t at = (o/DPOI_PANEL*p->K + i)*DPOI_PANEL + o % DPOI_PANEL;
-            float value = i < ni ? dpoi_load(w, p->w_type, at) : 0;
-            to[(k/2*DPOI_PANEL + i)*2 + k % 2] = dpoi_f32_to_bf16(value);
+            to[(k/2*DPOI_PANEL + i)*2 + k % 2] = dpoi_f32_to_bf16(i < ni ? dpoi_amx_flip_at(p, from + i, o) : 0);
         }
+}
+
+/* Lines from.. of one panel of w, 16 channels o each: BF16 in words [i][8]. */
+DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int64_t ni, float *words)
+{
+    for (int64_t i = 0; i < ni; i += p->paired ? 2 : 1) {
+        const float *line = dpoi_amx_at(w, p->w_type, i*DPOI_PANEL);
+        __m256i *to = (__m256i *)(void *)(words + i*8);
+        if (p->paired) {
+            __m512i both = _mm512_loadu_si512(line);
+            _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(both));
+            _mm256_storeu_si256(to + 1, _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+        } else if (p->w_type != DPO_F32) memcpy(to, line, 2*DPOI_PANEL);
+        else _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(line)));
+    }
 }
 
 /* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile.  A
@@ -11511,28 +11999,20 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
     int64_t places = p->y.count*p->x.count, i0 = task/places*DPOI_PANEL, j = task % places;
     int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride, K = places*p->O;
     int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride;
-    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0);
+    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0), from = (ky*p->kw + kx)*p->I + i0;
     uint16_t *panel = (uint16_t *)(void *)p->to + task/places*dpoi_amx_padded(K)*DPOI_PANEL;
-    const float *w = dpoi_amx_at(p->w, p->w_type, ((ky*p->kw + kx)*p->I + i0)*DPOI_PANEL);
     float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
-    if (j == places - 1 && p->O % 2 == 0)
-        memset(panel + K*DPOI_PANEL, 0, (size_t)(dpoi_amx_padded(K) - K)*2*DPOI_PANEL);
-    if (p->O % 2) {
-        if (j == places - 1)
-            for (int64_t k = K; k < dpoi_amx_padded(K); k++)
-                for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
-        dpoi_amx_flip_slowly(p, w, j, ni, panel);
+    if (j == places - 1)
+        for (int64_t k = K; k < dpoi_amx_padded(K); k++)
+            for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
+    if (p->O % 2 || (p->paired && p->I % 2)) {
+        dpoi_amx_flip_slowly(p, from, j, ni, panel);
         return;
     }
     memset(words, 0, sizeof words);
-    for (int64_t o = 0; o < p->O; o += DPOI_PANEL, w = dpoi_amx_at(w, p->w_type, p->K*DPOI_PANEL)) {
+    for (int64_t o = 0; o < p->O; o += DPOI_PANEL) {
         uint16_t *to = panel + (j*p->O + o)*DPOI_PANEL;
-        for (int64_t i = 0; i < ni; i++)
-            if (p->w_type != DPO_F32) memcpy(words + i*8, dpoi_amx_at(w, p->w_type, i*DPOI_PANEL), 2*DPOI_PANEL);
-            else {
-                __m256i h = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w + i*DPOI_PANEL));
-                _mm256_storeu_si256((__m256i *)(void *)(words + i*8), h);
-            }
+        dpoi_amx_flip_lines(p, dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL), ni, words);
         dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
         dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
         memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
@@ -11558,12 +12038,6 @@ typedef struct dpoi_amx_outer {
     int64_t itiles, otiles;
     uint16_t *v, *d;
 } dpoi_amx_outer;
-
-/* How far the kernel reaches over one end of an axis, the farther of both. */
-static int64_t dpoi_amx_gap(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad)
-{
-    return dpoi_most(0, dpoi_most(pad, (out - 1)*stride + kernel - pad - size));
-}
 
 static dpoi_amx_outer dpoi_amx_outer_of(const dpoi_conv *g, int64_t O)
 {
@@ -11609,7 +12083,6 @@ static const float *dpoi_amx_slot(const dpoi_amx_outer *p, int64_t q)
 }
 
 /* The pairs of DPOI_AMX_SLOTS slots. */
-enum { DPOI_AMX_SLOTS = 64 };
 DPOI_AMX static void dpoi_amx_x_task(void *arg, int64_t task)
 {
     const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
@@ -11666,6 +12139,7 @@ DPOI_AMX static void dpoi_amx_outer_chunk(const dpoi_amx_outer *p, int64_t tap, 
     dpoi_amx_strip t;
     t.steps  = to - from;
     t.a_step = p->otiles*DPOI_TILE_SIZE;
+    t.a_row  = 64;
     t.b_step = step*DPOI_TILE_SIZE;
     t.b_row  = step*64;
     t.a[0] = p->d + (from*p->otiles + o)*DPOI_TILE_SIZE;
@@ -11738,64 +12212,83 @@ static void dpoi_conv_product(const dpoi_conv *g, dpoi_cpu_product *p)
     dpoi_product_run(p);
 }
 
-/* Floats of scratch for the weights of a product [O,K] where they cannot be read as they lie. */
-static int64_t dpoi_conv_room(const dpoi_conv *g, int64_t O, int64_t K, int flipped)
+/* Floats of scratch for one product, at p->room when it runs. */
+static int64_t dpoi_conv_room(const dpoi_conv *g, const dpoi_cpu_product *p)
+{
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) return dpoi_amx_product_room(p);
+#endif
+    (void)g;  (void)p;
+    return 0;
+}
+
+/* Floats of scratch for weights [O,K] that were turned around. */
+static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
 {
 #ifdef DPOI_SIMD_AMX
     if (g->amx) return dpoi_amx_room(O, K);
 #endif
     (void)g;
-    return flipped ? dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K : 0;
+    return dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K;
 }
 
-/* Floats of y that wait for their last chunk of k where y itself is narrower. */
-static int64_t dpoi_conv_sums(const dpoi_conv *g) { return g->y_type == DPO_F32 ? 0 : (g->M*g->O + 15)/16*16; }
-
-/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; fills scratch with its weights.
+/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
-static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy,
-                                 const float *w, int64_t O, float *to)
+static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int64_t O, float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
-    void (*task)(void *arg, int64_t i) = dpoi_flip_task;
-    dpoi_flip f;
-#ifdef DPOI_SIMD_AMX
-    if (g->amx) { task = dpoi_amx_flip_task;  s.pairs = (const uint16_t *)(const void *)to; }
-#endif
-    f.w_type = w == g->w ? g->w_type : DPO_F32;
-    f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
-    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
+    static const uint16_t asked = 0;      /* any address, while sizes are asked for */
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
+    if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &asked;
     return s;
 }
 
-/* Pixels (a + stride*y, b + stride*x) of dx. */
-static void dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
+/* Its weights. */
+static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *w, int64_t O,
+                          float *to)
+{
+    void (*task)(void *arg, int64_t i) = dpoi_flip_task;
+    dpoi_flip f;
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) task = dpoi_amx_flip_task;
+#endif
+    f.w_type = w == g->w ? g->w_type : DPO_F32;
+    f.paired = w == g->w && g->pairs;
+    f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
+    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
+}
+
+/* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned. */
+static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
 {
     dpoi_axis y = dpoi_axis_of(a, g->top, g->kh, g->stride), x = dpoi_axis_of(b, g->left, g->kw, g->stride);
     float *dx = (float *)g->a->din[0].data;
     dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->I, dx + (a*g->W + b)*g->I);
+    int64_t places = y.count*x.count, first = dpoi_flip_room(g, g->I, places*g->O), at = first;
     memset(p.source, 0, sizeof p.source);
     p.Y = dpoi_pieces(g->H - a, g->stride);  p.X = dpoi_pieces(g->W - b, g->stride);
     p.at_n = g->H*g->W*g->I;  p.at_y = g->stride*g->W*g->I;  p.at_x = g->stride*g->I;
     p.add = g->a->add & 1 ? p.y : NULL;
-    p.source[0] = dpoi_flip_run(cpu, g, y, x, g->dy, g->w, g->O, work);
-    work += dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
-    if (g->r) p.source[1] = dpoi_flip_run(cpu, g, y, x, du, g->down, g->r, work);
-    dpoi_conv_product(g, &p);
+    p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->O, work);
+    if (g->r) {
+        p.source[1] = dpoi_flip_source(g, y, x, du, g->r, work ? work + first : NULL);
+        at += dpoi_flip_room(g, g->I, places*g->r);
+    }
+    if (work) {
+        dpoi_flip_run(cpu, g, y, x, g->w, g->O, work);
+        if (g->r) dpoi_flip_run(cpu, g, y, x, g->down, g->r, work + first);
+        p.room = work + at;
+        dpoi_conv_product(g, &p);
+    }
+    return at + dpoi_conv_room(g, &p);
 }
 
 /* Scratch for all classes of dx, one after the other. */
-static int64_t dpoi_conv_dx_work(const dpoi_conv *g)
+static int64_t dpoi_conv_dx_work(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     int64_t most = 0;
-    for (int64_t i = 0; i < g->stride*g->stride; i++) {
-        dpoi_axis y = dpoi_axis_of(i/g->stride, g->top, g->kh, g->stride);
-        dpoi_axis x = dpoi_axis_of(i % g->stride, g->left, g->kw, g->stride);
-        int64_t room = dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
-        if (g->r) room += dpoi_conv_room(g, g->I, y.count*x.count*g->r, 1);
-        most = dpoi_most(most, room);
-    }
+    for (int64_t i = 0; i < g->stride*g->stride; i++)
+        most = dpoi_most(most, dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, NULL, NULL));
     return most;
 }
 
@@ -11907,29 +12400,54 @@ static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
     return u;
 }
 
+/* y of forward, but for what its adapter's first half makes, `scaled`. */
+static dpoi_cpu_product dpoi_forward_product(dpoi_cpu *cpu, const dpoi_conv *g, const float *scaled)
+{
+    dpoi_cpu_product p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
+    p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
+    p.add_type = g->residual_type;  p.y_type = g->y_type;
+    if (g->r) p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
+    return p;
+}
+
+/* du [M,r] = dy up^T; pairs of up^T lie at `to`. */
+static dpoi_cpu_product dpoi_adapter_product(dpoi_cpu *cpu, const dpoi_conv *g, float *du, float *to)
+{
+    dpoi_conv u = dpoi_conv_up(g);
+    dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
+    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
+    p.source[0] = dpoi_flip_source(&u, one, one, g->dy, g->O, to);
+    return p;
+}
+
 /* The plan is made from the same shapes when the size is asked for and when the call runs: both must
    agree to the byte. */
 static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     dpoi_conv_plan p;
     dpoi_conv u = dpoi_conv_up(g);
-    int64_t step = dpoi_conv_sums(g) + dpoi_conv_room(g, g->O, g->K, 0);
+    dpoi_cpu_product y = dpoi_forward_product(cpu, g, NULL);
+    int64_t step = dpoi_conv_room(g, &y);
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
     p.step = p.u + (g->M*g->r + 15)/16*16;
-    if (g->r) step = dpoi_most(step + dpoi_conv_room(g, g->O, g->r, 0), dpoi_conv_room(g, g->r, g->K, 0));
+    if (g->r) {
+        dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, NULL);
+        step = dpoi_most(step, dpoi_conv_room(g, &down));
+    }
     p.end  = p.step + step;
     if (!g->a->backward) return p;
     step = 0;
     p.chunks = dpoi_pieces(g->Y*g->X, DPOI_SUMS);
     p.w = dpoi_gradient_of(cpu, g, g->O);
-    if (g->a->din[0].data) step = dpoi_conv_dx_work(g);
+    if (g->a->din[0].data) step = dpoi_conv_dx_work(cpu, g);
     if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(g, &p.w));
     if (g->a->din[2].data || g->a->din[3].data) step = dpoi_most(step, g->N*p.chunks*g->O);
     if (g->r) {
         p.down = dpoi_gradient_of(cpu, g, g->r);
         p.up   = dpoi_gradient_of(cpu, &u, g->O);
-        step   = dpoi_most(step, dpoi_conv_room(g, g->r, g->O, 1));
+        y      = dpoi_adapter_product(cpu, g, NULL, NULL);
+        step   = dpoi_most(step, dpoi_flip_room(g, g->r, g->O) + dpoi_conv_room(g, &y));
         step   = dpoi_most(step, dpoi_gradient_work(g, &p.down));
         step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(&u, &p.up));
     }
@@ -11955,18 +12473,14 @@ static void dpoi_fast_forward(dpoi_cpu *cpu, dpoi_conv *g)
     float *scaled = g->work + plan.u, *u = g->u ? (float *)g->a->stat.data : scaled;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
-    p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
-    p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
-    p.add_type = g->residual_type;  p.y_type = g->y_type;
-    p.sums = g->work + plan.step;
-    p.room = p.sums + dpoi_conv_sums(g);
     if (g->r) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, u);
         down.room = g->work + plan.step;
         dpoi_conv_product(g, &down);
         dpoi_conv_strength(g, u, scaled);
-        p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
     }
+    p = dpoi_forward_product(cpu, g, scaled);
+    p.room = g->work + plan.step;
     dpoi_conv_product(g, &p);
 }
 
@@ -11976,8 +12490,9 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     const dpo_args *a = g->a;
     dpoi_conv u = dpoi_conv_up(g);
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
-    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
-    p.source[0] = dpoi_flip_run(cpu, &u, one, one, g->dy, g->up, g->O, step);
+    dpoi_cpu_product p = dpoi_adapter_product(cpu, g, du, step);
+    dpoi_flip_run(cpu, &u, one, one, g->up, g->O, step);
+    p.room = step + dpoi_flip_room(g, g->r, g->O);
     dpoi_conv_product(g, &p);
     dpoi_conv_strength(g, du, du);
     if (a->din[5].data)
@@ -12586,57 +13101,55 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
-   Forward where the numbers are BF16, or may be rounded: 32 queries of one head at a time go along the keys in blocks
-   of up to 256, s [32][256] and o [32][d] in F32, p rounded.  Keys and values are packed once for all queries of a
-   head: k [S/16][d/32][16 pairs of channels][16 keys][2] and v [S/32][d/16][16 pairs of keys][16 channels][2], zeros
-   where S or d end. */
+   Where the numbers are BF16, or may be rounded: 32 rows of one head at a time go along the other axis in blocks, with
+   scores in F32 [32][block] and results [32][d], p and ds rounded.  Forward's and dq's rows are queries and go along
+   keys; dk's and dv's are keys and go along queries:
+
+     forward   s = q k^T                 o  = sum p v
+     dq        s = q k^T   t = do v^T    dq = sum ds k             p = exp(scale s - lse), ds = scale p (t - delta)
+     dk, dv    s = k q^T   t = v do^T    dk = sum ds q   dv = sum p do                                           */
 
 /* Whether this call takes that way. */
 static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 {
-    return cpu->isa >= DPO_ISA_AMX && !a->backward &&
+    return cpu->isa >= DPO_ISA_AMX &&
            (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
 }
 
 #ifdef DPOI_SIMD_AMX
 
-enum { DPOI_AMX_KEYS = 256 };             /* keys a block: 32 KiB of scores */
+/* Keys a block: 32 KiB of scores; in backward half of it, for there are two kinds. */
+enum { DPOI_AMX_KEYS = 256, DPOI_AMX_BACK = 128 };
 
-typedef struct dpoi_amx_attention {
-    dpoi_attention g;
-    int     type[3], y_type;              /* of q, k, v and o: F32 or BF16 */
-    int64_t deep, wide, keys;             /* tiles of d as k of a product and as its columns; tiles of 32 keys */
-    int64_t blocks, jobs, units;          /* of 32 queries a head; of work */
-    uint16_t *k, *v;
-    float  *scratch;                      /* a job: q, s, p and o */
-} dpoi_amx_attention;
+/* x [N,length,D] of one tensor, packed by head and 32 rows for all units of the head, zeros where length or d end: as
+   what rows meet, scores [2][d/32][16 pairs of channels][16 rows][2], and as what scores gather, mix [d/16][16 pairs of
+   rows][16 channels][2].  Either may be NULL. */
+typedef struct dpoi_amx_side {
+    const dpoi_attention *g;
+    const float *x;
+    int     type;
+    int64_t length, deep, wide;           /* tiles of d as k of a product and as its columns */
+    uint16_t *scores, *mix;
+} dpoi_amx_side;
 
-/* Floats a job: q [deep][2][512] and p [8][2][512] of BF16, s [32][256], o [32][wide*16]. */
-static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+/* Packs of one head, and of all; numbers. */
+static int64_t dpoi_amx_side_tiles(const dpoi_amx_side *s) { return dpoi_pieces(s->length, 32); }
+static int64_t dpoi_amx_side_size(const dpoi_amx_side *s, int64_t tiles)
 {
-    return t->deep*DPOI_TILE_SIZE + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + 32*t->wide*16;
+    return s->g->N*s->g->heads*dpoi_amx_side_tiles(s)*tiles*DPOI_TILE_SIZE;
 }
 
-/* Splits work; returns its floats. */
-static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_attention *t)
+/* Takes its room from *work, which stays NULL when sizes are asked for; returns its floats. */
+static int64_t dpoi_amx_side_of(dpoi_amx_side *s, const dpoi_attention *g, const float *x, int type, int64_t length,
+                                int scores, int mix, float *work)
 {
-    dpoi_attention *g = &t->g;
-    int64_t heads, worth, k, v;
-    *g = dpoi_attention_of(cpu, a);
-    heads = g->N*g->heads;
-    for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
-    t->y_type = a->out.dtype;
-    t->deep = dpoi_pieces(g->d, 32);  t->wide = dpoi_pieces(g->d, 16);  t->keys = dpoi_pieces(g->S, 32);
-    t->blocks = dpoi_pieces(g->T, 32);
-    t->units = heads*t->blocks;
-    worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
-    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
-    k = heads*t->keys*2*t->deep*DPOI_TILE_SIZE/2;
-    v = heads*t->keys*t->wide*DPOI_TILE_SIZE/2;
-    t->k = (uint16_t *)(void *)g->work;
-    t->v = g->work ? (uint16_t *)(void *)(g->work + k) : NULL;
-    t->scratch = g->work ? g->work + k + v : NULL;
-    return k + v + t->jobs*dpoi_amx_attention_scratch(t);
+    int64_t at = 0;
+    s->g = g;  s->x = x;  s->type = type;  s->length = length;
+    s->deep = dpoi_pieces(g->d, 32);  s->wide = dpoi_pieces(g->d, 16);
+    s->scores = s->mix = NULL;
+    if (scores) { s->scores = (uint16_t *)(void *)work;  at = dpoi_amx_side_size(s, 2*s->deep)/2; }
+    if (mix)    { s->mix = work ? (uint16_t *)(void *)(work + at) : NULL;  at += dpoi_amx_side_size(s, s->wide)/2; }
+    return at;
 }
 
 /* y[c][r] = x[r][c] of 16 by 16. */
@@ -12645,112 +13158,92 @@ DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
     for (int k = 0; k < 4; k++) dpoi_transpose_avx2(x + k/2*128 + k % 2*8, 16, y + k % 2*128 + k/2*8, 16);
 }
 
-/* 32 keys of one head. */
-DPOI_AMX static void dpoi_amx_attention_pack_task(void *arg, int64_t task)
+/* 32 rows from `row` on of one head that starts at x[at]. */
+DPOI_AMX static void dpoi_amx_side_scores(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
 {
-    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
-    const dpoi_attention *g = &t->g;
-    int64_t head = task/t->keys, key = task % t->keys*32, at = head/g->heads*g->S*g->D + head % g->heads*g->d;
-    uint16_t *k = t->k + task*2*t->deep*DPOI_TILE_SIZE, *v = t->v + task*t->wide*DPOI_TILE_SIZE;
     float words[256] DPOI_ALIGNED;
     for (int64_t half = 0; half < 2; half++)
-        for (int64_t c = 0; c < t->deep; c++, k += DPOI_TILE_SIZE) {
+        for (int64_t c = 0; c < s->deep; c++, to += DPOI_TILE_SIZE) {
             for (int64_t i = 0; i < 16; i++) {
-                int64_t j = key + half*16 + i;
-                const float *x = dpoi_amx_at(g->k, t->type[1], at + j*g->D + c*32);
+                int64_t j = row + half*16 + i;
                 __m512i line = _mm512_setzero_si512();
-                if (j < g->S) line = dpoi_amx_line(x, t->type[1], g->d - c*32);
+                if (j < s->length) line = dpoi_amx_line(dpoi_amx_at(s->x, s->type, at + j*s->g->D + c*32), s->type,
+                                                        s->g->d - c*32);
                 _mm512_store_si512(words + i*16, line);
             }
-            dpoi_amx_turn(words, (float *)(void *)k);
-        }
-    for (int64_t c = 0; c < t->wide; c++)
-        for (int64_t i = 0; i < 16; i++, v += 32) {
-            int64_t j = key + 2*i, from = at + j*g->D + c*16;
-            const float *x = j < g->S ? dpoi_amx_at(g->v, t->type[2], from) : NULL;
-            const float *y = j + 1 < g->S ? dpoi_amx_at(g->v, t->type[2], from + g->D) : NULL;
-            _mm512_storeu_si512(v, dpoi_amx_pair(x, y, t->type[2], g->d - c*16));
+            dpoi_amx_turn(words, (float *)(void *)to);
         }
 }
 
-/* What one unit works with. */
-typedef struct dpoi_amx_unit {
-    int64_t head, first, rows;            /* queries first..first+rows-1 */
-    uint16_t *q, *p;
-    float  *s, *o;
-    float   most[32], sum[32];
-} dpoi_amx_unit;
+DPOI_AMX static void dpoi_amx_side_mix(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
+{
+    int64_t D = s->g->D;
+    for (int64_t c = 0; c < s->wide; c++)
+        for (int64_t i = 0; i < 16; i++, to += 32) {
+            int64_t j = row + 2*i, from = at + j*D + c*16;
+            const float *x = j < s->length ? dpoi_amx_at(s->x, s->type, from) : NULL;
+            const float *y = j + 1 < s->length ? dpoi_amx_at(s->x, s->type, from + D) : NULL;
+            _mm512_storeu_si512(to, dpoi_amx_pair(x, y, s->type, s->g->d - c*16));
+        }
+}
 
-/* s [32][256] = q k^T for tiles from..to-1 of 32 keys. */
-DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
+DPOI_AMX static void dpoi_amx_side_task(void *arg, int64_t task)
+{
+    const dpoi_amx_side *s = (const dpoi_amx_side *)arg;
+    int64_t tiles = dpoi_amx_side_tiles(s), head = task/tiles, row = task % tiles*32;
+    int64_t at = head/s->g->heads*s->length*s->g->D + head % s->g->heads*s->g->d;
+    if (s->scores) dpoi_amx_side_scores(s, at, row, s->scores + task*2*s->deep*DPOI_TILE_SIZE);
+    if (s->mix)    dpoi_amx_side_mix(s, at, row, s->mix + task*s->wide*DPOI_TILE_SIZE);
+}
+
+static void dpoi_amx_side_run(dpoi_amx_side *s)
+{
+    dpoi_parallel(s->g->cpu, s->g->N*s->g->heads*dpoi_amx_side_tiles(s), dpoi_amx_side_task, s);
+}
+
+/* 32 rows of a head that stand still: first..first+rows-1 of x, into a [d/32][2][16][32], zeros after them. */
+DPOI_AMX static void dpoi_amx_rows(const dpoi_amx_side *s, int64_t head, int64_t first, int64_t rows, uint16_t *a)
+{
+    int64_t at = (head/s->g->heads*s->length + first)*s->g->D + head % s->g->heads*s->g->d;
+    for (int64_t i = 0; i < 32; i++)
+        if (i < rows) dpoi_amx_put(a + i*32, 0, dpoi_amx_at(s->x, s->type, at + i*s->g->D), s->type, s->g->d);
+        else          dpoi_amx_put(a + i*32, 0, NULL, DPO_F32, s->deep*32);
+}
+
+/* s [32][row] = a b^T for packs from..to-1 of one head of b; `two`: rows 16 to 31 are wanted. */
+DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *a,
+                                     int two, float *s, int64_t row)
 {
     dpoi_amx_strip r;
-    float *s = u->s;
-    r.steps = t->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
-    r.a[0] = u->q;
-    r.a[1] = u->rows > 16 ? u->q + DPOI_TILE_SIZE : NULL;
+    r.steps = b->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    r.a[0] = a;
+    r.a[1] = two ? a + DPOI_TILE_SIZE : NULL;
     for (; from < to; from++, s += 32) {
-        r.b[0] = t->k + (u->head*t->keys + from)*2*t->deep*DPOI_TILE_SIZE;
-        r.b[1] = r.b[0] + t->deep*DPOI_TILE_SIZE;
+        r.b[0] = b->scores + (head*dpoi_amx_side_tiles(b) + from)*2*b->deep*DPOI_TILE_SIZE;
+        r.b[1] = r.b[0] + b->deep*DPOI_TILE_SIZE;
         dpoi_amx_zero();
         dpoi_amx_run(&r);
-        _tile_stored(0, s, DPOI_AMX_KEYS*4);
-        _tile_stored(1, s + 16, DPOI_AMX_KEYS*4);
-        _tile_stored(2, s + 16*DPOI_AMX_KEYS, DPOI_AMX_KEYS*4);
-        _tile_stored(3, s + 16*DPOI_AMX_KEYS + 16, DPOI_AMX_KEYS*4);
+        _tile_stored(0, s, row*4);
+        _tile_stored(1, s + 16, row*4);
+        _tile_stored(2, s + 16*row, row*4);
+        _tile_stored(3, s + 16*row + 16, row*4);
     }
 }
 
-/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
-   most, sum and o move to the new maximum as in dpoi_scores_forward_avx512. */
-DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+/* o [32][wide*16] += p b for packs from..to-1 of one head of b; p [to-from][2][16][32]. */
+DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *p,
+                                     int two, float *o)
 {
-    const float *s = u->s + i*DPOI_AMX_KEYS;
-    uint16_t *p = u->p + i*32;
-    __m512 scale = _mm512_set1_ps(t->g.scale), low = _mm512_set1_ps(-INFINITY), high = low, sum = _mm512_setzero_ps();
-    float most = u->most[i], shrink;
-    for (int64_t j = 0; j < seen; j += 16) {
-        __mmask16 k = seen - j >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (seen - j)) - 1);
-        high = _mm512_max_ps(high, _mm512_mask_loadu_ps(low, k, s + j));
-    }
-    if (seen > 0) {                       /* scale is positive */
-        float largest = _mm512_reduce_max_ps(high)*t->g.scale;
-        if (!(largest <= most)) most = largest;
-    }
-    high = _mm512_set1_ps(most);
-    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
-        int64_t left = seen - j;
-        __mmask32 k = left >= 32 ? 0xffffffffu : left <= 0 ? 0 : (__mmask32)((1u << left) - 1);
-        __m512 f = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, high));
-        __m512 h = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, high));
-        f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
-        h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
-        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
-        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
-    }
-    shrink = _mm512_cvtss_f32(dpoi_exp_score_avx512(_mm512_set1_ps(u->most[i] - most)));
-    if (!(u->most[i] > -INFINITY)) shrink = 0;
-    u->sum[i] = u->sum[i]*shrink + _mm512_reduce_add_ps(sum);
-    if (most != u->most[i])
-        for (int64_t c = 0; c < t->wide*16; c += 16) {
-            float *o = u->o + i*t->wide*16 + c;
-            _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
-        }
-    u->most[i] = most;
-}
-
-/* o += p v for tiles from..to-1 of 32 keys. */
-DPOI_AMX static void dpoi_amx_mix(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
-{
-    int64_t row = t->wide*16*4, half = t->wide*16*16;
+    int64_t row = b->wide*16*4, half = b->wide*16*16;
     dpoi_amx_strip r;
-    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = t->wide*DPOI_TILE_SIZE;  r.b_row = 64;
-    r.a[0] = u->p;
-    r.a[1] = u->rows > 16 ? u->p + DPOI_TILE_SIZE : NULL;
-    for (int64_t c = 0; c < t->wide; c += 2) {
-        float *o = u->o + c*16, *last = c + 1 < t->wide ? o + 16 : o;      /* a lone tile: loaded twice */
-        r.b[0] = t->v + ((u->head*t->keys + from)*t->wide + c)*DPOI_TILE_SIZE;
-        r.b[1] = c + 1 < t->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
+    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = b->wide*DPOI_TILE_SIZE;
+    r.b_row = 64;
+    r.a[0] = p;
+    r.a[1] = two ? p + DPOI_TILE_SIZE : NULL;
+    for (int64_t c = 0; c < b->wide; c += 2, o += 32) {
+        float *last = c + 1 < b->wide ? o + 16 : o;                         /* a lone tile: loaded twice */
+        r.b[0] = b->mix + ((head*dpoi_amx_side_tiles(b) + from)*b->wide + c)*DPOI_TILE_SIZE;
+        r.b[1] = c + 1 < b->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
         _tile_loadd(0, o, row);         _tile_loadd(1, last, row);
         _tile_loadd(2, o + half, row);  _tile_loadd(3, last + half, row);
         dpoi_amx_run(&r);
@@ -12762,57 +13255,326 @@ DPOI_AMX static void dpoi_amx_mix(const dpoi_amx_attention *t, const dpoi_amx_un
     }
 }
 
-/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
-DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by the polynomial of degree 4 that has the least relative error there,
+   2.6e-6, which is a thousandth of what rounding to BF16 takes. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_exp2(__m512 x)
+{
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), e = _mm512_set1_ps(0.0095701f);
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.05591786f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.24024745f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.69312181f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.99999926f));
+    return _mm512_scalef_ps(e, n);
+}
+
+/* Those of 32 columns from `from` on that lie in low..high-1. */
+static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
+{
+    int64_t a = dpoi_most(0, dpoi_least(32, low - from)), b = dpoi_most(a, dpoi_least(32, high - from));
+    return (uint32_t)((((uint64_t)1 << b) - 1) & ~(((uint64_t)1 << a) - 1));
+}
+
+#define DPOI_LOG2E 1.44269504f
+
+/* A job's share of work: rows first..first+rows-1 of one head, a and a2 [d/32][2][16][32], scores s and t, p and ds
+   [block/32][2][16][32], results o and o2 [32][wide*16]. */
+typedef struct dpoi_amx_unit {
+    int64_t head, first, rows;
+    uint16_t *a, *a2, *p, *ds;
+    float  *s, *t, *o, *o2;
+    float   most[32], sum[32][16];
+} dpoi_amx_unit;
+
+/* sides: q, k, v, do.  In forward scratch has the first of each pair above alone. */
+typedef struct dpoi_amx_attention {
+    dpoi_attention g;
+    dpoi_amx_side side[4];
+    int     type[4], y_type;              /* of q, k, v and o, and of do: F32 or BF16 */
+    int     by_key;                       /* backward: rows are keys */
+    float  *lse;                          /* [N,heads,T] over ln 2 */
+    int64_t blocks, jobs, units;          /* of 32 rows a head; of work */
+    float  *scratch;
+} dpoi_amx_attention;
+
+/* Floats a job: as dpoi_amx_unit says, [32][256] scores or two [32][128]. */
+static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+{
+    const dpoi_amx_side *s = t->side;
+    return 2*s->deep*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 2*32*s->wide*16;
+}
+
+static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job)
+{
+    const dpoi_amx_side *s = t->side;
+    dpoi_amx_unit u;
+    memset(&u, 0, sizeof u);
+    u.s  = t->scratch + job*dpoi_amx_attention_scratch(t);
+    u.t  = u.s + 32*DPOI_AMX_BACK;
+    u.o  = u.s + 32*DPOI_AMX_KEYS;
+    u.o2 = u.o + 32*s->wide*16;
+    u.p  = (uint16_t *)(void *)(u.o2 + 32*s->wide*16);
+    u.ds = u.p + DPOI_AMX_BACK/32*2*DPOI_TILE_SIZE;
+    u.a  = u.p + DPOI_AMX_KEYS/32*2*DPOI_TILE_SIZE;
+    u.a2 = u.a + s->deep*2*DPOI_TILE_SIZE;
+    return u;
+}
+
+/* Deals the rows of `length` out to jobs. */
+static void dpoi_amx_attention_split(dpoi_amx_attention *t, int64_t length)
 {
     const dpoi_attention *g = &t->g;
-    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->wide*16;
-    int64_t keys = dpoi_pieces(g->causal ? u->first + u->rows : g->S, 32);
-    memset(u->o, 0, (size_t)(32*size)*sizeof(float));
-    for (int64_t i = 0; i < 32; i++) {
-        u->most[i] = -INFINITY;  u->sum[i] = 0;
-        if (i < u->rows) dpoi_amx_put(u->q + i*32, 0, dpoi_amx_at(g->q, t->type[0], at + i*g->D), t->type[0], g->d);
-        else             dpoi_amx_put(u->q + i*32, 0, NULL, DPO_F32, t->deep*32);
+    int64_t worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
+    t->blocks = dpoi_pieces(length, 32);
+    t->units = g->N*g->heads*t->blocks;
+    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
+}
+
+/* Lays out work, which is NULL when its size is asked for; returns its floats. */
+static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_attention *t)
+{
+    dpoi_attention *g = &t->g;
+    const float *x[4];
+    float *work;
+    int64_t at = 0;
+    int back = a->backward;
+    *g = dpoi_attention_of(cpu, a);
+    for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
+    t->type[3] = a->dout.dtype;
+    t->y_type = a->out.dtype;
+    x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
+    work = g->work;
+    g->delta = work;
+    t->lse = work ? work + g->N*g->heads*g->T : NULL;
+    if (back) at = dpoi_pieces(2*g->N*g->heads*g->T, 16)*16;
+    for (int i = 0; i < 4; i++)
+        at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], i == 1 || i == 2 ? g->S : g->T, back || i == 1,
+                               back ? i != 2 : i == 2, work ? work + at : NULL);
+    t->scratch = work ? work + at : NULL;
+    dpoi_amx_attention_split(t, back && g->S > g->T ? g->S : g->T);
+    return at + t->jobs*dpoi_amx_attention_scratch(t);
+}
+
+/* The largest of a row's `seen` scores. */
+DPOI_AMX static float dpoi_amx_largest(const float *s, int64_t seen)
+{
+    __m512 low = _mm512_set1_ps(-INFINITY), a = low, b = low;
+    int64_t j = 0;
+    for (; j + 32 <= seen; j += 32) {
+        a = _mm512_max_ps(a, _mm512_loadu_ps(s + j));
+        b = _mm512_max_ps(b, _mm512_loadu_ps(s + j + 16));
     }
-    DPOI_AMX_READY();
-    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
-        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32);
-        dpoi_amx_scores(t, u, from, to);
-        for (int i = 0; i < (u->rows > 16 ? 32 : 16); i++) {
-            int64_t wide = (to - from)*32, seen = g->causal ? u->first + i + 1 : g->S;
-            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
-            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+    for (; j < seen; j += 16)
+        a = _mm512_max_ps(a, _mm512_mask_loadu_ps(low, (__mmask16)dpoi_amx_seen(j, 0, seen), s + j));
+    return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+}
+
+/* Row i meets a larger score: what it has summed shrinks by 2^(most - now); before the first it is zero. */
+DPOI_AMX static void dpoi_amx_shrink(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, float now)
+{
+    __m512 shrink = dpoi_amx_exp2(_mm512_set1_ps(u->most[i] > -INFINITY ? u->most[i] - now : 0));
+    int64_t size = t->side->wide*16;
+    float *o = u->o + i*size;
+    u->most[i] = now;
+    _mm512_storeu_ps(u->sum[i], _mm512_mul_ps(_mm512_loadu_ps(u->sum[i]), shrink));
+    for (int64_t c = 0; c < size; c += 16) _mm512_storeu_ps(o + c, _mm512_mul_ps(_mm512_loadu_ps(o + c), shrink));
+}
+
+/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
+   most, in powers of two, sum and o move to the new maximum.  Sums stay apart in 16 lanes to the end. */
+DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+{
+    const float *s = u->s + i*DPOI_AMX_KEYS;
+    uint16_t *p = u->p + i*32;
+    float now = dpoi_amx_largest(s, seen)*t->g.scale*DPOI_LOG2E;            /* scale is positive */
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), most, sum;
+    if (!(now <= u->most[i])) dpoi_amx_shrink(t, u, i, now);
+    most = _mm512_set1_ps(u->most[i]);
+    sum = _mm512_loadu_ps(u->sum[i]);
+    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
+        __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, most));
+        __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, most));
+        if (j + 32 > seen) {
+            uint32_t k = dpoi_amx_seen(j, 0, seen);
+            f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
+            h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
         }
-        DPOI_AMX_READY();
-        dpoi_amx_mix(t, u, from, to);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
+        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
     }
+    _mm512_storeu_ps(u->sum[i], sum);
+}
+
+/* o divided by the sums, and lse. */
+DPOI_AMX static void dpoi_amx_attention_end(const dpoi_amx_attention *t, const dpoi_amx_unit *u)
+{
+    const dpoi_attention *g = &t->g;
+    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->side->wide*16;
     for (int64_t i = 0; i < u->rows; i++) {
-        __m512 share = _mm512_set1_ps(1/u->sum[i]);
-        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i] + logf(u->sum[i]);
+        float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(u->sum[i]));
+        __m512 share = _mm512_set1_ps(1/sum);
+        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i]/DPOI_LOG2E + logf(sum);
         for (int64_t c = 0; c < g->d; c += 16) {
-            __mmask16 k = g->d - c >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (g->d - c)) - 1);
             __m512 f = _mm512_mul_ps(_mm512_loadu_ps(u->o + i*size + c), share);
-            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, k, 0, f, f);
+            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, (__mmask16)dpoi_amx_seen(c, 0, g->d), 0, f, f);
         }
     }
 }
 
-/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
-DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
+/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
+DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
 {
-    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
-    dpoi_amx_unit u;
-    u.s = t->scratch + job*dpoi_amx_attention_scratch(t);
-    u.o = u.s + 32*DPOI_AMX_KEYS;
-    u.q = (uint16_t *)(void *)(u.o + 32*t->wide*16);
-    u.p = u.q + t->deep*2*DPOI_TILE_SIZE;
+    const dpoi_attention *g = &t->g;
+    int64_t keys = dpoi_pieces(g->causal ? dpoi_least(u->first + u->rows, g->S) : g->S, 32);
+    int two = u->rows > 16;
+    memset(u->o, 0, (size_t)(32*t->side->wide*16)*sizeof(float));
+    memset(u->sum, 0, sizeof u->sum);
+    for (int64_t i = 0; i < 32; i++) u->most[i] = -INFINITY;
+    dpoi_amx_rows(&t->side[0], u->head, u->first, u->rows, u->a);
+    DPOI_AMX_READY();
+    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
+        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32), wide = (to - from)*32;
+        dpoi_amx_scores(&t->side[1], u->head, from, to, u->a, two, u->s, DPOI_AMX_KEYS);
+        for (int i = 0; i < (two ? 32 : 16); i++) {
+            int64_t seen = g->causal ? u->first + i + 1 : g->S;
+            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
+            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+        }
+        DPOI_AMX_READY();
+        dpoi_amx_gather(&t->side[2], u->head, from, to, u->p, two, u->o);
+    }
+    dpoi_amx_attention_end(t, u);
+}
+
+/* Row i of p and ds/scale in tiles from columns from.. of the other axis, `wide` of them; low..high-1 are seen.  t->lse
+   is in powers of two. */
+DPOI_AMX static void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int i, int64_t from,
+                                     int64_t low, int64_t high, int64_t wide)
+{
+    const float *s = u->s + i*DPOI_AMX_BACK, *r = u->t + i*DPOI_AMX_BACK;
+    const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
+    uint16_t *p = u->p + i*32, *ds = u->ds + i*32;
+    int64_t row = dpoi_least(u->first + i, t->g.T - 1);                     /* a row that is none sees nothing */
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e = _mm512_set1_ps(lse[row]), d = _mm512_set1_ps(delta[row]);
+    __m512 f[2], h[2];
+    for (int64_t j = 0; j < wide; j += 32, p += 2*DPOI_TILE_SIZE, ds += 2*DPOI_TILE_SIZE) {
+        uint32_t seen = low <= j && j + 32 <= high ? 0xffffffffu : dpoi_amx_seen(j, low, high);
+        for (int o = 0; o < 2; o++) {
+            __mmask16 k = (__mmask16)(seen >> 16*o);
+            int64_t at = j + 16*o;
+            if (t->by_key) {
+                e = _mm512_maskz_loadu_ps(k, lse + from + at);
+                d = _mm512_maskz_loadu_ps(k, delta + from + at);
+            }
+            f[o] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale, e));
+            f[o] = _mm512_maskz_mov_ps(k, f[o]);
+            h[o] = _mm512_maskz_mul_ps(k, f[o], _mm512_sub_ps(_mm512_loadu_ps(r + at), d));
+        }
+        if (t->by_key) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
+        _mm512_storeu_si512(ds, (__m512i)_mm512_cvtne2ps_pbh(h[1], h[0]));
+    }
+}
+
+/* The unit's rows of a gradient [N,length,D] = scale o, or += . */
+DPOI_AMX static void dpoi_amx_unit_store(const dpoi_attention *g, const dpoi_amx_unit *u, int64_t length, const float *o,
+                                         float scale, float *y, int add)
+{
+    int64_t size = dpoi_pieces(g->d, 16)*16;
+    if (!y) return;
+    y += (u->head/g->heads*length + u->first)*g->D + u->head % g->heads*g->d;
+    for (int64_t i = 0; i < u->rows; i++, y += g->D)
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
+            __m512 f = _mm512_mul_ps(_mm512_loadu_ps(o + i*size + c), _mm512_set1_ps(scale));
+            if (add) f = _mm512_add_ps(f, _mm512_maskz_loadu_ps(k, y + c));
+            _mm512_mask_storeu_ps(y + c, k, f);
+        }
+}
+
+/* Rows first.. of one head, led along the other axis' `along` rows, which are sides b (meets a) and b2 (meets a2). */
+DPOI_AMX static void dpoi_amx_back_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+{
+    const dpoi_attention *g = &t->g;
+    const dpoi_amx_side *a = &t->side[t->by_key ? 1 : 0], *a2 = &t->side[t->by_key ? 2 : 3];
+    const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
+    int64_t end = g->causal && !t->by_key ? dpoi_least(u->first + u->rows, b->length) : b->length;
+    int64_t from = g->causal && t->by_key ? u->first/32 : 0, tiles = dpoi_pieces(end, 32);
+    int two = u->rows > 16;
+    memset(u->o, 0, (size_t)(2*32*a->wide*16)*sizeof(float));
+    dpoi_amx_rows(a, u->head, u->first, u->rows, u->a);
+    dpoi_amx_rows(a2, u->head, u->first, u->rows, u->a2);
+    DPOI_AMX_READY();
+    for (; from < tiles; from += DPOI_AMX_BACK/32) {
+        int64_t to = dpoi_least(tiles, from + DPOI_AMX_BACK/32), wide = (to - from)*32;
+        dpoi_amx_scores(b, u->head, from, to, u->a, two, u->s, DPOI_AMX_BACK);
+        dpoi_amx_scores(b2, u->head, from, to, u->a2, two, u->t, DPOI_AMX_BACK);
+        for (int i = 0; i < (two ? 32 : 16); i++) {
+            int64_t low = 0, high = i < u->rows ? b->length - from*32 : 0;
+            if (g->causal && t->by_key) low = u->first + i - from*32;
+            if (g->causal && !t->by_key) high = dpoi_least(high, u->first + i + 1 - from*32);
+            dpoi_amx_slopes(t, u, i, from*32, low, high, wide);
+        }
+        DPOI_AMX_READY();
+        if (!t->by_key || g->dk) dpoi_amx_gather(b, u->head, from, to, u->ds, two, u->o);
+        if (t->by_key && g->dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, two, u->o2);
+    }
+    dpoi_amx_unit_store(g, u, a->length, u->o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
+    if (t->by_key) dpoi_amx_unit_store(g, u, a->length, u->o2, 1, g->dv, (int)(g->add >> 2 & 1));
+}
+
+/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
+DPOI_AMX static void dpoi_amx_attention_jobs(const dpoi_amx_attention *t, int64_t job, int back)
+{
+    dpoi_amx_unit u = dpoi_amx_unit_of(t, job);
+    int64_t length = t->by_key ? t->g.S : t->g.T;
     dpoi_amx_begin();
     for (int64_t i = t->units*job/t->jobs; i < t->units*(job + 1)/t->jobs; i++) {
         u.head = i/t->blocks;  u.first = i % t->blocks*32;
-        u.rows = dpoi_least(32, t->g.T - u.first);
-        dpoi_amx_attention_unit(t, &u);
+        u.rows = dpoi_least(32, length - u.first);
+        if (back) dpoi_amx_back_unit(t, &u);
+        else      dpoi_amx_attention_unit(t, &u);
     }
     dpoi_amx_end();
+}
+
+static void dpoi_amx_attention_task(void *arg, int64_t job)
+{
+    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 0);
+}
+static void dpoi_amx_back_task(void *arg, int64_t job)
+{
+    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 1);
+}
+
+/* dpoi_attention_delta_task with o and do as they lie, a query's sums in one order; and lse. */
+DPOI_AMX static void dpoi_amx_delta_task(void *arg, int64_t head)
+{
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    const dpoi_attention *g = &t->g;
+    int64_t at = head/g->heads*g->T*g->D + head % g->heads*g->d;
+    for (int64_t i = 0; i < g->T; i++, at += g->D) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
+            sum = _mm512_fmadd_ps(dpoi_amx_load(g->dout, t->type[3], at + c, k),
+                                  dpoi_amx_load(g->o, t->y_type, at + c, k), sum);
+        }
+        g->delta[head*g->T + i] = _mm512_reduce_add_ps(sum);
+        t->lse[head*g->T + i] = g->lse[head*g->T + i]*DPOI_LOG2E;
+    }
+}
+
+/* Scores are made twice, as in F32. */
+static void dpoi_amx_attention_backward(dpoi_amx_attention *t)
+{
+    const dpoi_attention *g = &t->g;
+    for (int i = 0; i < 4; i++) dpoi_amx_side_run(&t->side[i]);
+    dpoi_parallel(g->cpu, g->N*g->heads, dpoi_amx_delta_task, t);
+    t->by_key = 0;
+    dpoi_amx_attention_split(t, g->T);
+    if (g->dq) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
+    t->by_key = 1;
+    dpoi_amx_attention_split(t, g->S);
+    if (g->dk || g->dv) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
 }
 #endif /* DPOI_SIMD_AMX */
 
@@ -12824,7 +13586,11 @@ static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *
     dpoi_attention g = dpoi_attention_of(NULL, a);
 #ifdef DPOI_SIMD_AMX
     dpoi_amx_attention t;
-    if (dpoi_attention_rounds(cpu, a)) return (size_t)dpoi_amx_attention_of(NULL, a, &t)*sizeof(float);
+    if (dpoi_attention_rounds(cpu, a)) {
+        dpo_args sizes = *a;
+        sizes.work = NULL;
+        return (size_t)dpoi_amx_attention_of(NULL, &sizes, &t)*sizeof(float);
+    }
 #endif
     if (cpu->isa != DPO_ISA_PLAIN) return (size_t)dpoi_attention_layout(&g, a->backward)*sizeof(float);
     return (size_t)(g.N*g.heads*DPOI_PLAIN_PARTS*2*(g.T > g.S ? g.T : g.S))*sizeof(double);
@@ -12837,7 +13603,9 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_amx_attention t;
     if (dpoi_attention_rounds(cpu, a)) {
         dpoi_amx_attention_of(cpu, a, &t);
-        dpoi_parallel(cpu, g.N*g.heads*t.keys, dpoi_amx_attention_pack_task, &t);
+        t.by_key = 0;
+        dpoi_amx_side_run(&t.side[1]);
+        dpoi_amx_side_run(&t.side[2]);
         dpoi_parallel(cpu, t.jobs, dpoi_amx_attention_task, &t);
         return DPO_OK;
     }
@@ -12857,6 +13625,14 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);
     int64_t heads = g.N*g.heads;
+#ifdef DPOI_SIMD_AMX
+    dpoi_amx_attention t;
+    if (dpoi_attention_rounds(cpu, a)) {
+        dpoi_amx_attention_of(cpu, a, &t);
+        dpoi_amx_attention_backward(&t);
+        return DPO_OK;
+    }
+#endif
     if (cpu->isa == DPO_ISA_PLAIN) {
         if (g.dq) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dq_task, &g);
         if (g.dk || g.dv) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dkv_task, &g);
@@ -12961,6 +13737,7 @@ static size_t dpoi_widened(const dpoi_cpu *cpu, const dpo_args *a, dpo_args *w, 
         if (!dpoi_narrow_view(views[i]) || dpoi_kept_narrow(cpu, a, w, views[i])) continue;
         if (work) views[i]->data = work + at;
         views[i]->dtype = DPO_F32;
+        views[i]->pairs = 0;
         at += dpoi_lines((size_t)dpoi_stored(views[i])*sizeof(float));
     }
     return at;
@@ -13087,6 +13864,7 @@ static void dpoi_cpu_fill(dpoi_cpu *cpu)
     dpo_backend *b = &cpu->backend;
     b->size = (uint32_t)sizeof *b;       b->version = DIFFDPO_VERSION;
     b->name = "cpu";                     b->self = cpu;                  b->panel = 16;
+    b->pairs = cpu->isa >= DPO_ISA_AMX;
     b->alloc = dpoi_cpu_alloc;           b->release = dpoi_cpu_release;
     b->copy = dpoi_cpu_copy_bytes;       b->zero = dpoi_cpu_zero;
     b->workspace = dpoi_cpu_workspace;   b->run = dpoi_cpu_run;
@@ -19276,39 +20054,147 @@ static void dpoi_image_resample(const dpo_image *x, const dpoi_filter *across, c
 }
 
 /* The size that just covers: the side that is short for its share gets it, the other follows, cut to whole pixels. */
-static void dpoi_cover(const dpo_image *x, int width, int height, int *w, int *h)
+static void dpoi_cover(int from_w, int from_h, int width, int height, int *w, int *h)
 {
-    int wide = (int64_t)x->width * height >= (int64_t)x->height * width;   /* wider than the target is */
-    *h = wide ? height : (int)((int64_t)width * x->height / x->width);
-    *w = wide ? (int)((int64_t)height * x->width / x->height) : width;
+    int wide = (int64_t)from_w * height >= (int64_t)from_h * width;   /* wider than the target is */
+    *h = wide ? height : (int)((int64_t)width * from_h / from_w);
+    *w = wide ? (int)((int64_t)height * from_w / from_h) : width;
 }
 
-/* Cover, then cut the centre out, as torchvision's Resize and CenterCrop do, whose offset is rounded to even.
-   Only the columns of the crop are computed across, and only its rows down. */
-DPO_DEF int dpo_image_fit(dpo_ctx *c, const dpo_image *x, int width, int height, dpo_image *out)
+/* A window comes from outside: are its size and place possible?  A NaN is no place. */
+static int dpoi_window_ok(dpo_ctx *c, const dpo_window *v)
+{
+    if (!v || v->width < 1 || v->height < 1)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a picture of %dx%d pixels", v ? v->width : 0, v ? v->height : 0);
+    if (!(v->at_x >= 0 && v->at_x <= 1 && v->at_y >= 0 && v->at_y <= 1))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "a picture is cut at a share of 0 to 1 of what is left over");
+    return dpoi_image_fits(c, "a view", v->width, v->height);
+}
+
+/* at of `over` pixels; halves go to even, as torchvision's CenterCrop has it. */
+static int dpoi_window_at(float at, int over) { return (int)rint((double)at * over); }
+
+/* No context: a trainer asks this for numbers alone. */
+DPO_DEF int dpo_window_place(const dpo_window *v, int width, int height, int *left, int *top)
+{
+    int w, h;
+    if (!left || !top || !v || width < 1 || height < 1 || v->width < 1 || v->height < 1 || width > DPOI_IMAGE_SIDE ||
+        height > DPOI_IMAGE_SIDE || v->width > DPOI_IMAGE_SIDE || v->height > DPOI_IMAGE_SIDE) return 0;
+    dpoi_cover(width, height, v->width, v->height, &w, &h);
+    *left = dpoi_window_at(v->at_x, w - v->width);
+    *top = dpoi_window_at(v->at_y, h - v->height);
+    return 1;
+}
+
+/* Left becomes right, in place.  rgb [height,width,3]. */
+static void dpoi_image_mirror(uint8_t *rgb, int width, int height)
+{
+    for (int64_t i = 0; i < height; i++)
+        for (uint8_t *a = rgb + i*width*3, *b = a + (int64_t)(width - 1)*3; a < b; a += 3, b -= 3)
+            for (int k = 0; k < 3; k++) {
+                uint8_t t = a[k];
+                a[k] = b[k];
+                b[k] = t;
+            }
+}
+
+/* Cover, then cut.  w x h is what would cover; only the columns of the cut are computed across, and only its rows down.
+   The window was checked.  rgb [v->height,v->width,3]. */
+static int dpoi_image_window(dpo_ctx *c, const dpo_image *x, const dpo_window *v, uint8_t *rgb)
 {
     dpoi_filter across, down;
-    uint8_t    *rows;                     /* [x's height,width,3], between the two passes */
-    size_t      bytes;
-    int         w, h;                     /* of the picture that covers */
-    if (!out || !dpoi_image_ok(c, x)) return 0;
-    if (width < 1 || height < 1) return dpoi_fail(c, DPO_BAD_ARGUMENT, "a picture of %dx%d pixels", width, height);
-    dpoi_cover(x, width, height, &w, &h);
-    if (!dpoi_image_fits(c, "a fitted picture", w, h) || !dpo_image_new(c, width, height, out)) return 0;
-    bytes = (size_t)x->height * (size_t)width * 3;
+    dpo_image   out;
+    uint8_t    *rows;                     /* [x's height,v->width,3], between the two passes */
+    size_t      bytes = (size_t)x->height * (size_t)v->width * 3;
+    int         w, h, left, top, ok = 0;
+    dpoi_cover(x->width, x->height, v->width, v->height, &w, &h);
+    if (!dpo_window_place(v, x->width, x->height, &left, &top) || !dpoi_image_fits(c, "a fitted picture", w, h)) return 0;
+    out.width = v->width;
+    out.height = v->height;
+    out.rgb = rgb;
     rows = (uint8_t *)dpoi_calloc(c, bytes, 1);
-    /* w x h is what would cover; only the window of width x height in its middle is computed. */
     if (rows && dpoi_filter_new(c, &across, x->width, w)) {
-        if (dpoi_filter_new(c, &down, x->height, h)) {
-            dpoi_image_resample(x, &across, &down, rows, (int)rint((w - width) / 2.0),
-                                (int)rint((h - height) / 2.0), out);
+        if ((ok = dpoi_filter_new(c, &down, x->height, h)) != 0) {
+            dpoi_image_resample(x, &across, &down, rows, left, top, &out);
             dpoi_filter_free(c, &down);
         }
         dpoi_filter_free(c, &across);
     }
     if (rows) dpoi_release(c, rows, bytes);
-    if (dpo_status(c) != DPO_OK) dpo_image_free(c, out);
-    return dpo_status(c) == DPO_OK;
+    if (ok && v->flip) dpoi_image_mirror(rgb, v->width, v->height);
+    return ok;
+}
+
+/* Into the host's own memory. */
+DPO_DEF int dpo_image_view(dpo_ctx *c, const dpo_image *x, const dpo_window *v, uint8_t *rgb)
+{
+    return rgb && dpoi_image_ok(c, x) && dpoi_window_ok(c, v) && dpoi_image_window(c, x, v, rgb);
+}
+
+/* As torchvision's Resize and CenterCrop do. */
+DPO_DEF int dpo_image_fit(dpo_ctx *c, const dpo_image *x, int width, int height, dpo_image *out)
+{
+    dpo_window v;
+    memset(&v, 0, sizeof v);
+    v.width = width;
+    v.height = height;
+    v.at_x = v.at_y = 0.5f;
+    if (!out || !dpoi_image_ok(c, x) || !dpoi_window_ok(c, &v) || !dpo_image_new(c, width, height, out)) return 0;
+    if (dpoi_image_window(c, x, &v, out->rgb)) return 1;
+    dpo_image_free(c, out);
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------ buckets */
+
+/* The sides of buckets are multiples of step from least to most; sides (w,h), compared with a picture of aspect ratio
+   `want`.  The best so far: the smallest error |w/h - want|, among equals the first in order of w, then of h, which is
+   how numpy's argmin finds it in kohya's sorted list. */
+typedef struct dpoi_bucket { double want, error; int w, h; } dpoi_bucket;
+
+static void dpoi_bucket_try(dpoi_bucket *b, int64_t w, int64_t h)
+{
+    double error = fabs((double)w / (double)h - b->want);
+    if (b->w && (error > b->error || (error == b->error && (w > b->w || (w == b->w && h >= b->h))))) return;
+    b->error = error;
+    b->w = (int)w;
+    b->h = (int)h;
+}
+
+/* kohya's make_bucket_resolutions (library/model_util.py) with its usual bounds at 512, 256 and 1024, which are half
+   and twice the resolution: the largest square, and for each width the largest height, both ways round. */
+DPO_DEF int dpo_bucket(int width, int height, int resolution, int step, int *w, int *h)
+{
+    dpoi_bucket b;
+    int64_t     area = (int64_t)resolution * resolution, least, most, square;
+    if (!w || !h || width < 1 || height < 1 || resolution < 1 || resolution > DPOI_IMAGE_SIDE / 2 || step < 0 ||
+        step > resolution) return 0;
+    memset(&b, 0, sizeof b);
+    b.w = b.h = resolution;
+    if (step) {
+        b.want = (double)width / height;
+        b.w = 0;
+        square = resolution / step * step;
+        least = (resolution / 2 + step - 1) / step * step;
+        most = (int64_t)resolution * 2 / step * step;
+        if (!least) least = step;
+        dpoi_bucket_try(&b, square, square);
+        for (int64_t side = least; side <= most; side += step) {
+            int64_t other = area / side / step * step;
+            if (other > most) other = most;
+            if (other < least) continue;
+            if ((side == width && other == height) || (side == height && other == width)) {
+                b.w = width;              /* a bucket's own size is never another's */
+                b.h = height;
+                break;
+            }
+            dpoi_bucket_try(&b, side, other);
+            dpoi_bucket_try(&b, other, side);
+        }
+    }
+    *w = b.w;
+    *h = b.h;
+    return 1;
 }
 
 /* ------------------------------------------------------------------------------------------ tensors */
@@ -19838,34 +20724,51 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path)
 
 /* A list of duels, a prompt with a chosen and a rejected picture each.  Adding checks what is cheap to
    check; pictures are opened when a trainer asks for their pixels.  Manifests come from outside: every
-   row is parsed as strict JSON, every field checked for its type and range, and every path must lead
+   row is parsed as strict JSON or CSV, every field checked for its type and range, and every path must lead
    to a file that is there. */
 
 /* width*height*3 bytes, rows from the top, R G B. */
 typedef struct dpoi_bitmap { uint8_t *rgb; int width, height; } dpoi_bitmap;   /* plain memory; NULL: none */
 
+/* A file that one row or many name: a ranking's picture is in many pairs, and is measured and hashed once. */
+typedef struct dpoi_picture {
+    char    *path;
+    int      width, height;               /* 0: its header was not read yet */
+    int      hashed;                      /* key is that of the file when size and changed were these */
+    uint64_t size, changed;
+    dpo_key  key;
+} dpoi_picture;
+
 /* One pair.  Index 0 is the chosen picture, 1 the rejected, everywhere below. */
 typedef struct dpoi_duel {
     char       *prompt;
-    char       *path[2];                  /* chosen, rejected; NULL: pixels came from the host, or there is none */
+    const char *path[2];                  /* a dpoi_picture's; NULL: pixels came from the host, or there is none */
+    int64_t     file[2];                  /* its index; -1 where path is NULL */
     dpoi_bitmap source[2];                /* as the host gave them */
     dpoi_bitmap fit[2];                   /* fitted, kept for the next time */
     float       weight;
+    int         liked;                    /* a single picture: 1, -1; 0: a pair, or one to imitate */
     int64_t     line;                     /* in the manifest, 0: not from one */
 } dpoi_duel;
 
 /* Pictures are decoded when they are asked for first, and kept fitted, as bytes: 3 a pixel, where a tensor has 12.
    Invariant: left + the bytes of all `fit` = dpoi_pairs_cache. */
 struct dpo_pairs {
-    dpo_ctx    *c;
-    char       *path;                     /* of the manifest, or NULL */
-    dpoi_duel  *pair;
-    int64_t     count, room, ties;
-    dpoi_bitmap now[2];                   /* fitted pictures that the cache had no room for */
-    size_t      left;                     /* bytes that the cache may still take */
+    dpo_ctx      *c;
+    char         *path;                   /* of the manifest or folder, or NULL */
+    dpoi_duel    *pair;
+    int64_t       count, room, ties, rows, bad;
+    dpoi_picture *picture;
+    int64_t       pictures, picture_room;
+    int64_t      *slot, slots;            /* pictures by hash of their paths, open addressing: 1 + index, or 0 */
+    dpoi_bitmap   now[2];                 /* fitted pictures that the cache had no room for */
+    size_t        left;                   /* bytes that the cache may still take */
+    dpo_loader   *loaders;                /* they read our strings and pixels, and end before us */
 };
 
 static const size_t dpoi_pairs_cache = (size_t)1 << 30;   /* 1,365 pictures of 512x512; beyond, they are read again */
+
+static void dpoi_loader_destroy(dpo_loader *l);
 
 /* Its sizes were checked when it was a dpo_image. */
 static size_t dpoi_bitmap_bytes(const dpoi_bitmap *x) { return (size_t)x->width * (size_t)x->height * 3; }
@@ -19887,12 +20790,11 @@ static int dpoi_bitmap_copy(dpo_ctx *c, const dpo_image *from, dpoi_bitmap *to)
     return to->rgb != NULL;
 }
 
-/* All that one pair holds; NULLs are passed over. */
+/* All that one pair holds; NULLs are passed over.  Paths are the pictures'. */
 static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
 {
     dpoi_strfree(c, p->prompt);
     for (int i = 0; i < 2; i++) {
-        dpoi_strfree(c, p->path[i]);
         dpoi_bitmap_free(c, &p->source[i]);
         dpoi_bitmap_free(c, &p->fit[i]);
     }
@@ -19902,11 +20804,15 @@ static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
 static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
 {
     dpo_pairs *p = (dpo_pairs *)object;
+    while (p->loaders) dpoi_loader_destroy(p->loaders);   /* first: their threads read what follows */
     for (int64_t i = 0; i < p->count; i++) dpoi_duel_free(c, &p->pair[i]);
+    for (int64_t i = 0; i < p->pictures; i++) dpoi_strfree(c, p->picture[i].path);
     dpoi_bitmap_free(c, &p->now[0]);
     dpoi_bitmap_free(c, &p->now[1]);
     dpoi_strfree(c, p->path);
-    if (p->pair) dpoi_release(c, p->pair, (size_t)p->room * sizeof *p->pair);
+    dpoi_release(c, p->pair, (size_t)p->room * sizeof *p->pair);
+    dpoi_release(c, p->picture, (size_t)p->picture_room * sizeof *p->picture);
+    dpoi_release(c, p->slot, (size_t)p->slots * sizeof *p->slot);
     dpoi_release(c, p, sizeof *p);
 }
 
@@ -19933,8 +20839,71 @@ DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i)
 }
 
 DPO_DEF float dpo_pairs_weight(const dpo_pairs *p, int64_t i) { return dpoi_pairs_has(p, i) ? p->pair[i].weight : 0; }
+DPO_DEF int   dpo_pairs_liked (const dpo_pairs *p, int64_t i) { return dpoi_pairs_has(p, i) ? p->pair[i].liked : 0; }
+
+/* "pairs.jsonl:17", or the picture's file where the pairs came from a folder, or "pair 16". */
+static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+{
+    const dpoi_duel *x = &p->pair[i];
+    if (x->line) snprintf(out, size, "%.400s:%lld", p->path, (long long)x->line);
+    else if (p->path && x->path[0]) snprintf(out, size, "%.400s", x->path[0]);
+    else snprintf(out, size, "pair %lld", (long long)i);
+    return out;
+}
+
+DPO_DEF const char *dpo_pairs_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+{
+    if (!out || !size) return NULL;
+    if (dpoi_pairs_has(p, i)) return dpoi_duel_where(p, i, out, size);
+    snprintf(out, size, "pair %lld", (long long)i);
+    return out;
+}
 
 /* ------------------------------------------------------------------------------------------ adding */
+
+/* Twice the slots, all pictures placed anew. */
+static int dpoi_pairs_rehash(dpo_pairs *p)
+{
+    int64_t  slots = p->slots ? 2 * p->slots : 64;
+    int64_t *slot = (int64_t *)dpoi_calloc(p->c, (size_t)slots, sizeof *slot);
+    if (!slot) return 0;
+    for (int64_t i = 0; i < p->pictures; i++) {
+        int64_t at = (int64_t)dpoi_hash(p->picture[i].path) & (slots - 1);
+        while (slot[at]) at = (at + 1) & (slots - 1);
+        slot[at] = i + 1;
+    }
+    dpoi_release(p->c, p->slot, (size_t)p->slots * sizeof *p->slot);
+    p->slot = slot;
+    p->slots = slots;
+    return 1;
+}
+
+/* The picture of a path, a new one if no row named it before; -1 if there is no memory. */
+static int64_t dpoi_pairs_picture(dpo_pairs *p, const char *path)
+{
+    dpoi_picture *x;
+    int64_t       at;
+    if (2 * p->pictures >= p->slots && !dpoi_pairs_rehash(p)) return -1;
+    at = (int64_t)dpoi_hash(path) & (p->slots - 1);
+    while (p->slot[at] && strcmp(p->picture[p->slot[at] - 1].path, path)) at = (at + 1) & (p->slots - 1);
+    if (p->slot[at]) return p->slot[at] - 1;
+    if (!dpoi_grow(p->c, &p->picture, &p->picture_room, p->pictures + 1, sizeof *x)) return -1;
+    x = &p->picture[p->pictures];
+    memset(x, 0, sizeof *x);
+    if (!(x->path = dpoi_strdup(p->c, path))) return -1;
+    p->slot[at] = ++p->pictures;
+    return p->pictures - 1;
+}
+
+/* Picture `which` of x is the file at `path`. */
+static int dpoi_duel_file(dpo_pairs *p, dpoi_duel *x, int which, const char *path)
+{
+    int64_t k = dpoi_pairs_picture(p, path);
+    if (k < 0) return 0;
+    x->file[which] = k;
+    x->path[which] = p->picture[k].path;  /* the string stays where it is when the array grows */
+    return 1;
+}
 
 /* A place for one more pair, its prompt and weight filled in; it counts once the caller adds 1 to p->count.
    !(weight >= 0) catches NaN; the upper bound catches infinity. */
@@ -19950,11 +20919,12 @@ static dpoi_duel *dpoi_pairs_next(dpo_pairs *p, const char *prompt, float weight
     x = &p->pair[p->count];
     memset(x, 0, sizeof *x);
     x->weight = weight;
+    x->file[0] = x->file[1] = -1;
     return (x->prompt = dpoi_strdup(p->c, prompt)) ? x : NULL;
 }
 
 /* The end of an addition: it counts if nothing failed on the way, else all of it is taken back.
-   x still lies behind the counted pairs: taking it back leaves no trace. */
+   x still lies behind the counted pairs: taking it back leaves no trace but a picture that nobody names. */
 static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
 {
     if (dpo_status(p->c) == DPO_OK) { p->count++; return 1; }
@@ -19962,126 +20932,408 @@ static int dpoi_pairs_added(dpo_pairs *p, dpoi_duel *x)
     return 0;
 }
 
-/* Pixels of a host: copied, for the host may change them.
-   rejected may be NULL: a picture to imitate rather than to prefer. */
-DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
-                          float weight)
+/* Pixels of a host: copied, for the host may change them. */
+static int dpoi_pairs_add_pixels(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
+                                 int liked, float weight)
 {
     dpoi_duel *x;
     if (!p || !dpoi_image_ok(p->c, chosen) || (rejected && !dpoi_image_ok(p->c, rejected))) return 0;
     if (!(x = dpoi_pairs_next(p, prompt, weight))) return 0;
+    x->liked = liked;
     if (dpoi_bitmap_copy(p->c, chosen, &x->source[0]) && rejected) dpoi_bitmap_copy(p->c, rejected, &x->source[1]);
     return dpoi_pairs_added(p, x);
 }
 
 /* Whether the files are there and what is in them is found out when they are read, or by dpo_pairs_check.
-   Paths are relative to the current folder here, to the manifest there. */
-DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
-                                float weight)
+   Paths are relative to the current folder here. */
+static int dpoi_pairs_add_paths(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected, int liked,
+                                float weight, int64_t line)
 {
     dpoi_duel *x;
     if (!chosen || !(x = dpoi_pairs_next(p, prompt, weight))) return 0;
-    x->path[0] = dpoi_strdup(p->c, chosen);
-    if (rejected && x->path[0]) x->path[1] = dpoi_strdup(p->c, rejected);
+    x->liked = liked;
+    x->line = line;
+    if (dpoi_duel_file(p, x, 0, chosen) && rejected) dpoi_duel_file(p, x, 1, rejected);
     return dpoi_pairs_added(p, x);
 }
 
-/* ------------------------------------------------------------------------------------------ manifests
-
-   One object a line, so that a file can be appended to while people vote, and a bad line costs one line.  Every row is
-   read; what is wrong with each goes to the log as file:line, and the first of it into the context. */
-
-/* Where a row stands, for its errors, and what it says.
-   The strings are the JSON document's and end with it. */
-typedef struct dpoi_manifest_row {
-    dpo_ctx    *c;
-    char        where[480];               /* "pairs.jsonl:17" */
-    const char *prompt, *chosen, *rejected;
-    double      weight;
-    int         tie;
-} dpoi_manifest_row;
-
-/* A text field without a zero inside; `otherwise` if the key is missing; NULL and an error for anything else. */
-static const char *dpoi_row_text(dpoi_manifest_row *r, const dpo_json *v, const char *key, int needed)
+/* rejected may be NULL: a picture to imitate rather than to prefer. */
+DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
+                          float weight)
 {
-    const dpo_json *field = dpo_json_get(v, key);
-    size_t          n = 0;
-    const char     *text = dpo_json_text(field, &n);
-    if (text && strlen(text) == n) return text;           /* a zero inside would cut a prompt or a path short */
-    if (field || needed)
-        dpoi_fail(r->c, DPO_BAD_FILE, "%s: %s \"%s\"", r->where, field ? "no plain text in" : "there is no", key);
-    return NULL;
+    return dpoi_pairs_add_pixels(p, prompt, chosen, rejected, 0, weight);
 }
 
-/* image_0, image_1 and label_0: 1 prefers image_0, 0 prefers image_1, 0.5 is a tie.
-   Pick-a-Pic's columns; a tie says nothing about a preference and is only counted. */
-static int dpoi_row_labelled(dpoi_manifest_row *r, const dpo_json *v)
+DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
+                                float weight)
 {
-    const char *zero = dpoi_row_text(r, v, "image_0", 1), *one = dpoi_row_text(r, v, "image_1", 1);
-    double      label = -1;
-    if (!zero || !one) return 0;
-    if (!dpo_json_double(dpo_json_get(v, "label_0"), &label) || (label != 0 && label != 0.5 && label != 1))
-        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"label_0\" must be 0, 0.5 or 1", r->where);
-    r->tie = label == 0.5;
-    r->chosen = label == 0 ? one : zero;
-    r->rejected = label == 0 ? zero : one;
+    return dpoi_pairs_add_paths(p, prompt, chosen, rejected, 0, weight, 0);
+}
+
+DPO_DEF int dpo_pairs_add_single(dpo_pairs *p, const char *prompt, const dpo_image *picture, int liked, float weight)
+{
+    return dpoi_pairs_add_pixels(p, prompt, picture, NULL, liked ? 1 : -1, weight);
+}
+
+DPO_DEF int dpo_pairs_add_single_file(dpo_pairs *p, const char *prompt, const char *picture, int liked, float weight)
+{
+    return dpoi_pairs_add_paths(p, prompt, picture, NULL, liked ? 1 : -1, weight, 0);
+}
+
+/* ------------------------------------------------------------------------------------------ CSV
+
+   RFC 4180: fields between commas, records between line ends, LF or CR LF; a field in quotes may hold commas, line ends
+   and quotes, those doubled.  A record that breaks this is read to its end and is one bad row. */
+
+/* One record.  text holds the fields one after another, a zero after each. */
+typedef struct dpoi_csv_field { size_t at, bytes; int quoted; } dpoi_csv_field;
+typedef struct dpoi_csv {
+    dpoi_text       text;
+    dpoi_csv_field *field;
+    int64_t         count, room;
+    const char     *bad;                  /* what is wrong with it, or NULL */
+} dpoi_csv;
+
+static void dpoi_csv_start(dpoi_csv *r, dpo_ctx *c) { memset(r, 0, sizeof *r); dpoi_text_start(&r->text, c); }
+
+static void dpoi_csv_free(dpoi_csv *r)
+{
+    dpoi_release(r->text.c, r->field, (size_t)r->room * sizeof *r->field);
+    dpoi_text_free(&r->text);
+}
+
+/* From the opening quote at s[at] behind the closing one; lines counts line ends. */
+static size_t dpoi_csv_quoted(dpoi_csv *r, const char *s, size_t n, size_t at, int64_t *lines)
+{
+    for (at++; at < n; at++) {
+        if (s[at] == '"' && (at + 1 >= n || s[at + 1] != '"')) return at + 1;
+        if (s[at] == '"') at++;           /* the second of two */
+        *lines += s[at] == '\n';
+        dpoi_text_bytes(&r->text, s + at, 1);
+    }
+    r->bad = "a quoted field does not end";
+    return at;
+}
+
+/* Is it text: UTF-8 without a zero? */
+static int dpoi_text_plain(const char *s, size_t n)
+{
+    uint32_t cp;
+    for (size_t i = 0, len; i < n; i += len)
+        if (!s[i] || !(len = (size_t)dpoi_utf8_read(s + i, n - i, &cp))) return 0;
     return 1;
 }
 
-/* Both forms of a row.  Fields that are not known (rater, model names, scores) are passed over. */
-static int dpoi_row_read(dpoi_manifest_row *r, const dpo_json *v)
+/* The field at s[at] up to its comma or the record's end, which is left for the caller. */
+static size_t dpoi_csv_one(dpoi_csv *r, const char *s, size_t n, size_t at, char comma, int64_t *lines)
 {
-    const dpo_json *weight = dpo_json_get(v, "weight");
-    if (dpo_json_type(v) != DPO_JSON_OBJECT)
-        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: a row must be an object", r->where);
-    r->prompt = dpoi_row_text(r, v, dpo_json_get(v, "caption") && !dpo_json_get(v, "prompt") ? "caption" : "prompt", 1);
-    r->weight = 1;
-    if (!r->prompt) return 0;
-    if (weight && (!dpo_json_double(weight, &r->weight) || !(r->weight >= 0 && r->weight <= 1e6)))
-        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"weight\" must be a number from 0 to 1000000", r->where);
-    if (dpo_json_get(v, "image_0") && !dpo_json_get(v, "chosen")) return dpoi_row_labelled(r, v);
-    r->chosen = dpoi_row_text(r, v, "chosen", 1);
-    if (r->chosen) r->rejected = dpoi_row_text(r, v, "rejected", 0);
-    return dpo_status(r->c) == DPO_OK;
+    dpoi_csv_field f;
+    size_t         from, end;
+    memset(&f, 0, sizeof f);
+    f.at = (size_t)r->text.n;
+    f.quoted = at < n && s[at] == '"';
+    if (f.quoted) at = dpoi_csv_quoted(r, s, n, at, lines);
+    for (from = at; at < n && s[at] != comma && s[at] != '\n'; at++)
+        if (s[at] == '"') r->bad = "a quote inside a field that does not begin with one";
+    end = at > from && at < n && s[at] == '\n' && s[at - 1] == '\r' ? at - 1 : at;     /* CR LF */
+    if (at == n && end > from && s[end - 1] == '\r') end--;
+    if (f.quoted && end > from && !r->bad) r->bad = "something follows a closing quote";
+    dpoi_text_bytes(&r->text, s + from, end - from);
+    f.bytes = (size_t)r->text.n - f.at;
+    if (!r->text.failed && f.bytes && !dpoi_text_plain(r->text.at + f.at, f.bytes))
+        r->bad = "not UTF-8, or a zero in it";
+    dpoi_text_bytes(&r->text, "", 1);
+    if (dpoi_grow(r->text.c, &r->field, &r->room, r->count + 1, sizeof f)) r->field[r->count++] = f;
+    return at;
+}
+
+/* The record at s[*at]; *at moves behind its end.  Returns the line ends in it; memory that fails is the context's. */
+static int64_t dpoi_csv_record(dpoi_csv *r, const char *s, size_t n, size_t *at, char comma)
+{
+    int64_t lines = 0;
+    r->count = r->text.n = 0;
+    r->bad = NULL;
+    *at = dpoi_csv_one(r, s, n, *at, comma, &lines);
+    while (*at < n && s[*at] == comma && dpo_status(r->text.c) == DPO_OK)
+        *at = dpoi_csv_one(r, s, n, *at + 1, comma, &lines);
+    if (*at < n) { lines++; ++*at; }      /* the line end */
+    return lines;
+}
+
+/* Nothing in it, not even quotes. */
+static int dpoi_csv_blank(const dpoi_csv *r)
+{
+    return r->count == 1 && !r->bad && !r->field[0].quoted && !r->field[0].bytes;
+}
+
+static const char *dpoi_csv_text(const dpoi_csv *r, int64_t k) { return r->text.at + r->field[k].at; }
+
+/* The column of a name, or -1. */
+static int64_t dpoi_csv_column(const dpoi_csv *header, const char *name)
+{
+    for (int64_t k = 0; k < header->count; k++) if (!strcmp(dpoi_csv_text(header, k), name)) return k;
+    return -1;
+}
+
+/* ------------------------------------------------------------------------------------------ rows
+
+   One row, of JSON or of CSV, is fields by name.  What is wrong with it goes to the log as file:line, and the first of
+   it into the context. */
+
+/* Where a row stands, for its errors, and what it is read from: v, or a record and its header.
+   The strings are the document's or the record's and end with it. */
+typedef struct dpoi_manifest_row {
+    dpo_pairs      *p;
+    dpo_ctx        *c;
+    const char     *folder;               /* that the manifest lies in */
+    char            where[480];           /* "pairs.jsonl:17" */
+    int64_t         line;
+    const dpo_json *v;
+    const dpoi_csv *header, *record;
+    const char     *prompt;
+    double          weight;
+    int             beside;               /* HPDv2: paths may be relative to the folder of the manifest's own name */
+} dpoi_manifest_row;
+
+/* JSON's null counts as missing. */
+static const dpo_json *dpoi_row_value(const dpoi_manifest_row *r, const char *key)
+{
+    const dpo_json *v = r->v ? dpo_json_get(r->v, key) : NULL;
+    return dpo_json_type(v) == DPO_JSON_NULL ? NULL : v;
+}
+
+/* The field's column, -1 if it is empty: an empty text needs quotes in CSV. */
+static int64_t dpoi_row_column(const dpoi_manifest_row *r, const char *key)
+{
+    int64_t k = r->record ? dpoi_csv_column(r->header, key) : -1;
+    return k >= 0 && k < r->record->count && (r->record->field[k].bytes || r->record->field[k].quoted) ? k : -1;
+}
+
+static int dpoi_row_has(const dpoi_manifest_row *r, const char *key)
+{
+    return r->record ? dpoi_row_column(r, key) >= 0 : dpoi_row_value(r, key) != NULL;
+}
+
+/* A text without a zero inside, which would cut a prompt or a path short; NULL for anything else. */
+static const char *dpoi_row_plain(const dpo_json *v)
+{
+    size_t      n = 0;
+    const char *text = dpo_json_text(v, &n);
+    return text && strlen(text) == n ? text : NULL;
+}
+
+/* A text field; NULL if the key is missing; NULL and an error for anything else. */
+static const char *dpoi_row_text(dpoi_manifest_row *r, const char *key, int needed)
+{
+    int64_t     k = dpoi_row_column(r, key);
+    int         has = dpoi_row_has(r, key);
+    const char *text = k >= 0 ? dpoi_csv_text(r->record, k) : r->record ? NULL : dpoi_row_plain(dpoi_row_value(r, key));
+    if (!text && (has || needed))
+        dpoi_fail(r->c, DPO_BAD_FILE, "%s: %s \"%s\"", r->where, has ? "no plain text in" : "there is no", key);
+    return text;
+}
+
+/* A text as a JSON number, whatever the locale; all of it must be one. */
+static int dpoi_text_to_number(const char *s, double *out)
+{
+    dpoi_json_in  in;
+    dpoi_json_doc doc;
+    dpo_json      v;
+    memset(&in, 0, sizeof in); memset(&doc, 0, sizeof doc); memset(&v, 0, sizeof v);
+    in.doc = &doc;                        /* without a context: what is wrong is told by the caller */
+    in.text = s;
+    in.n = strlen(s);
+    return in.n && dpoi_json_number(&in, &v) && in.at == in.n && dpo_json_double(&v, out);
+}
+
+static int dpoi_row_number(const dpoi_manifest_row *r, const char *key, double *out)
+{
+    int64_t k = dpoi_row_column(r, key);
+    if (r->record) return k >= 0 && dpoi_text_to_number(dpoi_csv_text(r->record, k), out);
+    return dpo_json_double(dpoi_row_value(r, key), out);
+}
+
+static char dpoi_small(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + 32) : c; }
+
+/* ASCII letters of either case. */
+static int dpoi_same_word(const char *a, const char *b)
+{
+    while (*a && dpoi_small(*a) == dpoi_small(*b)) a++, b++;
+    return *a == *b;
+}
+
+/* true, false, 1 or 0.  -1 for anything else. */
+static int dpoi_row_yes(const dpoi_manifest_row *r, const char *key)
+{
+    const dpo_json *v = dpoi_row_value(r, key);
+    int64_t         k = dpoi_row_column(r, key);
+    double          x = -1;
+    if (dpo_json_type(v) == DPO_JSON_BOOL) return dpo_json_bool(v);
+    if (k >= 0 && dpoi_same_word(dpoi_csv_text(r->record, k), "true")) return 1;
+    if (k >= 0 && dpoi_same_word(dpoi_csv_text(r->record, k), "false")) return 0;
+    return dpoi_row_number(r, key, &x) && (x == 0 || x == 1) ? (int)x : -1;
 }
 
 /* A picture's path, relative to the manifest unless it is absolute.  The file must be there.
    A name may lead anywhere that the user's own rights allow: a manifest is as trusted as a command
    line, but a picture is not, and its decoder checks it. */
-static char *dpoi_row_path(dpoi_manifest_row *r, const char *folder, const char *name)
+static char *dpoi_row_path(dpoi_manifest_row *r, const char *name)
 {
-    char  shown[128];
-    int   absolute = name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':');       /* C:\ too */
-    char *path = absolute ? dpoi_strdup(r->c, name) : dpoi_join(r->c, folder, name);
+    char   shown[128];
+    int    absolute = name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':');       /* C:\ too */
+    char  *path = absolute ? dpoi_strdup(r->c, name) : dpoi_join(r->c, r->folder, name);
     if (!path || dpoi_exists(path)) return path;
-    dpoi_fail(r->c, DPO_BAD_FILE, "%s: there is no file \"%s\"", r->where, dpoi_shown(shown, name));
     dpoi_strfree(r->c, path);
+    if (r->beside && !absolute) {         /* train.json: train/a.jpg */
+        size_t n = strlen(r->p->path) - 5;        /* it ends in ".json", or `beside` is not set */
+        char  *stem = dpoi_strdup(r->c, r->p->path);
+        if (!stem) return NULL;
+        stem[n] = 0;
+        path = dpoi_join(r->c, stem, name);
+        stem[n] = '.';
+        dpoi_strfree(r->c, stem);
+        if (!path || dpoi_exists(path)) return path;
+        dpoi_strfree(r->c, path);
+    }
+    dpoi_fail(r->c, DPO_BAD_FILE, "%s: there is no file \"%s\"", r->where, dpoi_shown(shown, name));
     return NULL;
 }
 
-/* Parse one line and add what it says.
-   The document is freed before the next line: memory does not grow with the manifest. */
-static int dpoi_pairs_row(dpo_pairs *p, const char *folder, const char *text, size_t n, int64_t line)
+/* One pair or picture, whose files must be there.  lost may be NULL. */
+static int dpoi_row_add(dpoi_manifest_row *r, const char *won, const char *lost, int liked)
 {
-    dpoi_manifest_row r;
-    dpo_json         *v;
-    dpoi_duel        *x;
-    memset(&r, 0, sizeof r);
-    r.c = p->c;
-    snprintf(r.where, sizeof r.where, "%.400s:%lld", p->path, (long long)line);
-    if (!(v = dpo_json_parse(p->c, text, n, r.where))) return 0;
-    if (dpoi_row_read(&r, v)) {
-        if (r.tie) p->ties++;
-        else if ((x = dpoi_pairs_next(p, r.prompt, (float)r.weight)) != NULL) {
-            x->line = line;
-            x->path[0] = dpoi_row_path(&r, folder, r.chosen);
-            if (x->path[0] && r.rejected) x->path[1] = dpoi_row_path(&r, folder, r.rejected);
-            dpoi_pairs_added(p, x);
-        }
-    }
-    dpo_json_free(v);
-    return dpo_status(p->c) == DPO_OK;
+    char *a = dpoi_row_path(r, won), *b = a && lost ? dpoi_row_path(r, lost) : NULL;
+    int   ok = a && (b || !lost) && dpoi_pairs_add_paths(r->p, r->prompt, a, b, liked, (float)r->weight, r->line);
+    dpoi_strfree(r->c, a);
+    dpoi_strfree(r->c, b);
+    return ok;
 }
+
+/* image_0, image_1 and label_0: 1 prefers image_0, 0 prefers image_1, 0.5 is a tie.
+   Pick-a-Pic's columns; a tie says nothing about a preference and is only counted. */
+static int dpoi_row_labelled(dpoi_manifest_row *r)
+{
+    const char *zero = dpoi_row_text(r, "image_0", 1), *one = zero ? dpoi_row_text(r, "image_1", 1) : NULL;
+    double      label = -1;
+    if (!one) return 0;
+    if (!dpoi_row_number(r, "label_0", &label) || (label != 0 && label != 0.5 && label != 1))
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"label_0\" must be 0, 0.5 or 1", r->where);
+    if (label == 0.5) { r->p->ties++; return 1; }
+    return dpoi_row_add(r, label == 0 ? one : zero, label == 0 ? zero : one, 0);
+}
+
+static int dpoi_row_single(dpoi_manifest_row *r)
+{
+    const char *name = dpoi_row_text(r, "image", 1);
+    int         liked = dpoi_row_yes(r, "liked");
+    if (!name) return 0;
+    if (liked < 0) return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"liked\" must be true or false", r->where);
+    return dpoi_row_add(r, name, NULL, liked ? 1 : -1);
+}
+
+/* ------------------------------------------------------------------------------------------ rankings */
+
+enum { DPOI_RANKING_MOST = 256 };         /* pictures of one row: 32,640 pairs; HPDv2 has 9, ImageReward as many */
+
+/* The numbers that order the pictures, small ones first in *sign 1, large ones first in -1.  NULL: there are none. */
+static const dpo_json *dpoi_row_ranks(const dpoi_manifest_row *r, int *sign)
+{
+    static const char *const names[] = { "rank", "ranking", "human_preference" };
+    const dpo_json          *v = NULL;
+    for (int k = 0; k < 3 && !v; k++) {
+        v = dpoi_row_value(r, names[k]);
+        *sign = k < 2 ? 1 : -1;           /* human_preference is 1 for what was preferred */
+    }
+    return v;
+}
+
+/* All pairs of different rank, in the list's order: (0,1) (0,2) .. (1,2) ..  Equal ranks are ties. */
+static int dpoi_ranking_pairs(dpoi_manifest_row *r, char *const *path, const double *rank, int64_t k)
+{
+    for (int64_t i = 0; i < k; i++)
+        for (int64_t j = i + 1; j < k; j++) {
+            int64_t w = rank[i] < rank[j] ? i : j;
+            if (rank[i] == rank[j]) r->p->ties++;
+            else if (!dpoi_pairs_add_paths(r->p, r->prompt, path[w], path[i + j - w], 0, (float)r->weight, r->line))
+                return 0;
+        }
+    return 1;
+}
+
+/* Paths and ranks of all k pictures; a row with one bad picture is bad as a whole. */
+static int dpoi_ranking_read(dpoi_manifest_row *r, const dpo_json *names, const dpo_json *ranks, int sign, char **path,
+                             double *rank, int64_t k)
+{
+    for (int64_t i = 0; i < k; i++) {
+        const char *name = dpoi_row_plain(dpo_json_at(names, i));
+        if (!name || !dpo_json_double(dpo_json_at(ranks, i), &rank[i]))
+            return dpoi_fail(r->c, DPO_BAD_FILE, "%s: picture %lld has no %s", r->where, (long long)i,
+                             name ? "number for its rank" : "plain name");
+        rank[i] *= sign;
+        if (!(path[i] = dpoi_row_path(r, name))) return 0;
+    }
+    return 1;
+}
+
+static int dpoi_row_ranking(dpoi_manifest_row *r, const dpo_json *names)
+{
+    int             sign = 1, ok = 0;
+    const dpo_json *ranks = dpoi_row_ranks(r, &sign);
+    int64_t         k = dpo_json_count(names);
+    char          **path;
+    double         *rank;
+    if (dpo_json_type(ranks) != DPO_JSON_ARRAY || dpo_json_count(ranks) != k || k < 2 || k > DPOI_RANKING_MOST)
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: %lld pictures and %lld ranks; they must be as many, 2 to %d",
+                         r->where, (long long)k, (long long)dpo_json_count(ranks), (int)DPOI_RANKING_MOST);
+    path = (char **)dpoi_calloc(r->c, (size_t)k, sizeof *path);
+    rank = path ? (double *)dpoi_calloc(r->c, (size_t)k, sizeof *rank) : NULL;
+    if (rank) ok = dpoi_ranking_read(r, names, ranks, sign, path, rank, k) && dpoi_ranking_pairs(r, path, rank, k);
+    for (int64_t i = 0; path && i < k; i++) dpoi_strfree(r->c, path[i]);
+    dpoi_release(r->c, path, (size_t)k * sizeof *path);
+    dpoi_release(r->c, rank, (size_t)k * sizeof *rank);
+    return ok;
+}
+
+/* A list of pictures under one of its names; those of HPDv2 are relative to the folder beside the manifest. */
+static const dpo_json *dpoi_row_list(dpoi_manifest_row *r)
+{
+    static const char *const names[] = { "images", "generations", "file_path", "image_path" };
+    for (int k = 0; k < 4; k++) {
+        const dpo_json *v = dpoi_row_value(r, names[k]);
+        if (dpo_json_type(v) != DPO_JSON_ARRAY) continue;
+        r->beside = k >= 2 && dpoi_ends_with(r->p->path, ".json");
+        return v;
+    }
+    return NULL;
+}
+
+/* All forms of a row.  Fields that are not known (rater, model names, scores) are passed over. */
+static int dpoi_row_read(dpoi_manifest_row *r)
+{
+    const dpo_json *list;
+    if (!r->record && dpo_json_type(r->v) != DPO_JSON_OBJECT)
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: a row must be an object", r->where);
+    r->prompt = dpoi_row_text(r, dpoi_row_has(r, "caption") && !dpoi_row_has(r, "prompt") ? "caption" : "prompt", 1);
+    r->weight = 1;
+    if (!r->prompt) return 0;
+    if (dpoi_row_has(r, "weight") &&
+        (!dpoi_row_number(r, "weight", &r->weight) || !(r->weight >= 0 && r->weight <= 1e6)))
+        return dpoi_fail(r->c, DPO_BAD_FILE, "%s: \"weight\" must be a number from 0 to 1000000", r->where);
+    if (dpoi_row_has(r, "chosen")) {
+        const char *won = dpoi_row_text(r, "chosen", 1), *lost = won ? dpoi_row_text(r, "rejected", 0) : NULL;
+        return dpo_status(r->c) == DPO_OK && dpoi_row_add(r, won, lost, 0);
+    }
+    if (dpoi_row_has(r, "image_0")) return dpoi_row_labelled(r);
+    if ((list = dpoi_row_list(r)) != NULL) return dpoi_row_ranking(r, list);
+    if (dpoi_row_has(r, "image")) return dpoi_row_single(r);
+    return dpoi_fail(r->c, DPO_BAD_FILE, "%s: there is no \"chosen\", nor \"image_0\", \"images\" or \"image\"",
+                     r->where);
+}
+
+/* ------------------------------------------------------------------------------------------ manifests
+
+   One row after another, so that memory does not grow with the manifest and a bad row costs one row.  Every row is
+   read, so that a user can mend the file in one go. */
 
 /* The first of several errors, and how many there were.
    As long as the context's own error text. */
@@ -20107,120 +21359,621 @@ static int dpoi_troubles_end(dpo_ctx *c, const dpoi_troubles *t)
     return dpoi_ok(c);
 }
 
-/* Line by line; blank ones are passed over, a byte order mark and carriage returns are no matter.
-   Lines count from 1, as editors count. */
-static int dpoi_pairs_rows(dpo_pairs *p, const char *folder, const char *text, size_t n)
-{
+/* A manifest while it is read. */
+typedef struct dpoi_manifest {
+    dpo_pairs    *p;
+    dpo_ctx      *c;
+    char         *folder;
     dpoi_troubles bad;
-    int64_t       line = 0;
-    size_t        from = n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3) ? 3 : 0, to;
-    memset(&bad, 0, sizeof bad);
-    for (; from < n; from = to + 1) {
-        size_t blank = from;
-        for (to = from; to < n && text[to] != '\n'; to++) { }
-        line++;
-        while (blank < to && (text[blank] == ' ' || text[blank] == '\t' || text[blank] == '\r')) blank++;
-        if (blank == to) continue;
-        if (!dpoi_pairs_row(p, folder, text + from, to - from, line) && !dpoi_trouble(p->c, &bad)) return 0;
-    }
-    if (!bad.count && !p->count) return dpoi_fail(p->c, DPO_BAD_FILE, "%.400s: no pairs in it", p->path);
-    return dpoi_troubles_end(p->c, &bad);
+} dpoi_manifest;
+
+/* One row more, good or bad.  0: reading must stop. */
+static int dpoi_manifest_count(dpoi_manifest *m, int ok)
+{
+    m->p->rows++;
+    return ok || dpoi_trouble(m->c, &m->bad);
 }
 
-/* All rows are read even after a bad one, so that a user can mend the file in one go. */
-DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path)
+static void dpoi_row_start(dpoi_manifest *m, dpoi_manifest_row *r, int64_t line)
 {
-    dpo_pairs *p;
-    dpoi_map   m;
-    char      *folder;
-    int        ok;
-    if (!path || !dpoi_ok(c) || !(p = dpo_pairs_new(c))) return NULL;
-    p->path = dpoi_strdup(c, path);
-    folder = p->path ? dpoi_folder_of(c, path) : NULL;
-    ok = folder && dpoi_map_open(c, path, &m);
-    if (ok) {
-        ok = dpoi_pairs_rows(p, folder, (const char *)m.data, m.data ? m.size : 0);
-        dpoi_map_close(c, &m);
+    memset(r, 0, sizeof *r);
+    r->p = m->p;
+    r->c = m->c;
+    r->folder = m->folder;
+    r->line = line;
+    snprintf(r->where, sizeof r->where, "%.400s:%lld", m->p->path, (long long)line);
+}
+
+/* One row of JSON.  The document is freed before the next. */
+static int dpoi_manifest_json(dpoi_manifest *m, const char *text, size_t n, int64_t line)
+{
+    dpoi_manifest_row r;
+    dpo_json         *v;
+    int               ok;
+    dpoi_row_start(m, &r, line);
+    if (!(v = dpo_json_parse(m->c, text, n, r.where))) return dpoi_manifest_count(m, 0);
+    r.v = v;
+    ok = dpoi_row_read(&r);
+    dpo_json_free(v);
+    return dpoi_manifest_count(m, ok);
+}
+
+static int dpoi_is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+/* One object a line; blank lines are passed over.  Lines count from 1, as editors count. */
+static int dpoi_manifest_lines(dpoi_manifest *m, const char *text, size_t n)
+{
+    int64_t line = 0;
+    for (size_t from = 0, to; from < n; from = to + 1) {
+        size_t first = from;
+        for (to = from; to < n && text[to] != '\n'; to++) { }
+        line++;
+        while (first < to && dpoi_is_blank(text[first])) first++;
+        if (first < to && !dpoi_manifest_json(m, text + from, to - from, line)) return 0;
     }
-    dpoi_strfree(c, folder);
+    return 1;
+}
+
+/* The end of the list's element at text[at]: the comma or bracket behind it, or n.  Those in strings do not count. */
+static size_t dpoi_list_element(const char *text, size_t n, size_t at)
+{
+    int64_t depth = 0;
+    int     quoted = 0;
+    for (; at < n; at++) {
+        char ch = text[at];
+        if (quoted) {
+            if (ch == '\\') at++;         /* what is escaped, a quote perhaps */
+            else quoted = ch != '"';
+        } else if (ch == '"') quoted = 1;
+        else if (ch == '[' || ch == '{') depth++;
+        else if (!depth && (ch == ',' || ch == ']')) return at;
+        else if (ch == ']' || ch == '}') depth--;
+    }
+    return n;
+}
+
+/* White space from text[at] on; *line counts. */
+static size_t dpoi_list_space(const char *text, size_t n, size_t at, int64_t *line)
+{
+    for (; at < n && dpoi_is_blank(text[at]); at++) *line += text[at] == '\n';
+    return at;
+}
+
+/* A whole file that is one list.  Elements are cut out and parsed one by one: HPDv2's list of 645,090 rows, parsed at
+   once, would take ten times its 116 MB, and one mistake in it would hide all others. */
+static int dpoi_manifest_list(dpoi_manifest *m, const char *text, size_t n)
+{
+    int64_t line = 1;
+    size_t  at = dpoi_list_space(text, n, 0, &line) + 1, to;       /* behind the bracket */
+    int     closed;
+    at = dpoi_list_space(text, n, at, &line);
+    closed = at < n && text[at] == ']';
+    while (!closed && at < n) {
+        to = dpoi_list_element(text, n, at);
+        if (!dpoi_manifest_json(m, text + at, to - at, line)) return 0;
+        for (; at < to; at++) line += text[at] == '\n';
+        closed = at < n && text[at] == ']';
+        if (!closed && at < n) at = dpoi_list_space(text, n, at + 1, &line);   /* behind the comma */
+    }
+    if (closed) at = dpoi_list_space(text, n, at + 1, &line);
+    if (closed && at == n) return 1;
+    dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:%lld: %s", m->p->path, (long long)line,
+              closed ? "something follows the list" : "the list does not end");
+    return dpoi_manifest_count(m, 0);
+}
+
+/* The header line: names, all different, with a prompt among them. */
+static int dpoi_manifest_header(dpoi_manifest *m, const dpoi_csv *h)
+{
+    char shown[128];
+    if (dpo_status(m->c) != DPO_OK) return 0;
+    if (h->bad) return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:1: %s", m->p->path, h->bad);
+    for (int64_t k = 0; k < h->count; k++)
+        if (dpoi_csv_column(h, dpoi_csv_text(h, k)) != k)
+            return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:1: two columns have the name \"%s\"", m->p->path,
+                             dpoi_shown(shown, dpoi_csv_text(h, k)));
+    if (dpoi_csv_column(h, "prompt") < 0 && dpoi_csv_column(h, "caption") < 0)
+        return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s:1: the header line has no column \"prompt\"", m->p->path);
+    return 1;
+}
+
+static int dpoi_manifest_record(dpoi_manifest *m, const dpoi_csv *header, const dpoi_csv *record, int64_t line)
+{
+    dpoi_manifest_row r;
+    dpoi_row_start(m, &r, line);
+    r.header = header;
+    r.record = record;
+    if (record->bad) dpoi_fail(m->c, DPO_BAD_FILE, "%s: %s", r.where, record->bad);
+    else if (record->count != header->count)
+        dpoi_fail(m->c, DPO_BAD_FILE, "%s: %lld fields, where the header line has %lld", r.where,
+                  (long long)record->count, (long long)header->count);
+    else dpoi_row_read(&r);
+    return dpoi_manifest_count(m, dpo_status(m->c) == DPO_OK);
+}
+
+/* The line of a record is that of its first field. */
+static int dpoi_manifest_csv(dpoi_manifest *m, const char *text, size_t n, char comma)
+{
+    dpoi_csv header, record;
+    size_t   at = 0;
+    int64_t  line = 1;
+    int      ok;
+    dpoi_csv_start(&header, m->c);
+    dpoi_csv_start(&record, m->c);
+    line += dpoi_csv_record(&header, text, n, &at, comma);
+    ok = dpoi_manifest_header(m, &header);
+    while (ok && at < n) {
+        int64_t lines = dpoi_csv_record(&record, text, n, &at, comma);
+        if (dpo_status(m->c) != DPO_OK) ok = 0;
+        else if (!dpoi_csv_blank(&record)) ok = dpoi_manifest_record(m, &header, &record, line);
+        line += lines;
+    }
+    dpoi_csv_free(&header);
+    dpoi_csv_free(&record);
+    return ok;
+}
+
+/* "a.JSON" ends with ".json". */
+static int dpoi_has_ending(const char *path, const char *ending)
+{
+    size_t n = strlen(path), m = strlen(ending);
+    return n >= m && dpoi_same_word(path + n - m, ending);
+}
+
+/* Does the first line read like a CSV header? */
+static char dpoi_csv_comma(const char *text, size_t n)
+{
+    char   line[256], comma = 0;
+    size_t k = 0;
+    for (; k < n && k + 1 < sizeof line && text[k] && text[k] != '\n'; k++) {
+        line[k] = text[k];
+        if (!comma && (text[k] == ',' || text[k] == '\t')) comma = text[k];
+    }
+    line[k] = 0;
+    return strstr(line, "prompt") || strstr(line, "caption") ? comma : 0;
+}
+
+/* By the name's ending, and where that says nothing by the first characters. */
+static int dpoi_manifest_text(dpoi_manifest *m, const char *text, size_t n)
+{
+    const char *path = m->p->path;
+    size_t      first = 0;
+    if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) { text += 3; n -= 3; }     /* a byte order mark */
+    while (first < n && dpoi_is_blank(text[first])) first++;
+    if (n >= 4 && !memcmp(text, "PAR1", 4))
+        return dpoi_fail(m->c, DPO_BAD_FILE, "%.400s: Parquet is not read here: examples/parquet_manifest.py makes a "
+                         "folder of pictures and a manifest of it", path);
+    if (dpoi_has_ending(path, ".csv")) return dpoi_manifest_csv(m, text, n, ',');
+    if (dpoi_has_ending(path, ".tsv")) return dpoi_manifest_csv(m, text, n, '\t');
+    if (dpoi_has_ending(path, ".jsonl") || dpoi_has_ending(path, ".ndjson")) return dpoi_manifest_lines(m, text, n);
+    if (first < n && text[first] == '[') return dpoi_manifest_list(m, text, n);
+    if (first < n && text[first] != '{' && dpoi_csv_comma(text, n))
+        return dpoi_manifest_csv(m, text, n, dpoi_csv_comma(text, n));
+    return dpoi_manifest_lines(m, text, n);
+}
+
+static int dpoi_manifest_file(dpoi_manifest *m)
+{
+    dpoi_map map;
+    int      ok;
+    if (!dpoi_map_open(m->c, m->p->path, &map)) return 0;
+    ok = dpoi_manifest_text(m, map.data ? (const char *)map.data : "", map.data ? map.size : 0);
+    dpoi_map_close(m->c, &map);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ folders
+
+   DIR/w/NAME.png, DIR/l/NAME.png and a caption NAME.txt or NAME.caption beside either; or such folders in a folder, as
+   proposed for kohya's trainers (sd-scripts pull request 1427).  Names are sorted by their bytes, so that pair i is the
+   same pair on every system. */
+
+/* What lies in a folder. */
+typedef struct dpoi_names {
+    dpo_ctx *c;
+    char   **name;
+    int64_t  count, room;
+} dpoi_names;
+
+static void dpoi_names_free(dpoi_names *s)
+{
+    for (int64_t i = 0; i < s->count; i++) dpoi_strfree(s->c, s->name[i]);
+    dpoi_release(s->c, s->name, (size_t)s->room * sizeof *s->name);
+    s->name = NULL;
+    s->count = s->room = 0;
+}
+
+/* For dpoi_sys_list.  Names that begin with a dot are hidden. */
+static int dpoi_names_add(void *user, const char *name)
+{
+    dpoi_names *s = (dpoi_names *)user;
+    if (name[0] == '.') return 1;
+    if (s->count >= INT32_MAX || !dpoi_grow(s->c, &s->name, &s->room, s->count + 1, sizeof *s->name)) return 0;
+    if (!(s->name[s->count] = dpoi_strdup(s->c, name))) return 0;
+    s->count++;
+    return 1;
+}
+
+/* Bytes in front of the last dot. */
+static size_t dpoi_stem(const char *name)
+{
+    const char *dot = strrchr(name, '.');
+    return dot ? (size_t)(dot - name) : strlen(name);
+}
+
+/* Stems by their bytes. */
+static int dpoi_stem_order(const char *a, const char *b)
+{
+    size_t n = dpoi_stem(a), m = dpoi_stem(b);
+    int    k = memcmp(a, b, n < m ? n : m);
+    return k ? k : n < m ? -1 : n > m;
+}
+
+/* By stem, then by the whole name. */
+static int dpoi_names_less(const void *arg, uint32_t a, uint32_t b)
+{
+    char *const *name = (char *const *)arg;
+    int          k = dpoi_stem_order(name[a], name[b]);
+    return k ? k < 0 : strcmp(name[a], name[b]) < 0;
+}
+
+static int dpoi_names_sort(dpoi_names *s)
+{
+    uint32_t *order;
+    char    **name;
+    if (!s->count) return 1;
+    order = (uint32_t *)dpoi_calloc(s->c, 2 * (size_t)s->count, sizeof *order);
+    name = order ? (char **)dpoi_calloc(s->c, (size_t)s->room, sizeof *name) : NULL;
+    if (name) {
+        for (int64_t i = 0; i < s->count; i++) order[i] = (uint32_t)i;
+        dpoi_sort(order, order + s->count, (size_t)s->count, dpoi_names_less, s->name);
+        for (int64_t i = 0; i < s->count; i++) name[i] = s->name[order[i]];
+        dpoi_release(s->c, s->name, (size_t)s->room * sizeof *s->name);
+        s->name = name;
+    }
+    dpoi_release(s->c, order, 2 * (size_t)s->count * sizeof *order);
+    return name != NULL;
+}
+
+/* Sorted; dpoi_names_free in either case. */
+static int dpoi_names_list(dpo_ctx *c, const char *folder, dpoi_names *s)
+{
+    int e;
+    memset(s, 0, sizeof *s);
+    s->c = c;
+    if ((e = dpoi_sys_list(folder, dpoi_names_add, s)) != 0) return dpoi_fail_io(c, "list the folder", folder, e);
+    return dpo_status(c) == DPO_OK && dpoi_names_sort(s);
+}
+
+/* 2: a picture that stb_image reads, by its ending; 1: another kind of picture; 0: no picture, such as a caption. */
+static int dpoi_picture_kind(const char *name)
+{
+    static const char *const ending[] = { ".png", ".jpg", ".jpeg", ".bmp", ".tga", ".gif", ".psd", ".ppm", ".pgm",
+                                          ".webp", ".avif", ".tif", ".tiff", ".jxl", ".heic" };
+    for (int k = 0; k < 15; k++) if (dpoi_has_ending(name, ending[k])) return k < 9 ? 2 : 1;
+    return 0;
+}
+
+/* Only pictures stay. */
+static void dpoi_names_pictures(dpoi_names *s)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < s->count; i++) {
+        if (dpoi_picture_kind(s->name[i])) s->name[n++] = s->name[i];
+        else dpoi_strfree(s->c, s->name[i]);
+    }
+    s->count = n;
+}
+
+/* The first line of a caption's file without the blanks around it, as kohya's trainers read it; NULL if there is no
+   such file, or it is not text.  To be freed with dpoi_strfree. */
+static char *dpoi_caption_read(dpo_ctx *c, const char *path)
+{
+    char  *text = NULL, *out = NULL;
+    size_t n = 0, from = 0, to;
+    if (!dpoi_exists(path) || !dpoi_read_file(c, path, (size_t)1 << 20, &text, &n)) return NULL;
+    if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) from = 3;
+    while (from < n && dpoi_is_blank(text[from])) from++;
+    for (to = from; to < n && text[to] != '\n'; to++) { }
+    while (to > from && dpoi_is_blank(text[to - 1])) to--;
+    if (!dpoi_text_plain(text + from, to - from))
+        dpoi_fail(c, DPO_BAD_FILE, "%.400s: not UTF-8, or a zero in it", path);
+    else if ((out = (char *)dpoi_calloc(c, to - from + 1, 1)) != NULL) memcpy(out, text + from, to - from);
+    dpoi_release(c, text, n + 1);
+    return out;
+}
+
+/* FOLDER/STEM.txt or .caption for the picture at `path`, which ends in a dot and an ending. */
+static char *dpoi_caption_of(dpo_ctx *c, const char *path)
+{
+    static const char *const ending[] = { ".txt", ".caption" };
+    char  *caption = NULL, *file;
+    size_t folder = dpoi_folder_length(path), n = folder + dpoi_stem(path + folder);
+    for (int k = 0; k < 2 && !caption && dpo_status(c) == DPO_OK; k++) {
+        if (!(file = (char *)dpoi_calloc(c, n + 9, 1))) return NULL;
+        memcpy(file, path, n);
+        strcpy(file + n, ending[k]);
+        caption = dpoi_caption_read(c, file);
+        dpoi_release(c, file, n + 9);
+    }
+    return caption;
+}
+
+/* The row of two pictures, one of them NULL where a partner is missing. */
+static int dpoi_folder_row(dpoi_manifest *m, const char *won, const char *lost)
+{
+    dpo_ctx    *c = m->c;
+    const char *here = won ? won : lost;
+    char       *caption = NULL;
+    if (!won || !lost)
+        return dpoi_fail(c, DPO_BAD_FILE, "%.400s: no picture of that name in %s/", here, won ? "l" : "w");
+    for (int k = 0; k < 2; k++)
+        if (dpoi_picture_kind(k ? lost : won) < 2)
+            return dpoi_fail(c, DPO_BAD_FILE, "%.400s: a kind of picture that stb_image does not read", k ? lost : won);
+    if (!(caption = dpoi_caption_of(c, won)) && dpo_status(c) == DPO_OK) caption = dpoi_caption_of(c, lost);
+    if (!caption) return dpoi_fail(c, DPO_BAD_FILE, "%.400s: no caption: neither .txt nor .caption beside it", here);
+    dpoi_pairs_add_paths(m->p, caption, won, lost, 0, 1, 0);
+    dpoi_strfree(c, caption);
+    return dpo_status(c) == DPO_OK;
+}
+
+/* As dpoi_folder_row, with names in side[0], the winners', and side[1]. */
+static int dpoi_folder_names(dpoi_manifest *m, char *const *side, const char *won, const char *lost)
+{
+    char *a = won ? dpoi_join(m->c, side[0], won) : NULL, *b = lost ? dpoi_join(m->c, side[1], lost) : NULL;
+    int   ok = dpo_status(m->c) == DPO_OK && dpoi_folder_row(m, a, b);
+    dpoi_strfree(m->c, a);
+    dpoi_strfree(m->c, b);
+    return dpoi_manifest_count(m, ok);
+}
+
+/* Two sorted lists side by side: the smaller stem goes first, equal ones are a pair.  A stem that stands twice in one
+   list finds its partner once. */
+static int dpoi_folder_merge(dpoi_manifest *m, char *const *side, const dpoi_names *w, const dpoi_names *l)
+{
+    for (int64_t i = 0, j = 0; i < w->count || j < l->count; ) {
+        int k = i >= w->count ? 1 : j >= l->count ? -1 : dpoi_stem_order(w->name[i], l->name[j]);
+        if (!dpoi_folder_names(m, side, k <= 0 ? w->name[i] : NULL, k >= 0 ? l->name[j] : NULL)) return 0;
+        i += k <= 0;
+        j += k >= 0;
+    }
+    return 1;
+}
+
+/* FOLDER/w and FOLDER/l. */
+static int dpoi_folder_sides(dpoi_manifest *m, const char *folder)
+{
+    dpo_ctx   *c = m->c;
+    dpoi_names names[2];
+    char      *side[2];
+    int        ok;
+    memset(names, 0, sizeof names);
+    side[0] = dpoi_join(c, folder, "w");
+    side[1] = side[0] ? dpoi_join(c, folder, "l") : NULL;
+    ok = side[1] && dpoi_names_list(c, side[0], &names[0]) && dpoi_names_list(c, side[1], &names[1]);
+    for (int k = 0; k < 2; k++) dpoi_names_pictures(&names[k]);
+    if (ok) ok = dpoi_folder_merge(m, side, &names[0], &names[1]);
+    else if (side[1]) ok = dpoi_manifest_count(m, 0);     /* one of the two is missing: the others are still read */
+    for (int k = 0; k < 2; k++) if (names[k].c) dpoi_names_free(&names[k]);
+    dpoi_strfree(c, side[0]);
+    dpoi_strfree(c, side[1]);
+    return ok;
+}
+
+/* Has it a folder w or l? */
+static int dpoi_folder_has_sides(dpo_ctx *c, const char *folder)
+{
+    char *w = dpoi_join(c, folder, "w"), *l = w ? dpoi_join(c, folder, "l") : NULL;
+    int   yes = l && (dpoi_is_folder(w) || dpoi_is_folder(l));
+    dpoi_strfree(c, w);
+    dpoi_strfree(c, l);
+    return yes;
+}
+
+static int dpoi_manifest_folder(dpoi_manifest *m, const char *root)
+{
+    dpo_ctx   *c = m->c;
+    dpoi_names names;
+    int        found = dpoi_folder_has_sides(c, root), ok;
+    if (dpo_status(c) != DPO_OK || (found && !dpoi_folder_sides(m, root))) return 0;
+    ok = dpoi_names_list(c, root, &names);
+    for (int64_t i = 0; ok && i < names.count; i++) {
+        char *folder = dpoi_join(c, root, names.name[i]);
+        if (folder && strcmp(names.name[i], "w") && strcmp(names.name[i], "l") && dpoi_folder_has_sides(c, folder)) {
+            found = 1;
+            ok = dpoi_folder_sides(m, folder);
+        }
+        dpoi_strfree(c, folder);
+        ok = ok && dpo_status(c) == DPO_OK;
+    }
+    dpoi_names_free(&names);
+    if (ok && !found) return dpoi_fail(c, DPO_BAD_FILE, "%.400s: no folders w and l in it, nor in its folders", root);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ loading */
+
+/* All rows are read even after a bad one; strict: one bad row fails the load. */
+static dpo_pairs *dpoi_pairs_open(dpo_ctx *c, const char *path, int strict)
+{
+    dpoi_manifest m;
+    dpo_pairs    *p;
+    int           ok;
+    if (!path || !dpoi_ok(c) || !(p = dpo_pairs_new(c))) return NULL;
+    memset(&m, 0, sizeof m);
+    m.p = p;
+    m.c = c;
+    p->path = dpoi_strdup(c, path);
+    m.folder = p->path ? dpoi_folder_of(c, path) : NULL;
+    ok = m.folder && (dpoi_is_folder(path) ? dpoi_manifest_folder(&m, path) : dpoi_manifest_file(&m));
+    dpoi_strfree(c, m.folder);
+    p->bad = m.bad.count;
+    if (ok && !m.bad.count && !p->count) ok = dpoi_fail(c, DPO_BAD_FILE, "%.400s: no pairs in it", path);
+    if (ok && strict) ok = dpoi_troubles_end(c, &m.bad);
     if (ok) return p;
     dpo_pairs_free(p);
     return NULL;
 }
 
-/* "pairs.jsonl:17" or "pair 16"
-   For errors that come up after loading, when a picture cannot be read. */
-static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+DPO_DEF dpo_pairs *dpo_pairs_load     (dpo_ctx *c, const char *path) { return dpoi_pairs_open(c, path, 1); }
+DPO_DEF dpo_pairs *dpo_pairs_load_good(dpo_ctx *c, const char *path) { return dpoi_pairs_open(c, path, 0); }
+
+/* ------------------------------------------------------------------------------------------ pixels
+
+   A picture is read, decoded and fitted by a context of its own, which has memory and an error but no backend: so the
+   loader's thread can do it beside the caller's context, and an error gets its row's place before anyone sees it. */
+
+static void dpoi_bare_context(dpo_ctx *own, const dpoi_mem *mem) { memset(own, 0, sizeof *own); own->mem = *mem; }
+
+/* One picture: a file, or pixels where path is NULL. */
+typedef struct dpoi_shot { const char *path; dpo_image pixels; } dpoi_shot;
+
+/* Is there such a picture?  Only rejected ones may be missing. */
+static int dpoi_duel_has(const dpoi_duel *x, int which) { return x->source[which].rgb || x->path[which]; }
+
+static dpoi_shot dpoi_shot_of(const dpoi_duel *x, int which)
 {
-    if (p->pair[i].line) snprintf(out, size, "%.400s:%lld", p->path, (long long)p->pair[i].line);
-    else snprintf(out, size, "pair %lld", (long long)i);
-    return out;
+    dpoi_shot s;
+    s.path = x->path[which];
+    s.pixels.rgb = x->source[which].rgb;
+    s.pixels.width = x->source[which].width;
+    s.pixels.height = x->source[which].height;
+    return s;
 }
 
-/* ------------------------------------------------------------------------------------------ pixels */
-
-/* Take a fitted picture over into plain memory: the cache's while there is room, else the place for the moment.
-   The place for the moment holds one picture of each side: valid until the next call. */
-static const uint8_t *dpoi_duel_keep(dpo_pairs *p, dpoi_duel *x, int which, const dpo_image *fit)
+/* The window was checked; rgb [v->height,v->width,3]. */
+static int dpoi_shot_view(dpo_ctx *c, const dpoi_shot *s, const dpo_window *v, uint8_t *rgb)
 {
-    size_t       bytes = (size_t)fit->width * (size_t)fit->height * 3;
+    dpo_image full;
+    int       ok;
+    if (!s->path) return dpoi_image_window(c, &s->pixels, v, rgb);
+    ok = dpo_image_load(c, s->path, &full) && dpoi_image_window(c, &full, v, rgb);
+    dpo_image_free(c, &full);
+    return ok;
+}
+
+/* What another context found wrong, with the pair's place. */
+static int dpoi_duel_failed(const dpo_pairs *p, int64_t i, int status, const char *error)
+{
+    char where[480];
+    if (status == DPO_OUT_OF_MEMORY || status == DPO_UNSUPPORTED) return dpoi_fail(p->c, status, "%s", error);
+    return dpoi_fail(p->c, status, "%s: %s", dpoi_duel_where(p, i, where, sizeof where), error);
+}
+
+/* Pair i has picture `which`, or the context fails. */
+static int dpoi_duel_ask(dpo_pairs *p, int64_t i, int which)
+{
+    char where[480];
+    if (!p || !dpoi_ok(p->c)) return 0;
+    if (!dpoi_pairs_has(p, i)) return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "there is no pair %lld", (long long)i);
+    if ((which == 0 || which == 1) && dpoi_duel_has(&p->pair[i], which)) return 1;
+    return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "%s: no %s picture", dpoi_duel_where(p, i, where, sizeof where),
+                     which == 1 ? "rejected" : "such");
+}
+
+/* Beside the pairs' own cache, which a trainer that crops anew at each step has no use for. */
+DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb)
+{
+    dpoi_shot s;
+    dpo_ctx     own;
+    if (!rgb || !dpoi_duel_ask(p, i, which) || !dpoi_window_ok(p->c, v)) return 0;
+    s = dpoi_shot_of(&p->pair[i], which);
+    dpoi_bare_context(&own, &p->c->mem);
+    return dpoi_shot_view(&own, &s, v, rgb) || dpoi_duel_failed(p, i, own.status, own.error);
+}
+
+/* Read, decode and fit one picture of a pair into plain memory: the cache's while there is room, else the place for the
+   moment, of which there is one a side: valid until the next call. */
+static const uint8_t *dpoi_duel_fit(dpo_pairs *p, int64_t i, int which, int width, int height)
+{
+    dpoi_duel   *x = &p->pair[i];
+    dpo_window   v;
+    dpoi_bitmap  fit, *to;
+    memset(&v, 0, sizeof v);
+    v.width = width;
+    v.height = height;
+    v.at_x = v.at_y = 0.5f;
+    if (!dpoi_window_ok(p->c, &v)) return NULL;
+    fit.width = width;
+    fit.height = height;
+    if (!(fit.rgb = (uint8_t *)dpoi_calloc(p->c, dpoi_bitmap_bytes(&fit), 1))) return NULL;
+    if (!dpo_pairs_view(p, i, which, &v, fit.rgb)) { dpoi_bitmap_free(p->c, &fit); return NULL; }
     /* one picture may lie in the cache and the other not: each fits or does not by itself */
-    dpoi_bitmap *to = bytes <= p->left ? &x->fit[which] : &p->now[which];
+    to = dpoi_bitmap_bytes(&fit) <= p->left ? &x->fit[which] : &p->now[which];
     dpoi_bitmap_free(p->c, to);
-    if (!dpoi_bitmap_copy(p->c, fit, to)) return NULL;
-    if (to == &x->fit[which]) p->left -= bytes;
+    *to = fit;
+    if (to == &x->fit[which]) p->left -= dpoi_bitmap_bytes(&fit);
     return to->rgb;
 }
 
-/* Read, decode and fit one picture of a pair.
-   dpo_image_fit crops to the wanted shape and scales. */
-static const uint8_t *dpoi_duel_fit(dpo_pairs *p, dpoi_duel *x, int which, int width, int height)
-{
-    dpo_image      full, fit;
-    const uint8_t *rgb = NULL;
-    memset(&full, 0, sizeof full);
-    if (x->source[which].rgb) {
-        full.rgb = x->source[which].rgb;
-        full.width = x->source[which].width;
-        full.height = x->source[which].height;
-    } else if (!dpo_image_load(p->c, x->path[which], &full)) return NULL;
-    if (dpo_image_fit(p->c, &full, width, height, &fit)) {
-        rgb = dpoi_duel_keep(p, x, which, &fit);
-        dpo_image_free(p->c, &fit);
-    }
-    if (!x->source[which].rgb) dpo_image_free(p->c, &full);
-    return rgb;
-}
-
 /* From the host as it is, from the cache, or made now.  A trainer asks for one size all along. */
-static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, dpoi_duel *x, int which, int width, int height)
+static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, int64_t i, int which, int width, int height)
 {
-    dpoi_bitmap *s = &x->source[which], *f = &x->fit[which];
+    dpoi_bitmap *s = &p->pair[i].source[which], *f = &p->pair[i].fit[which];
     if (s->rgb && s->width == width && s->height == height) return s->rgb;
     if (f->rgb && f->width == width && f->height == height) return f->rgb;
     if (f->rgb) {                         /* of another size: its room is free again */
         p->left += dpoi_bitmap_bytes(f);
         dpoi_bitmap_free(p->c, f);
     }
-    return dpoi_duel_fit(p, x, which, width, height);
+    return dpoi_duel_fit(p, i, which, width, height);
 }
-
-/* Is there such a picture?  Only rejected ones may be missing. */
-static int dpoi_duel_has(const dpoi_duel *x, int which) { return x->source[which].rgb || x->path[which]; }
 
 /* The two may lie in the places for the moment, of which there is one each: so they hold until the next call. */
 DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen,
                              const uint8_t **rejected)
 {
-    dpoi_duel *x;
-    if (!p || !chosen || !dpoi_ok(p->c)) return 0;
-    if (!dpoi_pairs_has(p, i)) return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "there is no pair %lld", (long long)i);
-    x = &p->pair[i];
+    if (!chosen || !dpoi_duel_ask(p, i, 0)) return 0;
     if (rejected) *rejected = NULL;
-    if (!(*chosen = dpoi_duel_pixels(p, x, 0, width, height))) return 0;
-    if (rejected && dpoi_duel_has(x, 1)) return (*rejected = dpoi_duel_pixels(p, x, 1, width, height)) != NULL;
+    if (!(*chosen = dpoi_duel_pixels(p, i, 0, width, height))) return 0;
+    if (!rejected || !dpoi_duel_has(&p->pair[i], 1)) return 1;
+    return (*rejected = dpoi_duel_pixels(p, i, 1, width, height)) != NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ sizes, buckets */
+
+/* A file's header is read once. */
+DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height)
+{
+    dpoi_duel    *x;
+    dpoi_picture *f;
+    dpo_ctx       own;
+    if (!width || !height || !dpoi_duel_ask(p, i, which)) return 0;
+    x = &p->pair[i];
+    if (!x->path[which]) {
+        *width = x->source[which].width;
+        *height = x->source[which].height;
+        return 1;
+    }
+    f = &p->picture[x->file[which]];
+    dpoi_bare_context(&own, &p->c->mem);
+    if (!f->width && !dpo_image_size(&own, f->path, &f->width, &f->height)) {
+        f->width = f->height = 0;         /* half of a header may have been read */
+        return dpoi_duel_failed(p, i, own.status, own.error);
+    }
+    *width = f->width;
+    *height = f->height;
     return 1;
 }
+
+DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h)
+{
+    char where[480];
+    int  width[2], height[2];
+    if (!w || !h || !dpo_pairs_size(p, i, 0, &width[0], &height[0])) return 0;
+    if (!dpo_bucket(width[0], height[0], resolution, step, w, h))
+        return dpoi_fail(p->c, DPO_BAD_ARGUMENT, "no buckets of %dx%d pixels in steps of %d", resolution, resolution,
+                         step);
+    if (!dpoi_duel_has(&p->pair[i], 1)) return 1;
+    if (!dpo_pairs_size(p, i, 1, &width[1], &height[1])) return 0;
+    if (width[0] == width[1] && height[0] == height[1]) return 1;
+    if (width[0] >= *w && width[1] >= *w && height[0] >= *h && height[1] >= *h) return 1;
+    return dpoi_fail(p->c, DPO_BAD_FILE,
+                     "%s: pictures of different sizes, %dx%d and %dx%d, which do not both cover %dx%d",
+                     dpoi_duel_where(p, i, where, sizeof where), width[0], height[0], width[1], height[1], *w, *h);
+}
+
+/* ------------------------------------------------------------------------------------------ looking at data */
 
 /* Headers only: a million pictures take minutes, not hours. */
 DPO_DEF int dpo_pairs_check(dpo_pairs *p)
@@ -20229,11 +21982,890 @@ DPO_DEF int dpo_pairs_check(dpo_pairs *p)
     int           w, h;
     memset(&bad, 0, sizeof bad);
     if (!p || !dpoi_ok(p->c)) return 0;
-    for (int64_t i = 0; i < 2 * p->count; i++) {
-        const char *path = p->pair[i / 2].path[i % 2];
-        if (path && !dpo_image_size(p->c, path, &w, &h) && !dpoi_trouble(p->c, &bad)) return 0;
-    }
+    for (int64_t i = 0; i < 2 * p->count; i++)
+        if (p->pair[i / 2].path[i % 2] && !dpo_pairs_size(p, i / 2, (int)(i % 2), &w, &h) && !dpoi_trouble(p->c, &bad))
+            return 0;
     return dpoi_troubles_end(p->c, &bad);
+}
+
+/* Can the picture be decoded whole?  Its header was read. */
+static int dpoi_duel_decodes(dpo_pairs *p, int64_t i, int which)
+{
+    dpo_image full;
+    dpo_ctx   own;
+    int       ok;
+    dpoi_bare_context(&own, &p->c->mem);
+    ok = dpo_image_load(&own, p->pair[i].path[which], &full);
+    dpo_image_free(&own, &full);
+    return ok || dpoi_duel_failed(p, i, own.status, own.error);
+}
+
+/* A picture of a pair: counted, and looked at, if no pair before named it.  seen: of each file, 1 good, 2 bad.
+   Returns 1 good, 2 bad, 0 to stop. */
+static int dpoi_survey_picture(dpo_pairs *p, int64_t i, int which, int decode, uint8_t *seen, dpo_pairs_counts *out)
+{
+    dpoi_troubles bad;
+    int64_t       k = p->pair[i].file[which];
+    int           w, h;
+    if (k < 0) { out->pictures++; return 1; }
+    if (seen[k]) return seen[k];
+    memset(&bad, 0, sizeof bad);
+    out->pictures++;
+    seen[k] = 1;
+    if (dpo_pairs_size(p, i, which, &w, &h) && (!decode || dpoi_duel_decodes(p, i, which))) return 1;
+    if (!dpoi_trouble(p->c, &bad)) return 0;
+    out->unreadable++;
+    return seen[k] = 2;
+}
+
+/* Both pictures of a pair, and whether they are of one size. */
+static int dpoi_survey_pair(dpo_pairs *p, int64_t i, int decode, uint8_t *seen, dpo_pairs_counts *out)
+{
+    char where[480];
+    int  two = dpoi_duel_has(&p->pair[i], 1), a, b, w[2], h[2];
+    if (p->pair[i].liked > 0) out->liked++;
+    else if (p->pair[i].liked < 0) out->disliked++;
+    else out->pairs++;
+    if (!(a = dpoi_survey_picture(p, i, 0, decode, seen, out))) return 0;
+    if (!two) return 1;
+    if (!(b = dpoi_survey_picture(p, i, 1, decode, seen, out))) return 0;
+    if (a == 2 || b == 2) return 1;
+    if (!dpo_pairs_size(p, i, 0, &w[0], &h[0]) || !dpo_pairs_size(p, i, 1, &w[1], &h[1])) return 0;
+    if (w[0] == w[1] && h[0] == h[1]) return 1;
+    out->different++;
+    dpoi_log(p->c, DPO_LOG_WARNING, "%s: pictures of different sizes, %dx%d and %dx%d",
+             dpoi_duel_where(p, i, where, sizeof where), w[0], h[0], w[1], h[1]);
+    return 1;
+}
+
+DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out)
+{
+    uint8_t *seen;
+    int      ok = 1;
+    if (out) memset(out, 0, sizeof *out);
+    if (!p || !out || !dpoi_ok(p->c) || !(seen = (uint8_t *)dpoi_calloc(p->c, (size_t)p->pictures, 1))) return 0;
+    out->rows = p->rows;
+    out->bad_rows = p->bad;
+    out->ties = p->ties;
+    for (int64_t i = 0; ok && i < p->count; i++) ok = dpoi_ok(p->c) && dpoi_survey_pair(p, i, decode, seen, out);
+    dpoi_release(p->c, seen, (size_t)p->pictures);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ the loader
+
+   One thread, a queue of slots, a lock.  The caller's thread fills a slot in, with pointers to a path or to pixels that
+   the pairs keep where they are, and queues it; from then until it is done only the loader's thread touches it, but for
+   `busy`, which the lock guards.  The thread has a context of its own (dpoi_bare_context) and never sees the host's. */
+
+typedef struct dpoi_slot {
+    int         asked, busy;              /* asked: there is something to take; busy: queued, or being made */
+    int64_t     pair;
+    dpoi_shot from;
+    dpo_window  v;
+    uint8_t    *rgb;                      /* [v.height,v.width,3], from the host's allocator */
+    size_t      room;
+    int         status;                   /* DPO_OK, or error says what went wrong */
+    char        error[sizeof ((dpo_ctx *)0)->error];
+} dpoi_slot;
+
+struct dpo_loader {
+    dpo_pairs  *p;
+    dpo_ctx     own;                      /* the thread's */
+    dpoi_slot  *slot;
+    int        *queue;                    /* a ring of slots */
+    int         slots, first, queued, beside;
+    dpo_loader *next;                     /* of p->loaders */
+#ifdef DPOI_THREADS
+    int               stop;
+    dpoi_lock         lock;
+    dpoi_cond         work, done;         /* something was queued; something was made */
+    dpoi_thread       thread;
+    dpoi_thread_start start;
+#endif
+};
+
+/* Make what the slot asks for; whoever has the slot calls this. */
+static void dpoi_slot_make(dpo_loader *l, dpoi_slot *s)
+{
+    s->status = DPO_OK;
+    if (dpoi_shot_view(&l->own, &s->from, &s->v, s->rgb)) return;
+    s->status = l->own.status;
+    memcpy(s->error, l->own.error, sizeof s->error);
+    l->own.status = DPO_OK;               /* the next picture is another matter */
+    l->own.error[0] = 0;
+}
+
+#ifdef DPOI_THREADS
+/* The thread. */
+static void dpoi_loader_main(void *arg)
+{
+    dpo_loader *l = (dpo_loader *)arg;
+    dpoi_lock_take(&l->lock);
+    for (;;) {
+        dpoi_slot *s;
+        while (!l->queued && !l->stop) dpoi_cond_wait(&l->work, &l->lock);
+        if (l->stop) break;
+        s = &l->slot[l->queue[l->first]];
+        l->first = (l->first + 1) % l->slots;
+        l->queued--;
+        dpoi_lock_give(&l->lock);
+        dpoi_slot_make(l, s);
+        dpoi_lock_take(&l->lock);
+        s->busy = 0;
+        dpoi_cond_wake(&l->done);
+    }
+    dpoi_lock_give(&l->lock);
+}
+
+/* Where the system refuses, everything is made on the caller's thread. */
+static void dpoi_loader_start(dpo_loader *l)
+{
+    dpoi_mem plain;
+    plain.fn = dpoi_default_alloc;
+    plain.user = NULL;
+    if (!dpoi_lock_open(&l->lock)) return;
+    if (dpoi_cond_open(&l->work)) {
+        if (dpoi_cond_open(&l->done)) {
+            dpoi_bare_context(&l->own, &plain);
+            l->start.fn = dpoi_loader_main;
+            l->start.arg = l;
+            if (dpoi_thread_open(&l->thread, &l->start)) { l->beside = 1; return; }
+            dpoi_bare_context(&l->own, &l->p->c->mem);
+            dpoi_cond_close(&l->done);
+        }
+        dpoi_cond_close(&l->work);
+    }
+    dpoi_lock_close(&l->lock);
+}
+
+/* The picture in the making is finished first; what is queued is not. */
+static void dpoi_loader_stop(dpo_loader *l)
+{
+    if (!l->beside) return;
+    dpoi_lock_take(&l->lock);
+    l->stop = 1;
+    dpoi_cond_wake(&l->work);
+    dpoi_lock_give(&l->lock);
+    dpoi_thread_join(&l->thread);
+    dpoi_cond_close(&l->done);
+    dpoi_cond_close(&l->work);
+    dpoi_lock_close(&l->lock);
+}
+
+/* Until the slot is the caller's again. */
+static void dpoi_loader_wait(dpo_loader *l, dpoi_slot *s)
+{
+    if (!l->beside) return;
+    dpoi_lock_take(&l->lock);
+    while (s->busy) dpoi_cond_wait(&l->done, &l->lock);
+    dpoi_lock_give(&l->lock);
+}
+
+static void dpoi_loader_queue(dpo_loader *l, int slot)
+{
+    dpoi_lock_take(&l->lock);
+    l->slot[slot].busy = 1;
+    l->queue[(l->first + l->queued++) % l->slots] = slot;  /* a slot is queued once: there is room for all */
+    dpoi_cond_wake(&l->work);
+    dpoi_lock_give(&l->lock);
+}
+#else
+static void dpoi_loader_start(dpo_loader *l) { (void)l; }
+static void dpoi_loader_stop(dpo_loader *l) { (void)l; }
+static void dpoi_loader_wait(dpo_loader *l, dpoi_slot *s) { (void)l; (void)s; }
+static void dpoi_loader_queue(dpo_loader *l, int slot) { (void)l; (void)slot; }
+#endif
+
+/* Out of the pairs' list, if it got there, and gone. */
+static void dpoi_loader_destroy(dpo_loader *l)
+{
+    dpo_ctx     *c = l->p->c;
+    dpo_loader **at = &l->p->loaders;
+    dpoi_loader_stop(l);
+    while (*at && *at != l) at = &(*at)->next;
+    if (*at) *at = l->next;
+    for (int k = 0; l->slot && k < l->slots; k++)
+        if (l->slot[k].rgb) dpoi_release(c, l->slot[k].rgb, l->slot[k].room);
+    dpoi_release(c, l->slot, (size_t)l->slots * sizeof *l->slot);
+    dpoi_release(c, l->queue, (size_t)l->slots * sizeof *l->queue);
+    dpoi_release(c, l, sizeof *l);
+}
+
+DPO_DEF void dpo_loader_free(dpo_loader *l) { if (l) dpoi_loader_destroy(l); }
+
+DPO_DEF dpo_loader *dpo_loader_new(dpo_pairs *p, int slots, int beside)
+{
+    dpo_loader *l;
+    if (!p || !dpoi_ok(p->c)) return NULL;
+    if (slots < 1 || slots > 65536) {
+        dpoi_fail(p->c, DPO_BAD_ARGUMENT, "a loader of %d slots: 1 to 65536 are possible", slots);
+        return NULL;
+    }
+    if (!(l = (dpo_loader *)dpoi_calloc(p->c, 1, sizeof *l))) return NULL;
+    l->p = p;
+    l->slots = slots;
+    dpoi_bare_context(&l->own, &p->c->mem);
+    l->slot = (dpoi_slot *)dpoi_calloc(p->c, (size_t)slots, sizeof *l->slot);
+    l->queue = l->slot ? (int *)dpoi_calloc(p->c, (size_t)slots, sizeof *l->queue) : NULL;
+    if (!l->queue) { dpoi_loader_destroy(l); return NULL; }
+    if (beside) dpoi_loader_start(l);
+    l->next = p->loaders;
+    p->loaders = l;
+    return l;
+}
+
+/* The slot's pixels, `bytes` of them. */
+static int dpoi_slot_room(dpo_ctx *c, dpoi_slot *s, size_t bytes)
+{
+    if (s->room >= bytes) return 1;
+    if (s->rgb) dpoi_release(c, s->rgb, s->room);
+    s->room = 0;
+    if (!(s->rgb = (uint8_t *)dpoi_calloc(c, bytes, 1))) return 0;
+    s->room = bytes;
+    return 1;
+}
+
+DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v)
+{
+    dpoi_slot *s;
+    if (!l || !dpoi_duel_ask(l->p, i, which) || !dpoi_window_ok(l->p->c, v)) return 0;
+    if (slot < 0 || slot >= l->slots) return dpoi_fail(l->p->c, DPO_BAD_ARGUMENT, "the loader has no slot %d", slot);
+    s = &l->slot[slot];
+    dpoi_loader_wait(l, s);
+    s->asked = 0;
+    if (!dpoi_slot_room(l->p->c, s, (size_t)v->width * (size_t)v->height * 3)) return 0;
+    s->asked = 1;
+    s->pair = i;
+    s->from = dpoi_shot_of(&l->p->pair[i], which);
+    s->v = *v;
+    if (l->beside) dpoi_loader_queue(l, slot);
+    else dpoi_slot_make(l, s);
+    return 1;
+}
+
+DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
+{
+    dpoi_slot *s;
+    if (!l || !dpoi_ok(l->p->c)) return NULL;
+    if (slot < 0 || slot >= l->slots || !l->slot[slot].asked) {
+        dpoi_fail(l->p->c, DPO_BAD_ARGUMENT, "the loader was not asked for slot %d", slot);
+        return NULL;
+    }
+    s = &l->slot[slot];
+    dpoi_loader_wait(l, s);
+    if (s->status == DPO_OK) return s->rgb;
+    dpoi_duel_failed(l->p, s->pair, s->status, s->error);
+    return NULL;
+}
+
+/* ==========================================================================================================
+   >>impl cache                                                        what was computed before, kept in a folder
+   ========================================================================================================== */
+
+/* ------------------------------------------------------------------------------------------ keys
+
+   MurmurHash3_x64_128 (Austin Appleby, public domain), seed 0, in pieces: 16 bytes at a time are mixed into h, what is
+   left over waits in tail.  Its bytes are those of the usual implementations on little-endian machines, on all. */
+
+static uint64_t dpoi_rotate(uint64_t x, int r) { return x << r | x >> (64 - r); }
+
+/* Written out, compilers make it one load where the machine's order is this one. */
+static uint64_t dpoi_load64(const uint8_t *p)
+{
+    return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
+           (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+}
+
+static void dpoi_store64(uint8_t *p, uint64_t x) { for (int i = 0; i < 8; i++, x >>= 8) p[i] = (uint8_t)x; }
+
+static const uint64_t dpoi_hash_c1 = 0x87c37b91114253d5u, dpoi_hash_c2 = 0x4cf5ad432745937fu;
+
+static uint64_t dpoi_hash_first (uint64_t k) { return dpoi_rotate(k * dpoi_hash_c1, 31) * dpoi_hash_c2; }
+static uint64_t dpoi_hash_second(uint64_t k) { return dpoi_rotate(k * dpoi_hash_c2, 33) * dpoi_hash_c1; }
+
+static void dpoi_hash_block(dpo_hash *h, const uint8_t *p)
+{
+    h->h[0] ^= dpoi_hash_first(dpoi_load64(p));
+    h->h[0] = (dpoi_rotate(h->h[0], 27) + h->h[1]) * 5 + 0x52dce729;
+    h->h[1] ^= dpoi_hash_second(dpoi_load64(p + 8));
+    h->h[1] = (dpoi_rotate(h->h[1], 31) + h->h[0]) * 5 + 0x38495ab5;
+}
+
+static uint64_t dpoi_hash_last(uint64_t k)
+{
+    k = (k ^ k >> 33) * 0xff51afd7ed558ccdu;
+    k = (k ^ k >> 33) * 0xc4ceb9fe1a85ec53u;
+    return k ^ k >> 33;
+}
+
+DPO_DEF void dpo_hash_bytes(dpo_hash *h, const void *p, size_t n)
+{
+    const uint8_t *s = (const uint8_t *)p;
+    size_t         have = h ? (size_t)(h->count & 15) : 0, take;
+    if (!h || !n) return;
+    h->count += n;
+    if (have) {
+        take = n < 16 - have ? n : 16 - have;
+        memcpy(h->tail + have, s, take);
+        if (have + take < 16) return;
+        dpoi_hash_block(h, h->tail);
+        s += take;
+        n -= take;
+    }
+    for (; n >= 16; s += 16, n -= 16) dpoi_hash_block(h, s);
+    if (n) memcpy(h->tail, s, n);
+}
+
+DPO_DEF dpo_key dpo_hash_end(const dpo_hash *h)
+{
+    dpo_key  k;
+    uint8_t  tail[16];
+    uint64_t a, b;
+    memset(&k, 0, sizeof k);
+    if (!h) return k;
+    memset(tail, 0, sizeof tail);         /* absent bytes count as zeros, which change nothing */
+    memcpy(tail, h->tail, (size_t)(h->count & 15));
+    b = h->h[1] ^ dpoi_hash_second(dpoi_load64(tail + 8)) ^ h->count;
+    a = h->h[0] ^ dpoi_hash_first(dpoi_load64(tail)) ^ h->count;
+    a += b;
+    b += a;
+    a = dpoi_hash_last(a);
+    b = dpoi_hash_last(b);
+    k.word[0] = a + b;
+    k.word[1] = b + k.word[0];
+    return k;
+}
+
+DPO_DEF void dpo_hash_int(dpo_hash *h, int64_t x)
+{
+    uint8_t b[8];
+    dpoi_store64(b, (uint64_t)x);
+    dpo_hash_bytes(h, b, 8);
+}
+
+/* The length first: "ab" and "c" are not "a" and "bc". */
+DPO_DEF void dpo_hash_text(dpo_hash *h, const char *text)
+{
+    size_t n = text ? strlen(text) : 0;
+    dpo_hash_int(h, text ? (int64_t)n : -1);
+    dpo_hash_bytes(h, text, n);
+}
+
+DPO_DEF void dpo_hash_float(dpo_hash *h, double x)
+{
+    int64_t bits;
+    if (x == 0) x = 0;                    /* -0 == 0 */
+    memcpy(&bits, &x, 8);
+    dpo_hash_int(h, bits);
+}
+
+DPO_DEF void dpo_hash_begin(dpo_hash *h, const char *purpose)
+{
+    if (!h) return;
+    memset(h, 0, sizeof *h);
+    dpo_hash_text(h, purpose);
+}
+
+/* Of plain bytes: what a record is checked by. */
+static uint64_t dpoi_checksum(const void *p, size_t n)
+{
+    dpo_hash h;
+    memset(&h, 0, sizeof h);
+    dpo_hash_bytes(&h, p, n);
+    return dpo_hash_end(&h).word[0];
+}
+
+/* The file's bytes, as they are now. */
+static int dpoi_picture_hash(dpo_ctx *c, dpoi_picture *x)
+{
+    uint64_t size = 0, changed = 0;
+    int      stamped = !dpoi_sys_stamp(x->path, &size, &changed);
+    dpo_hash h;
+    dpoi_map m;
+    if (stamped && x->hashed && size == x->size && changed == x->changed) return 1;
+    if (!dpoi_map_open(c, x->path, &m)) return 0;
+    dpo_hash_begin(&h, "file");
+    dpo_hash_bytes(&h, m.data, m.data ? m.size : 0);
+    dpoi_map_close(c, &m);
+    x->key = dpo_hash_end(&h);
+    x->hashed = stamped;                  /* a system that tells no times has each file read again */
+    x->size = size;
+    x->changed = changed;
+    return 1;
+}
+
+DPO_DEF int dpo_pairs_key(dpo_pairs *p, int64_t i, int which, dpo_key *out)
+{
+    const dpoi_bitmap *s;
+    dpoi_picture      *f;
+    dpo_hash           h;
+    dpo_ctx            own;
+    if (!out || !dpoi_duel_ask(p, i, which)) return 0;
+    if (p->pair[i].path[which]) {
+        f = &p->picture[p->pair[i].file[which]];
+        dpoi_bare_context(&own, &p->c->mem);
+        if (!dpoi_picture_hash(&own, f)) return dpoi_duel_failed(p, i, own.status, own.error);
+        *out = f->key;
+        return 1;
+    }
+    s = &p->pair[i].source[which];
+    dpo_hash_begin(&h, "pixels");
+    dpo_hash_int(&h, s->width);
+    dpo_hash_bytes(&h, s->rgb, dpoi_bitmap_bytes(s));
+    *out = dpo_hash_end(&h);
+    return 1;
+}
+
+/* ------------------------------------------------------------------------------------------ records
+
+   A cache is a folder of files 000001.dpocache, 000002.dpocache, ..., each written by one process from front to back
+   and never changed.  A file is records, each at a multiple of 64 bytes:
+     0 magic 8 | 8 key 16 | 24 bytes of data 8 | 32 checksum of the data 8 | 40 parts 8 | 48 zero 8 | 56 checksum of
+     bytes 0 to 55 8
+     64 data, and zeros to the next multiple of 64
+   all numbers with their low byte first.  parts: how many tensors the data holds, 0: plain floats.  A tensor is
+     0 dtype 4 | 4 rank 4 | 8 shape 4 x 8 | 40 numbers, and zeros to a multiple of 8
+   Where a header is damaged, the next is looked for at each multiple of 64. */
+
+enum { DPOI_RECORD = 64, DPOI_RECORD_TENSOR = 40, DPOI_CACHE_WINDOW = 1 << 16 };
+static const uint64_t dpoi_cache_most = (uint64_t)1 << 30;   /* a file that is longer is followed by a new one */
+static const char     dpoi_cache_magic[] = "dpocach1", dpoi_cache_ending[] = ".dpocache";
+
+/* Where a key's data lies.  file -1: nowhere any more. */
+typedef struct dpoi_cached {
+    dpo_key  key;
+    uint64_t at, bytes, sum, parts;       /* at: of the data */
+    int64_t  file;
+} dpoi_cached;
+
+struct dpo_cache {
+    dpo_ctx     *c;
+    char        *folder;
+    char       **path;                    /* of the files */
+    int64_t      files, file_room, number;                 /* number: the highest in a name */
+    dpoi_cached *record;
+    int64_t      count, room, lost;
+    int64_t     *slot, slots;             /* records by key, open addressing: 1 + index, or 0 */
+    dpoi_fd      out;                     /* the file that we write, path[own] */
+    int64_t      own;                     /* -1: none yet */
+    uint64_t     written;
+    int          closed;                  /* writing failed once: nothing more is kept */
+};
+
+static size_t dpoi_cache_padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static void dpoi_cache_destroy(dpo_ctx *c, void *object)
+{
+    dpo_cache *k = (dpo_cache *)object;
+    if (k->own >= 0) dpoi_sys_close(k->out);
+    for (int64_t i = 0; i < k->files; i++) dpoi_strfree(c, k->path[i]);
+    dpoi_release(c, k->path, (size_t)k->file_room * sizeof *k->path);
+    dpoi_release(c, k->record, (size_t)k->room * sizeof *k->record);
+    dpoi_release(c, k->slot, (size_t)k->slots * sizeof *k->slot);
+    dpoi_strfree(c, k->folder);
+    dpoi_release(c, k, sizeof *k);
+}
+
+DPO_DEF void    dpo_cache_close(dpo_cache *k)       { if (k) dpoi_disown(k->c, k); }
+DPO_DEF int64_t dpo_cache_count(const dpo_cache *k) { return k ? k->count - k->lost : 0; }
+
+/* The slot of a key, or the empty one where it would be.  There are slots. */
+static int64_t dpoi_cache_slot(const dpo_cache *k, const dpo_key *key)
+{
+    int64_t at = (int64_t)(key->word[0] & (uint64_t)(k->slots - 1));
+    while (k->slot[at] && memcmp(&k->record[k->slot[at] - 1].key, key, sizeof *key)) at = (at + 1) & (k->slots - 1);
+    return at;
+}
+
+static dpoi_cached *dpoi_cache_find(const dpo_cache *k, const dpo_key *key)
+{
+    int64_t n = k->slots ? k->slot[dpoi_cache_slot(k, key)] : 0;
+    return n && k->record[n - 1].file >= 0 ? &k->record[n - 1] : NULL;
+}
+
+DPO_DEF int dpo_cache_has(const dpo_cache *k, const dpo_key *key)
+{
+    return k && key && dpoi_cache_find(k, key) != NULL;
+}
+
+/* Twice the slots, all records placed anew. */
+static int dpoi_cache_rehash(dpo_cache *k)
+{
+    int64_t  slots = k->slots ? 2 * k->slots : 64, was = k->slots;
+    int64_t *slot = (int64_t *)dpoi_calloc(k->c, (size_t)slots, sizeof *slot), *old = k->slot;
+    if (!slot) return 0;
+    k->slot = slot;
+    k->slots = slots;
+    for (int64_t i = 0; i < k->count; i++) slot[dpoi_cache_slot(k, &k->record[i].key)] = i + 1;
+    dpoi_release(k->c, old, (size_t)was * sizeof *old);
+    return 1;
+}
+
+/* The last record of a key holds. */
+static int dpoi_cache_index(dpo_cache *k, const dpoi_cached *r)
+{
+    int64_t at, n;
+    if (2 * k->count >= k->slots && !dpoi_cache_rehash(k)) return 0;
+    at = dpoi_cache_slot(k, &r->key);
+    if ((n = k->slot[at]) != 0) {
+        k->lost -= k->record[n - 1].file < 0;
+        k->record[n - 1] = *r;
+        return 1;
+    }
+    if (!dpoi_grow(k->c, &k->record, &k->room, k->count + 1, sizeof *r)) return 0;
+    k->record[k->count] = *r;
+    k->slot[at] = ++k->count;
+    return 1;
+}
+
+/* Damaged, or its file is gone. */
+static void dpoi_cache_lose(dpo_cache *k, dpoi_cached *r)
+{
+    dpoi_log(k->c, DPO_LOG_INFO, "%.400s: a damaged record is made anew", k->path[r->file]);
+    r->file = -1;
+    k->lost++;
+}
+
+/* Write a header for r's key, bytes, sum and parts. */
+static void dpoi_cached_head(const dpoi_cached *r, uint8_t *p)
+{
+    memset(p, 0, DPOI_RECORD);
+    memcpy(p, dpoi_cache_magic, 8);
+    dpoi_store64(p + 8, r->key.word[0]);
+    dpoi_store64(p + 16, r->key.word[1]);
+    dpoi_store64(p + 24, r->bytes);
+    dpoi_store64(p + 32, r->sum);
+    dpoi_store64(p + 40, r->parts);
+    dpoi_store64(p + 56, dpoi_checksum(p, 56));
+}
+
+/* Read it; 0 if it is none. */
+static int dpoi_cached_read(const uint8_t *p, dpoi_cached *r)
+{
+    if (memcmp(p, dpoi_cache_magic, 8) || dpoi_load64(p + 56) != dpoi_checksum(p, 56)) return 0;
+    memset(r, 0, sizeof *r);
+    r->key.word[0] = dpoi_load64(p + 8);
+    r->key.word[1] = dpoi_load64(p + 16);
+    r->bytes = dpoi_load64(p + 24);
+    r->sum = dpoi_load64(p + 32);
+    r->parts = dpoi_load64(p + 40);
+    return 1;
+}
+
+/* ------------------------------------------------------------------------------------------ opening */
+
+/* A file that is looked at in places that rise: bytes from .. from + have are in memory. */
+typedef struct dpoi_scan {
+    dpoi_fd  f;
+    uint64_t size, from;
+    size_t   have;
+    uint8_t  window[DPOI_CACHE_WINDOW];
+} dpoi_scan;
+
+/* The 64 bytes at `at`; NULL where the file ends or cannot be read. */
+static const uint8_t *dpoi_scan_at(dpoi_scan *s, uint64_t at)
+{
+    size_t got = 0;
+    if (at > s->size || s->size - at < DPOI_RECORD) return NULL;
+    if (at >= s->from && at + DPOI_RECORD <= s->from + s->have) return s->window + (at - s->from);
+    s->from = at;
+    s->have = 0;
+    if (dpoi_sys_seek(s->f, at)) return NULL;
+    while (s->have < DPOI_RECORD) {       /* a read may move less than was asked for */
+        if (dpoi_sys_read(s->f, (char *)s->window + s->have, sizeof s->window - s->have, &got) || !got) return NULL;
+        s->have += got;
+    }
+    return s->window;
+}
+
+/* All whole records of a file into the index. */
+static int dpoi_cache_scan(dpo_cache *k, dpoi_scan *s, int64_t file)
+{
+    const uint8_t *p;
+    dpoi_cached    r;
+    for (uint64_t at = 0; (p = dpoi_scan_at(s, at)) != NULL; ) {
+        at += DPOI_RECORD;
+        if (!dpoi_cached_read(p, &r) || r.bytes > s->size - at) continue;      /* damaged, or cut by a kill */
+        r.at = at;
+        r.file = file;
+        if (!dpoi_cache_index(k, &r)) return 0;
+        at += (r.bytes + DPOI_RECORD - 1) / DPOI_RECORD * DPOI_RECORD;
+    }
+    return 1;
+}
+
+/* The path joins the cache's list, which owns it from here on.  Returns its index, -1 if there is no memory. */
+static int64_t dpoi_cache_path(dpo_cache *k, char *path)
+{
+    if (!path) return -1;
+    if (dpoi_grow(k->c, &k->path, &k->file_room, k->files + 1, sizeof *k->path)) {
+        k->path[k->files] = path;
+        return k->files++;
+    }
+    dpoi_strfree(k->c, path);
+    return -1;
+}
+
+/* A file that cannot be opened is passed over: a cache may lose things. */
+static int dpoi_cache_load(dpo_cache *k, dpoi_scan *s, const char *name)
+{
+    int64_t file = dpoi_cache_path(k, dpoi_join(k->c, k->folder, name));
+    int     ok = 1;
+    if (file < 0) return 0;
+    s->from = s->size = 0;
+    s->have = 0;
+    if (dpoi_sys_open(&s->f, k->path[file], DPOI_OPEN_READ)) {
+        dpoi_log(k->c, DPO_LOG_WARNING, "%.400s cannot be opened: what it holds is computed again", k->path[file]);
+        return 1;
+    }
+    if (!dpoi_sys_size(s->f, &s->size)) ok = dpoi_cache_scan(k, s, file);
+    dpoi_sys_close(s->f);
+    return ok;
+}
+
+/* Is it the name of a cache's file?  Then its number counts. */
+static int dpoi_cache_named(dpo_cache *k, const char *name)
+{
+    int64_t number = 0;
+    size_t  n = 0;
+    for (; n < 12 && name[n] >= '0' && name[n] <= '9'; n++) number = 10*number + (name[n] - '0');
+    if (!n || strcmp(name + n, dpoi_cache_ending)) return 0;
+    if (number > k->number) k->number = number;
+    return 1;
+}
+
+/* In the order of names, so that the later record of a key holds. */
+static int dpoi_cache_read(dpo_cache *k)
+{
+    dpoi_names names;
+    dpoi_scan *s = (dpoi_scan *)dpoi_calloc(k->c, 1, sizeof *s);
+    int        ok;
+    if (!s) return 0;
+    ok = dpoi_names_list(k->c, k->folder, &names);
+    for (int64_t i = 0; ok && i < names.count; i++)
+        if (dpoi_cache_named(k, names.name[i])) ok = dpoi_cache_load(k, s, names.name[i]);
+    dpoi_names_free(&names);
+    dpoi_release(k->c, s, sizeof *s);
+    return ok;
+}
+
+DPO_DEF dpo_cache *dpo_cache_open(dpo_ctx *c, const char *folder)
+{
+    dpo_cache *k;
+    if (!folder || !dpoi_ok(c) || !dpoi_mkdirs(c, folder)) return NULL;
+    if (!(k = (dpo_cache *)dpoi_calloc(c, 1, sizeof *k))) return NULL;
+    k->c = c;
+    k->own = -1;
+    if (!dpoi_own(c, k, dpoi_cache_destroy)) return NULL;
+    if ((k->folder = dpoi_strdup(c, folder)) != NULL && dpoi_cache_read(k)) return k;
+    dpo_cache_close(k);
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ reading */
+
+/* The record's data into p[r->bytes], checked.  No error: what cannot be read is not there. */
+static int dpoi_cache_fetch(dpo_cache *k, dpoi_cached *r, uint8_t *p)
+{
+    dpoi_fd f;
+    size_t  at = 0, got = 0;
+    if (dpoi_sys_open(&f, k->path[r->file], DPOI_OPEN_READ)) { dpoi_cache_lose(k, r); return 0; }
+    if (!dpoi_sys_seek(f, r->at))
+        for (; at < r->bytes; at += got)
+            if (dpoi_sys_read(f, (char *)p + at, (size_t)r->bytes - at, &got) || !got) break;
+    dpoi_sys_close(f);
+    if (at == r->bytes && dpoi_checksum(p, at) == r->sum) return 1;
+    dpoi_cache_lose(k, r);
+    return 0;
+}
+
+/* The record of a key if it is there with as many parts, and its data in fresh memory. */
+static dpoi_cached *dpoi_cache_take(dpo_cache *k, const dpo_key *key, uint64_t parts, uint8_t **data)
+{
+    dpoi_cached *r = k && key && dpoi_ok(k->c) ? dpoi_cache_find(k, key) : NULL;
+    *data = NULL;
+    if (!r || r->parts != parts || r->bytes > (size_t)-1 / 2) return NULL;
+    if (!(*data = (uint8_t *)dpoi_calloc(k->c, (size_t)r->bytes, 1))) return NULL;
+    if (dpoi_cache_fetch(k, r, *data)) return r;
+    dpoi_release(k->c, *data, (size_t)r->bytes);
+    return NULL;
+}
+
+/* The head of a tensor at p, of n bytes in all.  Its bytes with head and zeros, or 0 if it is none. */
+static size_t dpoi_cached_tensor(const uint8_t *p, size_t n, int *dtype, int *rank, int64_t *shape, size_t *count)
+{
+    uint64_t both;
+    size_t   bytes = 1;
+    if (n < DPOI_RECORD_TENSOR) return 0;
+    both = dpoi_load64(p);
+    *dtype = (int)(both & 0xff);
+    *rank = (int)(both >> 32 & 0xff);
+    if (both & ~(uint64_t)0xff000000ff || *rank < 1 || *rank > DPO_MAX_RANK ||
+        (*dtype != DPO_F32 && *dtype != DPO_F16 && *dtype != DPO_BF16)) return 0;
+    for (int i = 0; i < DPO_MAX_RANK; i++) {
+        uint64_t side = dpoi_load64(p + 8 + 8*i);
+        if (!side || side > n || !dpoi_mul(bytes, (size_t)side, &bytes) || bytes > n) return 0;
+        shape[i] = (int64_t)side;
+    }
+    *count = bytes;
+    bytes *= *dtype == DPO_F32 ? 4 : 2;   /* at most 4n, and n is half of what there can be */
+    bytes = DPOI_RECORD_TENSOR + dpoi_cache_padded(bytes, 8);
+    return bytes <= n ? bytes : 0;
+}
+
+/* n tensors out of p[bytes]; 0 if that is not what it holds.  Memory that fails is the context's error. */
+static int dpoi_cache_tensors(dpo_ctx *c, const uint8_t *p, size_t bytes, dpo_tensor **out, int n)
+{
+    for (int i = 0; i < n; i++) {
+        int     dtype, rank;
+        int64_t shape[DPO_MAX_RANK];
+        size_t  count, size = dpoi_cached_tensor(p, bytes, &dtype, &rank, shape, &count);
+        float  *v = size ? (float *)dpoi_calloc(c, count, sizeof *v) : NULL;
+        if (!v) return 0;
+        dpoi_widen(dtype, (int64_t)count, p + DPOI_RECORD_TENSOR, v);
+        out[i] = dpo_tensor_from(c, dtype, rank, shape, v);
+        dpoi_release(c, v, count * sizeof *v);
+        if (!out[i]) return 0;
+        p += size;
+        bytes -= size;
+    }
+    return bytes == 0;
+}
+
+DPO_DEF int dpo_cache_get(dpo_cache *k, const dpo_key *key, dpo_tensor **out, int n)
+{
+    uint8_t     *data;
+    dpoi_cached *r = out && n > 0 ? dpoi_cache_take(k, key, (uint64_t)n, &data) : NULL;
+    int          ok;
+    if (!r) return 0;
+    ok = dpoi_cache_tensors(k->c, data, (size_t)r->bytes, out, n);
+    dpoi_release(k->c, data, (size_t)r->bytes);
+    if (!ok) {
+        for (int i = 0; i < n; i++) out[i] = NULL;        /* those that were made go with their scope */
+        if (dpo_status(k->c) == DPO_OK) dpoi_cache_lose(k, r);
+    }
+    return ok;
+}
+
+DPO_DEF int dpo_cache_get_floats(dpo_cache *k, const dpo_key *key, float *out, int n)
+{
+    uint8_t     *data;
+    dpoi_cached *r = out && n > 0 ? dpoi_cache_take(k, key, 0, &data) : NULL;
+    int          ok;
+    if (!r) return 0;
+    if ((ok = r->bytes == (uint64_t)n * 4) != 0) memcpy(out, data, (size_t)n * 4);
+    dpoi_release(k->c, data, (size_t)r->bytes);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------ writing */
+
+/* Nothing is kept from here on. */
+static int dpoi_cache_broken(dpo_cache *k, int e)
+{
+    const char *why = dpoi_sys_reason(e);
+    k->closed = 1;
+    dpoi_log(k->c, DPO_LOG_WARNING, "the cache %.400s cannot be written any more (%s): the run goes on without",
+             k->folder, why ? why : "the system refused");
+    return 0;
+}
+
+/* A file of our own: the next free number.  Another process may take one in the same moment, hence the loop. */
+static int dpoi_cache_start(dpo_cache *k)
+{
+    char name[32];
+    int  e = DPOI_ERROR_EXISTS;
+    if (k->own >= 0) dpoi_sys_close(k->out);
+    k->own = -1;
+    k->written = 0;
+    for (int i = 0; i < 1000 && e == DPOI_ERROR_EXISTS; i++) {
+        char *path;
+        snprintf(name, sizeof name, "%06lld%s", (long long)++k->number, dpoi_cache_ending);
+        if (!(path = dpoi_join(k->c, k->folder, name))) return 0;
+        if ((e = dpoi_sys_open(&k->out, path, DPOI_OPEN_NEW)) != 0) { dpoi_strfree(k->c, path); continue; }
+        if ((k->own = dpoi_cache_path(k, path)) >= 0) return 1;
+        dpoi_sys_close(k->out);           /* an empty file stays, and harms nobody */
+        return 0;
+    }
+    return dpoi_cache_broken(k, e);
+}
+
+/* Write one record: p[size], whose first 64 bytes are for its header.  It is in the file when this returns, as far as
+   other processes and a kill go; a machine that loses its power may lose it, which its checksum then tells. */
+static int dpoi_cache_append(dpo_cache *k, const dpo_key *key, uint64_t parts, uint8_t *p, size_t bytes)
+{
+    dpoi_cached r;
+    size_t      size = DPOI_RECORD + dpoi_cache_padded(bytes, DPOI_RECORD);
+    if (k->closed || ((k->own < 0 || k->written >= dpoi_cache_most) && !dpoi_cache_start(k))) return 0;
+    memset(&r, 0, sizeof r);
+    r.key = *key;
+    r.bytes = bytes;
+    r.sum = dpoi_checksum(p + DPOI_RECORD, bytes);
+    r.parts = parts;
+    r.file = k->own;
+    r.at = k->written + DPOI_RECORD;
+    dpoi_cached_head(&r, p);
+    for (size_t at = 0, put = 0; at < size; at += put) {
+        int e = dpoi_sys_write(k->out, (const char *)p + at, size - at, &put);
+        if (e || !put) return dpoi_cache_broken(k, e);     /* half a record ends the file: see dpoi_cache_scan */
+    }
+    k->written += size;
+    return dpoi_cache_index(k, &r);
+}
+
+/* Bytes of a tensor in a record; 0 if it cannot be in one. */
+static size_t dpoi_cache_bytes(const dpo_tensor *x)
+{
+    size_t each = !x ? 0 : x->dtype == DPO_F32 ? 4 : x->dtype == DPO_F16 || x->dtype == DPO_BF16 ? 2 : 0;
+    return each ? DPOI_RECORD_TENSOR + dpoi_cache_padded((size_t)dpo_count(x) * each, 8) : 0;
+}
+
+/* A tensor into p, dpoi_cache_bytes of it. */
+static int dpoi_cache_store(dpo_ctx *c, dpo_tensor *x, uint8_t *p)
+{
+    size_t count = (size_t)dpo_count(x);
+    float *v = (float *)dpoi_calloc(c, count, sizeof *v);
+    int    ok = v && dpo_read(x, v);
+    dpoi_store64(p, (uint64_t)x->dtype | (uint64_t)x->rank << 32);
+    for (int i = 0; i < DPO_MAX_RANK; i++) dpoi_store64(p + 8 + 8*i, (uint64_t)x->shape[i]);
+    if (ok) dpoi_narrow(x->dtype, (int64_t)count, v, p + DPOI_RECORD_TENSOR);
+    dpoi_release(c, v, count * sizeof *v);
+    return ok;
+}
+
+DPO_DEF int dpo_cache_put(dpo_cache *k, const dpo_key *key, dpo_tensor *const *in, int n)
+{
+    size_t   bytes = 0, at = DPOI_RECORD, size;
+    uint8_t *p;
+    int      ok = 1;
+    if (!k || !key || !in || n < 1 || !dpoi_ok(k->c) || k->closed) return 0;
+    for (int i = 0; i < n; i++) {
+        size_t one = dpoi_cache_bytes(in[i]);
+        if (!one || one > (size_t)-1 / 4 - bytes)
+            return dpoi_fail(k->c, DPO_BAD_ARGUMENT, "a cache keeps tensors of F32, F16 and BF16");
+        bytes += one;
+    }
+    size = DPOI_RECORD + dpoi_cache_padded(bytes, DPOI_RECORD);
+    if (!(p = (uint8_t *)dpoi_calloc(k->c, size, 1))) return 0;
+    for (int i = 0; ok && i < n; at += dpoi_cache_bytes(in[i]), i++) ok = dpoi_cache_store(k->c, in[i], p + at);
+    ok = ok && dpoi_cache_append(k, key, (uint64_t)n, p, bytes);
+    dpoi_release(k->c, p, size);
+    return ok;
+}
+
+DPO_DEF int dpo_cache_put_floats(dpo_cache *k, const dpo_key *key, const float *in, int n)
+{
+    size_t   size;
+    uint8_t *p;
+    int      ok;
+    if (!k || !key || !in || n < 1 || !dpoi_ok(k->c) || k->closed) return 0;
+    size = DPOI_RECORD + dpoi_cache_padded((size_t)n * 4, DPOI_RECORD);
+    if (!(p = (uint8_t *)dpoi_calloc(k->c, size, 1))) return 0;
+    memcpy(p + DPOI_RECORD, in, (size_t)n * 4);
+    ok = dpoi_cache_append(k, key, 0, p, (size_t)n * 4);
+    dpoi_release(k->c, p, size);
+    return ok;
 }
 
 /* ==========================================================================================================

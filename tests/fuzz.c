@@ -1,7 +1,8 @@
-/* fuzz.c - hostile bytes for the readers: safetensors, JSON, tokenizer, names of checkpoints, adapters.
+/* fuzz.c - hostile bytes for the readers: safetensors, JSON, tokenizer, names of checkpoints, adapters, manifests of pairs,
+   caches.
 
    fuzzer  clang -g -O1 -fsanitize=fuzzer,address,undefined -DFUZZ_JSON tests/fuzz.c -o fuzz_json -lm -lpthread
-           (-DFUZZ_SAFETENSORS, -DFUZZ_TOKENIZER, -DFUZZ_NAMES, -DFUZZ_ADAPTERS), then ./fuzz_json -runs=1000000
+           (-DFUZZ_SAFETENSORS, -DFUZZ_TOKENIZER, -DFUZZ_NAMES, -DFUZZ_ADAPTERS, -DFUZZ_PAIRS, -DFUZZ_CACHE), then ./fuzz_json -runs=1000000
    driver  cc -g -O1 -fsanitize=address,undefined tests/fuzz.c -o fuzz -lm -lpthread, then ./fuzz [N] [seed]: N random
            changes of built-in seeds for each reader */
 #define DIFFDPO_IMPLEMENTATION
@@ -320,9 +321,130 @@ static void fuzz_adapters(const uint8_t *data, size_t n)
     dpo_clear_error(c);
 }
 
+/* ---------------------------------------------------------------------------------------------- pairs
+
+   The first byte chooses the form; pictures are this file, by which rows can be good. */
+
+static void fuzz_pairs(const uint8_t *data, size_t n)
+{
+    static const char *const names[] = { "tests/fuzz.jsonl", "tests/fuzz.json", "tests/fuzz.csv", "tests/fuzz.tsv", "tests/fuzz" };
+    dpo_ctx      *c = fuzz_context();
+    dpo_pairs    *p = dpo_pairs_new(c);
+    dpoi_manifest m;
+    char         *text;
+    int           ok;
+    if (!n) return;
+    text = fuzz_copy(data + 1, n - 1);
+    memset(&m, 0, sizeof m);
+    m.p = p;
+    m.c = c;
+    p->path = dpoi_strdup(c, names[data[0] % 5]);
+    m.folder = dpoi_strdup(c, "tests");
+    ok = dpoi_manifest_text(&m, text, n - 1);
+    fuzz_need(ok == !dpo_error(c) && m.bad.count <= p->rows, "a result and an error, or neither");
+    fuzz_need(p->rows <= (int64_t)n && p->rows >= m.bad.count, "more rows than bytes");
+    for (int64_t i = 0; i < p->count; i++) {
+        const dpoi_duel *x = &p->pair[i];
+        fuzz_need(x->prompt && x->path[0] && x->weight >= 0 && x->weight <= 1e6f && x->line > 0, "a pair without its parts");
+        fuzz_need(!x->liked || !x->path[1], "a single picture with a partner");
+        fuzz_need(dpoi_exists(x->path[0]) && (!x->path[1] || dpoi_exists(x->path[1])), "a picture that is not there");
+    }
+    dpoi_strfree(c, m.folder);
+    dpo_pairs_free(p);
+    dpo_clear_error(c);
+    free(text);
+}
+
+/* ---------------------------------------------------------------------------------------------- cache
+
+   A good file of three records, in which the input changes bytes: place of two bytes, value.  Bit 0 of the first byte: the
+   checksums of headers are made good again; bit 1: those of data too. */
+
+#define FUZZ_CACHE_FOLDER "build/fuzz.tmp"
+
+static dpo_key fuzz_key(int i) { dpo_key k; k.word[0] = (uint64_t)i; k.word[1] = 0; return k; }
+
+/* Its bytes, made once. */
+static const uint8_t *fuzz_cache_file(size_t *n)
+{
+    static uint8_t bytes[4096];
+    static size_t  length;
+    dpo_ctx *c = fuzz_context();
+    if (!length) {
+        int64_t     scope = dpo_scope(c), shape[3] = { 2, 3, 4 };
+        float       v[24];
+        dpo_tensor *x[2];
+        dpo_cache  *k;
+        dpo_key     key = fuzz_key(0);
+        FILE       *f;
+        dpoi_sys_remove(FUZZ_CACHE_FOLDER "/000001.dpocache");
+        k = dpo_cache_open(c, FUZZ_CACHE_FOLDER);
+        for (int i = 0; i < 24; i++) v[i] = (float)i;
+        x[0] = dpo_tensor_from(c, DPO_F32, 3, shape, v);
+        x[1] = dpo_tensor_from(c, DPO_F16, 2, shape, v);
+        fuzz_need(dpo_cache_put(k, &key, x, 2), "a cache that keeps nothing");
+        key = fuzz_key(1);
+        fuzz_need(dpo_cache_put_floats(k, &key, v, 5), "a cache that keeps nothing");
+        key = fuzz_key(2);
+        fuzz_need(dpo_cache_put(k, &key, x + 1, 1), "a cache that keeps nothing");
+        dpo_cache_close(k);
+        dpo_scope_end(c, scope, NULL);
+        f = fopen(FUZZ_CACHE_FOLDER "/000001.dpocache", "rb");
+        fuzz_need(f != NULL, "a cache without its file");
+        length = fread(bytes, 1, sizeof bytes, f);
+        fclose(f);
+    }
+    *n = length;
+    return bytes;
+}
+
+/* Checksums that fit what is there. */
+static void fuzz_cache_mend(uint8_t *p, size_t n, int data)
+{
+    for (size_t at = 0; at + 64 <= n; at += 64) {
+        uint64_t bytes = dpoi_load64(p + at + 24);
+        if (memcmp(p + at, dpoi_cache_magic, 8)) continue;
+        if (data && bytes <= n - at - 64) dpoi_store64(p + at + 32, dpoi_checksum(p + at + 64, (size_t)bytes));
+        dpoi_store64(p + at + 56, dpoi_checksum(p + at, 56));
+    }
+}
+
+static void fuzz_cache(const uint8_t *data, size_t n)
+{
+    static uint8_t bytes[4096];
+    dpo_ctx       *c = fuzz_context();
+    size_t         length;
+    const uint8_t *good = fuzz_cache_file(&length);
+    int64_t        scope = dpo_scope(c);
+    dpo_cache     *k;
+    FILE          *f;
+    memcpy(bytes, good, length);
+    for (size_t i = 1; i + 2 < n; i += 3) bytes[(size_t)(data[i] << 8 | data[i + 1]) % length] = data[i + 2];
+    if (n && data[0] & 1) fuzz_cache_mend(bytes, length, data[0] & 2);
+    if ((f = fopen(FUZZ_CACHE_FOLDER "/000001.dpocache", "wb")) != NULL) {
+        fwrite(bytes, 1, length, f);
+        fclose(f);
+    }
+    k = dpo_cache_open(c, FUZZ_CACHE_FOLDER);
+    fuzz_need(k != NULL && dpo_cache_count(k) <= 16, "a cache that does not open");
+    for (int i = 0; i < 3; i++) {
+        dpo_key     key = fuzz_key(i);
+        dpo_tensor *x[3];
+        float       v[5];
+        for (int t = 1; t < 4; t++)
+            if (dpo_cache_get(k, &key, x, t)) fuzz_need(x[t - 1] && (size_t)dpo_count(x[t - 1]) < length, "a tensor larger than its file");
+        dpo_cache_get_floats(k, &key, v, 5);
+    }
+    fuzz_need(!dpo_error(c), "a damaged cache is an error");
+    dpo_cache_close(k);
+    dpo_scope_end(c, scope, NULL);
+    dpo_clear_error(c);
+}
+
 /* ---------------------------------------------------------------------------------------------- who calls them */
 
-#if defined(FUZZ_JSON) || defined(FUZZ_SAFETENSORS) || defined(FUZZ_TOKENIZER) || defined(FUZZ_NAMES) || defined(FUZZ_ADAPTERS)
+#if defined(FUZZ_JSON) || defined(FUZZ_SAFETENSORS) || defined(FUZZ_TOKENIZER) || defined(FUZZ_NAMES) || defined(FUZZ_ADAPTERS) || \
+    defined(FUZZ_PAIRS) || defined(FUZZ_CACHE)
 #ifdef __cplusplus
 extern "C"
 #endif
@@ -337,10 +459,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     fuzz_tokenizer(data, n);
 #elif defined(FUZZ_NAMES)
     fuzz_names(data, n);
+#elif defined(FUZZ_PAIRS)
+    fuzz_pairs(data, n);
+#elif defined(FUZZ_CACHE)
+    fuzz_cache(data, n);
 #else
     fuzz_adapters(data, n);
 #endif
     (void)fuzz_json; (void)fuzz_safetensors; (void)fuzz_tokenizer; (void)fuzz_names; (void)fuzz_adapters;
+    (void)fuzz_pairs; (void)fuzz_cache;
     return 0;
 }
 #else
@@ -378,6 +505,16 @@ static const char *const fuzz_adapter_seeds[] = {
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight|8,1\n",
     "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down.weight|1,8\n"
         "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight|8,1\n" };
+
+static const char *const fuzz_pair_seeds[] = {             /* \5 is form 0 and no end of the string */
+    "\5{\"prompt\": \"a\", \"chosen\": \"fuzz.c\", \"rejected\": \"fuzz.c\", \"weight\": 2}\n{\"caption\": \"b\", \"image_0\": \"fuzz.c\","
+        "\"image_1\": \"fuzz.c\", \"label_0\": 0.5}\n{\"prompt\": \"l\", \"image\": \"fuzz.c\", \"liked\": false}\n",
+    "\1[{\"prompt\": \"a\", \"file_path\": [\"fuzz.c\", \"fuzz.c\", \"fuzz.c\"], \"human_preference\": [1, 0, 0]},\n"
+        "{\"prompt\": \"]\\\"\", \"images\": [\"fuzz.c\", \"fuzz.c\"], \"rank\": [1, 2]}]",
+    "\2prompt,chosen,rejected,weight,image,liked\r\na,fuzz.c,fuzz.c,1,,\r\n\"x, \"\"y\"\"\r\nz\",,,,fuzz.c,true\n\n",
+    "\3caption\timage_0\timage_1\tlabel_0\na\tfuzz.c\tfuzz.c\t1\nb\tfuzz.c\tfuzz.c\t0.5\n",
+    "\4prompt,image,liked\na,fuzz.c,1\n" };
+static const char *const fuzz_cache_seeds[] = { "\1", "\3\1\30\7\1\50\2", "\3\1\100\2", "\3\1\110\7", "\2\3\20\1" };
 
 typedef void (*fuzz_fn)(const uint8_t *data, size_t n);
 
@@ -433,6 +570,8 @@ int main(int argc, char **argv)
     fuzz_run("tokenizer", fuzz_tokenizer, fuzz_text_seeds, 3, 0, runs, seed);
     fuzz_run("names", fuzz_names, fuzz_name_seeds, 5, 0, runs / 4 + 1, seed);          /* each looks at three networks */
     fuzz_run("adapters", fuzz_adapters, fuzz_adapter_seeds, 4, 0, runs / 4 + 1, seed);
+    fuzz_run("pairs", fuzz_pairs, fuzz_pair_seeds, 5, 0, runs / 4 + 1, seed);
+    fuzz_run("cache", fuzz_cache, fuzz_cache_seeds, 5, 0, runs / 8 + 1, seed);         /* each writes a file */
     dpo_close(fuzz_context());
     return test_report();
 }
