@@ -3171,6 +3171,10 @@ static void dpoc_op_preference(dpoc_run *r)
     for (int i = 0; i < 3; i++) g.type[i] = a->in[i].dtype;
     g.y = a->out.data;  g.ytype = a->out.dtype;  g.stat = (float *)a->stat.data;
     g.dy = (const float *)a->dout.data;  g.d = (float *)a->din[0].data;  g.add = dpoc_adds(a, 0);
+    if (g.kind < DPO_PREF_SIGMOID || g.kind > DPO_PREF_IPO) {
+        r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "preference", "no such loss");
+        return;
+    }
     if (!a->backward) DPOC_LAUNCH(r, dpoc_preference_kernel, 1, DPOC_THREADS, (g));
     else if (g.d)     DPOC_LAUNCH(r, dpoc_preference_back_kernel, 1, DPOC_THREADS, (g));
 }
@@ -3840,7 +3844,7 @@ static void dpoc_op_none(dpoc_run *r) { r->status = dpoc_fail(r->d, DPO_UNSUPPOR
 
 typedef struct dpoc_op { void (*run)(dpoc_run *r); int backward; } dpoc_op;
 
-static const dpoc_op dpoc_ops[DPO_OP_COUNT + 1] = {        /* in the order of DPO_OPS */
+static const dpoc_op dpoc_ops[] = {        /* in the order of DPO_OPS; the last stands for what is none */
     { dpoc_op_conv,       1 },
     { dpoc_op_group_norm, 1 },
     { dpoc_op_layer_norm, 1 },
@@ -3868,6 +3872,7 @@ static const dpoc_op dpoc_ops[DPO_OP_COUNT + 1] = {        /* in the order of DP
     { dpoc_op_lerp,       0 },
     { dpoc_op_none,       0 }
 };
+static_assert(sizeof dpoc_ops == (DPO_OP_COUNT + 1)*sizeof *dpoc_ops, "a row for each op of DPO_OPS");
 
 /* Calls from outside may hold any number. */
 static const dpoc_op *dpoc_op_of(const dpo_args *a)
