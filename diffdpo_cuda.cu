@@ -1554,6 +1554,7 @@ static void dpoc_op_layer_norm(dpoc_run *r)
     dpoc_norm    g = dpoc_norm_of(a);
     dpoc_columns k;
     g.N = 1;  g.P = dpoc_count(&a->in[0])/g.C;
+    /* the parameters' sums read x and dy a second time: frozen norms, as beside adapters, do without */
     if (!a->backward) { DPOC_LAUNCH(r, dpoc_layer_norm_kernel, dpoc_grid(g.P*32), DPOC_THREADS, (g));  return; }
     if (g.dx) DPOC_LAUNCH(r, dpoc_layer_norm_back_kernel, dpoc_grid(g.P*32), DPOC_THREADS, (g));
     if (!a->din[1].data && !a->din[2].data) return;
@@ -2803,6 +2804,7 @@ static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_
     for (int u = (int)threadIdx.x; u < DPOC_TILE*2*chunks; u += DPOC_FOUR_WARPS) {
         int   i = u/(2*chunks), c = u % (2*chunks)*8;
         uint4 v = { 0, 0, 0, 0 };
+        /* sixteen bytes a thread: heads are eights of channels here */
         if (i < left && c < g.d) v = *(const uint4 *)(x + at + i*g.D + c);
         uint32_t h[4] = { v.x, v.y, v.z, v.w };
         if (straight) *(uint4 *)&straight[i][c] = v;
@@ -3100,6 +3102,7 @@ static void dpoc_op_attention(dpoc_run *r)
     if (g.type == DPO_F32 && r->d->options[DPO_CUDA_PRODUCTS] == DPO_BF16 && dpoc_attention_fits(r, &g)) g.type =
         DPO_BF16;
     g.q = dpoc_as(r, &a->in[0], g.type);  g.k = dpoc_as(r, &a->in[1], g.type);  g.v = dpoc_as(r, &a->in[2], g.type);
+    /* delta is all that backward keeps of o; it is one number a query and head, and lives as long as the call */
     if (a->backward) g.delta = (float *)dpoc_carve(r, (size_t)(g.N*g.heads*g.T)*sizeof(float));
     dim3 queries((unsigned)dpoc_pieces(g.T, DPOC_TILE)*slices, strips),
         keys((unsigned)dpoc_pieces(g.S, DPOC_TILE)*slices, strips);
@@ -3171,6 +3174,7 @@ static void dpoc_op_preference(dpoc_run *r)
     for (int i = 0; i < 3; i++) g.type[i] = a->in[i].dtype;
     g.y = a->out.data;  g.ytype = a->out.dtype;  g.stat = (float *)a->stat.data;
     g.dy = (const float *)a->dout.data;  g.d = (float *)a->din[0].data;  g.add = dpoc_adds(a, 0);
+    /* a loss that diffdpo.h has learned since */
     if (g.kind < DPO_PREF_SIGMOID || g.kind > DPO_PREF_IPO) {
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "preference", "no such loss");
         return;
@@ -4026,6 +4030,7 @@ static int dpoc_open_device(dpoc *d)
     if (status != DPO_OK) return status;
     snprintf(d->about, sizeof d->about, "%.200s, %.1f GiB, compute capability %d.%d", p.name,
              (double)p.totalGlobalMem/(1 << 30), d->major, d->minor);
+    /* mma of BF16 and rounding in one instruction begin there */
     if (d->major < 8) return dpoc_fail(d, DPO_UNSUPPORTED, d->about, "compute capability 8.0 or newer is needed");
     return DPO_OK;
 }
