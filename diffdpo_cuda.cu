@@ -2054,8 +2054,8 @@ template<int type> static __device__ __forceinline__ uint32_t dpoc_pair(float x,
 /* A block computes 128 x 64 numbers from slices of 32 of the depth; each of its 8 warps 32 x 32 of them: 16 products of
    16x8x16 a slice for 8 loads of four words, which is what shared memory can feed.  Two slices take turns: the next one
    is fetched into registers while this one is multiplied.  Rows are 40 halves apart: the eight rows that a warp reads
-   at once then lie in different banks, and begin on 16 bytes.  30 KB of shared memory, some 100 registers: two blocks a
-   processor. */
+   at once then lie in different banks, and begin on 16 bytes.  30 KB of shared memory and 80 registers: three blocks a
+   processor (what ptxas says for sm_90). */
 enum { DPOC_HIGH = 128, DPOC_PITCH = DPOC_DEPTH + 8 };
 
 typedef struct dpoc_conv_shared {
