@@ -86,6 +86,10 @@
    on the batch it stands in.  Random numbers come from Philox 4x32-10, keyed by (seed, purpose, step, sample): a resumed
    run draws what the uninterrupted one would.  Other instruction sets sum in another order and differ in the last digits.
 
+   GPU   diffdpo_cuda.cu is a backend for one NVIDIA GPU, with the same ops, the same random numbers and the same results but
+   for rounding.  A context on a device that is not there says so in dpo_error; a host that wants the CPU then opens another
+   one.  Training and sampling steps that come again are recorded, captured and replayed; nothing above has to know.
+
    LOSS   Diffusion-DPO, for a pair (w, l) that shares the noise and the timestep (arXiv 2311.12908, equation 14, as its
    authors code it, with the mean over a picture's numbers where the paper has the sum):
        inside = -beta/2 * ((L_th(w) - L_th(l)) - (L_ref(w) - L_ref(l))),   loss = mean over pairs of -log sigmoid(inside)

@@ -1,8 +1,8 @@
 /* diffdpo_cuda.cu - the backend of diffdpo.h for one NVIDIA GPU.  Public domain or MIT, see the end of diffdpo.h.
 
    BUILD     nvcc -O3 -arch=sm_90 -DDIFFDPO_CUDA program.c diffdpo_cuda.cu -lcublasLt -o program
-             sm_80 and newer; -gencode lines for several of them make a fat binary.  -DDIFFDPO_CUDNN -lcudnn lets cuDNN
-             do the 3x3 convolutions, -DDIFFDPO_NCCL -lnccl adds dpo_cuda_reduce.
+             CUDA 12 or newer, sm_80 or newer; -gencode lines for several of them make a fat binary.  -DDIFFDPO_CUDNN
+             -lcudnn lets cuDNN do the 3x3 convolutions, -DDIFFDPO_NCCL -lnccl adds dpo_cuda_reduce.
    USE       dpo_desc d = {0};  d.backend = dpo_cuda_open(0, DIFFDPO_VERSION);  dpo_ctx *c = dpo_open(&d);
              Without a usable device dpo_error(c) says why; a host that wants to go on opens another context without it.
    CPU       g++ -std=c++11 -DDIFFDPO_CUDA_STAND_IN -x c++ runs the same kernels on the CPU, see tests/cuda_stand_in.h.
@@ -1554,6 +1554,7 @@ static void dpoc_op_layer_norm(dpoc_run *r)
     dpoc_norm    g = dpoc_norm_of(a);
     dpoc_columns k;
     g.N = 1;  g.P = dpoc_count(&a->in[0])/g.C;
+    /* the parameters' sums read x and dy a second time: frozen norms, as beside adapters, do without */
     if (!a->backward) { DPOC_LAUNCH(r, dpoc_layer_norm_kernel, dpoc_grid(g.P*32), DPOC_THREADS, (g));  return; }
     if (g.dx) DPOC_LAUNCH(r, dpoc_layer_norm_back_kernel, dpoc_grid(g.P*32), DPOC_THREADS, (g));
     if (!a->din[1].data && !a->din[2].data) return;
@@ -1620,6 +1621,7 @@ static void dpoc_blas_loops(const dpoc_gemm &g)
 static int dpoc_blas(dpoc *d, const dpoc_gemm *gemm)
 {
     dpoc_gemm g = *gemm;
+    if (stand_in_state.no_products) return DPO_UNSUPPORTED;
     if (stand_in_denies(&stand_in_state.deny_product)) return dpoc_fail(d, DPO_DEVICE, "cublasLtMatmul", "denied");
     stand_in_do([=] { dpoc_blas_loops(g); });
     return DPO_OK;
@@ -1639,7 +1641,9 @@ typedef struct dpoc_plans { dpoc_plan at[DPOC_PLANS]; } dpoc_plans;
 /* cuBLASLt's own words for its statuses. */
 static int dpoc_blas_check(dpoc *d, cublasStatus_t s, const char *call)
 {
-    return s == CUBLAS_STATUS_SUCCESS ? DPO_OK : dpoc_fail(d, DPO_DEVICE, call, cublasLtGetStatusString(s));
+    if (s == CUBLAS_STATUS_SUCCESS) return DPO_OK;
+    return dpoc_fail(d, s == CUBLAS_STATUS_NOT_SUPPORTED ? DPO_UNSUPPORTED
+                     : DPO_DEVICE, call, cublasLtGetStatusString(s));
 }
 
 static int dpoc_blas_open(dpoc *d)
@@ -1778,12 +1782,42 @@ static int dpoc_blas(dpoc *d, const dpoc_gemm *g)
 }
 #endif
 
+/* For shapes that cuBLASLt has no kernel for (rows of an odd number of 16-bit numbers may be such): 16 x 16 numbers a
+   block, one a thread, from slices of 16.  Correct and slow. */
+enum { DPOC_SQUARE_SIDE = 16 };
+
+static __global__ void dpoc_gemm_kernel(dpoc_gemm g)
+{
+    __shared__ float as[DPOC_SQUARE_SIDE][DPOC_SQUARE_SIDE + 1], bs[DPOC_SQUARE_SIDE][DPOC_SQUARE_SIDE + 1];
+    int     ti = (int)threadIdx.x/DPOC_SQUARE_SIDE, tj = (int)threadIdx.x % DPOC_SQUARE_SIDE;
+    int64_t i = (int64_t)blockIdx.x*DPOC_SQUARE_SIDE + ti, j = (int64_t)blockIdx.y*DPOC_SQUARE_SIDE + tj,
+        at = i*g.n + j;
+    float   sum = 0;
+    for (int64_t k = 0; k < g.k; k += DPOC_SQUARE_SIDE) {
+        as[ti][tj] = i < g.m && k + tj < g.k ? dpoc_get(g.A, g.type, g.ta ? (k + tj)*g.m + i : i*g.k + k + tj) : 0;
+        bs[ti][tj] = j < g.n && k + ti < g.k ? dpoc_get(g.B, g.type, g.tb ? j*g.k + k + ti : (k + ti)*g.n + j) : 0;
+        __syncthreads();
+        for (int e = 0; e < DPOC_SQUARE_SIDE; e++) sum += as[ti][e]*bs[e][tj];
+        __syncthreads();
+    }
+    if (i >= g.m || j >= g.n) return;
+    sum *= g.alpha;
+    if (g.beta != 0) sum += g.beta*dpoc_get(g.D ? g.D : g.C, g.ctype, at);
+    if (g.bias)      sum += dpoc_get(g.bias, g.ctype, j);
+    dpoc_put(g.C, g.ctype, at, sum);
+}
+
 /* m, n, k as above; counted calls do nothing. */
 static void dpoc_product(dpoc_run *r, dpoc_gemm g)
 {
+    dim3 grid((unsigned)dpoc_pieces(g.m, DPOC_SQUARE_SIDE), (unsigned)dpoc_least(dpoc_pieces(g.n, DPOC_SQUARE_SIDE),
+            65535));
     if (r->counting || r->status != DPO_OK) return;
     g.tf32 = r->d->options[DPO_CUDA_TF32] != 0;
     r->status = dpoc_blas(r->d, &g);
+    if (r->status != DPO_UNSUPPORTED || g.n > (int64_t)65535*DPOC_SQUARE_SIDE) return;
+    r->status = DPO_OK;
+    DPOC_LAUNCH(r, dpoc_gemm_kernel, grid, DPOC_THREADS, (g));
 }
 
 /* ------------------------------------------------------------------------------------------ what follows a product */
@@ -2014,11 +2048,14 @@ template<int type> static __device__ __forceinline__ uint32_t dpoc_pair(float x,
     return dpoc_to_f16(x) | (uint32_t)dpoc_to_f16(y) << 16;
 }
 
+/* wgmma and tcgen05, which reach further on sm_90 and sm_100, would each want a kernel of their own that nobody could
+   test without the device; mma.sync runs on all of them, and the stand-in knows what it computes. */
+
 /* A block computes 128 x 64 numbers from slices of 32 of the depth; each of its 8 warps 32 x 32 of them: 16 products of
    16x8x16 a slice for 8 loads of four words, which is what shared memory can feed.  Two slices take turns: the next one
    is fetched into registers while this one is multiplied.  Rows are 40 halves apart: the eight rows that a warp reads
-   at once then lie in different banks, and begin on 16 bytes.  30 KB of shared memory, some 100 registers: two blocks a
-   processor. */
+   at once then lie in different banks, and begin on 16 bytes.  30 KB of shared memory and 80 registers: three blocks a
+   processor (what ptxas says for sm_90). */
 enum { DPOC_HIGH = 128, DPOC_PITCH = DPOC_DEPTH + 8 };
 
 typedef struct dpoc_conv_shared {
@@ -2767,6 +2804,7 @@ static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_
     for (int u = (int)threadIdx.x; u < DPOC_TILE*2*chunks; u += DPOC_FOUR_WARPS) {
         int   i = u/(2*chunks), c = u % (2*chunks)*8;
         uint4 v = { 0, 0, 0, 0 };
+        /* sixteen bytes a thread: heads are eights of channels here */
         if (i < left && c < g.d) v = *(const uint4 *)(x + at + i*g.D + c);
         uint32_t h[4] = { v.x, v.y, v.z, v.w };
         if (straight) *(uint4 *)&straight[i][c] = v;
@@ -2893,7 +2931,7 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
             (most[h] + log2f(total[h]))/DPOC_LOG2E;
         total[h] = 1/total[h];
     }
-    dpoc_spill_rows<chunks>(sum, total, g, g.y, type, q, g.T - own, 0);
+    dpoc_spill_rows<chunks>(sum, total, g, g.y, g.otype, q, g.T - own, 0);
 }
 
 /* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
@@ -3009,16 +3047,22 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else                  dpoc_attention_wide<type, 10>(r, *g);
 }
 
-/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  1 if it was done here: forward
-   up to 160 channels, backward of BF16 up to 80, above which its sums no longer fit in registers. */
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Can tensor cores take them, if
+   the numbers have 16 bits?  Forward up to 160 channels, backward up to 80, above which its sums no longer fit in
+   registers. Decided by shape and options, never by what was there before. */
+static int dpoc_attention_fits(const dpoc_run *r, const dpoc_attention *g)
+{
+    if (r->d->major < 8 || r->d->options[DPO_CUDA_PLAIN] || g->d % 8) return 0;
+    return g->d <= (r->a->backward ? 80 : 160);
+}
+
+/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain. */
 static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = *attention;
-    int fits = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g.d % 8 == 0 && g.d <= 160 &&
-        g.type == g.otype &&
-               ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v) % 16 == 0;
-    if (!fits || (a->backward && (g.type != DPO_BF16 || g.d > 80))) return 0;
+    int             lines = ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v) % 16 == 0;
+    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && g.type != DPO_BF16)) return 0;
     if (!a->backward) {
         if (g.type == DPO_BF16) dpoc_attention_forward<DPO_BF16>(r, &g);
         else                    dpoc_attention_forward<DPO_F16>(r, &g);
@@ -3047,14 +3091,18 @@ static dpoc_attention dpoc_attention_of(const dpo_args *a)
     return g;
 }
 
-/* One type for q, k and v: that of q, as the layers give them; others are converted. */
+/* One type for q, k and v: that of q, or BF16 where factors that are F32 may be rounded; what has another is converted.
+   */
 static void dpoc_op_attention(dpoc_run *r)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = dpoc_attention_of(a);
     unsigned slices = (unsigned)(g.N*g.heads), strips = (unsigned)g.strips;
     g.type = a->in[0].dtype;
-    g.q = a->in[0].data;  g.k = dpoc_as(r, &a->in[1], g.type);  g.v = dpoc_as(r, &a->in[2], g.type);
+    if (g.type == DPO_F32 && r->d->options[DPO_CUDA_PRODUCTS] == DPO_BF16 && dpoc_attention_fits(r, &g)) g.type =
+        DPO_BF16;
+    g.q = dpoc_as(r, &a->in[0], g.type);  g.k = dpoc_as(r, &a->in[1], g.type);  g.v = dpoc_as(r, &a->in[2], g.type);
+    /* delta is all that backward keeps of o; it is one number a query and head, and lives as long as the call */
     if (a->backward) g.delta = (float *)dpoc_carve(r, (size_t)(g.N*g.heads*g.T)*sizeof(float));
     dim3 queries((unsigned)dpoc_pieces(g.T, DPOC_TILE)*slices, strips),
         keys((unsigned)dpoc_pieces(g.S, DPOC_TILE)*slices, strips);
@@ -3126,6 +3174,11 @@ static void dpoc_op_preference(dpoc_run *r)
     for (int i = 0; i < 3; i++) g.type[i] = a->in[i].dtype;
     g.y = a->out.data;  g.ytype = a->out.dtype;  g.stat = (float *)a->stat.data;
     g.dy = (const float *)a->dout.data;  g.d = (float *)a->din[0].data;  g.add = dpoc_adds(a, 0);
+    /* a loss that diffdpo.h has learned since */
+    if (g.kind < DPO_PREF_SIGMOID || g.kind > DPO_PREF_IPO) {
+        r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "preference", "no such loss");
+        return;
+    }
     if (!a->backward) DPOC_LAUNCH(r, dpoc_preference_kernel, 1, DPOC_THREADS, (g));
     else if (g.d)     DPOC_LAUNCH(r, dpoc_preference_back_kernel, 1, DPOC_THREADS, (g));
 }
@@ -3167,6 +3220,8 @@ static void dpoc_op_clip(dpoc_run *r)
    AdamW and squares of gradients come as one call a tensor, hundreds in a row.  They are gathered, up to 64, and run as
    one launch when another call, a copy or the end of the step comes: see dpoc_flush.  A block takes a piece of
    DPOC_PIECE numbers, and finds its tensor by walking the sums of pieces: 64 steps beside 16384 numbers. */
+/* Passed by value: 64 tensors are 3 KB of the 4 KB that a kernel's arguments may have, and what is passed by value a
+   graph keeps without further ado. */
 typedef struct dpoc_many {
     int     count, op;                    /* tensors */
     float   beta1, beta2, eps, decay;     /* of AdamW */
@@ -3793,7 +3848,7 @@ static void dpoc_op_none(dpoc_run *r) { r->status = dpoc_fail(r->d, DPO_UNSUPPOR
 
 typedef struct dpoc_op { void (*run)(dpoc_run *r); int backward; } dpoc_op;
 
-static const dpoc_op dpoc_ops[DPO_OP_COUNT + 1] = {        /* in the order of DPO_OPS */
+static const dpoc_op dpoc_ops[] = {        /* in the order of DPO_OPS; the last stands for what is none */
     { dpoc_op_conv,       1 },
     { dpoc_op_group_norm, 1 },
     { dpoc_op_layer_norm, 1 },
@@ -3821,6 +3876,7 @@ static const dpoc_op dpoc_ops[DPO_OP_COUNT + 1] = {        /* in the order of DP
     { dpoc_op_lerp,       0 },
     { dpoc_op_none,       0 }
 };
+static_assert(sizeof dpoc_ops == (DPO_OP_COUNT + 1)*sizeof *dpoc_ops, "a row for each op of DPO_OPS");
 
 /* Calls from outside may hold any number. */
 static const dpoc_op *dpoc_op_of(const dpo_args *a)
@@ -3876,7 +3932,9 @@ static int dpoc_backend_run(void *self, const dpo_args *a)
     char      mail[16];
     int       status = dpoc_enter(d);
     if (status != DPO_OK) return status;
-    if (a->work_size < dpoc_workspace(self, a)) return dpoc_fail(d, DPO_BAD_ARGUMENT, "run", "too little scratch");
+    /* a call that is put off equals one that was checked */
+    if (!d->steps->deferring && a->work_size < dpoc_workspace(self, a)) return dpoc_fail(d, DPO_BAD_ARGUMENT, "run",
+            "too little scratch");
     if (!d->steps->active) return dpoc_execute(d, a);
     memset(&c, 0, sizeof c);
     c.a = *a;
@@ -3972,6 +4030,7 @@ static int dpoc_open_device(dpoc *d)
     if (status != DPO_OK) return status;
     snprintf(d->about, sizeof d->about, "%.200s, %.1f GiB, compute capability %d.%d", p.name,
              (double)p.totalGlobalMem/(1 << 30), d->major, d->minor);
+    /* mma of BF16 and rounding in one instruction begin there */
     if (d->major < 8) return dpoc_fail(d, DPO_UNSUPPORTED, d->about, "compute capability 8.0 or newer is needed");
     return DPO_OK;
 }

@@ -12,7 +12,8 @@
                       off, backward, clip to 1, AdamW
            dpo_full   the same for all weights, with a frozen copy as reference; sd15 and sdxl recompute their blocks
    result  one line of JSON: seconds is the best step of --repeat after one to warm up, peak_bytes the most memory that the
-           process held, tflop the arithmetic of the products and attentions of one step, recomputation included           */
+           process held (cuda: the context, on the device), tflop the arithmetic of the products and attentions of one step,
+           recomputation included                                                                                       */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE                       /* mkdtemp, symlink, getrusage */
 #endif
@@ -481,7 +482,7 @@ static int run_work(bench *b)
     printf("{\"work\": \"%s\", \"by\": \"diffdpo %d.%d.%d\", \"dtype\": \"%s\", \"device\": \"%s\", \"batch\": %d, \"seconds\": %.4f,"
            " \"seconds_median\": %.4f, \"peak_bytes\": %.0f, \"tflop\": %.4f", b->o->work, DIFFDPO_VERSION >> 16,
            DIFFDPO_VERSION >> 8 & 255, DIFFDPO_VERSION & 255, b->o->dtype == DPO_F32 ? "f32" : "bf16", b->o->device, b->N,
-           times[0], times[n / 2], peak_bytes(), flop / 1e12);
+           times[0], times[n / 2], strcmp(b->o->device, "cuda") == 0 ? (double)dpo_memory_peak(b->c, 0) : peak_bytes(), flop / 1e12);
     if (b->task != FORWARD) printf(", \"loss\": %.7g, \"grad_norm\": %.7g", b->loss, b->grad_norm);
     printf("}\n");
     dpo_close(b->c);

@@ -39,10 +39,11 @@ typedef struct stand_in_control {
     int    devices, driver, major, minor; /* what is there; driver 0: none */
     int    backwards;                     /* order of threads */
     int    deny_alloc, deny_launch, deny_product;   /* this many succeed, the next one fails; -1: all succeed */
+    int    no_products;                   /* 1: cuBLASLt has a kernel for nothing */
     size_t memory, used;                  /* bytes of the device, and taken */
     int    allocs, launches, graphs;      /* counters: cudaMalloc and cudaMallocHost, kernels, graph launches */
 } stand_in_control;
-static stand_in_control stand_in_state = { 1, 13000, 9, 0, 0, -1, -1, -1, (size_t)1 << 34, 0, 0, 0, 0 };
+static stand_in_control stand_in_state = { 1, 13000, 9, 0, 0, -1, -1, -1, 0, (size_t)1 << 34, 0, 0, 0, 0 };
 extern "C" stand_in_control *stand_in(void);
 extern "C" stand_in_control *stand_in(void) { return &stand_in_state; }
 

@@ -5,8 +5,8 @@
 #
 # 1. The stand-in (tests/cuda_stand_in.h): op tests, whole networks and training runs against the reference vectors, replayed
 #    steps, errors.  Needs g++ alone.
-# 2. nvcc: compiles without a warning for sm_80, sm_89, sm_90, sm_100 and as a fat binary, with cuDNN and NCCL where their headers
-#    are, and links an example as the README says.  CUDA_ARCHS="90" chooses some.
+# 2. nvcc: compiles without a warning for sm_80, sm_89, sm_90 and sm_100, as one fat object, and for the first of them with cuDNN
+#    and NCCL where their headers are; examples link.  Takes a few minutes a processor; CUDA_ARCHS="90" chooses some, "none" none.
 # 3. A GPU: the same programs on it, and once under compute-sanitizer.  Skipped loudly where there is none.
 # Environment: CC (cc), CXX (g++).  The last line is N passed, N failed, N skipped.
 cd "$(dirname "$0")/.." || exit 1
@@ -62,23 +62,23 @@ else skip "the stand-in: no $CXX"; fi
 # ------------------------------------------------------------------------------------------------ nvcc
 
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
-if [ -x "$nvcc" ]; then
+if [ "${CUDA_ARCHS:-}" = none ]; then skip "nvcc: CUDA_ARCHS is none"
+elif [ -x "$nvcc" ]; then
     include=$(dirname "$(dirname "$nvcc")")/include
     strict="-std=c++11 -O3 -DDIFFDPO_CUDA -Werror all-warnings -Xcompiler -Wall,-Wextra"
+    archs=${CUDA_ARCHS:-80 89 90 100}
     fat=
-    for a in ${CUDA_ARCHS:-80 89 90 100}; do
-        step "nvcc, sm_$a" "$nvcc" $strict -arch=sm_$a -c diffdpo_cuda.cu -o $work/sm_$a.o
-        fat="$fat -gencode arch=compute_$a,code=sm_$a"
-    done
+    for a in $archs; do fat="$fat -gencode arch=compute_$a,code=sm_$a"; done
     # shellcheck disable=SC2086
-    [ -n "${CUDA_ARCHS:-}" ] || step "nvcc, fat" "$nvcc" $strict $fat -c diffdpo_cuda.cu -o $work/fat.o
-    a=${CUDA_ARCHS:-90}
-    a=${a%% *}
-    if [ -f "$include/cudnn.h" ]; then step "nvcc, cuDNN" "$nvcc" $strict -arch=sm_$a -DDIFFDPO_CUDNN -c diffdpo_cuda.cu -o $work/cudnn.o
-    else skip "cuDNN: no cudnn.h"; fi
-    if [ -f "$include/nccl.h" ]; then step "nvcc, NCCL" "$nvcc" $strict -arch=sm_$a -DDIFFDPO_NCCL -c diffdpo_cuda.cu -o $work/nccl.o
-    else skip "NCCL: no nccl.h"; fi
-    step "the line of the README builds an example" "$nvcc" -O3 -arch=sm_$a -DDIFFDPO_CUDA examples/bench.c diffdpo_cuda.cu -lcublasLt -lpthread -o $work/bench
+    if step "nvcc, for sm_$(echo "$archs" | sed "s/ /, sm_/g") as one fat object" "$nvcc" $strict $fat -c diffdpo_cuda.cu -o $work/fat.o; then
+        step "an example links with it" "$nvcc" -O1 -DDIFFDPO_CUDA examples/bench.c $work/fat.o -lcublasLt -lpthread -o $work/bench_fat
+    fi
+    a=${archs%% *}
+    if [ -f "$include/cudnn.h" ] && [ -f "$include/nccl.h" ]; then
+        # shellcheck disable=SC2086
+        step "nvcc, with cuDNN and NCCL" "$nvcc" $strict -arch=sm_$a -DDIFFDPO_CUDNN -DDIFFDPO_NCCL -c diffdpo_cuda.cu -o $work/more.o &&
+            step "an example links with them" "$nvcc" -O1 -DDIFFDPO_CUDA examples/bench.c $work/more.o -lcublasLt -lcudnn -lnccl -lpthread -o $work/bench_more
+    else skip "cuDNN and NCCL: their headers are not installed"; fi
 else skip "nvcc is not installed"; fi
 
 # ------------------------------------------------------------------------------------------------ GPU

@@ -1,7 +1,7 @@
 /* test_ops.c - every op of the table: forward against the formula in double precision, backward against central
    differences of that formula, odd sizes, on each instruction set; and the tape: reuse, segments, scopes.
 
-   build   cc -O2 tests/test_ops.c -o build/test_ops -lm -lpthread
+   build   cc -O2 tests/test_ops.c -o build/test_ops -lm -lpthread     (with -DDIFFDPO_CUDA and diffdpo_cuda.cu: on CUDA, too)
    run     build/test_ops [seed]                                                                                    */
 #define DIFFDPO_IMPLEMENTATION
 #include "../diffdpo.h"
@@ -611,7 +611,7 @@ int main(int argc, char **argv)
         check_device(&d, names[k], &rng);
     }
 #ifdef DIFFDPO_CUDA
-    for (int k = 0; k < 1; k++) {
+    {
         dpo_desc d;
         memset(&d, 0, sizeof d);
         d.backend = dpo_cuda_open(0, DIFFDPO_VERSION);

@@ -13,7 +13,7 @@
 
 #ifdef STAND_IN
 typedef struct stand_in_control {         /* as in cuda_stand_in.h */
-    int    devices, driver, major, minor, backwards, deny_alloc, deny_launch, deny_product;
+    int    devices, driver, major, minor, backwards, deny_alloc, deny_launch, deny_product, no_products;
     size_t memory, used;
     int    allocs, launches, graphs;
 } stand_in_control;
@@ -45,7 +45,7 @@ static dpo_pairs *some_pairs(dpo_ctx *c, int n)
 
 typedef struct outcome { float *v; int64_t n; int graphs, allocs; float loss[16]; } outcome;
 
-/* Trains `steps` steps on a backend; allocs: what was asked of the device after the second step. */
+/* Trains `steps` steps on a backend; allocs: what was asked of the device after the third step. */
 static outcome train(dpo_backend *b, int rank, int steps, float average)
 {
     outcome        out;
@@ -67,7 +67,7 @@ static outcome train(dpo_backend *b, int rank, int steps, float average)
     t = dpo_train_begin(m, some_pairs(c, 7), &d);
     while (dpo_train_step(t, &e)) {
 #ifdef STAND_IN
-        if (k == 5) out.allocs = stand_in()->allocs;
+        if (k == 2) out.allocs = stand_in()->allocs;
 #endif
         out.loss[k++ % 16] = e.loss;
     }
@@ -112,7 +112,7 @@ static void check_replay(int rank, float average)
     CHECK(cpu.n == graph.n && worst <= 2e-3*most, "rank %d: weights differ from the CPU's by %g of %g", rank, worst, most);
 #ifdef STAND_IN
     CHECK(stand_in()->graphs - graphs >= STEPS/2, "rank %d: only %d of %d steps were replayed", rank, stand_in()->graphs - graphs, STEPS);
-    CHECK(graph.allocs == 0 && eager.allocs == 0, "rank %d: %d and %d allocations after the sixth step", rank, graph.allocs, eager.allocs);
+    CHECK(graph.allocs == 0 && eager.allocs == 0, "rank %d: %d and %d allocations after the third step", rank, graph.allocs, eager.allocs);
     CHECK(stand_in()->used == 0, "%zu bytes of the device were not given back", stand_in()->used);
 #endif
     free(cpu.v);
@@ -329,35 +329,41 @@ static dpo_ctx *open_on(dpo_backend *b)
 /* Against the CPU's plain C; with and without tensor cores; and with the stand-in in both orders of threads, bit for bit. */
 static void check_types(uint64_t seed, int rounds)
 {
-    dpo_backend *b = open_cuda(0), *plain = open_cuda(0);
-    dpo_ctx     *cpu = open_on(NULL), *cuda = open_on(b), *simple = open_on(plain);
+    dpo_backend *b = open_cuda(0), *plain = open_cuda(0), *rounding = open_cuda(0);
+    dpo_ctx     *cpu = open_on(NULL), *cuda = open_on(b), *simple = open_on(plain), *rounded = open_on(rounding);
     dpo_cuda_set(plain, DPO_CUDA_PLAIN, 1);
+    dpo_cuda_set(rounding, DPO_CUDA_PRODUCTS, DPO_BF16);
     for (int k = 0; k < rounds; k++) {
         int   kind = k % 34;
-        probe p[4];
+        probe p[5];
         memset(p, 0, sizeof p);
-        for (int i = 0; i < 4; i++) {
-            p[i].c = i == 0 ? cpu : i == 2 ? simple : cuda;
+        for (int i = 0; i < 5; i++) {
+            p[i].c = i == 0 ? cpu : i == 2 ? simple : i == 4 ? rounded : cuda;
             p[i].seed = seed + (uint64_t)k;
             p[i].dtype = k/34 % 3;
             p[i].exact = 1;
 #ifdef STAND_IN
             stand_in()->backwards = i == 3;
+            stand_in()->no_products = i == 2;
 #endif
             run_probe(&p[i], kind);
         }
         compare_probes(&p[1], &p[0], "against the CPU");
         compare_probes(&p[2], &p[0], "plain kernels against the CPU");
+        p[4].dtype = DPO_BF16;            /* results of factors that were rounded may differ as such */
+        p[4].exact = 0;
+        compare_probes(&p[4], &p[0], "with factors rounded, against the CPU");
         for (int i = 0; i < 9; i++)
             if (p[1].out[i]) CHECK(p[1].n[i] == p[3].n[i] && !memcmp(p[1].out[i], p[3].out[i], (size_t)p[1].n[i] * 4),
                                    "%s: other bits the second time", p[1].name);
-        for (int i = 0; i < 4; i++) free_probe(&p[i]);
+        for (int i = 0; i < 5; i++) free_probe(&p[i]);
     }
     dpo_close(cpu);
     dpo_close(cuda);
     dpo_close(simple);
+    dpo_close(rounded);
 #ifdef STAND_IN
-    stand_in()->backwards = 0;
+    stand_in()->backwards = stand_in()->no_products = 0;
 #endif
 }
 
