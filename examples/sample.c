@@ -6,13 +6,16 @@
                         [--size 512x512] [--sampler dpmpp2m_karras] [--eta 0] [--rescale 0.7] [--lora FILE:0.8]
                         [--init in.png --strength 0.6] [--mask mask.png] [--refiner MODEL --refine 0.8]
                         [--dtype f32|bf16|f16] [--batch N] [--tile 512] [--threads N]
-   MODEL   a folder as diffusers writes it, or one .safetensors file
+                        [--tokenizer FOLDER] [--config FOLDER]
+   MODEL   a folder as diffusers writes it, or one .safetensors file.  Such a file has no vocabulary: CLIP's vocab.json
+           and merges.txt lie in a folder "tokenizer" beside it, or --tokenizer names theirs
    result  out.png, with the settings in its text "parameters" as A1111 writes them; with -n 4 out-1.png ... out-4.png,
            of which picture i is the one that --seed s+i-1 makes alone
 
    Without --size the model's own size is taken, with --init its number of pixels in the picture's shape.  --init paints
    over a picture, the more the greater the strength; with --mask only where the mask is bright.  --lora may be given
-   several times.  A refiner (SDXL's) goes on from where the model stops, at --refine of the way. */
+   several times.  A refiner (SDXL's) goes on from where the model stops, at --refine of the way.  --config names a
+   pipeline folder whose configurations hold for a single file that is no published model. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -25,7 +28,7 @@ enum { LORAS = 8, MOST = 1000 };        /* adapters; pictures of one call */
 
 /* Everything that the command line can say. */
 typedef struct {
-    const char *model, *prompt, *out, *negative, *init, *mask, *refiner;
+    const char *model, *prompt, *out, *negative, *init, *mask, *refiner, *tokenizer, *config;
     const char *lora[LORAS];
     int         loras, n, steps, seed, width, height, sampler, dtype, batch, tile, threads;
     double      cfg, eta, rescale, strength, refine;
@@ -110,6 +113,8 @@ static int option(settings *s, const char *name, const char *v)
     if (!strcmp(name, "--init"))     { s->init = v;     return 1; }
     if (!strcmp(name, "--mask"))     { s->mask = v;     return 1; }
     if (!strcmp(name, "--refiner"))  { s->refiner = v;  return 1; }
+    if (!strcmp(name, "--tokenizer")) { s->tokenizer = v; return 1; }
+    if (!strcmp(name, "--config"))   { s->config = v;   return 1; }
     if (!strcmp(name, "--lora"))     return lora_of(s, v);
     if (!strcmp(name, "--size"))     return size_of(s, v);
     if (!strcmp(name, "--sampler"))  return sampler_of(s, v);
@@ -184,7 +189,12 @@ static int add_loras(const settings *s, dpo_model *m)
 
 static dpo_model *load(const settings *s, const char *path)
 {
-    dpo_model *m = dpo_model_load(s->c, path, s->dtype);
+    dpo_load_desc d = { 0 };
+    dpo_model    *m;
+    d.dtype = s->dtype;
+    d.tokenizer = s->tokenizer;
+    d.config = s->config;
+    m = dpo_model_load_with(s->c, path, &d);
     if (m && dpo_model_vae(m)) dpo_model_vae_options(m, s->tile, 0);
     return m;
 }

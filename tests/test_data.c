@@ -113,10 +113,11 @@ static void make_pictures(dpo_ctx *c)
         empty(c, path);
     }
     has_stb = put_picture(c, FOLDER "/a.png", 12, 8, 1);
+    put(FOLDER "/text.png", "no picture");
     put_picture(c, FOLDER "/b.png", 12, 8, 2);
     put_picture(c, FOLDER "/c.png", 20, 30, 3);
     put_picture(c, FOLDER "/small.png", 4, 6, 4);
-    put_picture(c, FOLDER "/d, \"d\".png", 12, 8, 5);
+    put_picture(c, FOLDER "/d, d.png", 12, 8, 5);
     put_picture(c, FOLDER "/train/a.png", 12, 8, 1);
     put_picture(c, FOLDER "/train/b.png", 12, 8, 2);
     for (int i = 0; i < 4; i++) {
@@ -193,9 +194,9 @@ static void test_csv(dpo_ctx *c)
 {
     static char long_row[10200];
     dpo_pairs  *p = load(c, "good.csv", "\xef\xbb\xbfprompt,chosen,rejected,weight,rater\r\na,a.png,b.png,2,me\r\n"
-        "\"two\r\nlines, \"\"quoted\"\"\",\"d, \"\"d\"\".png\",b.png,,\r\n\r\n\"\",a.png,,0.25,\"x\"", 3, 0);
+        "\"two\r\nlines, \"\"quoted\"\"\",\"d, d.png\",b.png,,\r\n\r\n\"\",a.png,,0.25,\"x\"", 3, 0);
     want(p, 0, "a", "/a.png", "/b.png", 0, 2);
-    want(p, 1, "two\r\nlines, \"quoted\"", "/d, \"d\".png", "/b.png", 0, 3);
+    want(p, 1, "two\r\nlines, \"quoted\"", "/d, d.png", "/b.png", 0, 3);
     want(p, 2, "", "/a.png", NULL, 0, 6);
     CHECK(dpo_pairs_weight(p, 0) == 2 && dpo_pairs_weight(p, 1) == 1 && dpo_pairs_weight(p, 2) == 0.25f, "weights");
     p = load(c, "good.tsv", "label_0\tcaption\timage_0\timage_1\n1\ta, b\ta.png\tb.png\n0.5\tc\ta.png\tb.png\n0\td\ta.png\tb.png\n", 2, 1);
@@ -361,7 +362,6 @@ static void test_survey(dpo_ctx *c, lines *log)
     size_t           bytes = get_bytes(FOLDER "/a.png", png, sizeof png);
     if (!has_stb) { SKIP("no stb_image: pictures cannot be looked at"); return; }
     put_bytes(FOLDER "/cut.png", png, bytes / 2);         /* its header is whole */
-    put(FOLDER "/text.png", "no picture");
     p = load(c, "survey.jsonl", PAIR "\n{\"prompt\": \"a\", \"chosen\": \"a.png\", \"rejected\": \"c.png\"}\n"
         "{\"prompt\": \"a\", \"chosen\": \"a.png\", \"rejected\": \"text.png\"}\n{\"prompt\": \"a\", \"chosen\": \"text.png\", \"rejected\": \"a.png\"}\n"
         "{\"prompt\": \"a\", \"image\": \"cut.png\", \"liked\": true}\n{\"prompt\": \"a\", \"image\": \"a.png\", \"liked\": false}\n", 6, 0);
@@ -859,7 +859,7 @@ static void test_allocations(dpo_ctx *c)
     empty(c, CACHE);
     want_done = everything(&a, &status);
     total = a.calls;
-    CHECK(status == DPO_OK && !a.live && want_done > 25, "%d done, %ld bytes left", want_done, (long)a.live);
+    CHECK(status == DPO_OK && !a.live && want_done > (has_stb ? 25 : 20), "%d done, %ld bytes left", want_done, (long)a.live);
     for (long at = 1; at <= total; at++) {
         int done;
         memset(&a, 0, sizeof a);
