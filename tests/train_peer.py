@@ -1,7 +1,7 @@
 """train_peer.py - the run of tests/winrate.sh in PyTorch: the same pairs, steps and settings, draws of its own.
 
 By name alone; needs torch, diffusers, transformers, peft, safetensors, pillow.
-    python tests/train_peer.py examples/emoji build/winrate-out [sigmoid|hinge|ipo] [lora|full] [STEPS]
+    OMP_NUM_THREADS=1 python tests/train_peer.py examples/emoji build/winrate-out [sigmoid|hinge|ipo] [lora|full] [STEPS]
 writes build/winrate-out/peer-lora-sigmoid/{adapter.safetensors or model/} and curve.txt (loss and implicit accuracy a
 step), for `build/winrate rate`, and prints how far the curve's means are from that of examples/train, where there is one."""
 import copy
