@@ -24008,12 +24008,13 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
     return 1;
 }
 
-/* The bucket of an entry, by a search among those there are: a few dozen at most. */
+/* The bucket of an entry, by a search among those there are: a few dozen at most.  Where there is one size, and it is a
+   square, pairs of pictures of different sizes are refused by the same rule. */
 static int dpoi_train_bucket(dpo_trainer *t, dpoi_entry_of *e)
 {
     int w = t->d.width, h = t->d.height, k = 0;
     int root = (int)(sqrt((double)w * (double)h) + 0.5);
-    if (t->d.bucket_step && !dpo_pairs_bucket(e->p, e->i, root, t->d.bucket_step, &w, &h)) return 0;
+    if ((t->d.bucket_step || w == h) && !dpo_pairs_bucket(e->p, e->i, root, t->d.bucket_step, &w, &h)) return 0;
     while (k < t->buckets && (t->bucket[k].width != w || t->bucket[k].height != h)) k++;
     if (k == t->buckets) {
         t->bucket[k].width = w;

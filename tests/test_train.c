@@ -1304,6 +1304,65 @@ static void test_allocations(int every)
     CHECK(!bad, "%d of %d failing allocations ended badly", bad, tried);
 }
 
+/* The same of a model of latents in buckets with a cache's folder, held-out pairs, a reference ahead, a checkpoint. */
+static int short_latents(allocator *a, const char *folder)
+{
+    char           cache[120];
+    dpo_desc       d;
+    dpo_ctx       *c;
+    dpo_train_desc t = small_run(0);
+    dpo_trainer   *r;
+    dpo_held       held;
+    int            status;
+    memset(&d, 0, sizeof d);
+    d.alloc = counted;
+    d.user = a;
+    d.threads = 1;
+    if (!(c = dpo_open(&d))) return DPO_OUT_OF_MEMORY;
+    snprintf(cache, sizeof cache, "%s/cache", folder);
+    t.steps = t.batch = t.accumulation = 1;
+    t.width = t.height = 16;
+    t.bucket_step = 8;
+    t.ahead = 1;
+    t.held_out = 0.4f;
+    t.optimizer = DPO_ADAMW8;
+    t.cache_folder = cache;
+    t.output = folder;
+    t.keep = 1;
+    t.note = "a note";
+    r = dpo_train_begin(dpo_model_load(c, LATENTS, DPO_F32), shaped_pairs(c, 6, 0), &t);
+    if (dpo_train_step(r, NULL)) dpo_train_held(r, &held);
+    dpo_train_end(r);
+    status = dpo_status(c);
+    dpo_close(c);
+    return status;
+}
+
+static void test_more_allocations(int every)
+{
+    allocator a = { 0, 0, 0 };
+    char      folder[96];
+    long      total, step;
+    int       bad = 0, tried = 0;
+    fresh_folder(folder, sizeof folder, "allocations");
+    for (int k = 0; k < 2; k++) {         /* the second finds the cache full */
+        memset(&a, 0, sizeof a);
+        CHECK(short_latents(&a, folder) == DPO_OK && a.live == 0, "the run itself: %ld bytes left", (long)a.live);
+    }
+    total = a.calls;
+    step = every ? 1 : total / 80 + 1;
+    for (long k = 1; k <= total; k += step) {
+        int status;
+        memset(&a, 0, sizeof a);
+        a.fail_at = k;
+        status = short_latents(&a, folder);
+        tried++;
+        if (a.live || (status != DPO_OUT_OF_MEMORY && status != DPO_OK))
+            if (bad++ < 5) printf("latents: allocation %ld of %ld: status %d, %ld bytes left\n", k, total, status, (long)a.live);
+    }
+    CHECK(!bad, "latents: %d of %d failing allocations ended badly", bad, tried);
+}
+
 int main(int argc, char **argv)
 {
     dpo_ctx *c = open_threads(2);
@@ -1340,5 +1399,6 @@ int main(int argc, char **argv)
     test_memory();
     test_cancel();
     test_allocations(argc > 1 && !strcmp(argv[1], "every"));
+    test_more_allocations(argc > 1 && !strcmp(argv[1], "every"));
     return test_report();
 }

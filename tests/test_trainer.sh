@@ -128,6 +128,9 @@ refuse 'no checkpoint'   "$work/nowhere"                       --resume_from_che
 cp "$work/pairs.jsonl" "$work/broken.jsonl"
 echo '{"prompt": "x", "chosen": "pairs/w/1.png", "rejected": "nowhere.png"}' >>"$work/broken.jsonl"
 refuse 'a bad row'       'broken.jsonl:13.*nowhere.png'        --train_data_dir "$work/broken.jsonl"
+"$build/sample" "$m" thing -o "$work/small.png" --steps 1 --size 6x10 >"$work/out" 2>&1
+echo '{"prompt": "x", "chosen": "pairs/w/1.png", "rejected": "small.png"}' >"$work/sizes.jsonl"
+refuse 'different sizes' 'sizes.jsonl:1: pictures of different sizes, 16x16 and 6x10' --train_data_dir "$work/sizes.jsonl"
 head -c 60 "$work/pairs/w/1.png" >"$work/cut.png"
 echo '{"prompt": "x", "chosen": "cut.png", "rejected": "cut.png"}' >"$work/cut.jsonl"
 train "$work/cut" --train_data_dir "$work/cut.jsonl" >"$work/out" 2>"$work/err"

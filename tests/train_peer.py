@@ -1,7 +1,7 @@
 """train_peer.py - the run of tests/winrate.sh in PyTorch: the same pairs, steps and settings, draws of its own.
 
 By name alone; needs torch, diffusers, transformers, peft, safetensors, pillow.
-    python tests/train_peer.py examples/emoji build/winrate-out [sigmoid|hinge|ipo] [lora|full]
+    OMP_NUM_THREADS=1 python tests/train_peer.py examples/emoji build/winrate-out [sigmoid|hinge|ipo] [lora|full] [STEPS]
 writes build/winrate-out/peer-lora-sigmoid/{adapter.safetensors or model/} and curve.txt (loss and implicit accuracy a
 step), for `build/winrate rate`, and prints how far the curve's means are from that of examples/train, where there is one."""
 import copy
@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-STEPS, BATCH = 90, 16
+STEPS, BATCH = int(sys.argv[5]) if len(sys.argv) > 5 else 90, 16
 LAYERS = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 time_emb_proj".split()
 
 
@@ -95,7 +95,7 @@ def main():
     if os.path.exists(mine):
         lines = [json.loads(line) for line in open(mine)]
         lines = [(r["loss"], r["implicit_acc"]) for r in lines if "loss" in r]
-        for first in range(0, STEPS, 30):
+        for first in range(0, min(STEPS, len(lines)), 30):
             a = np.mean(curve[first:first + 30], axis=0)
             b = np.mean(lines[first:first + 30], axis=0)
             print("steps %d-%d: loss %.3f here, %.3f there; implicit accuracy %.3f, %.3f" %
