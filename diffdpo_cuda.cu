@@ -3183,6 +3183,153 @@ static void dpoc_op_preference(dpoc_run *r)
     else if (g.d)     DPOC_LAUNCH(r, dpoc_preference_back_kernel, 1, DPOC_THREADS, (g));
 }
 
+/* MaPO: loss [1] = 1/B sum_b weight_b (L_w - lambda log sigmoid(1000 (phi(L_w) - phi(L_l)))), in double for the 1000. */
+typedef struct dpoc_mapo {
+    int64_t B;                            /* pairs */
+    int add, type[2], ytype;
+    double lambda;
+    const void *L, *weight;               /* [2B], winners first; [B] or NULL */
+    const float *dy;                      /* [1] */
+    void *y;
+    float *stat, *d;                      /* [2B] dloss/dL, which may be NULL; [2B] */
+} dpoc_mapo;
+
+/* phi = u/(exp(u) - 1), u = L/2, and its slope by L: as in >>impl ops of diffdpo.h. */
+static __device__ double dpoc_mapo_phi(double L, double *slope)
+{
+    double u = 0.5*L, e = expm1(u);
+    if (fabs(u) < 1e-8) { *slope = -0.25;  return 1 - 0.5*u; }
+    if (e > 1e300)      { *slope = 0;      return 0; }
+    *slope = 0.5*(1 - u*(e + 1)/e)/e;
+    return u/e;
+}
+static __global__ void dpoc_mapo_kernel(dpoc_mapo g)
+{
+    double loss = 0, dw, dl;
+    for (int64_t b = threadIdx.x; b < g.B; b += DPOC_THREADS) {
+        double w = dpoc_get(g.L, g.type[0], b), l = dpoc_get(g.L, g.type[0], g.B + b);
+        double share = (g.weight ? dpoc_get(g.weight, g.type[1], b) : 1)/(double)g.B;
+        double z = 1000*(dpoc_mapo_phi(w, &dw) - dpoc_mapo_phi(l, &dl)), e = exp(-fabs(z));
+        double slope = 1000*g.lambda*(z < 0 ? 1 : e)/(1 + e);             /* 1000 lambda sigmoid(-z) */
+        loss += share*(w - g.lambda*((z < 0 ? z : 0) - log1p(e)));
+        if (g.stat) { g.stat[b] = (float)(share*(1 - slope*dw));  g.stat[g.B + b] = (float)(share*slope*dl); }
+    }
+    loss = dpoc_block_sum(loss);
+    if (threadIdx.x == 0) dpoc_put(g.y, g.ytype, 0, (float)loss);
+}
+static __global__ void dpoc_mapo_back_kernel(dpoc_mapo g)
+{
+    for (int64_t i = threadIdx.x; i < 2*g.B; i += DPOC_THREADS) g.d[i] = (g.add ? g.d[i] : 0) + g.dy[0]*g.stat[i];
+}
+static void dpoc_op_mapo(dpoc_run *r)
+{
+    const dpo_args *a = r->a;
+    dpoc_mapo g;
+    memset(&g, 0, sizeof g);
+    g.B = a->in[0].shape[0]/2;  g.lambda = a->p.mapo.lambda;
+    g.L = a->in[0].data;  g.weight = a->in[1].data;  g.type[0] = a->in[0].dtype;  g.type[1] = a->in[1].dtype;
+    g.y = a->out.data;  g.ytype = a->out.dtype;  g.stat = (float *)a->stat.data;
+    g.dy = (const float *)a->dout.data;  g.d = (float *)a->din[0].data;  g.add = dpoc_adds(a, 0);
+    if (!a->backward) DPOC_LAUNCH(r, dpoc_mapo_kernel, 1, DPOC_THREADS, (g));
+    else if (g.d)     DPOC_LAUNCH(r, dpoc_mapo_back_kernel, 1, DPOC_THREADS, (g));
+}
+
+/* AdamW with moments of 8 bits, see >>impl optim of diffdpo.h: a code is one of 256 levels times the largest of its
+   block of 256 numbers, which a block of threads takes at a time, one each. */
+typedef struct dpoc_adamw8 {
+    int64_t n;
+    float beta1, beta2, eps, decay;
+    const float *g, *record;
+    unsigned char *m, *v;                 /* codes [n] */
+    float *ms, *vs, *w;                   /* scales [ceil(n/256)], weights [n] */
+} dpoc_adamw8;
+
+enum { DPOC_LEVELS = 256 };
+
+/* Level k of a moment with a sign (129 of them, from 0 on) or without (256). */
+static __device__ float dpoc_level(int k, int sign)
+{
+    double decade = 1e-6;
+    int    n = 1;
+    if (k == 0) return 0;
+    for (int i = 0; i < 7; i++, decade *= 10) {
+        int parts = 1 << (sign ? i : i + 1);
+        if (k < n + parts) return (float)(decade*(0.1 + 0.9*(k - n + 0.5)/parts));
+        n += parts;
+    }
+    return 1;
+}
+/* The nearest of `count` ascending levels; the lower one in the middle. */
+static __device__ int dpoc_level_near(const float *level, int count, float a)
+{
+    int low = 0, high = count - 1;
+    while (low < high) {
+        int k = (low + high + 1)/2;
+        if (a > 0.5f*(level[k - 1] + level[k])) low = k; else high = k - 1;
+    }
+    return low;
+}
+/* The largest of a block of DPOC_THREADS, through part [DPOC_THREADS]. */
+static __device__ float dpoc_block_most(float *part, float x)
+{
+    __syncthreads();
+    part[threadIdx.x] = x;
+    for (unsigned k = DPOC_THREADS/2; k; k /= 2) {
+        __syncthreads();
+        if (threadIdx.x < k && part[threadIdx.x + k] > part[threadIdx.x]) part[threadIdx.x] = part[threadIdx.x + k];
+    }
+    __syncthreads();
+    return part[0];
+}
+static __global__ void dpoc_adamw8_kernel(dpoc_adamw8 g)
+{
+    __shared__ float lm[DPOC_LEVELS], lv[DPOC_LEVELS], part[DPOC_THREADS];
+    float   factor = g.record[DPO_REC_FACTOR], lr = g.record[DPO_REC_LR], rate = lr/g.record[DPO_REC_BIAS1];
+    float   keep = (float)(1 - (double)lr*g.decay), root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
+    if (factor == 0) return;              /* a skipped step leaves all as it is */
+    lm[threadIdx.x] = dpoc_level(threadIdx.x < 129 ? (int)threadIdx.x : 128, 1);
+    lv[threadIdx.x] = dpoc_level((int)threadIdx.x, 0);
+    __syncthreads();
+    for (int64_t u = blockIdx.x; u*DPOC_THREADS < g.n; u += gridDim.x) {
+        int64_t i = u*DPOC_THREADS + threadIdx.x;
+        float   m = 0, v = 0, top, a;
+        if (i < g.n) {
+            int   c = g.m[i];
+            float d = factor*g.g[i];
+            m = g.ms[u]*(c >= 127 ? lm[c - 127] : -lm[127 - c]);
+            m = g.beta1*m + (1 - g.beta1)*d;
+            v = g.beta2*g.vs[u]*lv[g.v[i]] + (1 - g.beta2)*d*d;
+            g.w[i] = keep*g.w[i] - rate*m/(root*sqrtf(v) + g.eps);
+        }
+        top = dpoc_block_most(part, fabsf(m));
+        a = top > 0 ? fabsf(m)/top : 0;
+        if (i < g.n) {
+            int k = dpoc_level_near(lm, 129, a);
+            g.m[i] = (unsigned char)(m >= 0 ? 127 + k : 127 - (k < 127 ? k : 127));
+        }
+        if (threadIdx.x == 0) g.ms[u] = top;
+        top = dpoc_block_most(part, v);
+        a = top > 0 ? v/top : 0;
+        if (i < g.n) {                    /* what is not 0 keeps the lowest level, or a step would have no bounds */
+            int k = dpoc_level_near(lv, DPOC_LEVELS, a);
+            g.v[i] = (unsigned char)(k || v == 0 ? k : 1);
+        }
+        if (threadIdx.x == 0) g.vs[u] = top;
+    }
+}
+static void dpoc_op_adamw8(dpoc_run *r)
+{
+    const dpo_args *a = r->a;
+    dpoc_adamw8 g;
+    memset(&g, 0, sizeof g);
+    g.n = dpoc_count(&a->out);
+    g.beta1 = a->p.adamw.beta1;  g.beta2 = a->p.adamw.beta2;  g.eps = a->p.adamw.eps;  g.decay = a->p.adamw.weight_decay;
+    g.g = (const float *)a->in[0].data;  g.record = (const float *)a->in[3].data;
+    g.m = (unsigned char *)a->in[1].data;  g.v = (unsigned char *)a->in[2].data;
+    g.ms = (float *)a->in[4].data;  g.vs = (float *)a->in[5].data;  g.w = (float *)a->out.data;
+    DPOC_LAUNCH(r, dpoc_adamw8_kernel, dpoc_grid(g.n), DPOC_THREADS, (g));
+}
+
 /* record.factor = min(1, max_norm/(norm + 1e-6)), 0 and one more skip for a norm that is not a number. */
 typedef struct dpoc_clip {
     int64_t n;                            /* gradients */
@@ -3869,9 +4016,11 @@ static const dpoc_op dpoc_ops[] = {        /* in the order of DPO_OPS; the last 
     { dpoc_op_randn,      0 },
     { dpoc_op_mse,        1 },
     { dpoc_op_preference, 1 },
+    { dpoc_op_mapo,       1 },
     { dpoc_op_gather,     0 },
     { dpoc_op_clip,       0 },
     { dpoc_op_gather,     0 },
+    { dpoc_op_adamw8,     0 },
     { dpoc_op_adafactor,  0 },
     { dpoc_op_lerp,       0 },
     { dpoc_op_none,       0 }
