@@ -474,6 +474,44 @@ static void check_dry(void)
     model->close(model->self);
 }
 
+/* Ten steps of AdamW with 8-bit moments from one start; weights [700]: blocks of 256, and a rest. */
+static void optimize8(dpo_backend *b, float *w)
+{
+    int64_t n = 700;
+    dpo_ctx *c = open_on(b);
+    dpo_adamw_desc d = { 0 };
+    dpo_tensor *p;
+    dpo_optim  *o;
+    for (int64_t i = 0; i < n; i++) w[i] = (float)sin((double)i);
+    p = dpo_param_new(c, DPO_F32, 1, &n, "w");
+    dpo_write(p, w);
+    p->needs_grad = 1;
+    d.weight_decay = 0.01f;
+    o = dpo_adamw8_new(c, &p, 1, &d);
+    for (int k = 0; k < 10 && !dpo_error(c); k++) {
+        int64_t scope = dpo_scope(c);
+        dpo_tensor *y = dpo_affine(c, p, 1, -0.3f*(float)k);
+        dpo_backward(dpo_mean(c, dpo_binary(c, DPO_MUL, y, dpo_binary(c, DPO_MUL, y, y)), -1));
+        dpo_optim_step(o, 1e-2f);
+        dpo_scope_end(c, scope, NULL);
+    }
+    dpo_read(p, w);
+    CHECK(!dpo_error(c), "8-bit moments: %s", why(c));
+    dpo_close(c);
+}
+static void check_adamw8(void)
+{
+    float a[700], b[700], worst = 0, moved = 0;
+    optimize8(dpo_cpu_open(NULL), a);
+    optimize8(open_cuda(0), b);
+    for (int i = 0; i < 700; i++) {
+        worst = fmaxf(worst, fabsf(a[i] - b[i]));
+        moved = fmaxf(moved, fabsf(b[i] - (float)sin((double)i)));
+    }
+    /* a number between two codes may fall to either side, which moves a step by a few per cent of 1e-2 */
+    CHECK(moved > 0.05f && worst < 2e-3f, "8-bit moments: %g off, %g moved", (double)worst, (double)moved);
+}
+
 #ifdef STAND_IN
 /* A small graph of several ops and an optimizer's step, where one thing fails; the error of the context. */
 static dpo_ctx *fail_at(int *what, int after)
@@ -544,6 +582,7 @@ int main(int argc, char **argv)
     check_check();
     check_dry();
     check_sampling();
+    check_adamw8();
 #ifdef STAND_IN
     check_failures();
 #endif
