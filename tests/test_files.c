@@ -709,7 +709,8 @@ static void test_tokenizer(dpo_ctx *c)
     dpoi_text_free(&v);
 }
 
-/* One word of a million letters, and a million combining marks. */
+/* One word of a million letters, and a million combining marks: a second or so, a hundred under valgrind on a busy machine,
+   and an hour if the time grew with the square. */
 static void test_long_prompts(dpo_ctx *c)
 {
     enum { N = 1000000 };
@@ -727,7 +728,7 @@ static void test_long_prompts(dpo_ctx *c)
     for (int k = 0; k < N; k++) memcpy(text + 1 + 2 * k, k % 2 ? "\xCC\x81" : "\xCC\xA7", 2);
     text[1 + 2 * N] = 0;
     CHECK(dpo_tokenize(t, text, ids, 77) == 77, "many marks: %s", dpo_error(c));
-    CHECK(dpo_seconds() - start < 30, "long prompts took %.1f s", dpo_seconds() - start);
+    CHECK(dpo_seconds() - start < 300, "long prompts took %.1f s", dpo_seconds() - start);
     free(text);
     dpo_tokenizer_free(t);
     dpoi_text_free(&v);
