@@ -827,8 +827,10 @@ static void dpoc_op_slice(dpoc_run *r)
     const dpo_view *y = a->backward ? &a->dout : &a->out;
     int64_t A = y->shape[0], B = y->shape[2], n = a->in[0].shape[1]*B, m = y->shape[1]*B, at = a->p.slice.from*B;
     size_t  size = a->backward ? 4 : dpoc_size(a->out.dtype);
-    if (!a->backward) { dpoc_rows(r, A, m, (const char *)a->in[0].data + (size_t)at*size, n, a->out.data, m, size, 0);
-        return; }
+    if (!a->backward) {
+        dpoc_rows(r, A, m, (const char *)a->in[0].data + (size_t)at*size, n, a->out.data, m, size, 0);
+        return;
+    }
     if (!a->din[0].data) return;
     if (!dpoc_adds(a, 0) && !r->counting)
         r->status = dpoc_check(r->d, cudaMemsetAsync(a->din[0].data, 0, (size_t)(A*n)*size, r->d->stream),
@@ -1258,12 +1260,11 @@ static __global__ void dpoc_columns_kernel(dpoc_columns g)
     int     lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x/32;
     int64_t c = (int64_t)blockIdx.x*DPOC_COLUMNS + lane;
     for (int64_t u = blockIdx.y; u < g.N*g.chunks; u += gridDim.y) {
-        int64_t n = u/g.chunks, begin = (u - n*g.chunks)*DPOC_ROWS, end = begin + DPOC_ROWS < g.P ? begin + DPOC_ROWS
-            : g.P;
+        int64_t n = u/g.chunks, begin = (u - n*g.chunks)*DPOC_ROWS, end = dpoc_min(begin + DPOC_ROWS, g.P);
         double  sum[2] = { 0, 0 };
         if (c < g.C) {                    /* the last strip may be narrower than a warp */
-            float first = g.kind == DPOC_COL_STATS ? dpoc_get(g.x, g.xtype, (n*g.P + begin)*g.C + c)
-                : 0, part[2] = { 0, 0 }, t[2];
+            float first = 0, part[2] = { 0, 0 }, t[2];
+            if (g.kind == DPOC_COL_STATS) first = dpoc_get(g.x, g.xtype, (n*g.P + begin)*g.C + c);
             for (int64_t row = begin + warp; row < end; row += DPOC_WARPS) {    /* 16 rows at most */
                 dpoc_column_terms(g, n, row, c, first, t);
                 part[0] += t[0];  part[1] += t[1];
@@ -1610,8 +1611,8 @@ static void dpoc_blas_loops(const dpoc_gemm &g)
         for (int64_t j = 0; j < g.n; j++) {
             double sum = 0;
             for (int64_t k = 0; k < g.k; k++)
-                sum += (double)dpoc_get(g.A, g.type, g.ta ? k*g.m + i : i*g.k + k)*dpoc_get(g.B, g.type, g.tb
-                        ? j*g.k + k : k*g.n + j);
+                sum += (double)dpoc_get(g.A, g.type, g.ta ? k*g.m + i : i*g.k + k)*
+                       dpoc_get(g.B, g.type, g.tb ? j*g.k + k : k*g.n + j);
             sum *= g.alpha;
             if (g.beta != 0) sum += (double)g.beta*dpoc_get(g.D ? g.D : g.C, g.ctype, i*g.n + j);
             if (g.bias) sum += dpoc_get(g.bias, g.ctype, j);
@@ -1641,9 +1642,8 @@ typedef struct dpoc_plans { dpoc_plan at[DPOC_PLANS]; } dpoc_plans;
 /* cuBLASLt's own words for its statuses. */
 static int dpoc_blas_check(dpoc *d, cublasStatus_t s, const char *call)
 {
-    if (s == CUBLAS_STATUS_SUCCESS) return DPO_OK;
-    return dpoc_fail(d, s == CUBLAS_STATUS_NOT_SUPPORTED ? DPO_UNSUPPORTED
-                     : DPO_DEVICE, call, cublasLtGetStatusString(s));
+    int status = s == CUBLAS_STATUS_NOT_SUPPORTED ? DPO_UNSUPPORTED : DPO_DEVICE;
+    return s == CUBLAS_STATUS_SUCCESS ? (int)DPO_OK : dpoc_fail(d, status, call, cublasLtGetStatusString(s));
 }
 
 static int dpoc_blas_open(dpoc *d)
@@ -1774,9 +1774,8 @@ static int dpoc_blas(dpoc *d, const dpoc_gemm *g)
     if (!s && plan && plan->used) algo = plan->algo;
     else if (!s) s = dpoc_blas_choose(d, g, &k, &algo);
     if (!s && plan && !plan->used) { plan->algo = algo;  plan->used = 1; }
-    if (!s) s = cublasLtMatmul((cublasLtHandle_t)d->blas, k.op, &g->alpha, g->B, k.a, g->A, k.b, &g->beta, g->D ? g->D
-                               : g->C, k.c,
-                               g->C, k.c, &algo, d->scratch, DPOC_SCRATCH_BYTES, d->stream);
+    if (!s) s = cublasLtMatmul((cublasLtHandle_t)d->blas, k.op, &g->alpha, g->B, k.a, g->A, k.b, &g->beta,
+                               g->D ? g->D : g->C, k.c, g->C, k.c, &algo, d->scratch, DPOC_SCRATCH_BYTES, d->stream);
     dpoc_blas_drop(&k);
     return dpoc_blas_check(d, s, "cublasLtMatmul");
 }
@@ -1931,7 +1930,7 @@ static __device__ __forceinline__ int64_t dpoc_place(const dpoc_tiles &g, int fr
 }
 
 /* Where the factors of a mode come from, and whether depth is their major axis. */
-static __device__ __forceinline__ int dpoc_from(int mode, int second)
+static __host__ __device__ __forceinline__ int dpoc_from(int mode, int second)
 {
     if (mode == DPOC_Y)  return second ? DPOC_FROM_W  : DPOC_FROM_X;
     if (mode == DPOC_DX) return second ? DPOC_FROM_WT : DPOC_FROM_DYT;
@@ -1947,9 +1946,8 @@ static __device__ __forceinline__ int dpoc_deep(int mode, int second)
 static __device__ __forceinline__ float dpoc_factor(const dpoc_tiles &g, int second, int64_t line, int64_t k,
                                                     int64_t lines, int64_t end)
 {
-    int     deep = dpoc_deep(g.mode, second);
-    int64_t at = line >= lines || k >= end ? -1 : dpoc_place(g, dpoc_from(g.mode, second), deep ? k : line, deep ? line
-                                                             : k);
+    int     deep = dpoc_deep(g.mode, second), from = dpoc_from(g.mode, second);
+    int64_t at = line >= lines || k >= end ? -1 : dpoc_place(g, from, deep ? k : line, deep ? line : k);
     return at < 0 ? 0 : dpoc_get(second ? g.b : g.a, g.type, at);
 }
 
@@ -1985,11 +1983,9 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_kernel(dpoc_til
     for (; k0 < end; k0 += DPOC_SLICE) {
         /* slices lie with the depth outermost, padded by 4 against conflicts of the turned stores */
         for (int e = 0; e < 4; e++) {     /* neighbours fetch what lies side by side */
-            int u = t + e*DPOC_THREADS;
-            int ka = dpoc_deep(g.mode, 0) ? u/DPOC_SIDE : u % DPOC_SLICE, ia = dpoc_deep(g.mode, 0) ? u % DPOC_SIDE
-                : u/DPOC_SLICE;
-            int kb = dpoc_deep(g.mode, 1) ? u/DPOC_SIDE : u % DPOC_SLICE, ib = dpoc_deep(g.mode, 1) ? u % DPOC_SIDE
-                : u/DPOC_SLICE;
+            int u = t + e*DPOC_THREADS, deep[2] = { dpoc_deep(g.mode, 0), dpoc_deep(g.mode, 1) };
+            int ka = deep[0] ? u/DPOC_SIDE : u % DPOC_SLICE, ia = deep[0] ? u % DPOC_SIDE : u/DPOC_SLICE;
+            int kb = deep[1] ? u/DPOC_SIDE : u % DPOC_SLICE, ib = deep[1] ? u % DPOC_SIDE : u/DPOC_SLICE;
             as[ka][ia] = dpoc_factor(g, 0, row + ia, k0 + ka, g.rows, end);
             bs[kb][ib] = dpoc_factor(g, 1, col + ib, k0 + kb, g.cols, end);
         }
@@ -2208,8 +2204,9 @@ static void dpoc_dnn_loops(const dpoc_dnn_call &c)
         int    ch = (int)(u % C), x = (int)(u/C % W), y = (int)(u/C/W % H), n = (int)(u/C/W/H);
         double sum = 0;
         for (int tap = 0; tap < c.kh*c.kw; tap++) {
-            int ky = tap/c.kw, kx = tap % c.kw, h = c.back ? y + c.top - ky : y*c.stride + ky - c.top, v = c.back
-                ? x + c.left - kx : x*c.stride + kx - c.left;
+            int ky = tap/c.kw, kx = tap % c.kw;
+            int h = c.back ? y + c.top - ky : y*c.stride + ky - c.top, v = c.back ? x + c.left - kx
+                : x*c.stride + kx - c.left;
             if (c.back && (h < 0 || v < 0 || h % c.stride || v % c.stride)) continue;
             if (c.back) { h /= c.stride;  v /= c.stride; }
             if (h < 0 || v < 0 || h >= (c.back ? c.Y : c.H) || v >= (c.back ? c.X : c.W)) continue;
@@ -2304,8 +2301,8 @@ static int dpoc_tiles_dnn(dpoc_run *r, const dpoc_tiles *g)
 {
     dpoc_dnn_call c;
     dpo_view      from, to;
-    int           wide = g->I % 8 == 0 && g->O % 8 == 0, N = (int)(g->mode == DPOC_Y ? g->rows/((int64_t)g->Y*g->X)
-                                                                   : g->rows/((int64_t)g->H*g->W));
+    int64_t       pixels = g->mode == DPOC_Y ? (int64_t)g->Y*g->X : (int64_t)g->H*g->W;
+    int           wide = g->I % 8 == 0 && g->O % 8 == 0, N = (int)(g->rows/pixels);
     if (!DPOC_HAS_DNN || g->type == DPO_F32 || g->mode == DPOC_DW || !wide || r->d->options[DPO_CUDA_PLAIN]) return 0;
     if ((g->H + 2*g->top - g->kh)/g->stride + 1 != g->Y || (g->W + 2*g->left - g->kw)/g->stride + 1 != g->X) return 0;
     if (g->mode == DPOC_Y && g->f.ytype != g->type) return 0;
@@ -2373,9 +2370,7 @@ static dpoc_tiles dpoc_tiles_of(const dpoc_conv *g, const dpo_args *a, int mode,
    is a multiple of 8. */
 static int dpoc_wide(const dpoc_tiles *g, int second)
 {
-    int from = g->mode == DPOC_Y ? (second ? DPOC_FROM_W : DPOC_FROM_X) : g->mode == DPOC_DX
-        ? (second ? DPOC_FROM_WT : DPOC_FROM_DYT)
-             : second ? DPOC_FROM_X : DPOC_FROM_DY;
+    int from = dpoc_from(g->mode, second);
     int channels = from == DPOC_FROM_X || from == DPOC_FROM_W || from == DPOC_FROM_WT ? g->I : g->O;
     return channels % 8 == 0 && (uintptr_t)(second ? g->b : g->a) % 16 == 0;
 }
@@ -2585,6 +2580,12 @@ static __device__ __forceinline__ int64_t dpoc_head(const dpoc_attention &g, int
     return slice/g.heads*length*g.D + slice%g.heads*g.d;
 }
 
+/* How many keys the queries before `end` see. */
+static __device__ __forceinline__ int64_t dpoc_keys(const dpoc_attention &g, int64_t end)
+{
+    return g.causal ? dpoc_min(g.S, end) : g.S;
+}
+
 /* s[e] = row i of A . row j of B over d channels, i = thread/8, j = thread%8 + 8 e: a tile of 32 x 32 out of slices of
    32 channels.  Rows beyond their number count as zeros. */
 static __device__ void dpoc_dots(const dpoc_attention &g, const void *A, int atype, int64_t a, int64_t rows,
@@ -2664,7 +2665,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_attention_kernel(dpo
     __shared__ float p[DPOC_TILE][DPOC_TILE + 1];
     int64_t row, first, u = dpoc_tile_of(g, g.T, &row, &first), q = dpoc_head(g, u, g.T) + row*g.D,
         k = dpoc_head(g, u, g.S);
-    int64_t i = row + (int)threadIdx.x/8, keys = g.causal ? dpoc_min(g.S, row + DPOC_TILE) : g.S;
+    int64_t i = row + (int)threadIdx.x/8, keys = dpoc_keys(g, row + DPOC_TILE);
     float   sum[DPOC_STRIP/8], most = -FLT_MAX, total = 0, s[4];
     for (int e = 0; e < DPOC_STRIP/8; e++) sum[e] = 0;
     for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
@@ -2724,7 +2725,7 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dq_kernel(dpoc_atten
     __shared__ float ds[DPOC_TILE][DPOC_TILE + 1];
     int64_t row, first, u = dpoc_tile_of(g, g.T, &row, &first), q = dpoc_head(g, u, g.T) + row*g.D,
         k = dpoc_head(g, u, g.S);
-    int64_t i = row + (int)threadIdx.x/8, keys = g.causal ? dpoc_min(g.S, row + DPOC_TILE) : g.S;
+    int64_t i = row + (int)threadIdx.x/8, keys = dpoc_keys(g, row + DPOC_TILE);
     float   sum[DPOC_STRIP/8], s[4], dp[4], p;
     for (int e = 0; e < DPOC_STRIP/8; e++) sum[e] = 0;
     for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
@@ -2879,8 +2880,7 @@ template<int type, int chunks>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
 {
     alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vt[16*chunks][DPOC_TURNED];
-    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal
-        ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = dpoc_keys(g, row + DPOC_QUERIES);
     int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
     int      lane = (int)threadIdx.x % 32;
     float    sum[2*chunks][4], most[2] = { -FLT_MAX, -FLT_MAX }, total[2] = { 0, 0 }, s[4][4];
@@ -2949,8 +2949,7 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(
 {
     alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vs[DPOC_TILE][16*chunks + 8],
         kt[16*chunks][DPOC_TURNED];
-    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = g.causal
-        ? dpoc_min(g.S, row + DPOC_QUERIES) : g.S;
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = dpoc_keys(g, row + DPOC_QUERIES);
     int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
     int      lane = (int)threadIdx.x % 32;
     float    sum[2*chunks][4], s[4][4], dp[4][4], lse[2] = { 0, 0 }, delta[2] = { 0, 0 }, factor[2] = { g.scale,
