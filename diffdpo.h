@@ -219,7 +219,7 @@ DPO_DEF double   dpo_seconds(void);                        /* a clock that only 
 struct dpo_tensor {
     int         rank, dtype;
     int64_t     shape[DPO_MAX_RANK];      /* axes beyond rank are 1 */
-    int         panel;                    /* 0, or weights of a product stored as panels (see dpo_view) */
+    int         panel, pairs;             /* 0, or weights of a product stored as panels (see dpo_view) */
     int         needs_grad;
     void       *data;
     dpo_tensor *grad;                     /* same shape and layout, F32; NULL until backward reached it */
@@ -1198,12 +1198,13 @@ DPO_DEF int dpo_train_average(dpo_trainer *t);
 
 /* What a kernel sees of a tensor.  panel == 0: dense, outermost axis first.  panel == P: weights [O,kh,kw,I] of a
    product, stored as [ceil(O/P)][kh*kw*I][P], that is P output channels side by side for each k = (ky*kw + kx)*I + i,
-   zeros where O ends: the order in which a product reads them, and the only copy there is. */
+   zeros where O ends: the order in which a product reads them, and the only copy there is.  With pairs, each two lines
+   of k are woven, [ceil(O/P)][K/2][P][2]. */
 typedef struct dpo_view {
     void   *data;                         /* NULL: this input was left out, or this result is not wanted */
     int     dtype, rank;
     int64_t shape[DPO_MAX_RANK];          /* axes beyond rank are 1 */
-    int     panel;
+    int     panel, pairs;
 } dpo_view;
 
 /* name, inputs, inputs that get a gradient (bits), what backward reads (bits: inputs, DPOI_OUT, DPOI_STAT).
@@ -1297,6 +1298,7 @@ struct dpo_backend {
     const char *name;
     void       *self;
     int         panel;                    /* P of dpo_view for weights of products; 0: dense */
+    int         pairs;                    /* 1: those of BF16 lie in pairs where their K is even */
     void       *(*alloc)  (void *self, size_t bytes);                    /* NULL: no memory; 64-byte aligned */
     void        (*release)(void *self, void *data, size_t bytes);
     int         (*copy)   (void *self, void *to, const void *from, size_t bytes, int direction);
@@ -1304,6 +1306,8 @@ struct dpo_backend {
     size_t      (*workspace)(void *self, const dpo_args *a);             /* scratch bytes that this call needs */
     int         (*run)    (void *self, const dpo_args *a);
     int         (*sync)   (void *self);
+    int         (*step)   (void *self, int begin);        /* or NULL.  1 before and 0 after calls that will come again, */
+                                          /* the same with other numbers: a device may record and replay them */
     const char *(*explain)(void *self);   /* the last failure in words, or NULL */
     void        (*close)  (void *self);
 };
@@ -1319,7 +1323,26 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model);
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc);
 
 #ifdef DIFFDPO_CUDA
-extern dpo_backend *dpo_cuda_open(int device, uint32_t version);        /* in diffdpo_cuda.cu */
+/* In diffdpo_cuda.cu.  The backend of one NVIDIA GPU, for dpo_desc.backend: dpo_cuda_open(0, DIFFDPO_VERSION).  Without a
+   usable device it is a backend all the same, and dpo_open says in its context what is wrong; NULL only without memory on
+   the host.  dpo_cuda_about: the device, its memory and its compute capability, or what is wrong. */
+extern dpo_backend *dpo_cuda_open(int device, uint32_t version);
+extern const char  *dpo_cuda_about(const dpo_backend *b);
+
+/* Settings, to be made before the first step; 1, or 0 where b is no CUDA backend. */
+enum {
+    DPO_CUDA_PRODUCTS,                    /* DPO_BF16: factors that are F32 are rounded, as dpo_desc.products does; 0: they are not */
+    DPO_CUDA_TF32,                        /* 1: products of F32 may use TF32; 0: they do not */
+    DPO_CUDA_GRAPHS,                      /* 0: steps are not captured; 1, as it starts: they are */
+    DPO_CUDA_PLAIN,                       /* 1: no tensor cores but cuBLAS's: for comparing kernels */
+    DPO_CUDA_SYNC,                        /* 1: wait after each kernel, so that a failure names the one that failed; slow */
+    DPO_CUDA_OPTIONS
+};
+extern int dpo_cuda_set(dpo_backend *b, int option, int value);
+
+/* In a build with -DDIFFDPO_NCCL: the sum, or the greatest, of `count` numbers on the device over all GPUs of an ncclComm_t,
+   in place and in the order of the other calls.  A status, like the calls of the struct. */
+extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count, int dtype, int greatest);
 #endif
 #ifdef __cplusplus
 }
@@ -1678,6 +1701,14 @@ static int dpoi_fail(dpo_ctx *c, int status, const char *fmt, ...)
 static int dpoi_no_memory(dpo_ctx *c, size_t bytes)
 {
     return dpoi_fail(c, DPO_OUT_OF_MEMORY, "out of memory: %llu bytes more were needed", (unsigned long long)bytes);
+}
+
+/* A call of the backend that is no kernel's failed: `doing` so many bytes, and the backend's own words. */
+static int dpoi_fail_device(dpo_ctx *c, const char *doing, size_t bytes)
+{
+    const char *why = c->backend->explain(c->backend->self);
+    return dpoi_fail(c, DPO_DEVICE, "%s %llu bytes on %s: %s", doing, (unsigned long long)bytes, c->backend->name,
+                     why ? why : "failed");
 }
 
 /* 1 while the context can work: no error yet, nobody cancelled. */
@@ -5729,6 +5760,12 @@ static size_t dpoi_view_bytes(const dpo_view *v)
     return (size_t)(n * v->shape[1] * v->shape[2] * v->shape[3]) * dpoi_dtype_size(v->dtype);
 }
 
+/* Whether weights of K numbers an output lie in pairs there. */
+static int dpoi_paired(const dpo_backend *b, int panel, int dtype, int64_t K)
+{
+    return panel && b->pairs && dtype == DPO_BF16 && K % 2 == 0;
+}
+
 /* What a kernel sees of x; all zeros for NULL. */
 static dpo_view dpoi_view(const dpo_tensor *x)
 {
@@ -5739,6 +5776,7 @@ static dpo_view dpoi_view(const dpo_tensor *x)
     v.dtype = x->dtype;
     v.rank = x->rank;
     v.panel = x->panel;
+    v.pairs = x->pairs;
     memcpy(v.shape, x->shape, sizeof v.shape);
     return v;
 }
@@ -5783,6 +5821,7 @@ static int dpoi_set_shape(dpo_ctx *c, dpo_tensor *t, int dtype, int rank, const 
     t->rank = rank;
     t->dtype = dtype;
     t->panel = panel;
+    t->pairs = dpoi_paired(c->backend, panel, dtype, t->shape[1]*t->shape[2]*t->shape[3]);
     return 1;
 }
 
@@ -5819,7 +5858,7 @@ static int dpoi_zero(dpo_tensor *x)
     dpo_view v = dpoi_view(x);
     if (!x || !dpoi_ok(x->ctx)) return 0;
     if (x->ctx->backend->zero(x->ctx->backend->self, x->data, dpoi_view_bytes(&v)) == DPO_OK) return 1;
-    return dpoi_fail(x->ctx, DPO_DEVICE, "clearing %llu bytes failed", (unsigned long long)dpoi_view_bytes(&v));
+    return dpoi_fail_device(x->ctx, "clearing", dpoi_view_bytes(&v));
 }
 
 DPO_DEF dpo_tensor *dpo_tensor_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape)
@@ -5985,7 +6024,7 @@ static void dpoi_move(void *to, const void *from, size_t size, const dpoi_axes *
 }
 
 /* n rows of K elements to the panels that hold them (up), or from there.  Columns behind the last row are left as they
-   are: the caller's zeros. */
+   are: the caller's zeros.  Pairs of two bytes each move as elements of four, of which there are half as many. */
 static void dpoi_panels_move(void *panels, void *rows, size_t size, int64_t n, int64_t K, int64_t P, int up)
 {
     dpoi_axes a;
@@ -6006,9 +6045,9 @@ static void dpoi_reorder(const dpo_view *v, void *bytes, void *values, int to_vi
 {
     int64_t O = v->shape[0], K = v->shape[1]*v->shape[2]*v->shape[3], P = v->panel;
     for (int64_t o = 0; o < O; o++) {
-        int64_t at = P ? o/P*K*P + o % P : o*K, step = P ? P : 1;
-        float  *x = (float *)values + o*K, *f = (float *)bytes;
-        for (int64_t k = 0; k < K; k++, at += step) {
+        float *x = (float *)values + o*K, *f = (float *)bytes;
+        for (int64_t k = 0; k < K; k++) {
+            int64_t at = !P ? o*K + k : v->pairs ? o/P*K*P + (k/2*P + o % P)*2 + k % 2 : (o/P*K + k)*P + o % P;
             uint16_t *h = (uint16_t *)bytes + at;
             if (dpoi_dtype_size(v->dtype) == 4) memcpy(to_view ? f + at : x + k, to_view ? x + k : f + at, 4);
             else if (to_view) dpoi_narrow(v->dtype, 1, x + k, h);
@@ -6054,10 +6093,10 @@ static int dpoi_ferry_run(dpoi_ferry *f, dpo_tensor *x, int64_t first, int64_t n
     char   *there = (char *)x->data + (size_t)(first*f->K) * f->size, *here = (char *)(P ? f->stage : f->rows);
     int     status;
     if (up && held > n) memset(f->stage, 0, bytes);
-    if (up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 1);
+    if (up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 1);
     status = b->copy(b->self, up ? there : here, up ? here : there, bytes, up ? DPO_COPY_UP : DPO_COPY_DOWN);
-    if (status != DPO_OK) return dpoi_fail(x->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
-    if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size, n, f->K, P, 0);
+    if (status != DPO_OK) return dpoi_fail_device(x->ctx, "copying", bytes);
+    if (!up && P) dpoi_panels_move(f->stage, f->rows, f->size << x->pairs, n, f->K >> x->pairs, P, 0);
     return 1;
 }
 
@@ -6098,11 +6137,14 @@ DPO_DEF int dpo_write(dpo_tensor *x, const void *values)
 static int dpoi_open_backend(dpo_ctx *c, const dpo_desc *d)
 {
     dpo_backend *b = d->backend ? d->backend : dpo_cpu_open(d);
+    const char  *why;
     if (!b) return dpoi_fail(c, DPO_OUT_OF_MEMORY, "no memory for the CPU backend");
     if (b->size != sizeof *b || b->version != DIFFDPO_VERSION)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "a backend of another version: compile it and diffdpo.h together");
     c->backend = b;
-    return 1;
+    if (b->sync(b->self) == DPO_OK) return 1;
+    why = b->explain(b->self);            /* a device that could not be opened is found here */
+    return dpoi_fail(c, DPO_DEVICE, "%s: %s", b->name, why ? why : "does not answer");
 }
 
 /* Everything but the context itself may fail and be told by dpo_error. */
@@ -6225,6 +6267,18 @@ static int dpoi_run(dpo_ctx *c, dpo_args *a)
     why = b->explain(b->self);
     return dpoi_fail(c, status, "%s%s on %s: %s", dpoi_row_name(a->op), a->backward ? " backward" : "", b->name,
                      why ? why : "failed");
+}
+
+/* Around calls that will come again alike, for devices that record and replay them.  What fails is told at the end, for
+   there the device may find it. */
+static int dpoi_device_step(dpo_ctx *c, int begin)
+{
+    dpo_backend *b = c->backend;
+    const char  *why;
+    int          status = b->step ? b->step(b->self, begin) : (int)DPO_OK;
+    if (status == DPO_OK) return 1;
+    why = b->explain(b->self);
+    return dpoi_fail(c, status, "a step on %s: %s", b->name, why ? why : "failed");
 }
 
 /* ------------------------------------------------------------------------------------------ recording */
@@ -6380,7 +6434,7 @@ static int dpoi_grad_own(dpo_tensor *x)
     if (!(b = dpoi_block_new(c, dpoi_view_bytes(&v)))) return 0;
     if (c->backend->copy(c->backend->self, b->data, g->data, dpoi_view_bytes(&v), DPO_COPY_ON) != DPO_OK) {
         dpoi_block_drop(c, b);
-        return dpoi_fail(c, DPO_DEVICE, "copying a gradient failed");
+        return dpoi_fail_device(c, "copying a gradient of", dpoi_view_bytes(&v));
     }
     dpoi_block_drop(c, g->block);
     g->block = b;
@@ -7280,6 +7334,7 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model)
     b->workspace = dpoi_dry_workspace;
     b->run = dpoi_dry_run;
     b->sync = dpoi_dry_sync;
+    b->step = NULL;
     b->explain = dpoi_dry_explain;
     b->close = dpoi_dry_close;
     return b;
@@ -7390,6 +7445,7 @@ static int dpoi_check_mirror(dpoi_check *k, const dpo_view *from, dpo_view *to)
     int          ok;
     *to = *from;
     if (from->panel) to->panel = o->panel;
+    to->pairs = dpoi_paired(o, to->panel, to->dtype, to->shape[1]*to->shape[2]*to->shape[3]);
     bytes = dpoi_view_bytes(to);
     to->data = o->alloc(o->self, bytes);
     raw = calloc(1, bytes);
@@ -7490,6 +7546,7 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->workspace = dpoi_check_workspace;
     b->run = dpoi_check_run;
     b->sync = dpoi_check_sync;
+    b->step = NULL;                       /* each call is compared as it comes */
     b->explain = dpoi_check_explain;
     b->close = dpoi_check_close;
     return b;
@@ -9000,7 +9057,25 @@ static void dpoi_copy_piece(const dpoi_job *j, int64_t from, int64_t to)
         j->cpu->rows.narrow(y->dtype, n, tmp, q + i*ys);
     }
 }
-/* x [..] -> y [..] of the same layout; panels are repacked by the host, never here.
+/* Weights into pairs, or out of them: the same 32 numbers on both sides, [2][16] and [16][2]. */
+static void dpoi_copy_pairs(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpo_view *x = &j->a->in[0], *y = &j->a->out;
+    const char *p = (const char *)x->data + from*32*(int64_t)dpoi_dtype_size(x->dtype);
+    char *q = (char *)y->data + from*32*(int64_t)dpoi_dtype_size(y->dtype);
+    for (; from < to; from++, p += 32*dpoi_dtype_size(x->dtype), q += 32*dpoi_dtype_size(y->dtype)) {
+        float a[32], b[32];
+        if (x->dtype == DPO_F32) memcpy(a, p, sizeof a);
+        else j->cpu->rows.widen(x->dtype, 32, p, a);
+        for (int i = 0; i < 32; i++)
+            if (x->pairs) b[i % 2*16 + i/2] = a[i];
+            else          b[i] = a[i % 2*16 + i/2];
+        if (y->dtype == DPO_F32) memcpy(q, b, sizeof b);
+        else j->cpu->rows.narrow(y->dtype, 32, b, q);
+    }
+}
+
+/* x [..] -> y [..] of the same layout but for pairs; panels are repacked by the host, never here.
    I32 is only copied as I32. */
 static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
 {
@@ -9008,7 +9083,8 @@ static int dpoi_cpu_copy(dpoi_cpu *cpu, const dpo_args *a)
         cpu->why = "no copy between these layouts or types";
         return DPO_UNSUPPORTED;
     }
-    dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, NULL, dpoi_copy_piece);
+    if (a->in[0].pairs != a->out.pairs) dpoi_cut(cpu, a, dpoi_stored(&a->out)/32, 32, NULL, dpoi_copy_pairs);
+    else dpoi_cut(cpu, a, dpoi_stored(&a->out), 1, NULL, dpoi_copy_piece);
     return DPO_OK;
 }
 /* Gradients are F32 on both sides: a copy or an addition. */
@@ -10510,6 +10586,7 @@ typedef struct dpoi_conv {
     float  *y, *work;
     const float *zero;                    /* as many zeros as the longest run of a pixel row */
     int     amx;                          /* products round their factors to BF16 */
+    int     pairs;                        /* w lies in pairs, [ceil(O/16)][K/2][16][2] */
     int     x_type, w_type, residual_type, y_type;         /* DPO_F32, or with amx DPO_BF16 */
     const dpo_args *a;
 } dpoi_conv;
@@ -10543,6 +10620,7 @@ static dpoi_conv dpoi_conv_of(const dpoi_cpu *cpu, const dpo_args *a)
     g.dy = (const float *)a->dout.data;  g.u = (const float *)a->stat.data;
     g.y  = (float *)a->out.data;         g.work = (float *)a->work;
     g.amx = dpoi_conv_rounds(cpu, a);
+    g.pairs = w->pairs;
     g.x_type = x->dtype;  g.w_type = w->dtype;  g.residual_type = a->in[4].dtype;
     g.y_type = a->backward ? DPO_F32 : y->dtype;
     g.a  = a;
@@ -11013,6 +11091,7 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
 typedef struct dpoi_source {
     const float *x, *w;                   /* [N,H,W,I], panels [K][16] */
     int     x_type, w_type;               /* DPO_F32, or for AMX DPO_BF16 */
+    int     paired;                       /* w lies in pairs, if not in whole tiles */
     const uint16_t *pairs;                /* for AMX: w in BF16, see >>impl amx; NULL: still to be made */
     int64_t H, W, I, kh, kw, stride, top, left, K;
 } dpoi_source;
@@ -11027,9 +11106,8 @@ typedef struct dpoi_cpu_product {
     int64_t N, Y, X, O, at_n, at_y, at_x;
     float  *y;
     const float *bias, *vec, *add, *zero; /* add: laid out as y, or y itself; zero: as many zeros as the longest run */
-    float  *room;                         /* for AMX: where pairs of weights are made, */
-    int     y_type, add_type;             /* other types than F32, */
-    float  *sums;                         /* and y in F32 until its last chunk, if it is BF16 */
+    float  *room;                         /* for AMX: scratch, see dpoi_conv_room, */
+    int     y_type, add_type;             /* and other types than F32 */
     int64_t M, panels, groups, block, blocks, span;        /* how the work is cut, see dpoi_product_run */
 } dpoi_cpu_product;
 
@@ -11190,6 +11268,9 @@ static void dpoi_product_run(dpoi_cpu_product *p)
     dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->groups, p->span), dpoi_product_task, p);
 }
 
+/* Weights in pairs serve as they lie where K ends with a tile, 32 values of k. */
+static int dpoi_whole_tiles(int64_t K) { return K % 32 == 0; }
+
 /* A product that reads x [N,H,W,I] through g's window; y is dense. */
 static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const float *x, const float *w, int64_t O,
                                         float *y)
@@ -11204,6 +11285,8 @@ static dpoi_cpu_product dpoi_product_of(dpoi_cpu *cpu, const dpoi_conv *g, const
     s->stride = g->stride;  s->top = g->top;  s->left = g->left;  s->K = g->K;
     s->x_type = x == g->x ? g->x_type : DPO_F32;
     s->w_type = w == g->w ? g->w_type : DPO_F32;
+    s->paired = w == g->w && g->pairs;
+    if (s->paired && dpoi_whole_tiles(g->K)) s->pairs = (const uint16_t *)(const void *)w;
     return p;
 }
 
@@ -11470,7 +11553,7 @@ static dpoi_axis dpoi_axis_of(int64_t a, int64_t pad, int64_t kernel, int64_t st
 /* The scratch holds one class at a time. */
 typedef struct dpoi_flip {
     const float *w;                       /* panels of [O,kh,kw,I] */
-    int     w_type;                       /* DPO_F32, or for AMX DPO_BF16 */
+    int     w_type, paired;               /* DPO_F32, or for AMX DPO_BF16; in pairs */
     float  *to;
     int64_t O, I, kw, K, stride;
     dpoi_axis y, x;
@@ -11502,9 +11585,10 @@ static void dpoi_flip_task(void *arg, int64_t task)
      c[i][j] += sum_{k < 16} a[i][2k] b[k][j][0] + a[i][2k+1] b[k][j][1]      a [16][32]  b [16][16][2]  c [16][16]
 
    so that b holds its numbers in pairs of k.  A product takes 32 pixels by two panels at a time, in four tiles of
-   sums: pixels are rounded into a buffer of the job, [k/32][2][16][32], once for all panels of the job, and weights
-   into pairs, [ceil(O/16)][k/2][16][2], once a call.  Sums run along k in one order: what a pixel gets does not depend
-   on its neighbours, on the batch, or on the threads. */
+   sums: a step of k loads four tiles for four products, and what comes from the second-level cache keeps up as long as
+   one of both sides lies in the first.  Weights come in pairs, [ceil(O/16)][k/2][16][2]: those of BF16 lie so (see
+   dpo_view), others are rounded into them once a call.  Sums run along k in one order: what a pixel gets does not
+   depend on its neighbours, on the batch, or on the threads. */
 
 #ifdef DPOI_SIMD_AMX
 
@@ -11513,9 +11597,6 @@ enum {
     DPOI_TILE_SIZE = 512,                 /* numbers in a tile of BF16 */
     DPOI_AMX_ROWS  = 32,                  /* pixels of one block: two tiles */
     DPOI_AMX_WIDE  = 32,                  /* channels of one block: two panels */
-    DPOI_AMX_STEPS = 20,                  /* tiles of k between two visits to y: 40 KiB of pixels */
-    DPOI_AMX_EXTRA = 2,                   /* and of the second source, if it shares the last chunk */
-    DPOI_AMX_SPAN  = 40,                  /* panels of a job: 800 KiB of weights a chunk stay in its cache */
     DPOI_AMX_JOB   = 40000000             /* multiplications and additions that are worth a job */
 };
 
@@ -11550,11 +11631,11 @@ static int64_t dpoi_amx_room(int64_t O, int64_t K)
 
    Tiles 0 to 3 are c[row tile][panel], 4 and 5 the two of a, 6 and 7 the two of b. */
 
-/* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; b's rows are b_row
-   bytes apart.  a[1] or b[1] may be NULL. */
+/* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; their rows are
+   a_row and b_row bytes apart.  a[1] or b[1] may be NULL. */
 typedef struct dpoi_amx_strip {
     const uint16_t *a[2], *b[2];
-    int64_t a_step, b_step, b_row, steps;
+    int64_t a_step, a_row, b_step, b_row, steps;
 } dpoi_amx_strip;
 
 /* `two` and `wide` are constants where this is inlined. */
@@ -11563,10 +11644,10 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two,
     const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1];
     for (int64_t k = 0; k < s->steps; k++) {
         _tile_loadd(6, b0, s->b_row);
-        _tile_loadd(4, a0, 64);
+        _tile_loadd(4, a0, s->a_row);
         _tile_dpbf16ps(0, 4, 6);
         if (wide) { _tile_loadd(7, b1, s->b_row);  _tile_dpbf16ps(1, 4, 7); }
-        if (two)  { _tile_loadd(5, a1, 64);        _tile_dpbf16ps(2, 5, 6); }
+        if (two)  { _tile_loadd(5, a1, s->a_row);        _tile_dpbf16ps(2, 5, 6); }
         if (two && wide) _tile_dpbf16ps(3, 5, 7);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
@@ -11632,7 +11713,7 @@ DPOI_AMX DPOI_INLINE __m512i dpoi_amx_pair(const float *x, const float *y, int t
 /* One panel of weights w [ceil(O/16)][K][16] as pairs. */
 typedef struct dpoi_amx_weights {
     const float *w;
-    int     type;
+    int     type, paired;
     uint16_t *to;
     int64_t K;
 } dpoi_amx_weights;
@@ -11640,7 +11721,13 @@ typedef struct dpoi_amx_weights {
 DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
 {
     const dpoi_amx_weights *p = (const dpoi_amx_weights *)arg;
-    uint16_t *to = p->to + panel*dpoi_amx_padded(p->K)*DPOI_PANEL;
+    int64_t size = dpoi_amx_padded(p->K)*DPOI_PANEL;
+    uint16_t *to = p->to + panel*size;
+    if (p->paired) {
+        memcpy(to, dpoi_amx_at(p->w, p->type, panel*p->K*DPOI_PANEL), (size_t)(p->K*DPOI_PANEL)*2);
+        memset(to + p->K*DPOI_PANEL, 0, (size_t)(size - p->K*DPOI_PANEL)*2);
+        return;
+    }
     for (int64_t k = 0; k < dpoi_amx_padded(p->K); k += 2, to += 2*DPOI_PANEL) {
         const float *w = dpoi_amx_at(p->w, p->type, (panel*p->K + k)*DPOI_PANEL);
         const float *high = k + 1 < p->K ? dpoi_amx_at(w, p->type, DPOI_PANEL) : NULL;
@@ -11648,22 +11735,152 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
     }
 }
 
-/* ------------------------------------------------------------------------------------------- products over pixels */
+/* ------------------------------------------------------------------------------------------- products over pixels
 
-/* The pixels of one block; place: where they lie in y. */
+   Pixels come to the tiles in one of three ways, the same for all panels of weights:
+
+     as they lie   a 1x1 kernel over BF16 whose channels fill tiles: 16 pixels are the rows of a tile
+     in slots      a larger kernel, stride 1: a copy in BF16, row after row with zeros between, so that place (ky,kx) of
+                   the kernel is a shift by ky*wide + kx slots and every tile lies there ready; results of slots that
+                   are no pixel are thrown away
+     in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
+
+   A job takes `block` slots and a span of panels.  For two panels after the other it goes along k and, inside of that,
+   over its slots: what two panels need of a chunk of k stays in the first-level cache, its slots in the second.  Where
+   k is one chunk, sums never leave the tiles; else they wait in [block][32] between chunks. */
+
+enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
+
+enum {
+    DPOI_AMX_RUN   = 4,                   /* tiles of channels at one place of the kernel, then the next place */
+    DPOI_AMX_CHUNK = 12,                  /* tiles of k at a 1x1 kernel between two visits to the sums: 24 KiB */
+    DPOI_AMX_WHOLE = 96,                  /* tiles of k that are not cut into chunks, */
+    DPOI_AMX_SHIFT = 384,                 /* and of a larger kernel, whose places see the same lines */
+    DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
+    DPOI_AMX_HELD  = 600000,              /* bytes of a job's slots */
+    DPOI_AMX_COPY  = 32000000,            /* bytes of a copy; larger pictures go in stripes */
+    DPOI_AMX_LARGE = 4000000,             /* bytes of a result that no cache keeps for its reader */
+    DPOI_AMX_JOBS  = 24                   /* wanted, where each is worth DPOI_AMX_JOB */
+};
+
+/* How one source comes, and where. */
+typedef struct dpoi_amx_factor {
+    int     way;
+    int64_t steps;                        /* tiles of channels a place, or of all k (tiled) */
+    int64_t seen;                         /* slots of the copy */
+    int64_t a_at, b_at, floats;           /* offsets in room: of the copy, of pairs of weights; how much */
+    const uint16_t *a, *b;
+} dpoi_amx_factor;
+
+typedef struct dpoi_amx_product {
+    const dpoi_cpu_product *p;
+    dpoi_amx_factor f[2];
+    int64_t wide, high, slots;            /* slots a row, rows an image, in all */
+    int64_t panels, block, blocks, span, spans;
+    int     stream;                       /* 1: y is written past the caches, which it would only flush */
+    int     chunked;                      /* 1: sums wait between chunks, in */
+    float  *sums;                         /* [spans][slots][32] */
+    int64_t sums_at, room;                /* floats */
+    int     source;                       /* that is brought over */
+} dpoi_amx_product;
+
+/* How far the kernel reaches over one end of an axis, the farther of both. */
+static int64_t dpoi_amx_gap(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad)
+{
+    return dpoi_most(0, dpoi_most(pad, (out - 1)*stride + kernel - pad - size));
+}
+
+static int dpoi_amx_way(const dpoi_cpu_product *p, const dpoi_source *s)
+{
+    int one = s->kh*s->kw == 1 && s->stride == 1 && !s->top && !s->left && s->H == p->Y && s->W == p->X;
+    if (s->I % DPOI_TILE_K) return DPOI_AMX_TILED;
+    if (one) return s->x_type == DPO_BF16 && s->I <= DPOI_AMX_NEAR && p->N*p->Y*p->X % DPOI_AMX_ROWS == 0 ?
+                    DPOI_AMX_AS_IT_LIES : DPOI_AMX_TILED;
+    return s->stride == 1 && s->kh*s->kw > 1 ? DPOI_AMX_SLOTTED : DPOI_AMX_TILED;
+}
+
+/* The second source never decides how slots lie: it follows them, in tiles. */
+static void dpoi_amx_lay_slots(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    const dpoi_source *s = &p->source[0];
+    t->f[0].way = dpoi_amx_way(p, s);
+    t->f[1].way = DPOI_AMX_TILED;
+    t->wide = p->X;  t->high = p->Y;
+    if (t->f[0].way == DPOI_AMX_SLOTTED) {
+        t->wide = dpoi_most(s->W + dpoi_amx_gap(s->W, p->X, s->kw, 1, s->left), p->X);
+        t->high = dpoi_most(s->H + dpoi_amx_gap(s->H, p->Y, s->kh, 1, s->top), p->Y);
+    }
+    t->slots = dpoi_pieces(p->N*t->high*t->wide, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+}
+
+/* Offsets of one source's copies in room, from `at` on. */
+static int64_t dpoi_amx_factor_of(dpoi_amx_product *t, int i, int64_t at)
+{
+    const dpoi_source *s = &t->p->source[i];
+    dpoi_amx_factor *f = &t->f[i];
+    if (!s->K) return at;
+    f->steps = (f->way == DPOI_AMX_TILED ? dpoi_pieces(s->K, DPOI_TILE_K) : s->I/DPOI_TILE_K);
+    f->a_at = at;
+    if (f->way == DPOI_AMX_SLOTTED) {
+        f->seen = t->slots + (s->kh - 1)*t->wide + s->kw - 1;
+        at += f->seen*s->I/2;
+    }
+    if (f->way == DPOI_AMX_TILED) at += t->slots*f->steps*DPOI_TILE_K/2;
+    f->b_at = at;
+    if (!s->pairs) at += dpoi_amx_room(t->p->O, s->K);
+    return at;
+}
+
+/* Blocks and spans of panels: of shapes alone. */
+static void dpoi_amx_cut(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    const dpoi_source *s = &p->source[0];
+    int64_t slot = 2*(t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, t->f[0].steps)*DPOI_TILE_K : s->I), jobs, worth;
+    t->panels = dpoi_pieces(p->O, DPOI_PANEL);
+    t->block = dpoi_least(dpoi_most(DPOI_AMX_HELD/slot, 128), 512)/DPOI_AMX_ROWS*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
+    jobs = dpoi_least(DPOI_AMX_JOBS, worth);
+    t->spans = dpoi_least(dpoi_pieces(jobs, t->blocks), dpoi_pieces(t->panels, 2));
+    t->span = dpoi_pieces(dpoi_pieces(t->panels, t->spans), 2)*2;
+    t->spans = dpoi_pieces(t->panels, t->span);
+}
+
+/* Everything that follows from shapes and types; p->room may be NULL. */
+static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
+{
+    dpoi_amx_product t;
+    int64_t places = p->source[0].kh*p->source[0].kw;
+    memset(&t, 0, sizeof t);
+    t.p = p;
+    dpoi_amx_lay_slots(&t);
+    for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
+    dpoi_amx_cut(&t);
+    t.chunked = t.f[0].way == DPOI_AMX_SLOTTED ? t.f[0].steps*places > DPOI_AMX_SHIFT : t.f[0].steps > DPOI_AMX_WHOLE;
+    t.sums_at = t.room;
+    if (t.chunked) t.room += t.spans*t.blocks*t.block*DPOI_AMX_WIDE;
+    return t;
+}
+
+/* ---- bringing pixels over
+
+   32 slots of the result; place: where a pixel lies in y, -1 for a slot that is none. */
 typedef struct dpoi_amx_pixels {
-    int     rows;
     int64_t n[DPOI_AMX_ROWS], y[DPOI_AMX_ROWS], x[DPOI_AMX_ROWS], place[DPOI_AMX_ROWS];
 } dpoi_amx_pixels;
 
-static void dpoi_amx_pixels_at(const dpoi_cpu_product *p, int64_t m, int64_t end, dpoi_amx_pixels *at)
+static void dpoi_amx_pixels_at(const dpoi_amx_product *t, int64_t m, dpoi_amx_pixels *at)
 {
-    int64_t x = m % p->X, y = m/p->X % p->Y, n = m/(p->X*p->Y);
-    at->rows = (int)dpoi_least(DPOI_AMX_ROWS, end - m);
-    for (int i = 0; i < at->rows; i++) {
+    const dpoi_cpu_product *p = t->p;
+    int64_t x = m % t->wide, y = m/t->wide % t->high, n = m/(t->wide*t->high);
+    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
         at->n[i] = n;  at->y[i] = y;  at->x[i] = x;
-        at->place[i] = n*p->at_n + y*p->at_y + x*p->at_x;
-        if (++x == p->X) { x = 0;  if (++y == p->Y) { y = 0;  n++; } }
+        at->place[i] = x < p->X && y < p->Y && n < p->N ? n*p->at_n + y*p->at_y + x*p->at_x : -1;
+        if (++x == t->wide) { x = 0;  if (++y == t->high) { y = 0;  n++; } }
     }
 }
 
@@ -11689,56 +11906,82 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_put(uint16_t *row, int64_t k, const float *x,
     if (count > 0) _mm512_storeu_si512(to, dpoi_amx_line(x, type, count));
 }
 
-/* A place on the line of k: place (ky,kx) of the kernel, and how far into a piece of `run` numbers from there.  Pieces
-   are I numbers, or whole rows of the kernel where a pixel's kernel lies inside of the image. */
-typedef struct dpoi_amx_place { int64_t run, step, ky, kx, off; } dpoi_amx_place;
-
-static dpoi_amx_place dpoi_amx_place_of(const dpoi_source *s, int64_t k, int inside)
+/* What pixel i sees of source s, all its K numbers; type is a constant where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx_pixels *m, int i, const int type,
+                                            uint16_t *row)
 {
-    dpoi_amx_place p;
-    p.step = inside ? s->kw : 1;
-    p.run = p.step*s->I;
-    p.ky = k/p.run*p.step/s->kw;
-    p.kx = k/p.run*p.step % s->kw;
-    p.off = k % p.run;
-    return p;
-}
-
-/* What pixel i sees of source s from place `at` on, `count` numbers; type is a constant where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx_pixels *m, int i,
-                                            const dpoi_amx_place *at, int64_t count, const int type, uint16_t *row)
-{
-    int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left;
-    int64_t inside = v >= 0 && v + s->kw <= s->W, k = 0, ky, kx, off;
+    int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left, k = 0;
+    int64_t step = v >= 0 && v + s->kw <= s->W ? s->kw : 1;          /* whole rows of the kernel where they are inside */
     const float *image = dpoi_amx_at(s->x, type, m->n[i]*s->H*s->W*s->I);
-    at += inside;
-    for (ky = at->ky, kx = at->kx, off = at->off; k < count; off = 0) {
-        int64_t n = dpoi_least(at->run - off, count - k), y = h + ky, x = v + kx;
-        int seen = y >= 0 && y < s->H && x >= 0 && x < s->W;
-        dpoi_amx_put(row, k, seen ? dpoi_amx_at(image, type, (y*s->W + x)*s->I + off) : NULL, type, n);
-        k += n;  kx += at->step;
-        if (kx >= s->kw) { kx = 0;  ky++; }
-    }
+    for (int64_t y = h; y < h + s->kh; y++)
+        for (int64_t x = v; x < v + s->kw; x += step, k += step*s->I) {
+            int seen = y >= 0 && y < s->H && x >= 0 && x < s->W;
+            dpoi_amx_put(row, k, seen ? dpoi_amx_at(image, type, (y*s->W + x)*s->I) : NULL, type, step*s->I);
+        }
 }
 
-/* Tiles of a block's pixels for k0 <= k < k1 of one source: [k/32][2][16][32]; returns where they end. */
-DPOI_AMX static uint16_t *dpoi_amx_pack(const dpoi_source *s, const dpoi_amx_pixels *at, int64_t k0, int64_t k1,
-                                        uint16_t *to)
+/* 32 slots of a source in tiles. */
+DPOI_AMX static void dpoi_amx_tiles_task(void *arg, int64_t task)
 {
-    int rows = at->rows > 16 ? 32 : 16;
-    int64_t count = dpoi_least(k1, s->K) - k0;
-    dpoi_amx_place place[2];
-    for (int i = 0; i < 2; i++) place[i] = dpoi_amx_place_of(s, k0, i);
-    for (int i = 0; i < rows; i++) {
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    const dpoi_source *s = &t->p->source[t->source];
+    int64_t steps = t->f[t->source].steps;
+    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[t->source].a_at) + task*steps*2*DPOI_TILE_SIZE;
+    dpoi_amx_pixels at;
+    dpoi_amx_pixels_at(t, task*DPOI_AMX_ROWS, &at);
+    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
         uint16_t *row = to + i*DPOI_TILE_K;
-        if (i >= at->rows)             dpoi_amx_put(row, 0, NULL, DPO_F32, k1 - k0);
-        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, at, i, place, count, DPO_F32, row);
-        else                           dpoi_amx_pack_row(s, at, i, place, count, DPO_BF16, row);
+        if (at.place[i] < 0)           dpoi_amx_put(row, 0, NULL, DPO_F32, steps*DPOI_TILE_K);
+        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, &at, i, DPO_F32, row);
+        else                           dpoi_amx_pack_row(s, &at, i, DPO_BF16, row);
     }
-    return to + (k1 - k0)/DPOI_TILE_K*2*DPOI_TILE_SIZE;
 }
 
-/* 16 numbers of F32 or BF16 from number i on, those in k. */
+/* DPOI_AMX_SLOTS slots of the copy of a source. */
+enum { DPOI_AMX_SLOTS = 64 };
+DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
+{
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    const dpoi_source *s = &t->p->source[0];
+    int64_t q = task*DPOI_AMX_SLOTS, end = dpoi_least(t->f[0].seen, q + DPOI_AMX_SLOTS);
+    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[0].a_at) + q*s->I;
+    for (; q < end; q++) {
+        int64_t at = q - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high, n = at/t->wide/t->high;
+        int seen = at >= 0 && x < s->W && y < s->H && n < t->p->N;
+        const float *pixel = seen ? dpoi_amx_at(s->x, s->x_type, ((n*s->H + y)*s->W + x)*s->I) : NULL;
+        for (int64_t i = 0; i < s->I; i += 32, to += 32)
+            _mm512_storeu_si512(to, seen ? dpoi_amx_line(dpoi_amx_at(pixel, s->x_type, i), s->x_type, 32)
+                                         : _mm512_setzero_si512());
+    }
+}
+
+/* Both sources' pixels and weights, where they do not serve as they lie. */
+static void dpoi_amx_bring(dpoi_amx_product *t)
+{
+    const dpoi_cpu_product *p = t->p;
+    for (int i = 0; i < 2; i++) {
+        const dpoi_source *s = &p->source[i];
+        dpoi_amx_factor *f = &t->f[i];
+        dpoi_amx_weights w;
+        if (!s->K) continue;
+        t->source = i;
+        f->a = f->way == DPOI_AMX_AS_IT_LIES ? (const uint16_t *)(const void *)s->x
+                                             : (const uint16_t *)(const void *)(p->room + f->a_at);
+        if (f->way == DPOI_AMX_SLOTTED)
+            dpoi_parallel(p->cpu, dpoi_pieces(f->seen, DPOI_AMX_SLOTS), dpoi_amx_slots_task, t);
+        if (f->way == DPOI_AMX_TILED) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
+        f->b = s->pairs;
+        if (f->b) continue;
+        w.w = s->w;  w.type = s->w_type;  w.paired = s->paired;  w.K = s->K;
+        w.to = (uint16_t *)(void *)(p->room + f->b_at);
+        f->b = w.to;
+        dpoi_parallel(p->cpu, t->panels, dpoi_amx_weights_task, &w);
+    }
+}
+
+/* ---- results
+
+   16 numbers of F32 or BF16 from number i on, those in k. */
 DPOI_AMX DPOI_INLINE __m512 dpoi_amx_load(const float *x, int type, int64_t i, __mmask16 k)
 {
     if (type == DPO_F32) return _mm512_maskz_loadu_ps(k, x + i);
@@ -11759,171 +12002,257 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_save(float *y, const int type, int64_t i, __m
     }
 }
 
-/* One call's share of y's numbers: what is added to the sums, and where they go. */
-typedef struct dpoi_amx_end_of {
-    const float *add, *bias, *vec;
-    int     add_type, act;
-    float  *y;
-} dpoi_amx_end_of;
-
-/* type, that of y, and full are constants where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o,
-                                              const dpoi_amx_end_of *e, const int type, const int full, float *c)
+/* The same past the caches, whole lines of them. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_stream(float *y, const int type, int64_t i, __m512 f0, __m512 f1)
 {
+    if (type == DPO_F32) {
+        _mm512_stream_ps(y + i, f0);
+        _mm512_stream_ps(y + i + 16, f1);
+    } else _mm512_stream_si512((__m512i *)(void *)((uint16_t *)(void *)y + i), (__m512i)_mm512_cvtne2ps_pbh(f1, f0));
+}
+
+/* y = act(c + add + bias + vec) for channels o.. of a block, c [32][32]; type, that of y, and full are constants where
+   this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o,
+                                              const int type, const int full, float *c)
+{
+    const dpoi_cpu_product *p = t->p;
     int64_t width = full ? (int64_t)DPOI_AMX_WIDE : p->O - o;
     __mmask16 k0 = full || width > 15 ? (__mmask16)0xffff : (__mmask16)((1u << width) - 1);
     __mmask16 k1 = full ? (__mmask16)0xffff : width <= 16 ? (__mmask16)0 : (__mmask16)((1u << (width - 16)) - 1);
     __m512 b0 = _mm512_setzero_ps(), b1 = b0;
-    if (e->bias) { b0 = _mm512_maskz_loadu_ps(k0, e->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, e->bias + o + 16); }
-    for (int i = 0; i < at->rows; i++, c += DPOI_AMX_WIDE) {
+    if (p->bias) { b0 = _mm512_maskz_loadu_ps(k0, p->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, p->bias + o + 16); }
+    for (int i = 0; i < DPOI_AMX_ROWS; i++, c += DPOI_AMX_WIDE) {
         int64_t place = at->place[i] + o;
+        if (at->place[i] < 0) continue;
         __m512 f0 = _mm512_load_ps(c), f1 = _mm512_load_ps(c + 16);
-        if (e->add) {
-            f0 = _mm512_add_ps(f0, dpoi_amx_load(e->add, e->add_type, place, k0));
-            f1 = _mm512_add_ps(f1, dpoi_amx_load(e->add, e->add_type, place + 16, k1));
+        if (p->add) {
+            f0 = _mm512_add_ps(f0, dpoi_amx_load(p->add, p->add_type, place, k0));
+            f1 = _mm512_add_ps(f1, dpoi_amx_load(p->add, p->add_type, place + 16, k1));
         }
         f0 = _mm512_add_ps(f0, b0);  f1 = _mm512_add_ps(f1, b1);
-        if (e->vec) {
-            f0 = _mm512_add_ps(f0, _mm512_maskz_loadu_ps(k0, e->vec + at->n[i]*p->O + o));
-            f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, e->vec + at->n[i]*p->O + o + 16));
+        if (p->vec) {
+            f0 = _mm512_add_ps(f0, _mm512_maskz_loadu_ps(k0, p->vec + at->n[i]*p->O + o));
+            f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, p->vec + at->n[i]*p->O + o + 16));
         }
-        if (e->act != DPO_NONE) {
+        if (p->act != DPO_NONE) {
             _mm512_store_ps(c, f0);  _mm512_store_ps(c + 16, f1);
-            p->cpu->rows.map(e->act, width, c, NULL, NULL, NULL, c, 0);
+            p->cpu->rows.map(p->act, width, c, NULL, NULL, NULL, c, 0);
             f0 = _mm512_load_ps(c);  f1 = _mm512_load_ps(c + 16);
         }
-        dpoi_amx_save(e->y, type, place, k0, k1, f0, f1);
+        if (full && t->stream) dpoi_amx_stream(p->y, type, place, f0, f1);
+        else                   dpoi_amx_save(p->y, type, place, k0, k1, f0, f1);
     }
 }
 
-/* Adds to c [32][32] what y's channels o.. want beside the product, and writes them.  The first chunk adds bias, vec
-   and residual, the others what y holds, or `sums` for it; the last applies the activation. */
-DPOI_AMX static void dpoi_amx_store(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int64_t o, int first,
-                                    int last, float *c)
+DPOI_AMX static void dpoi_amx_store(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o, float *c)
 {
-    int full = p->O - o >= DPOI_AMX_WIDE;
-    float *held = p->y_type == DPO_F32 ? p->y : p->sums;
-    dpoi_amx_end_of e;
-    e.add = first ? p->add : held;      e.add_type = first ? p->add_type : DPO_F32;
-    e.bias = first ? p->bias : NULL;    e.vec = first ? p->vec : NULL;
-    e.y = last ? p->y : held;           e.act = last ? p->act : DPO_NONE;
-    if (e.y == held)  { if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 1, c);
-                        else      dpoi_amx_store_rows(p, at, o, &e, DPO_F32, 0, c); }
-    else if (full) dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 1, c);
-    else           dpoi_amx_store_rows(p, at, o, &e, DPO_BF16, 0, c);
+    int full = t->p->O - o >= DPOI_AMX_WIDE;
+    if (t->p->y_type == DPO_F32) { if (full) dpoi_amx_store_rows(t, at, o, DPO_F32, 1, c);
+                                   else      dpoi_amx_store_rows(t, at, o, DPO_F32, 0, c); }
+    else if (full) dpoi_amx_store_rows(t, at, o, DPO_BF16, 1, c);
+    else           dpoi_amx_store_rows(t, at, o, DPO_BF16, 0, c);
 }
 
-/* Chunk `chunk` of k: from..to of both sources, in whole tiles; 0: there is none.  Chunks of a source are of even
-   sizes; a short second source shares the first one's last chunk. */
-typedef struct dpoi_amx_chunk { int64_t from[2], to[2]; int last; } dpoi_amx_chunk;
+/* ---- products
 
-static int dpoi_amx_chunk_of(const dpoi_cpu_product *p, int64_t chunk, dpoi_amx_chunk *r)
+   Sums of two panels by 32 slots to and from memory, rows of 32. */
+DPOI_AMX static void dpoi_amx_sums_load(const float *c)
 {
-    int64_t tiles[2], chunks[2], s;
-    for (s = 0; s < 2; s++) {
-        tiles[s] = dpoi_pieces(p->source[s].K, DPOI_TILE_K);
-        chunks[s] = dpoi_pieces(tiles[s], DPOI_AMX_STEPS);
-        r->from[s] = r->to[s] = 0;
+    const int64_t row = DPOI_AMX_WIDE*4;
+    _tile_loadd(0, c, row);       _tile_loadd(1, c + 16, row);
+    c += 16*DPOI_AMX_WIDE;
+    _tile_loadd(2, c, row);       _tile_loadd(3, c + 16, row);
+}
+DPOI_AMX static void dpoi_amx_sums_save(float *c)
+{
+    const int64_t row = DPOI_AMX_WIDE*4;
+    _tile_stored(0, c, row);      _tile_stored(1, c + 16, row);
+    c += 16*DPOI_AMX_WIDE;
+    _tile_stored(2, c, row);      _tile_stored(3, c + 16, row);
+}
+
+/* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
+   of pixels at all of them. */
+DPOI_AMX static void dpoi_amx_part(const dpoi_amx_product *t, int i, int64_t m, int64_t panel, int64_t ky, int64_t c0,
+                                   int64_t c1)
+{
+    const dpoi_source *s = &t->p->source[i];
+    const dpoi_amx_factor *f = &t->f[i];
+    int64_t size = dpoi_amx_padded(s->K)*DPOI_PANEL, kw = f->way == DPOI_AMX_TILED ? 1 : s->kw;
+    const uint16_t *b = f->b + panel*size;
+    dpoi_amx_strip r;
+    r.steps = c1 - c0;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    for (int64_t kx = 0; kx < kw; kx++) {
+        if (f->way == DPOI_AMX_TILED) {
+            r.a[0] = f->a + (m/DPOI_AMX_ROWS*f->steps + c0)*2*DPOI_TILE_SIZE;
+            r.a[1] = r.a[0] + DPOI_TILE_SIZE;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;
+        } else {
+            r.a[0] = f->a + (m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
+            r.a[1] = r.a[0] + 16*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
+        }
+        r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
+        r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
+        dpoi_amx_run(&r);
     }
-    if (!chunks[0]) chunks[0] = 1;        /* nothing to sum, but y is written */
-    if (tiles[1] <= DPOI_AMX_EXTRA) chunks[1] = 0;
-    if (chunk >= chunks[0] + chunks[1]) return 0;
-    r->last = chunk == chunks[0] + chunks[1] - 1;
-    s = chunk >= chunks[0];
-    if (s) chunk -= chunks[0];
-    r->from[s] = tiles[s]*chunk/chunks[s]*DPOI_TILE_K;
-    r->to[s]   = tiles[s]*(chunk + 1)/chunks[s]*DPOI_TILE_K;
-    if (r->last && !chunks[1]) r->to[1] = tiles[1]*DPOI_TILE_K;
-    return 1;
 }
 
-/* Two panels, from `panel` on, of one block of pixels that is packed in a. */
-DPOI_AMX static void dpoi_amx_block(const dpoi_cpu_product *p, const dpoi_amx_chunk *r, const uint16_t *a, int two,
-                                    int64_t panel, float *c)
+/* The sums so far are in the tiles: the second source, then y. */
+DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_product *t, int64_t m, int64_t panel)
 {
-    int wide = panel + 1 < p->panels;
-    dpoi_amx_zero();
-    for (int s = 0; s < 2; s++) {
-        int64_t size = dpoi_amx_padded(p->source[s].K)*DPOI_PANEL;
-        dpoi_amx_strip t;
-        t.steps = (r->to[s] - r->from[s])/DPOI_TILE_K;
-        if (!t.steps) continue;
-        t.a[0] = a;  t.a[1] = two ? a + DPOI_TILE_SIZE : NULL;  t.a_step = 2*DPOI_TILE_SIZE;
-        t.b[0] = p->source[s].pairs + panel*size + r->from[s]*DPOI_PANEL;
-        t.b[1] = wide ? t.b[0] + size : NULL;  t.b_step = DPOI_TILE_SIZE;  t.b_row = 64;
-        dpoi_amx_run(&t);
-        a += t.steps*2*DPOI_TILE_SIZE;
-    }
-    _tile_stored(0, c, DPOI_AMX_WIDE*sizeof(float));
-    if (wide) _tile_stored(1, c + 16, DPOI_AMX_WIDE*sizeof(float));
-    if (two)  _tile_stored(2, c + 16*DPOI_AMX_WIDE, DPOI_AMX_WIDE*sizeof(float));
-    if (two && wide) _tile_stored(3, c + 16*DPOI_AMX_WIDE + 16, DPOI_AMX_WIDE*sizeof(float));
+    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
+    dpoi_amx_pixels at;
+    if (t->f[1].steps) dpoi_amx_part(t, 1, m, panel, 0, 0, t->f[1].steps);
+    dpoi_amx_sums_save(c);
+    DPOI_AMX_READY();
+    dpoi_amx_pixels_at(t, m, &at);
+    dpoi_amx_store(t, &at, panel*DPOI_PANEL, c);
 }
 
-/* A job is `block` pixels by `span` panels.  For each chunk of k all pixels of the job: the chunk's weights stay in the
-   second-level cache while pixels stream by, 32 of them in the first-level cache for all panels. */
+/* Two panels, slots m0..end-1, where all of k is one chunk. */
+DPOI_AMX static void dpoi_amx_whole(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel)
+{
+    int64_t steps = t->f[0].steps, rows = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh;
+    int64_t run = rows*t->p->source[0].kw == 1 || t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, steps) : DPOI_AMX_RUN;
+    for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+        dpoi_amx_zero();
+        for (int64_t ky = 0; ky < rows; ky++)
+            for (int64_t c = 0; c < steps; c += run)
+                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
+        dpoi_amx_finish(t, m, panel);
+    }
+}
+
+/* The same with sums [block][32] between chunks. */
+DPOI_AMX static void dpoi_amx_chunks(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel, float *sums)
+{
+    int tiled = t->f[0].way == DPOI_AMX_TILED;
+    int64_t steps = t->f[0].steps, rows = tiled ? 1 : t->p->source[0].kh;
+    int64_t run = tiled || t->p->source[0].kw == 1 ? DPOI_AMX_CHUNK : DPOI_AMX_RUN;
+    for (int64_t ky = 0; ky < rows; ky++)
+        for (int64_t c = 0; c < steps; c += run)
+            for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+                float *at = sums + (m - m0)*DPOI_AMX_WIDE;
+                if (ky + c == 0) dpoi_amx_zero();
+                else dpoi_amx_sums_load(at);
+                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
+                if (ky == rows - 1 && c + run >= steps) dpoi_amx_finish(t, m, panel);
+                else dpoi_amx_sums_save(at);
+            }
+}
+
 DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
 {
-    const dpoi_cpu_product *p = (const dpoi_cpu_product *)arg;
-    int64_t m0 = i % p->blocks*p->block, end = dpoi_least(p->M, m0 + p->block);
-    int64_t panel = i/p->blocks*p->span, panels = dpoi_least(p->panels, panel + p->span);
-    uint16_t a[(DPOI_AMX_STEPS + DPOI_AMX_EXTRA)*2*DPOI_TILE_SIZE] DPOI_ALIGNED;
-    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    dpoi_amx_chunk r;
+    const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
+    int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block), span = i/t->blocks;
+    int64_t last = dpoi_least(t->panels, (span + 1)*t->span);
+    float *sums = t->sums + i*t->block*DPOI_AMX_WIDE;
     dpoi_amx_begin();
-    for (int64_t chunk = 0; dpoi_amx_chunk_of(p, chunk, &r); chunk++)
-        for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-            dpoi_amx_pixels at;
-            uint16_t *to = a;
-            dpoi_amx_pixels_at(p, m, end, &at);
-            for (int s = 0; s < 2; s++)
-                if (r.to[s] > r.from[s]) to = dpoi_amx_pack(p->source + s, &at, r.from[s], r.to[s], to);
-            DPOI_AMX_READY();
-            for (int64_t j = panel; j < panels; j += 2) {
-                dpoi_amx_block(p, &r, a, at.rows > 16, j, c);
-                dpoi_amx_store(p, &at, j*DPOI_PANEL, chunk == 0, r.last, c);
-            }
-        }
+    for (int64_t panel = span*t->span; panel < last; panel += 2)
+        if (t->chunked) dpoi_amx_chunks(t, m, end, panel, sums);
+        else            dpoi_amx_whole(t, m, end, panel);
+    if (t->stream) _mm_sfence();
     dpoi_amx_end();
 }
 
-/* Weights that are not in pairs yet are brought into them, in p->room.  Jobs take all panels that fit the cache, unless
-   there are too few pixels to make jobs of.  Shapes alone decide. */
-static void dpoi_amx_product_run(dpoi_cpu_product *p)
+static void dpoi_amx_product_go(const dpoi_cpu_product *p)
 {
-    int64_t all = p->source[0].K + p->source[1].K + 1, spans;
-    p->M = p->N*p->Y*p->X;
-    if (!p->M) return;
-    p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    for (int s = 0; s < 2; s++) {
-        dpoi_amx_weights w;
-        if (p->source[s].pairs || !p->source[s].K) continue;
-        w.w = p->source[s].w;  w.type = p->source[s].w_type;  w.K = p->source[s].K;  w.to = (uint16_t *)(void *)p->room;
-        dpoi_parallel(p->cpu, p->panels, dpoi_amx_weights_task, &w);
-        p->source[s].pairs = w.to;
-        p->room += dpoi_amx_room(p->O, w.K);
+    dpoi_amx_product t = dpoi_amx_product_of(p);
+    if (!t.slots) return;
+    t.sums = p->room ? p->room + t.sums_at : NULL;
+    t.stream = p->N*p->Y*p->X*p->O*(p->y_type == DPO_F32 ? 4 : 2) >= DPOI_AMX_LARGE && p->O % DPOI_AMX_WIDE == 0 &&
+               (uintptr_t)p->y % 64 == 0 && !(p->at_n % 32 || p->at_y % 32 || p->at_x % 32);
+    dpoi_amx_bring(&t);
+    dpoi_parallel(p->cpu, t.blocks*t.spans, dpoi_amx_product_task, &t);
+}
+
+/* Rows of the result whose copy keeps below DPOI_AMX_COPY; all of them: one call does it. */
+static int64_t dpoi_amx_stripe_rows(const dpoi_cpu_product *p)
+{
+    const dpoi_source *s = &p->source[0];
+    int     way = dpoi_amx_way(p, s);
+    int64_t row = 2*(way == DPOI_AMX_TILED ? p->X*dpoi_amx_padded(s->K) : s->W*s->I) + 1;
+    if (way == DPOI_AMX_AS_IT_LIES || p->N*p->Y*row <= DPOI_AMX_COPY) return p->N*p->Y;
+    return dpoi_least(p->Y, dpoi_most(1, DPOI_AMX_COPY/row));
+}
+
+/* The rows from y of sample n, as a product of their own. */
+static dpoi_cpu_product dpoi_amx_stripe(const dpoi_cpu_product *p, int64_t n, int64_t y, int64_t rows)
+{
+    dpoi_cpu_product q = *p;
+    int64_t at = n*p->at_n + y*p->at_y, wide = p->y_type == DPO_F32 ? 4 : 2, add = p->add_type == DPO_F32 ? 4 : 2;
+    q.N = 1;
+    q.Y = dpoi_least(rows, p->Y - y);
+    if (p->y)   q.y   = (float *)(void *)((char *)(void *)p->y + at*wide);
+    if (p->add) q.add = (const float *)(const void *)((const char *)(const void *)p->add + at*add);
+    if (p->vec) q.vec = p->vec + n*p->O;
+    for (int i = 0; i < 2; i++) {         /* the rows of x that these see */
+        dpoi_source *s = &q.source[i];
+        int64_t from = dpoi_most(0, dpoi_least(s->H, y*s->stride - s->top));
+        int64_t end = dpoi_most(from, dpoi_least(s->H, (y + q.Y - 1)*s->stride - s->top + s->kh));
+        if (s->x) s->x = dpoi_amx_at(s->x, s->x_type, (n*s->H + from)*s->W*s->I);
+        s->top += from - y*s->stride;
+        s->H = end - from;
     }
-    spans = dpoi_pieces(p->panels, DPOI_AMX_SPAN);
-    p->block = dpoi_most(128, DPOI_AMX_JOB/(2*all*dpoi_pieces(p->O, spans)) + 1);
-    p->block = dpoi_pieces(dpoi_least(p->block, p->M), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
-    p->blocks = dpoi_pieces(p->M, p->block);
-    while (p->blocks*spans < 8 && dpoi_pieces(p->panels, spans) > 8 && all*p->block*p->O/spans > DPOI_AMX_JOB) spans++;
-    p->span = (dpoi_pieces(p->panels, spans) + 1)/2*2;
-    dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->panels, p->span), dpoi_amx_product_task, p);
+    return q;
+}
+
+/* Floats of scratch at p->room. */
+static int64_t dpoi_amx_product_room(const dpoi_cpu_product *p)
+{
+    int64_t rows = dpoi_amx_stripe_rows(p), most = 0;
+    if (rows >= p->N*p->Y) return dpoi_amx_product_of(p).room;
+    for (int64_t y = 0; y < p->Y; y += rows) {
+        dpoi_cpu_product q = dpoi_amx_stripe(p, 0, y, rows);
+        most = dpoi_most(most, dpoi_amx_product_of(&q).room);
+    }
+    return most;
+}
+
+static void dpoi_amx_product_run(const dpoi_cpu_product *p)
+{
+    int64_t rows = dpoi_amx_stripe_rows(p);
+    if (rows >= p->N*p->Y) { dpoi_amx_product_go(p);  return; }
+    for (int64_t n = 0; n < p->N; n++)
+        for (int64_t y = 0; y < p->Y; y += rows) {
+            dpoi_cpu_product q = dpoi_amx_stripe(p, n, y, rows);
+            dpoi_amx_product_go(&q);
+        }
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of x */
 
-/* Numbers one by one, where O is odd and pairs reach over places of the kernel: k = j O + o of 16 channels i. */
-static void dpoi_amx_flip_slowly(const dpoi_flip *p, const float *w, int64_t j, int64_t ni, uint16_t *to)
+/* Number (k,o) of weights that lie as p->w does. */
+static float dpoi_amx_flip_at(const dpoi_flip *p, int64_t k, int64_t o)
+{
+    int64_t panel = o/DPOI_PANEL*p->K*DPOI_PANEL, c = o % DPOI_PANEL;
+    return dpoi_load(p->w, p->w_type, panel + (p->paired ? (k/2*DPOI_PANEL + c)*2 + k % 2 : k*DPOI_PANEL + c));
+}
+
+/* Numbers one by one, where O is odd and pairs reach over places of the kernel: k = j O + o of 16 channels i; from: the
+   first of them in w.  Where I is odd, w's own pairs reach over its places, too. */
+static void dpoi_amx_flip_slowly(const dpoi_flip *p, int64_t from, int64_t j, int64_t ni, uint16_t *to)
 {
     for (int64_t o = 0; o < p->O; o++)
         for (int64_t i = 0; i < DPOI_PANEL; i++) {
             int64_t k = j*p->O + o;
-            int64_t at = (o/DPOI_PANEL*p->K + i)*DPOI_PANEL + o % DPOI_PANEL;
-            float value = i < ni ? dpoi_load(w, p->w_type, at) : 0;
-            to[(k/2*DPOI_PANEL + i)*2 + k % 2] = dpoi_f32_to_bf16(value);
+            to[(k/2*DPOI_PANEL + i)*2 + k % 2] = dpoi_f32_to_bf16(i < ni ? dpoi_amx_flip_at(p, from + i, o) : 0);
         }
+}
+
+/* Lines from.. of one panel of w, 16 channels o each: BF16 in words [i][8]. */
+DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int64_t ni, float *words)
+{
+    for (int64_t i = 0; i < ni; i += p->paired ? 2 : 1) {
+        const float *line = dpoi_amx_at(w, p->w_type, i*DPOI_PANEL);
+        __m256i *to = (__m256i *)(void *)(words + i*8);
+        if (p->paired) {
+            __m512i both = _mm512_loadu_si512(line);
+            _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(both));
+            _mm256_storeu_si256(to + 1, _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+        } else if (p->w_type != DPO_F32) memcpy(to, line, 2*DPOI_PANEL);
+        else _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(line)));
+    }
 }
 
 /* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile.  A
@@ -11934,28 +12263,20 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
     int64_t places = p->y.count*p->x.count, i0 = task/places*DPOI_PANEL, j = task % places;
     int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride, K = places*p->O;
     int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride;
-    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0);
+    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0), from = (ky*p->kw + kx)*p->I + i0;
     uint16_t *panel = (uint16_t *)(void *)p->to + task/places*dpoi_amx_padded(K)*DPOI_PANEL;
-    const float *w = dpoi_amx_at(p->w, p->w_type, ((ky*p->kw + kx)*p->I + i0)*DPOI_PANEL);
     float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
-    if (j == places - 1 && p->O % 2 == 0)
-        memset(panel + K*DPOI_PANEL, 0, (size_t)(dpoi_amx_padded(K) - K)*2*DPOI_PANEL);
-    if (p->O % 2) {
-        if (j == places - 1)
-            for (int64_t k = K; k < dpoi_amx_padded(K); k++)
-                for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
-        dpoi_amx_flip_slowly(p, w, j, ni, panel);
+    if (j == places - 1)
+        for (int64_t k = K; k < dpoi_amx_padded(K); k++)
+            for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
+    if (p->O % 2 || (p->paired && p->I % 2)) {
+        dpoi_amx_flip_slowly(p, from, j, ni, panel);
         return;
     }
     memset(words, 0, sizeof words);
-    for (int64_t o = 0; o < p->O; o += DPOI_PANEL, w = dpoi_amx_at(w, p->w_type, p->K*DPOI_PANEL)) {
+    for (int64_t o = 0; o < p->O; o += DPOI_PANEL) {
         uint16_t *to = panel + (j*p->O + o)*DPOI_PANEL;
-        for (int64_t i = 0; i < ni; i++)
-            if (p->w_type != DPO_F32) memcpy(words + i*8, dpoi_amx_at(w, p->w_type, i*DPOI_PANEL), 2*DPOI_PANEL);
-            else {
-                __m256i h = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w + i*DPOI_PANEL));
-                _mm256_storeu_si256((__m256i *)(void *)(words + i*8), h);
-            }
+        dpoi_amx_flip_lines(p, dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL), ni, words);
         dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
         dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
         memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
@@ -11981,12 +12302,6 @@ typedef struct dpoi_amx_outer {
     int64_t itiles, otiles;
     uint16_t *v, *d;
 } dpoi_amx_outer;
-
-/* How far the kernel reaches over one end of an axis, the farther of both. */
-static int64_t dpoi_amx_gap(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad)
-{
-    return dpoi_most(0, dpoi_most(pad, (out - 1)*stride + kernel - pad - size));
-}
 
 static dpoi_amx_outer dpoi_amx_outer_of(const dpoi_conv *g, int64_t O)
 {
@@ -12032,7 +12347,6 @@ static const float *dpoi_amx_slot(const dpoi_amx_outer *p, int64_t q)
 }
 
 /* The pairs of DPOI_AMX_SLOTS slots. */
-enum { DPOI_AMX_SLOTS = 64 };
 DPOI_AMX static void dpoi_amx_x_task(void *arg, int64_t task)
 {
     const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
@@ -12089,6 +12403,7 @@ DPOI_AMX static void dpoi_amx_outer_chunk(const dpoi_amx_outer *p, int64_t tap, 
     dpoi_amx_strip t;
     t.steps  = to - from;
     t.a_step = p->otiles*DPOI_TILE_SIZE;
+    t.a_row  = 64;
     t.b_step = step*DPOI_TILE_SIZE;
     t.b_row  = step*64;
     t.a[0] = p->d + (from*p->otiles + o)*DPOI_TILE_SIZE;
@@ -12161,64 +12476,83 @@ static void dpoi_conv_product(const dpoi_conv *g, dpoi_cpu_product *p)
     dpoi_product_run(p);
 }
 
-/* Floats of scratch for the weights of a product [O,K] where they cannot be read as they lie. */
-static int64_t dpoi_conv_room(const dpoi_conv *g, int64_t O, int64_t K, int flipped)
+/* Floats of scratch for one product, at p->room when it runs. */
+static int64_t dpoi_conv_room(const dpoi_conv *g, const dpoi_cpu_product *p)
+{
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) return dpoi_amx_product_room(p);
+#endif
+    (void)g;  (void)p;
+    return 0;
+}
+
+/* Floats of scratch for weights [O,K] that were turned around. */
+static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
 {
 #ifdef DPOI_SIMD_AMX
     if (g->amx) return dpoi_amx_room(O, K);
 #endif
     (void)g;
-    return flipped ? dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K : 0;
+    return dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K;
 }
 
-/* Floats of y that wait for their last chunk of k where y itself is narrower. */
-static int64_t dpoi_conv_sums(const dpoi_conv *g) { return g->y_type == DPO_F32 ? 0 : (g->M*g->O + 15)/16*16; }
-
-/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; fills scratch with its weights.
+/* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
-static dpoi_source dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy,
-                                 const float *w, int64_t O, float *to)
+static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int64_t O, float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
-    void (*task)(void *arg, int64_t i) = dpoi_flip_task;
-    dpoi_flip f;
-#ifdef DPOI_SIMD_AMX
-    if (g->amx) { task = dpoi_amx_flip_task;  s.pairs = (const uint16_t *)(const void *)to; }
-#endif
-    f.w_type = w == g->w ? g->w_type : DPO_F32;
-    f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
-    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
+    static const uint16_t asked = 0;      /* any address, while sizes are asked for */
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
+    if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &asked;
     return s;
 }
 
-/* Pixels (a + stride*y, b + stride*x) of dx. */
-static void dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
+/* Its weights. */
+static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *w, int64_t O,
+                          float *to)
+{
+    void (*task)(void *arg, int64_t i) = dpoi_flip_task;
+    dpoi_flip f;
+#ifdef DPOI_SIMD_AMX
+    if (g->amx) task = dpoi_amx_flip_task;
+#endif
+    f.w_type = w == g->w ? g->w_type : DPO_F32;
+    f.paired = w == g->w && g->pairs;
+    f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
+    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
+}
+
+/* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned. */
+static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
 {
     dpoi_axis y = dpoi_axis_of(a, g->top, g->kh, g->stride), x = dpoi_axis_of(b, g->left, g->kw, g->stride);
     float *dx = (float *)g->a->din[0].data;
     dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->I, dx + (a*g->W + b)*g->I);
+    int64_t places = y.count*x.count, first = dpoi_flip_room(g, g->I, places*g->O), at = first;
     memset(p.source, 0, sizeof p.source);
     p.Y = dpoi_pieces(g->H - a, g->stride);  p.X = dpoi_pieces(g->W - b, g->stride);
     p.at_n = g->H*g->W*g->I;  p.at_y = g->stride*g->W*g->I;  p.at_x = g->stride*g->I;
     p.add = g->a->add & 1 ? p.y : NULL;
-    p.source[0] = dpoi_flip_run(cpu, g, y, x, g->dy, g->w, g->O, work);
-    work += dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
-    if (g->r) p.source[1] = dpoi_flip_run(cpu, g, y, x, du, g->down, g->r, work);
-    dpoi_conv_product(g, &p);
+    p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->O, work);
+    if (g->r) {
+        p.source[1] = dpoi_flip_source(g, y, x, du, g->r, work ? work + first : NULL);
+        at += dpoi_flip_room(g, g->I, places*g->r);
+    }
+    if (work) {
+        dpoi_flip_run(cpu, g, y, x, g->w, g->O, work);
+        if (g->r) dpoi_flip_run(cpu, g, y, x, g->down, g->r, work + first);
+        p.room = work + at;
+        dpoi_conv_product(g, &p);
+    }
+    return at + dpoi_conv_room(g, &p);
 }
 
 /* Scratch for all classes of dx, one after the other. */
-static int64_t dpoi_conv_dx_work(const dpoi_conv *g)
+static int64_t dpoi_conv_dx_work(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     int64_t most = 0;
-    for (int64_t i = 0; i < g->stride*g->stride; i++) {
-        dpoi_axis y = dpoi_axis_of(i/g->stride, g->top, g->kh, g->stride);
-        dpoi_axis x = dpoi_axis_of(i % g->stride, g->left, g->kw, g->stride);
-        int64_t room = dpoi_conv_room(g, g->I, y.count*x.count*g->O, 1);
-        if (g->r) room += dpoi_conv_room(g, g->I, y.count*x.count*g->r, 1);
-        most = dpoi_most(most, room);
-    }
+    for (int64_t i = 0; i < g->stride*g->stride; i++)
+        most = dpoi_most(most, dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, NULL, NULL));
     return most;
 }
 
@@ -12330,29 +12664,54 @@ static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
     return u;
 }
 
+/* y of forward, but for what its adapter's first half makes, `scaled`. */
+static dpoi_cpu_product dpoi_forward_product(dpoi_cpu *cpu, const dpoi_conv *g, const float *scaled)
+{
+    dpoi_cpu_product p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
+    p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
+    p.add_type = g->residual_type;  p.y_type = g->y_type;
+    if (g->r) p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
+    return p;
+}
+
+/* du [M,r] = dy up^T; pairs of up^T lie at `to`. */
+static dpoi_cpu_product dpoi_adapter_product(dpoi_cpu *cpu, const dpoi_conv *g, float *du, float *to)
+{
+    dpoi_conv u = dpoi_conv_up(g);
+    dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
+    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
+    p.source[0] = dpoi_flip_source(&u, one, one, g->dy, g->O, to);
+    return p;
+}
+
 /* The plan is made from the same shapes when the size is asked for and when the call runs: both must
    agree to the byte. */
 static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     dpoi_conv_plan p;
     dpoi_conv u = dpoi_conv_up(g);
-    int64_t step = dpoi_conv_sums(g) + dpoi_conv_room(g, g->O, g->K, 0);
+    dpoi_cpu_product y = dpoi_forward_product(cpu, g, NULL);
+    int64_t step = dpoi_conv_room(g, &y);
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
     p.step = p.u + (g->M*g->r + 15)/16*16;
-    if (g->r) step = dpoi_most(step + dpoi_conv_room(g, g->O, g->r, 0), dpoi_conv_room(g, g->r, g->K, 0));
+    if (g->r) {
+        dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, NULL);
+        step = dpoi_most(step, dpoi_conv_room(g, &down));
+    }
     p.end  = p.step + step;
     if (!g->a->backward) return p;
     step = 0;
     p.chunks = dpoi_pieces(g->Y*g->X, DPOI_SUMS);
     p.w = dpoi_gradient_of(cpu, g, g->O);
-    if (g->a->din[0].data) step = dpoi_conv_dx_work(g);
+    if (g->a->din[0].data) step = dpoi_conv_dx_work(cpu, g);
     if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(g, &p.w));
     if (g->a->din[2].data || g->a->din[3].data) step = dpoi_most(step, g->N*p.chunks*g->O);
     if (g->r) {
         p.down = dpoi_gradient_of(cpu, g, g->r);
         p.up   = dpoi_gradient_of(cpu, &u, g->O);
-        step   = dpoi_most(step, dpoi_conv_room(g, g->r, g->O, 1));
+        y      = dpoi_adapter_product(cpu, g, NULL, NULL);
+        step   = dpoi_most(step, dpoi_flip_room(g, g->r, g->O) + dpoi_conv_room(g, &y));
         step   = dpoi_most(step, dpoi_gradient_work(g, &p.down));
         step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(&u, &p.up));
     }
@@ -12378,18 +12737,14 @@ static void dpoi_fast_forward(dpoi_cpu *cpu, dpoi_conv *g)
     float *scaled = g->work + plan.u, *u = g->u ? (float *)g->a->stat.data : scaled;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
-    p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
-    p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
-    p.add_type = g->residual_type;  p.y_type = g->y_type;
-    p.sums = g->work + plan.step;
-    p.room = p.sums + dpoi_conv_sums(g);
     if (g->r) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, u);
         down.room = g->work + plan.step;
         dpoi_conv_product(g, &down);
         dpoi_conv_strength(g, u, scaled);
-        p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
     }
+    p = dpoi_forward_product(cpu, g, scaled);
+    p.room = g->work + plan.step;
     dpoi_conv_product(g, &p);
 }
 
@@ -12399,8 +12754,9 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     const dpo_args *a = g->a;
     dpoi_conv u = dpoi_conv_up(g);
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
-    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
-    p.source[0] = dpoi_flip_run(cpu, &u, one, one, g->dy, g->up, g->O, step);
+    dpoi_cpu_product p = dpoi_adapter_product(cpu, g, du, step);
+    dpoi_flip_run(cpu, &u, one, one, g->up, g->O, step);
+    p.room = step + dpoi_flip_room(g, g->r, g->O);
     dpoi_conv_product(g, &p);
     dpoi_conv_strength(g, du, du);
     if (a->din[5].data)
@@ -13009,57 +13365,55 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
-   Forward where the numbers are BF16, or may be rounded: 32 queries of one head at a time go along the keys in blocks
-   of up to 256, s [32][256] and o [32][d] in F32, p rounded.  Keys and values are packed once for all queries of a
-   head: k [S/16][d/32][16 pairs of channels][16 keys][2] and v [S/32][d/16][16 pairs of keys][16 channels][2], zeros
-   where S or d end. */
+   Where the numbers are BF16, or may be rounded: 32 rows of one head at a time go along the other axis in blocks, with
+   scores in F32 [32][block] and results [32][d], p and ds rounded.  Forward's and dq's rows are queries and go along
+   keys; dk's and dv's are keys and go along queries:
+
+     forward   s = q k^T                 o  = sum p v
+     dq        s = q k^T   t = do v^T    dq = sum ds k             p = exp(scale s - lse), ds = scale p (t - delta)
+     dk, dv    s = k q^T   t = v do^T    dk = sum ds q   dv = sum p do                                           */
 
 /* Whether this call takes that way. */
 static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 {
-    return cpu->isa >= DPO_ISA_AMX && !a->backward &&
+    return cpu->isa >= DPO_ISA_AMX &&
            (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
 }
 
 #ifdef DPOI_SIMD_AMX
 
-enum { DPOI_AMX_KEYS = 256 };             /* keys a block: 32 KiB of scores */
+/* Keys a block: 32 KiB of scores; in backward half of it, for there are two kinds. */
+enum { DPOI_AMX_KEYS = 256, DPOI_AMX_BACK = 128 };
 
-typedef struct dpoi_amx_attention {
-    dpoi_attention g;
-    int     type[3], y_type;              /* of q, k, v and o: F32 or BF16 */
-    int64_t deep, wide, keys;             /* tiles of d as k of a product and as its columns; tiles of 32 keys */
-    int64_t blocks, jobs, units;          /* of 32 queries a head; of work */
-    uint16_t *k, *v;
-    float  *scratch;                      /* a job: q, s, p and o */
-} dpoi_amx_attention;
+/* x [N,length,D] of one tensor, packed by head and 32 rows for all units of the head, zeros where length or d end: as
+   what rows meet, scores [2][d/32][16 pairs of channels][16 rows][2], and as what scores gather, mix [d/16][16 pairs of
+   rows][16 channels][2].  Either may be NULL. */
+typedef struct dpoi_amx_side {
+    const dpoi_attention *g;
+    const float *x;
+    int     type;
+    int64_t length, deep, wide;           /* tiles of d as k of a product and as its columns */
+    uint16_t *scores, *mix;
+} dpoi_amx_side;
 
-/* Floats a job: q [deep][2][512] and p [8][2][512] of BF16, s [32][256], o [32][wide*16]. */
-static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+/* Packs of one head, and of all; numbers. */
+static int64_t dpoi_amx_side_tiles(const dpoi_amx_side *s) { return dpoi_pieces(s->length, 32); }
+static int64_t dpoi_amx_side_size(const dpoi_amx_side *s, int64_t tiles)
 {
-    return t->deep*DPOI_TILE_SIZE + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + 32*t->wide*16;
+    return s->g->N*s->g->heads*dpoi_amx_side_tiles(s)*tiles*DPOI_TILE_SIZE;
 }
 
-/* Splits work; returns its floats. */
-static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_attention *t)
+/* Takes its room from *work, which stays NULL when sizes are asked for; returns its floats. */
+static int64_t dpoi_amx_side_of(dpoi_amx_side *s, const dpoi_attention *g, const float *x, int type, int64_t length,
+                                int scores, int mix, float *work)
 {
-    dpoi_attention *g = &t->g;
-    int64_t heads, worth, k, v;
-    *g = dpoi_attention_of(cpu, a);
-    heads = g->N*g->heads;
-    for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
-    t->y_type = a->out.dtype;
-    t->deep = dpoi_pieces(g->d, 32);  t->wide = dpoi_pieces(g->d, 16);  t->keys = dpoi_pieces(g->S, 32);
-    t->blocks = dpoi_pieces(g->T, 32);
-    t->units = heads*t->blocks;
-    worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
-    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
-    k = heads*t->keys*2*t->deep*DPOI_TILE_SIZE/2;
-    v = heads*t->keys*t->wide*DPOI_TILE_SIZE/2;
-    t->k = (uint16_t *)(void *)g->work;
-    t->v = g->work ? (uint16_t *)(void *)(g->work + k) : NULL;
-    t->scratch = g->work ? g->work + k + v : NULL;
-    return k + v + t->jobs*dpoi_amx_attention_scratch(t);
+    int64_t at = 0;
+    s->g = g;  s->x = x;  s->type = type;  s->length = length;
+    s->deep = dpoi_pieces(g->d, 32);  s->wide = dpoi_pieces(g->d, 16);
+    s->scores = s->mix = NULL;
+    if (scores) { s->scores = (uint16_t *)(void *)work;  at = dpoi_amx_side_size(s, 2*s->deep)/2; }
+    if (mix)    { s->mix = work ? (uint16_t *)(void *)(work + at) : NULL;  at += dpoi_amx_side_size(s, s->wide)/2; }
+    return at;
 }
 
 /* y[c][r] = x[r][c] of 16 by 16. */
@@ -13068,112 +13422,92 @@ DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
     for (int k = 0; k < 4; k++) dpoi_transpose_avx2(x + k/2*128 + k % 2*8, 16, y + k % 2*128 + k/2*8, 16);
 }
 
-/* 32 keys of one head. */
-DPOI_AMX static void dpoi_amx_attention_pack_task(void *arg, int64_t task)
+/* 32 rows from `row` on of one head that starts at x[at]. */
+DPOI_AMX static void dpoi_amx_side_scores(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
 {
-    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
-    const dpoi_attention *g = &t->g;
-    int64_t head = task/t->keys, key = task % t->keys*32, at = head/g->heads*g->S*g->D + head % g->heads*g->d;
-    uint16_t *k = t->k + task*2*t->deep*DPOI_TILE_SIZE, *v = t->v + task*t->wide*DPOI_TILE_SIZE;
     float words[256] DPOI_ALIGNED;
     for (int64_t half = 0; half < 2; half++)
-        for (int64_t c = 0; c < t->deep; c++, k += DPOI_TILE_SIZE) {
+        for (int64_t c = 0; c < s->deep; c++, to += DPOI_TILE_SIZE) {
             for (int64_t i = 0; i < 16; i++) {
-                int64_t j = key + half*16 + i;
-                const float *x = dpoi_amx_at(g->k, t->type[1], at + j*g->D + c*32);
+                int64_t j = row + half*16 + i;
                 __m512i line = _mm512_setzero_si512();
-                if (j < g->S) line = dpoi_amx_line(x, t->type[1], g->d - c*32);
+                if (j < s->length) line = dpoi_amx_line(dpoi_amx_at(s->x, s->type, at + j*s->g->D + c*32), s->type,
+                                                        s->g->d - c*32);
                 _mm512_store_si512(words + i*16, line);
             }
-            dpoi_amx_turn(words, (float *)(void *)k);
-        }
-    for (int64_t c = 0; c < t->wide; c++)
-        for (int64_t i = 0; i < 16; i++, v += 32) {
-            int64_t j = key + 2*i, from = at + j*g->D + c*16;
-            const float *x = j < g->S ? dpoi_amx_at(g->v, t->type[2], from) : NULL;
-            const float *y = j + 1 < g->S ? dpoi_amx_at(g->v, t->type[2], from + g->D) : NULL;
-            _mm512_storeu_si512(v, dpoi_amx_pair(x, y, t->type[2], g->d - c*16));
+            dpoi_amx_turn(words, (float *)(void *)to);
         }
 }
 
-/* What one unit works with. */
-typedef struct dpoi_amx_unit {
-    int64_t head, first, rows;            /* queries first..first+rows-1 */
-    uint16_t *q, *p;
-    float  *s, *o;
-    float   most[32], sum[32];
-} dpoi_amx_unit;
+DPOI_AMX static void dpoi_amx_side_mix(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
+{
+    int64_t D = s->g->D;
+    for (int64_t c = 0; c < s->wide; c++)
+        for (int64_t i = 0; i < 16; i++, to += 32) {
+            int64_t j = row + 2*i, from = at + j*D + c*16;
+            const float *x = j < s->length ? dpoi_amx_at(s->x, s->type, from) : NULL;
+            const float *y = j + 1 < s->length ? dpoi_amx_at(s->x, s->type, from + D) : NULL;
+            _mm512_storeu_si512(to, dpoi_amx_pair(x, y, s->type, s->g->d - c*16));
+        }
+}
 
-/* s [32][256] = q k^T for tiles from..to-1 of 32 keys. */
-DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
+DPOI_AMX static void dpoi_amx_side_task(void *arg, int64_t task)
+{
+    const dpoi_amx_side *s = (const dpoi_amx_side *)arg;
+    int64_t tiles = dpoi_amx_side_tiles(s), head = task/tiles, row = task % tiles*32;
+    int64_t at = head/s->g->heads*s->length*s->g->D + head % s->g->heads*s->g->d;
+    if (s->scores) dpoi_amx_side_scores(s, at, row, s->scores + task*2*s->deep*DPOI_TILE_SIZE);
+    if (s->mix)    dpoi_amx_side_mix(s, at, row, s->mix + task*s->wide*DPOI_TILE_SIZE);
+}
+
+static void dpoi_amx_side_run(dpoi_amx_side *s)
+{
+    dpoi_parallel(s->g->cpu, s->g->N*s->g->heads*dpoi_amx_side_tiles(s), dpoi_amx_side_task, s);
+}
+
+/* 32 rows of a head that stand still: first..first+rows-1 of x, into a [d/32][2][16][32], zeros after them. */
+DPOI_AMX static void dpoi_amx_rows(const dpoi_amx_side *s, int64_t head, int64_t first, int64_t rows, uint16_t *a)
+{
+    int64_t at = (head/s->g->heads*s->length + first)*s->g->D + head % s->g->heads*s->g->d;
+    for (int64_t i = 0; i < 32; i++)
+        if (i < rows) dpoi_amx_put(a + i*32, 0, dpoi_amx_at(s->x, s->type, at + i*s->g->D), s->type, s->g->d);
+        else          dpoi_amx_put(a + i*32, 0, NULL, DPO_F32, s->deep*32);
+}
+
+/* s [32][row] = a b^T for packs from..to-1 of one head of b; `two`: rows 16 to 31 are wanted. */
+DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *a,
+                                     int two, float *s, int64_t row)
 {
     dpoi_amx_strip r;
-    float *s = u->s;
-    r.steps = t->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
-    r.a[0] = u->q;
-    r.a[1] = u->rows > 16 ? u->q + DPOI_TILE_SIZE : NULL;
+    r.steps = b->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
+    r.a[0] = a;
+    r.a[1] = two ? a + DPOI_TILE_SIZE : NULL;
     for (; from < to; from++, s += 32) {
-        r.b[0] = t->k + (u->head*t->keys + from)*2*t->deep*DPOI_TILE_SIZE;
-        r.b[1] = r.b[0] + t->deep*DPOI_TILE_SIZE;
+        r.b[0] = b->scores + (head*dpoi_amx_side_tiles(b) + from)*2*b->deep*DPOI_TILE_SIZE;
+        r.b[1] = r.b[0] + b->deep*DPOI_TILE_SIZE;
         dpoi_amx_zero();
         dpoi_amx_run(&r);
-        _tile_stored(0, s, DPOI_AMX_KEYS*4);
-        _tile_stored(1, s + 16, DPOI_AMX_KEYS*4);
-        _tile_stored(2, s + 16*DPOI_AMX_KEYS, DPOI_AMX_KEYS*4);
-        _tile_stored(3, s + 16*DPOI_AMX_KEYS + 16, DPOI_AMX_KEYS*4);
+        _tile_stored(0, s, row*4);
+        _tile_stored(1, s + 16, row*4);
+        _tile_stored(2, s + 16*row, row*4);
+        _tile_stored(3, s + 16*row + 16, row*4);
     }
 }
 
-/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
-   most, sum and o move to the new maximum as in dpoi_scores_forward_avx512. */
-DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+/* o [32][wide*16] += p b for packs from..to-1 of one head of b; p [to-from][2][16][32]. */
+DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *p,
+                                     int two, float *o)
 {
-    const float *s = u->s + i*DPOI_AMX_KEYS;
-    uint16_t *p = u->p + i*32;
-    __m512 scale = _mm512_set1_ps(t->g.scale), low = _mm512_set1_ps(-INFINITY), high = low, sum = _mm512_setzero_ps();
-    float most = u->most[i], shrink;
-    for (int64_t j = 0; j < seen; j += 16) {
-        __mmask16 k = seen - j >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (seen - j)) - 1);
-        high = _mm512_max_ps(high, _mm512_mask_loadu_ps(low, k, s + j));
-    }
-    if (seen > 0) {                       /* scale is positive */
-        float largest = _mm512_reduce_max_ps(high)*t->g.scale;
-        if (!(largest <= most)) most = largest;
-    }
-    high = _mm512_set1_ps(most);
-    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
-        int64_t left = seen - j;
-        __mmask32 k = left >= 32 ? 0xffffffffu : left <= 0 ? 0 : (__mmask32)((1u << left) - 1);
-        __m512 f = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, high));
-        __m512 h = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, high));
-        f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
-        h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
-        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
-        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
-    }
-    shrink = _mm512_cvtss_f32(dpoi_exp_score_avx512(_mm512_set1_ps(u->most[i] - most)));
-    if (!(u->most[i] > -INFINITY)) shrink = 0;
-    u->sum[i] = u->sum[i]*shrink + _mm512_reduce_add_ps(sum);
-    if (most != u->most[i])
-        for (int64_t c = 0; c < t->wide*16; c += 16) {
-            float *o = u->o + i*t->wide*16 + c;
-            _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
-        }
-    u->most[i] = most;
-}
-
-/* o += p v for tiles from..to-1 of 32 keys. */
-DPOI_AMX static void dpoi_amx_mix(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t from, int64_t to)
-{
-    int64_t row = t->wide*16*4, half = t->wide*16*16;
+    int64_t row = b->wide*16*4, half = b->wide*16*16;
     dpoi_amx_strip r;
-    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.b_step = t->wide*DPOI_TILE_SIZE;  r.b_row = 64;
-    r.a[0] = u->p;
-    r.a[1] = u->rows > 16 ? u->p + DPOI_TILE_SIZE : NULL;
-    for (int64_t c = 0; c < t->wide; c += 2) {
-        float *o = u->o + c*16, *last = c + 1 < t->wide ? o + 16 : o;      /* a lone tile: loaded twice */
-        r.b[0] = t->v + ((u->head*t->keys + from)*t->wide + c)*DPOI_TILE_SIZE;
-        r.b[1] = c + 1 < t->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
+    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = b->wide*DPOI_TILE_SIZE;
+    r.b_row = 64;
+    r.a[0] = p;
+    r.a[1] = two ? p + DPOI_TILE_SIZE : NULL;
+    for (int64_t c = 0; c < b->wide; c += 2, o += 32) {
+        float *last = c + 1 < b->wide ? o + 16 : o;                         /* a lone tile: loaded twice */
+        r.b[0] = b->mix + ((head*dpoi_amx_side_tiles(b) + from)*b->wide + c)*DPOI_TILE_SIZE;
+        r.b[1] = c + 1 < b->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
         _tile_loadd(0, o, row);         _tile_loadd(1, last, row);
         _tile_loadd(2, o + half, row);  _tile_loadd(3, last + half, row);
         dpoi_amx_run(&r);
@@ -13185,57 +13519,326 @@ DPOI_AMX static void dpoi_amx_mix(const dpoi_amx_attention *t, const dpoi_amx_un
     }
 }
 
-/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
-DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by the polynomial of degree 4 that has the least relative error there,
+   2.6e-6, which is a thousandth of what rounding to BF16 takes. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_exp2(__m512 x)
+{
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), e = _mm512_set1_ps(0.0095701f);
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.05591786f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.24024745f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.69312181f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.99999926f));
+    return _mm512_scalef_ps(e, n);
+}
+
+/* Those of 32 columns from `from` on that lie in low..high-1. */
+static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
+{
+    int64_t a = dpoi_most(0, dpoi_least(32, low - from)), b = dpoi_most(a, dpoi_least(32, high - from));
+    return (uint32_t)((((uint64_t)1 << b) - 1) & ~(((uint64_t)1 << a) - 1));
+}
+
+#define DPOI_LOG2E 1.44269504f
+
+/* A job's share of work: rows first..first+rows-1 of one head, a and a2 [d/32][2][16][32], scores s and t, p and ds
+   [block/32][2][16][32], results o and o2 [32][wide*16]. */
+typedef struct dpoi_amx_unit {
+    int64_t head, first, rows;
+    uint16_t *a, *a2, *p, *ds;
+    float  *s, *t, *o, *o2;
+    float   most[32], sum[32][16];
+} dpoi_amx_unit;
+
+/* sides: q, k, v, do.  In forward scratch has the first of each pair above alone. */
+typedef struct dpoi_amx_attention {
+    dpoi_attention g;
+    dpoi_amx_side side[4];
+    int     type[4], y_type;              /* of q, k, v and o, and of do: F32 or BF16 */
+    int     by_key;                       /* backward: rows are keys */
+    float  *lse;                          /* [N,heads,T] over ln 2 */
+    int64_t blocks, jobs, units;          /* of 32 rows a head; of work */
+    float  *scratch;
+} dpoi_amx_attention;
+
+/* Floats a job: as dpoi_amx_unit says, [32][256] scores or two [32][128]. */
+static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+{
+    const dpoi_amx_side *s = t->side;
+    return 2*s->deep*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 2*32*s->wide*16;
+}
+
+static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job)
+{
+    const dpoi_amx_side *s = t->side;
+    dpoi_amx_unit u;
+    memset(&u, 0, sizeof u);
+    u.s  = t->scratch + job*dpoi_amx_attention_scratch(t);
+    u.t  = u.s + 32*DPOI_AMX_BACK;
+    u.o  = u.s + 32*DPOI_AMX_KEYS;
+    u.o2 = u.o + 32*s->wide*16;
+    u.p  = (uint16_t *)(void *)(u.o2 + 32*s->wide*16);
+    u.ds = u.p + DPOI_AMX_BACK/32*2*DPOI_TILE_SIZE;
+    u.a  = u.p + DPOI_AMX_KEYS/32*2*DPOI_TILE_SIZE;
+    u.a2 = u.a + s->deep*2*DPOI_TILE_SIZE;
+    return u;
+}
+
+/* Deals the rows of `length` out to jobs. */
+static void dpoi_amx_attention_split(dpoi_amx_attention *t, int64_t length)
 {
     const dpoi_attention *g = &t->g;
-    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->wide*16;
-    int64_t keys = dpoi_pieces(g->causal ? u->first + u->rows : g->S, 32);
-    memset(u->o, 0, (size_t)(32*size)*sizeof(float));
-    for (int64_t i = 0; i < 32; i++) {
-        u->most[i] = -INFINITY;  u->sum[i] = 0;
-        if (i < u->rows) dpoi_amx_put(u->q + i*32, 0, dpoi_amx_at(g->q, t->type[0], at + i*g->D), t->type[0], g->d);
-        else             dpoi_amx_put(u->q + i*32, 0, NULL, DPO_F32, t->deep*32);
+    int64_t worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
+    t->blocks = dpoi_pieces(length, 32);
+    t->units = g->N*g->heads*t->blocks;
+    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
+}
+
+/* Lays out work, which is NULL when its size is asked for; returns its floats. */
+static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_attention *t)
+{
+    dpoi_attention *g = &t->g;
+    const float *x[4];
+    float *work;
+    int64_t at = 0;
+    int back = a->backward;
+    *g = dpoi_attention_of(cpu, a);
+    for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
+    t->type[3] = a->dout.dtype;
+    t->y_type = a->out.dtype;
+    x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
+    work = g->work;
+    g->delta = work;
+    t->lse = work ? work + g->N*g->heads*g->T : NULL;
+    if (back) at = dpoi_pieces(2*g->N*g->heads*g->T, 16)*16;
+    for (int i = 0; i < 4; i++)
+        at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], i == 1 || i == 2 ? g->S : g->T, back || i == 1,
+                               back ? i != 2 : i == 2, work ? work + at : NULL);
+    t->scratch = work ? work + at : NULL;
+    dpoi_amx_attention_split(t, back && g->S > g->T ? g->S : g->T);
+    return at + t->jobs*dpoi_amx_attention_scratch(t);
+}
+
+/* The largest of a row's `seen` scores. */
+DPOI_AMX static float dpoi_amx_largest(const float *s, int64_t seen)
+{
+    __m512 low = _mm512_set1_ps(-INFINITY), a = low, b = low;
+    int64_t j = 0;
+    for (; j + 32 <= seen; j += 32) {
+        a = _mm512_max_ps(a, _mm512_loadu_ps(s + j));
+        b = _mm512_max_ps(b, _mm512_loadu_ps(s + j + 16));
     }
-    DPOI_AMX_READY();
-    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
-        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32);
-        dpoi_amx_scores(t, u, from, to);
-        for (int i = 0; i < (u->rows > 16 ? 32 : 16); i++) {
-            int64_t wide = (to - from)*32, seen = g->causal ? u->first + i + 1 : g->S;
-            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
-            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+    for (; j < seen; j += 16)
+        a = _mm512_max_ps(a, _mm512_mask_loadu_ps(low, (__mmask16)dpoi_amx_seen(j, 0, seen), s + j));
+    return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+}
+
+/* Row i meets a larger score: what it has summed shrinks by 2^(most - now); before the first it is zero. */
+DPOI_AMX static void dpoi_amx_shrink(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, float now)
+{
+    __m512 shrink = dpoi_amx_exp2(_mm512_set1_ps(u->most[i] > -INFINITY ? u->most[i] - now : 0));
+    int64_t size = t->side->wide*16;
+    float *o = u->o + i*size;
+    u->most[i] = now;
+    _mm512_storeu_ps(u->sum[i], _mm512_mul_ps(_mm512_loadu_ps(u->sum[i]), shrink));
+    for (int64_t c = 0; c < size; c += 16) _mm512_storeu_ps(o + c, _mm512_mul_ps(_mm512_loadu_ps(o + c), shrink));
+}
+
+/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
+   most, in powers of two, sum and o move to the new maximum.  Sums stay apart in 16 lanes to the end. */
+DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+{
+    const float *s = u->s + i*DPOI_AMX_KEYS;
+    uint16_t *p = u->p + i*32;
+    float now = dpoi_amx_largest(s, seen)*t->g.scale*DPOI_LOG2E;            /* scale is positive */
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), most, sum;
+    if (!(now <= u->most[i])) dpoi_amx_shrink(t, u, i, now);
+    most = _mm512_set1_ps(u->most[i]);
+    sum = _mm512_loadu_ps(u->sum[i]);
+    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
+        __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, most));
+        __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, most));
+        if (j + 32 > seen) {
+            uint32_t k = dpoi_amx_seen(j, 0, seen);
+            f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
+            h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
         }
-        DPOI_AMX_READY();
-        dpoi_amx_mix(t, u, from, to);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
+        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
     }
+    _mm512_storeu_ps(u->sum[i], sum);
+}
+
+/* o divided by the sums, and lse. */
+DPOI_AMX static void dpoi_amx_attention_end(const dpoi_amx_attention *t, const dpoi_amx_unit *u)
+{
+    const dpoi_attention *g = &t->g;
+    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->side->wide*16;
     for (int64_t i = 0; i < u->rows; i++) {
-        __m512 share = _mm512_set1_ps(1/u->sum[i]);
-        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i] + logf(u->sum[i]);
+        float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(u->sum[i]));
+        __m512 share = _mm512_set1_ps(1/sum);
+        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i]/DPOI_LOG2E + logf(sum);
         for (int64_t c = 0; c < g->d; c += 16) {
-            __mmask16 k = g->d - c >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (g->d - c)) - 1);
             __m512 f = _mm512_mul_ps(_mm512_loadu_ps(u->o + i*size + c), share);
-            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, k, 0, f, f);
+            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, (__mmask16)dpoi_amx_seen(c, 0, g->d), 0, f, f);
         }
     }
 }
 
-/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
-DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
+/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
+DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
 {
-    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
-    dpoi_amx_unit u;
-    u.s = t->scratch + job*dpoi_amx_attention_scratch(t);
-    u.o = u.s + 32*DPOI_AMX_KEYS;
-    u.q = (uint16_t *)(void *)(u.o + 32*t->wide*16);
-    u.p = u.q + t->deep*2*DPOI_TILE_SIZE;
+    const dpoi_attention *g = &t->g;
+    int64_t keys = dpoi_pieces(g->causal ? dpoi_least(u->first + u->rows, g->S) : g->S, 32);
+    int two = u->rows > 16;
+    memset(u->o, 0, (size_t)(32*t->side->wide*16)*sizeof(float));
+    memset(u->sum, 0, sizeof u->sum);
+    for (int64_t i = 0; i < 32; i++) u->most[i] = -INFINITY;
+    dpoi_amx_rows(&t->side[0], u->head, u->first, u->rows, u->a);
+    DPOI_AMX_READY();
+    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
+        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32), wide = (to - from)*32;
+        dpoi_amx_scores(&t->side[1], u->head, from, to, u->a, two, u->s, DPOI_AMX_KEYS);
+        for (int i = 0; i < (two ? 32 : 16); i++) {
+            int64_t seen = g->causal ? u->first + i + 1 : g->S;
+            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
+            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+        }
+        DPOI_AMX_READY();
+        dpoi_amx_gather(&t->side[2], u->head, from, to, u->p, two, u->o);
+    }
+    dpoi_amx_attention_end(t, u);
+}
+
+/* Row i of p and ds/scale in tiles from columns from.. of the other axis, `wide` of them; low..high-1 are seen.  t->lse
+   is in powers of two. */
+DPOI_AMX static void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int i, int64_t from,
+                                     int64_t low, int64_t high, int64_t wide)
+{
+    const float *s = u->s + i*DPOI_AMX_BACK, *r = u->t + i*DPOI_AMX_BACK;
+    const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
+    uint16_t *p = u->p + i*32, *ds = u->ds + i*32;
+    int64_t row = dpoi_least(u->first + i, t->g.T - 1);                     /* a row that is none sees nothing */
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e = _mm512_set1_ps(lse[row]), d = _mm512_set1_ps(delta[row]);
+    __m512 f[2], h[2];
+    for (int64_t j = 0; j < wide; j += 32, p += 2*DPOI_TILE_SIZE, ds += 2*DPOI_TILE_SIZE) {
+        uint32_t seen = low <= j && j + 32 <= high ? 0xffffffffu : dpoi_amx_seen(j, low, high);
+        for (int o = 0; o < 2; o++) {
+            __mmask16 k = (__mmask16)(seen >> 16*o);
+            int64_t at = j + 16*o;
+            if (t->by_key) {
+                e = _mm512_maskz_loadu_ps(k, lse + from + at);
+                d = _mm512_maskz_loadu_ps(k, delta + from + at);
+            }
+            f[o] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale, e));
+            f[o] = _mm512_maskz_mov_ps(k, f[o]);
+            h[o] = _mm512_maskz_mul_ps(k, f[o], _mm512_sub_ps(_mm512_loadu_ps(r + at), d));
+        }
+        if (t->by_key) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
+        _mm512_storeu_si512(ds, (__m512i)_mm512_cvtne2ps_pbh(h[1], h[0]));
+    }
+}
+
+/* The unit's rows of a gradient [N,length,D] = scale o, or += . */
+DPOI_AMX static void dpoi_amx_unit_store(const dpoi_attention *g, const dpoi_amx_unit *u, int64_t length, const float *o,
+                                         float scale, float *y, int add)
+{
+    int64_t size = dpoi_pieces(g->d, 16)*16;
+    if (!y) return;
+    y += (u->head/g->heads*length + u->first)*g->D + u->head % g->heads*g->d;
+    for (int64_t i = 0; i < u->rows; i++, y += g->D)
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
+            __m512 f = _mm512_mul_ps(_mm512_loadu_ps(o + i*size + c), _mm512_set1_ps(scale));
+            if (add) f = _mm512_add_ps(f, _mm512_maskz_loadu_ps(k, y + c));
+            _mm512_mask_storeu_ps(y + c, k, f);
+        }
+}
+
+/* Rows first.. of one head, led along the other axis' `along` rows, which are sides b (meets a) and b2 (meets a2). */
+DPOI_AMX static void dpoi_amx_back_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+{
+    const dpoi_attention *g = &t->g;
+    const dpoi_amx_side *a = &t->side[t->by_key ? 1 : 0], *a2 = &t->side[t->by_key ? 2 : 3];
+    const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
+    int64_t end = g->causal && !t->by_key ? dpoi_least(u->first + u->rows, b->length) : b->length;
+    int64_t from = g->causal && t->by_key ? u->first/32 : 0, tiles = dpoi_pieces(end, 32);
+    int two = u->rows > 16;
+    memset(u->o, 0, (size_t)(2*32*a->wide*16)*sizeof(float));
+    dpoi_amx_rows(a, u->head, u->first, u->rows, u->a);
+    dpoi_amx_rows(a2, u->head, u->first, u->rows, u->a2);
+    DPOI_AMX_READY();
+    for (; from < tiles; from += DPOI_AMX_BACK/32) {
+        int64_t to = dpoi_least(tiles, from + DPOI_AMX_BACK/32), wide = (to - from)*32;
+        dpoi_amx_scores(b, u->head, from, to, u->a, two, u->s, DPOI_AMX_BACK);
+        dpoi_amx_scores(b2, u->head, from, to, u->a2, two, u->t, DPOI_AMX_BACK);
+        for (int i = 0; i < (two ? 32 : 16); i++) {
+            int64_t low = 0, high = i < u->rows ? b->length - from*32 : 0;
+            if (g->causal && t->by_key) low = u->first + i - from*32;
+            if (g->causal && !t->by_key) high = dpoi_least(high, u->first + i + 1 - from*32);
+            dpoi_amx_slopes(t, u, i, from*32, low, high, wide);
+        }
+        DPOI_AMX_READY();
+        if (!t->by_key || g->dk) dpoi_amx_gather(b, u->head, from, to, u->ds, two, u->o);
+        if (t->by_key && g->dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, two, u->o2);
+    }
+    dpoi_amx_unit_store(g, u, a->length, u->o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
+    if (t->by_key) dpoi_amx_unit_store(g, u, a->length, u->o2, 1, g->dv, (int)(g->add >> 2 & 1));
+}
+
+/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
+DPOI_AMX static void dpoi_amx_attention_jobs(const dpoi_amx_attention *t, int64_t job, int back)
+{
+    dpoi_amx_unit u = dpoi_amx_unit_of(t, job);
+    int64_t length = t->by_key ? t->g.S : t->g.T;
     dpoi_amx_begin();
     for (int64_t i = t->units*job/t->jobs; i < t->units*(job + 1)/t->jobs; i++) {
         u.head = i/t->blocks;  u.first = i % t->blocks*32;
-        u.rows = dpoi_least(32, t->g.T - u.first);
-        dpoi_amx_attention_unit(t, &u);
+        u.rows = dpoi_least(32, length - u.first);
+        if (back) dpoi_amx_back_unit(t, &u);
+        else      dpoi_amx_attention_unit(t, &u);
     }
     dpoi_amx_end();
+}
+
+static void dpoi_amx_attention_task(void *arg, int64_t job)
+{
+    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 0);
+}
+static void dpoi_amx_back_task(void *arg, int64_t job)
+{
+    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 1);
+}
+
+/* dpoi_attention_delta_task with o and do as they lie, a query's sums in one order; and lse. */
+DPOI_AMX static void dpoi_amx_delta_task(void *arg, int64_t head)
+{
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    const dpoi_attention *g = &t->g;
+    int64_t at = head/g->heads*g->T*g->D + head % g->heads*g->d;
+    for (int64_t i = 0; i < g->T; i++, at += g->D) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
+            sum = _mm512_fmadd_ps(dpoi_amx_load(g->dout, t->type[3], at + c, k),
+                                  dpoi_amx_load(g->o, t->y_type, at + c, k), sum);
+        }
+        g->delta[head*g->T + i] = _mm512_reduce_add_ps(sum);
+        t->lse[head*g->T + i] = g->lse[head*g->T + i]*DPOI_LOG2E;
+    }
+}
+
+/* Scores are made twice, as in F32. */
+static void dpoi_amx_attention_backward(dpoi_amx_attention *t)
+{
+    const dpoi_attention *g = &t->g;
+    for (int i = 0; i < 4; i++) dpoi_amx_side_run(&t->side[i]);
+    dpoi_parallel(g->cpu, g->N*g->heads, dpoi_amx_delta_task, t);
+    t->by_key = 0;
+    dpoi_amx_attention_split(t, g->T);
+    if (g->dq) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
+    t->by_key = 1;
+    dpoi_amx_attention_split(t, g->S);
+    if (g->dk || g->dv) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
 }
 #endif /* DPOI_SIMD_AMX */
 
@@ -13247,7 +13850,11 @@ static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *
     dpoi_attention g = dpoi_attention_of(NULL, a);
 #ifdef DPOI_SIMD_AMX
     dpoi_amx_attention t;
-    if (dpoi_attention_rounds(cpu, a)) return (size_t)dpoi_amx_attention_of(NULL, a, &t)*sizeof(float);
+    if (dpoi_attention_rounds(cpu, a)) {
+        dpo_args sizes = *a;
+        sizes.work = NULL;
+        return (size_t)dpoi_amx_attention_of(NULL, &sizes, &t)*sizeof(float);
+    }
 #endif
     if (cpu->isa != DPO_ISA_PLAIN) return (size_t)dpoi_attention_layout(&g, a->backward)*sizeof(float);
     return (size_t)(g.N*g.heads*DPOI_PLAIN_PARTS*2*(g.T > g.S ? g.T : g.S))*sizeof(double);
@@ -13260,7 +13867,9 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_amx_attention t;
     if (dpoi_attention_rounds(cpu, a)) {
         dpoi_amx_attention_of(cpu, a, &t);
-        dpoi_parallel(cpu, g.N*g.heads*t.keys, dpoi_amx_attention_pack_task, &t);
+        t.by_key = 0;
+        dpoi_amx_side_run(&t.side[1]);
+        dpoi_amx_side_run(&t.side[2]);
         dpoi_parallel(cpu, t.jobs, dpoi_amx_attention_task, &t);
         return DPO_OK;
     }
@@ -13280,6 +13889,14 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);
     int64_t heads = g.N*g.heads;
+#ifdef DPOI_SIMD_AMX
+    dpoi_amx_attention t;
+    if (dpoi_attention_rounds(cpu, a)) {
+        dpoi_amx_attention_of(cpu, a, &t);
+        dpoi_amx_attention_backward(&t);
+        return DPO_OK;
+    }
+#endif
     if (cpu->isa == DPO_ISA_PLAIN) {
         if (g.dq) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dq_task, &g);
         if (g.dk || g.dv) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dkv_task, &g);
@@ -13386,6 +14003,7 @@ static size_t dpoi_widened(const dpoi_cpu *cpu, const dpo_args *a, dpo_args *w, 
         if (!dpoi_narrow_view(views[i]) || dpoi_kept_narrow(cpu, a, w, views[i])) continue;
         if (work) views[i]->data = work + at;
         views[i]->dtype = DPO_F32;
+        views[i]->pairs = 0;
         at += dpoi_lines((size_t)dpoi_stored(views[i])*sizeof(float));
     }
     return at;
@@ -13513,6 +14131,7 @@ static void dpoi_cpu_fill(dpoi_cpu *cpu)
     dpo_backend *b = &cpu->backend;
     b->size = (uint32_t)sizeof *b;       b->version = DIFFDPO_VERSION;
     b->name = "cpu";                     b->self = cpu;                  b->panel = 16;
+    b->pairs = cpu->isa >= DPO_ISA_AMX;
     b->alloc = dpoi_cpu_alloc;           b->release = dpoi_cpu_release;
     b->copy = dpoi_cpu_copy_bytes;       b->zero = dpoi_cpu_zero;
     b->workspace = dpoi_cpu_workspace;   b->run = dpoi_cpu_run;
@@ -15549,7 +16168,7 @@ static int dpoi_tiles_put(const dpoi_tiles *t, dpo_tensor *y, dpo_tensor *row, i
     for (int64_t n = 0; n < row->shape[0]; n++) {
         char *to = (char *)y->data + (size_t)(n*y->shape[1] + at)*line, *from = (char *)row->data + (size_t)n*bytes;
         if (b->copy(b->self, to, from, bytes, DPO_COPY_ON) != DPO_OK)
-            return dpoi_fail(t->c, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)bytes);
+            return dpoi_fail_device(t->c, "copying", bytes);
     }
     dpoi_drop_data(row);
     return 1;
@@ -16215,17 +16834,19 @@ DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
    Mapped, then written whole or not at all: copying a file onto itself is safe. */
 static int dpoi_copy_file(dpo_ctx *c, const char *from, const char *to)
 {
-    dpoi_map map;
-    char    *folder;
-    int      ok;
+    dpoi_map  map;
+    dpoi_out *o;
+    char     *folder;
+    int       ok;
     if (!dpoi_exists(from)) return 1;
     if (!(folder = dpoi_folder_of(c, to))) return 0;
     ok = dpoi_mkdirs(c, folder) && dpoi_map_open(c, from, &map);
     dpoi_strfree(c, folder);
     if (!ok) return 0;
-    ok = dpoi_write_file(c, to, map.data, map.size);
-    dpoi_map_close(c, &map);
-    return ok;
+    o = dpoi_out_open(c, to);
+    if (o) dpoi_out_write(o, map.data, map.size);
+    dpoi_map_close(c, &map);              /* before the name changes hands: Windows replaces no file that is mapped */
+    return dpoi_out_commit(o);
 }
 
 /* Write folder/sub/name.
@@ -18751,7 +19372,7 @@ static int dpoi_copy_into(dpo_tensor *dst, int64_t at, const dpo_tensor *src)
     char        *to = (char *)dst->data + at * (int64_t)dpoi_dtype_size(dst->dtype);
     if (!dpoi_ok(dst->ctx)) return 0;
     if (b->copy(b->self, to, src->data, dpoi_view_bytes(&v), DPO_COPY_ON) == DPO_OK) return 1;
-    return dpoi_fail(dst->ctx, DPO_DEVICE, "copying %llu bytes failed", (unsigned long long)dpoi_view_bytes(&v));
+    return dpoi_fail_device(dst->ctx, "copying", dpoi_view_bytes(&v));
 }
 
 /* Keep this step's estimate of x0 for the next step, outside every scope. */
@@ -19061,9 +19682,10 @@ static dpo_tensor *dpoi_sampling_batch(dpoi_sampling *g)
         if (!x || !dpoi_stage_prepare(g, st)) return NULL;
         for (int k = 0; x && k < st->s->steps; k++) {
             int64_t scope = dpo_scope(c);
-            y = dpo_scope_end(c, scope, dpoi_sampling_step(g, st, k, x));
+            int     ok = dpoi_device_step(c, 1);
+            y = dpo_scope_end(c, scope, ok ? dpoi_sampling_step(g, st, k, x) : NULL);
             dpoi_drop_data(x);            /* nothing is recorded here, so nobody reads it again */
-            x = y;
+            x = dpoi_device_step(c, 0) ? y : NULL;
             if (x && !dpoi_sampling_tell(g, ++step, x)) return NULL;
         }
     }
@@ -20169,7 +20791,7 @@ static int dpoi_optim_record(dpo_optim *o, float lr)
     r[DPO_REC_BIAS1] = (float)(1 - pow((double)o->d.beta1, k));
     r[DPO_REC_BIAS2] = (float)(o->kind == DPO_ADAFACTOR ? pow(k, -(double)o->decay) : 1 - pow((double)o->d.beta2, k));
     if (b->copy(b->self, o->record->data, r, sizeof r, DPO_COPY_UP) == DPO_OK) return 1;
-    return dpoi_fail(o->c, DPO_DEVICE, "copying the step record failed");
+    return dpoi_fail_device(o->c, "copying the step record of", sizeof r);
 }
 
 /* Three sweeps over the parameters: squares, update, clearing.  All factors are on the device: what the host hands over
@@ -23334,7 +23956,8 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: lr, beta, empty_prompts, average, rank or alpha out of range");
     if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
         !(d->noise_offset >= 0 && d->noise_offset < 100) ||
-        !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
+        !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) ||
+        !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
         d->bucket_step < 0 || d->keep < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
                          "bucket_step or keep out of range");
@@ -24639,24 +25262,32 @@ static int dpoi_train_update(dpo_trainer *t, float lr)
     return !t->average || dpo_average(t->c, t->average, t->params, t->count, decay);
 }
 
+/* All that the device does in a step, from draws to weights; *updating: when the gradients were there. */
+static int dpoi_train_work(dpo_trainer *t, float lr, double *updating)
+{
+    for (int k = 0; k < t->d.accumulation; k++)
+        if (!dpoi_train_micro(t, k)) return 0;
+    *updating = dpo_seconds();
+    if (!dpoi_train_reduce(t)) return 0;
+    t->phase = DPOI_UPDATE;
+    return dpoi_train_update(t, lr);
+}
+
 /* The figures are read only after the whole step was handed to the device.
    The learning rate is that of the number of steps done before, 0 at the first. */
 DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
     dpo_progress p;
-    double       started = dpo_seconds(), updating;
+    double       started = dpo_seconds(), updating = started;
     float        lr;
+    int          ok;
     if (!dpoi_train_ready(t)) return 0;
     memset(&p, 0, sizeof p);
     t->phase = DPOI_GRADIENTS;
     t->data = 0;
     lr = dpoi_train_rate(t);
-    for (int k = 0; k < t->d.accumulation; k++)
-        if (!dpoi_train_micro(t, k)) return 0;
-    updating = dpo_seconds();
-    if (!dpoi_train_reduce(t)) return 0;
-    t->phase = DPOI_UPDATE;
-    if (!dpoi_train_update(t, lr)) return 0;
+    ok = dpoi_device_step(t->c, 1) && dpoi_train_work(t, lr, &updating);
+    if (!dpoi_device_step(t->c, 0) || !ok) return 0;
     t->phase = DPOI_BETWEEN;
     t->steps_done++;
     p.seconds_optimizer = dpo_seconds() - updating;

@@ -204,6 +204,7 @@ static void  meter_release(void *s, void *p, size_t n)     { meter_of(s)->inner-
 static int   meter_copy(void *s, void *to, const void *from, size_t n, int d) { return meter_of(s)->inner->copy(meter_of(s)->inner->self, to, from, n, d); }
 static int   meter_zero(void *s, void *p, size_t n)        { return meter_of(s)->inner->zero(meter_of(s)->inner->self, p, n); }
 static size_t meter_workspace(void *s, const dpo_args *a)  { return meter_of(s)->inner->workspace(meter_of(s)->inner->self, a); }
+static int   meter_step(void *s, int begin)                { return meter_of(s)->inner->step(meter_of(s)->inner->self, begin); }
 static int   meter_sync(void *s)                           { return meter_of(s)->inner->sync(meter_of(s)->inner->self); }
 static const char *meter_explain(void *s)                  { return meter_of(s)->inner->explain(meter_of(s)->inner->self); }
 static void  meter_close(void *s)                          { meter_of(s)->inner->close(meter_of(s)->inner->self); }
@@ -222,6 +223,7 @@ static dpo_backend *meter_open(meter *m, dpo_backend *inner)
     m->shell.workspace = meter_workspace;
     m->shell.run = meter_run;
     m->shell.sync = meter_sync;
+    m->shell.step = inner->step ? meter_step : NULL;
     m->shell.explain = meter_explain;
     m->shell.close = meter_close;
     return &m->shell;
@@ -283,7 +285,9 @@ static dpo_ctx *open_context(const options *o, meter *m)
     dpo_desc d = desc_of(o);
     if (strcmp(o->device, "cuda") == 0) {
 #ifdef DIFFDPO_CUDA
-        d.backend = meter_open(m, dpo_cuda_open(0, DIFFDPO_VERSION));
+        dpo_backend *b = dpo_cuda_open(0, DIFFDPO_VERSION);
+        dpo_cuda_set(b, DPO_CUDA_PRODUCTS, o->products);
+        d.backend = meter_open(m, b);
 #else
         fprintf(stderr, "bench: this build has no CUDA; see the build line of diffdpo_cuda.cu\n");
         return NULL;
@@ -364,14 +368,19 @@ static double timed_step(bench *b)
 {
     double     start = dpo_seconds(), seconds;
     int64_t    scope = dpo_scope(b->c), skipped;
-    step_in    in = draw(b);
-    step_out   out = forward(b, &in);
+    int        replay = b->m.inner->step && !b->m.timed;       /* the device may replay a whole step; --profile wants each call */
+    step_in    in;
+    step_out   out;
     float      loss = NAN, norm = NAN;
+    if (replay) b->m.inner->step(b->m.inner->self, 1);
+    in = draw(b);
+    out = forward(b, &in);
     b->step++;
     if (b->task != FORWARD) {
         dpo_backward(out.loss);
         dpo_optim_step(b->optim, 1e-6f);
     }
+    if (replay) b->m.inner->step(b->m.inner->self, 0);
     b->m.inner->sync(b->m.inner->self);
     seconds = dpo_seconds() - start;
     if (b->task != FORWARD && dpo_read(out.loss, &loss)) dpo_optim_read(b->optim, &norm, &skipped);

@@ -4,6 +4,7 @@
    run     ./emoji_data emoji-data --size 16
            ./pretrain emoji-data emoji [--steps 12000] [--batch 16] [--lr 1e-3] [--seed 1] [--bias 2]
                       [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE] [--bf16]
+                      [--device cpu|cuda]
    result  emoji/            a pipeline folder in the layout of diffusers, F16: tokenizer, text encoder, UNet, schedule
            emoji-state/      the state of the run; called again with the same settings, it goes on from there
 
@@ -180,7 +181,7 @@ static int write_folder(dpo_ctx *c, const vocabulary *v, const char *folder)
 typedef struct {
     const char *data, *out, *from;
     int64_t     steps, stop;
-    int         batch, threads, bf16;     /* bf16: products of rounded factors, where the CPU has AMX */
+    int         batch, threads, bf16, cuda;     /* bf16: products of rounded factors, where the CPU has AMX */
     float       lr, bias;
     uint64_t    seed;
     double      minutes, start;
@@ -277,11 +278,12 @@ static int run(dpo_ctx *c, settings *s)
 
 int main(int argc, char **argv)
 {
-    settings s = { NULL, NULL, NULL, 12000, 0, 16, 0, 0, 1e-3f, 2, 1, 0, 0 };
+    settings s = { NULL, NULL, NULL, 12000, 0, 16, 0, 0, 0, 1e-3f, 2, 1, 0, 0 };
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(argv[i], "--steps"))        { s.steps = atoi(value); i++; }
         else if (!strcmp(argv[i], "--batch"))   { s.batch = atoi(value); i++; }
+        else if (!strcmp(argv[i], "--device")) { s.cuda = !strcmp(value, "cuda"); i++; }
         else if (!strcmp(argv[i], "--threads")) { s.threads = atoi(value); i++; }
         else if (!strcmp(argv[i], "--from"))    { s.from = value; i++; }
         else if (!strcmp(argv[i], "--bf16"))    s.bf16 = 1;
@@ -294,11 +296,19 @@ int main(int argc, char **argv)
         else s.out = argv[i];
     }
     if (!s.out) { fprintf(stderr, "usage: pretrain DATA OUT [--steps N] [--batch N] [--lr X] [--seed N]\n"
-            "                [--bias B] [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE] [--bf16]\n"); return 2; }
+            "                [--bias B] [--stop STEP] [--minutes M] [--threads N] [--from PIPELINE] [--bf16] [--device cpu|cuda]\n"); return 2; }
     dpo_desc desc = { 0 };
     desc.log = dpo_log_stderr;
     desc.threads = s.threads;
     desc.products = s.bf16 ? DPO_BF16 : DPO_F32;
+#ifdef DIFFDPO_CUDA
+    if (s.cuda) {
+        desc.backend = dpo_cuda_open(0, DIFFDPO_VERSION);
+        dpo_cuda_set(desc.backend, DPO_CUDA_PRODUCTS, desc.products);
+    }
+#else
+    if (s.cuda) { fprintf(stderr, "pretrain: this build has no CUDA; diffdpo_cuda.cu says how to make one\n"); return 2; }
+#endif
     dpo_ctx *c = dpo_open(&desc);
     int      ok = run(c, &s);
     if (!ok && !dpo_error(c)) fprintf(stderr, "pretrain: stopped\n");

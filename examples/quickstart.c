@@ -4,6 +4,7 @@
    build   cc -O2 examples/quickstart.c -o build/quickstart -lm -lpthread
    run     build/quickstart [--judge warm|soft|compact] [--seed N] [--steps N]
                             [--model DIR] [--out DIR] [--threads N] [--isa plain|avx2|avx512]
+                            [--device cpu|cuda]
    result  quickstart.html           pictures before and after, curves, win rate, settings: one file
            quickstart-out/           what it was computed from; the numbers are prompt and picture:
              base_000_0.png ...      before                aligned_000_0.png ...  after, from the same noise
@@ -37,7 +38,7 @@ enum {
 typedef struct {
     const char *model, *out;            /* folders */
     uint64_t    seed;                   /* of everything: choice of prompts, noise, adapters, order of the pairs */
-    int         threads, isa;           /* 0: all cores, the best instructions */
+    int         threads, isa, cuda;     /* 0: all cores, the best instructions, no GPU */
     int         pair_prompts;           /* prompts to make pairs of */
     int         sample_steps, batch;    /* of drawing; batch: pictures at a time */
     float       guidance;
@@ -559,19 +560,30 @@ static int find_isa(const char *name, int *isa)
     return fail("--isa is plain, avx2 or avx512, not \"%.40s\"", name);
 }
 
+/* cuda: in builds with -DDIFFDPO_CUDA and diffdpo_cuda.cu, see there. */
+static int find_device(const char *name, int *cuda)
+{
+    *cuda = !strcmp(name, "cuda");
+#ifndef DIFFDPO_CUDA
+    if (*cuda) return fail("this build has no CUDA; diffdpo_cuda.cu says how to make one");
+#endif
+    return *cuda || !strcmp(name, "cpu") ? 1 : fail("--device is cpu or cuda, not \"%.40s\"", name);
+}
+
 static int set_option(run *r, const char *name, const char *value)
 {
     settings *s = &r->s;
     int64_t   n = 0;
     int       ok;
     if (!strcmp(name, "--judge")) return (r->j = find_judge(value)) != NULL;
+    if (!strcmp(name, "--device")) return find_device(value, &s->cuda);
     if (!strcmp(name, "--isa"))   return find_isa(value, &s->isa);
     if (!strcmp(name, "--model")) return strlen(s->model = value) < 1000 ? 1 : fail("--model: this path is too long");
     if (!strcmp(name, "--out"))   return strlen(s->out = value) < 1000 ? 1 : fail("--out: this path is too long");
     if (!strcmp(name, "--seed"))    { ok = whole_number(name, value, INT64_MAX, &n); s->seed = (uint64_t)n; return ok; }
     if (!strcmp(name, "--steps"))   { ok = whole_number(name, value, 100000, &n);    s->steps = (int)n;     return ok; }
     if (!strcmp(name, "--threads")) { ok = whole_number(name, value, 1024, &n);      s->threads = (int)n;   return ok; }
-    return fail("unknown option %.40s; there are --judge --seed --steps --model --out --threads --isa", name);
+    return fail("unknown option %.40s; there are --judge --seed --steps --model --out --threads --isa --device", name);
 }
 
 static int read_options(run *r, int argc, char **argv)
@@ -593,6 +605,9 @@ static int prepare(run *r)
     memset(&d, 0, sizeof d);
     d.threads = r->s.threads;
     d.isa = r->s.isa;
+#ifdef DIFFDPO_CUDA
+    if (r->s.cuda) d.backend = dpo_cuda_open(0, DIFFDPO_VERSION);
+#endif
     if (!(r->c = dpo_open(&d))) return fail("out of memory");
     r->m = dpo_model_load(r->c, r->s.model, DPO_F32);
     if (!r->m || !add_adapters(r) || !choose_prompts(r)) return 0;

@@ -5,7 +5,7 @@
    run     build/sample MODEL "prompt" [-o out.png] [-n 4] [--negative "..."] [--steps 30] [--cfg 7] [--seed 1]
                         [--size 512x512] [--sampler dpmpp2m_karras] [--eta 0] [--rescale 0.7] [--lora FILE:0.8]
                         [--init in.png --strength 0.6] [--mask mask.png] [--refiner MODEL --refine 0.8]
-                        [--dtype f32|bf16|f16] [--batch N] [--tile 512] [--threads N]
+                        [--dtype f32|bf16|f16] [--batch N] [--tile 512] [--threads N] [--device cpu|cuda]
                         [--tokenizer FOLDER] [--config FOLDER]
    MODEL   a folder as diffusers writes it, or one .safetensors file.  Such a file has no vocabulary: CLIP's vocab.json
            and merges.txt lie in a folder "tokenizer" beside it, or --tokenizer names theirs
@@ -30,7 +30,7 @@ enum { LORAS = 8, MOST = 1000 };        /* adapters; pictures of one call */
 typedef struct {
     const char *model, *prompt, *out, *negative, *init, *mask, *refiner, *tokenizer, *config;
     const char *lora[LORAS];
-    int         loras, n, steps, seed, width, height, sampler, dtype, batch, tile, threads;
+    int         loras, n, steps, seed, width, height, sampler, dtype, batch, tile, threads, cuda;
     double      cfg, eta, rescale, strength, refine;
     double      start, told;            /* dpo_seconds(), at the last line of progress, too */
     dpo_ctx    *c;
@@ -57,6 +57,16 @@ static void on_log(void *user, int level, const char *text)
 }
 
 /* ---- The command line -------------------------------------------------------------------------------------------- */
+
+/* cuda: in builds with -DDIFFDPO_CUDA and diffdpo_cuda.cu, see there. */
+static int device(const char *text, int *cuda)
+{
+    *cuda = !strcmp(text, "cuda");
+#ifndef DIFFDPO_CUDA
+    if (*cuda) return fail("this build has no CUDA; diffdpo_cuda.cu says how to make one");
+#endif
+    return *cuda || !strcmp(text, "cpu") ? 1 : fail("--device is cpu or cuda, not \"%.40s\"", text);
+}
 
 static int whole(const char *option, const char *text, int low, int high, int *out)
 {
@@ -124,6 +134,7 @@ static int option(settings *s, const char *name, const char *v)
     if (!strcmp(name, "--seed"))     return whole(name, v, 0, 0x7fffffff - MOST, &s->seed);
     if (!strcmp(name, "--batch"))    return whole(name, v, 1, 64, &s->batch);
     if (!strcmp(name, "--tile"))     return whole(name, v, 0, 1 << 15, &s->tile);
+    if (!strcmp(name, "--device"))   return device(v, &s->cuda);
     if (!strcmp(name, "--threads"))  return whole(name, v, 0, 1024, &s->threads);
     if (!strcmp(name, "--cfg"))      return number(name, v, 0, 100, &s->cfg);
     if (!strcmp(name, "--eta"))      return number(name, v, 0, 1, &s->eta);
@@ -361,6 +372,9 @@ int main(int argc, char **argv)
     if (!parse(&s, argc, argv)) return 1;
     desc.threads = s.threads;
     desc.log = on_log;
+#ifdef DIFFDPO_CUDA
+    if (s.cuda) desc.backend = dpo_cuda_open(0, DIFFDPO_VERSION);
+#endif
     if (!(s.c = dpo_open(&desc))) return !fail("no memory");
     ok = run(&s);
     if (dpo_error(s.c)) fail("%s", dpo_error(s.c));

@@ -1,7 +1,8 @@
 /* parity.c - does diffdpo.h compute what diffusers, transformers and PyTorch compute?
 
    build   cc -O2 tests/parity.c -o build/parity -lm -lpthread
-   run     build/parity DIR [--isa plain|avx2|avx512] [--threads N]
+   run     build/parity DIR [--isa plain|avx2|avx512] [--threads N] [--device cpu|cuda]
+           cuda: built with -DDIFFDPO_CUDA and diffdpo_cuda.cu
    DIR     a folder that make_golden.py wrote: a pipeline case, schedules, or scorer
    output  a line a check: name  error  tolerance  ok | FAIL, or name  skip  reason; exit status 1 on a failure
 
@@ -16,7 +17,15 @@
 
 static dpo_desc    desc;                  /* from the command line */
 static const char *dir;
-static int         checks, failures, skips;
+static int         checks, failures, skips, cuda;
+
+static dpo_ctx *open_context(void)
+{
+#ifdef DIFFDPO_CUDA
+    if (cuda) desc.backend = dpo_cuda_open(0, DIFFDPO_VERSION);
+#endif
+    return dpo_open(&desc);
+}
 
 /* ----------------------------------------------------------------------------------------------- reporting */
 
@@ -631,7 +640,7 @@ static void check_train(const char *run)
     dpo_file   *f;
     snprintf(name, sizeof name, "train_%s", run);
     if (!exists(join(name, ".json"))) return;
-    c = dpo_open(&desc);
+    c = open_context();
     m = dpo_model_load(c, path("pipeline"), DPO_F32);
     v = dpo_json_load(c, path(join(name, ".json")));
     f = dpo_safetensors_open(c, path(join(name, ".safetensors")));
@@ -648,7 +657,7 @@ static void check_pipeline(void)
     static const char *const samples[] = {
         "sample", "img2img", "img2img_all", "inpaint", "inpaint_some", "rescaled", "refined"
     };
-    dpo_ctx   *c = dpo_open(&desc);
+    dpo_ctx   *c = open_context();
     dpo_model *m = dpo_model_load(c, path("pipeline"), DPO_F32);
     if (m) {
         check_texts(c, m);
@@ -778,7 +787,7 @@ static void check_samplers(dpo_ctx *c)
 
 static void check_schedules(void)
 {
-    dpo_ctx *c = dpo_open(&desc);
+    dpo_ctx *c = open_context();
     if (exists("alphas_cumprod.safetensors")) check_tables(c);
     if (exists("samplers.json")) check_samplers(c);
     check_context(c, "schedules");
@@ -797,7 +806,7 @@ static void check_scorer(void)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: parity DIR [--isa plain|avx2|avx512] [--threads N]\n");
+    fprintf(stderr, "usage: parity DIR [--isa plain|avx2|avx512] [--threads N] [--device cpu|cuda]\n");
     return 2;
 }
 
@@ -808,11 +817,17 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--isa") == 0 && i + 1 < argc) {
             if (!(desc.isa = one_of(argv[++i], isas, 4)) && strcmp(argv[i], "best") != 0) return usage();
+        } else if (strcmp(argv[i], "--device") == 0 && i + 1 < argc) {
+            cuda = strcmp(argv[++i], "cuda") == 0;
+            if (!cuda && strcmp(argv[i], "cpu") != 0) return usage();
         } else if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc) desc.threads = atoi(argv[++i]);
         else if (argv[i][0] != '-' && !dir) dir = argv[i];
         else return usage();
     }
     if (!dir) return usage();
+#ifndef DIFFDPO_CUDA
+    if (cuda) { fprintf(stderr, "parity: this build has no CUDA; see the build line of diffdpo_cuda.cu\n"); return 2; }
+#endif
     if (exists("pipeline/model_index.json")) check_pipeline();
     if (exists("alphas_cumprod.safetensors") || exists("samplers.json")) check_schedules();
     if (exists("scores.json")) check_scorer();

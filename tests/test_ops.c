@@ -582,6 +582,21 @@ static void check_memory(void)
     CHECK(peak[0] == second[0], "a second step allocates");
 }
 
+/* All of it on one device. */
+static void check_device(dpo_desc *d, const char *name, uint64_t *rng)
+{
+    dpo_ctx *c = dpo_open(d);
+    for (size_t i = 0; i < sizeof problems / sizeof *problems; i++) {
+        int64_t scope = dpo_scope(c);
+        check_problem(c, &problems[i], name, rng);
+        dpo_scope_end(c, scope, NULL);
+        dpo_clear_error(c);
+    }
+    check_segments(c);
+    check_misuse(c);
+    dpo_close(c);
+}
+
 int main(int argc, char **argv)
 {
     static const int         isas[3] = { DPO_ISA_PLAIN, DPO_ISA_AVX2, DPO_ISA_AVX512 };
@@ -590,21 +605,19 @@ int main(int argc, char **argv)
     check_coverage();
     for (int k = 0; k < 3; k++) {
         dpo_desc d;
-        dpo_ctx *c;
         memset(&d, 0, sizeof d);
         d.isa = isas[k];
         if (!test_has_isa(isas[k])) { SKIP("ops on %s: this machine has none", names[k]); continue; }
-        c = dpo_open(&d);
-        for (size_t i = 0; i < sizeof problems / sizeof *problems; i++) {
-            int64_t scope = dpo_scope(c);
-            check_problem(c, &problems[i], names[k], &rng);
-            dpo_scope_end(c, scope, NULL);
-            dpo_clear_error(c);
-        }
-        check_segments(c);
-        check_misuse(c);
-        dpo_close(c);
+        check_device(&d, names[k], &rng);
     }
+#ifdef DIFFDPO_CUDA
+    for (int k = 0; k < 1; k++) {
+        dpo_desc d;
+        memset(&d, 0, sizeof d);
+        d.backend = dpo_cuda_open(0, DIFFDPO_VERSION);
+        check_device(&d, "CUDA", &rng);
+    }
+#endif
     check_memory();
     return test_report();
 }

@@ -1,0 +1,548 @@
+/* checks.c - what the CUDA backend promises beside its numbers: steps that are replayed, memory, errors; and every op in every
+   type against the CPU.
+
+   build   sh tests/test_cuda.sh builds it: with the stand-in (-DSTAND_IN), or with nvcc for the GPU that is there
+   run     build/cuda/checks [seed]     from the project's folder                                                      */
+#define main tiny_model_main
+#include "../tiny_model.c"
+#undef main
+#include "../dpo_test.h"
+
+#define FOLDER "build/cuda/checks.tmp"
+#define TINY   FOLDER "/tiny"
+
+#ifdef STAND_IN
+typedef struct stand_in_control {         /* as in cuda_stand_in.h */
+    int    devices, driver, major, minor, backwards, deny_alloc, deny_launch, deny_product;
+    size_t memory, used;
+    int    allocs, launches, graphs;
+} stand_in_control;
+extern stand_in_control *stand_in(void);
+#endif
+
+static const char *why(dpo_ctx *c) { return dpo_error(c) ? dpo_error(c) : "no error"; }
+
+/* ---- a small run ------------------------------------------------------------------------------------------------ */
+
+static dpo_pairs *some_pairs(dpo_ctx *c, int n)
+{
+    dpo_pairs *p = dpo_pairs_new(c);
+    for (int i = 0; i < n; i++) {
+        dpo_image x[2];
+        char      prompt[32];
+        memset(x, 0, sizeof x);
+        snprintf(prompt, sizeof prompt, "thing %d", i / 2);
+        for (int k = 0; k < 2; k++) {
+            uint64_t state = (uint64_t)(2*i + k);
+            if (!dpo_image_new(c, 8, 8, &x[k])) return NULL;
+            for (int e = 0; e < 8*8*3; e++) x[k].rgb[e] = (uint8_t)(test_random(&state) % 160 + (k ? 0 : 95));
+        }
+        dpo_pairs_add(p, prompt, &x[0], &x[1], 1);
+        for (int k = 0; k < 2; k++) dpo_image_free(c, &x[k]);
+    }
+    return p;
+}
+
+typedef struct outcome { float *v; int64_t n; int graphs, allocs; float loss[16]; } outcome;
+
+/* Trains `steps` steps on a backend; allocs: what was asked of the device after the second step. */
+static outcome train(dpo_backend *b, int rank, int steps, float average)
+{
+    outcome        out;
+    dpo_desc       desc;
+    dpo_train_desc d = dpo_recipe_small();
+    dpo_progress   e;
+    dpo_ctx       *c;
+    dpo_model     *m;
+    dpo_trainer   *t;
+    dpo_tensor   **x;
+    int            n = 0, k = 0;
+    memset(&out, 0, sizeof out);
+    memset(&desc, 0, sizeof desc);
+    memset(&e, 0, sizeof e);
+    desc.backend = b;
+    c = dpo_open(&desc);
+    m = dpo_model_create(c, TINY, 3);
+    d.steps = steps;  d.batch = 2;  d.accumulation = 2;  d.rank = rank;  d.beta = 200;  d.seed = 7;  d.average = average;
+    t = dpo_train_begin(m, some_pairs(c, 7), &d);
+    while (dpo_train_step(t, &e)) {
+#ifdef STAND_IN
+        if (k == 5) out.allocs = stand_in()->allocs;
+#endif
+        out.loss[k++ % 16] = e.loss;
+    }
+#ifdef STAND_IN
+    out.allocs = stand_in()->allocs - out.allocs;
+#endif
+    CHECK(dpo_train_end(t) && k == steps, "training: %s", why(c));
+    x = rank ? dpo_adapter_params(dpo_model_unet(m), &n) : dpo_net_params(dpo_model_unet(m), &n);
+    for (int i = 0; i < n; i++) {
+        out.v = (float *)realloc(out.v, (size_t)(out.n + dpo_count(x[i])) * sizeof(float));
+        dpo_read(x[i], out.v + out.n);
+        out.n += dpo_count(x[i]);
+    }
+    dpo_close(c);
+    return out;
+}
+
+static dpo_backend *open_cuda(int graphs)
+{
+    dpo_backend *b = dpo_cuda_open(0, DIFFDPO_VERSION);
+    dpo_cuda_set(b, DPO_CUDA_GRAPHS, graphs);
+    return b;
+}
+
+/* The same bits whether steps are replayed or not, and the CPU's weights but for rounding. */
+static void check_replay(int rank, float average)
+{
+    enum { STEPS = 10 };
+    outcome cpu = train(NULL, rank, STEPS, average), eager = train(open_cuda(0), rank, STEPS, average), graph;
+    double  worst = 0, most = 0;
+#ifdef STAND_IN
+    int graphs = stand_in()->graphs;
+#endif
+    graph = train(open_cuda(1), rank, STEPS, average);
+    CHECK(graph.n > 0 && graph.n == eager.n && !memcmp(graph.v, eager.v, (size_t)graph.n * sizeof(float)),
+          "rank %d: replayed steps give other weights", rank);
+    CHECK(!memcmp(graph.loss, eager.loss, sizeof graph.loss), "rank %d: replayed steps report other losses", rank);
+    for (int64_t i = 0; i < graph.n && i < cpu.n; i++) {
+        worst = fmax(worst, fabs((double)graph.v[i] - cpu.v[i]));
+        most = fmax(most, fabs((double)cpu.v[i]));
+    }
+    CHECK(cpu.n == graph.n && worst <= 2e-3*most, "rank %d: weights differ from the CPU's by %g of %g", rank, worst, most);
+#ifdef STAND_IN
+    CHECK(stand_in()->graphs - graphs >= STEPS/2, "rank %d: only %d of %d steps were replayed", rank, stand_in()->graphs - graphs, STEPS);
+    CHECK(graph.allocs == 0 && eager.allocs == 0, "rank %d: %d and %d allocations after the sixth step", rank, graph.allocs, eager.allocs);
+    CHECK(stand_in()->used == 0, "%zu bytes of the device were not given back", stand_in()->used);
+#endif
+    free(cpu.v);
+    free(eager.v);
+    free(graph.v);
+}
+
+
+/* Two pictures in 12 steps, twice: every step but the first few is a replay, and the bytes are those without. */
+static void check_sampling(void)
+{
+    static const char *const prompts[2] = { "thing 1", "thing 2" };
+    uint8_t rgb[2][2][2*8*8*3];
+    int     graphs[2] = { 0, 0 };
+    for (int k = 0; k < 2; k++) {
+        dpo_sample_desc d;
+        dpo_desc        desc;
+        dpo_ctx        *c;
+        dpo_model      *m;
+        memset(&d, 0, sizeof d);
+        memset(&desc, 0, sizeof desc);
+        desc.backend = open_cuda(k);
+        c = dpo_open(&desc);
+        m = dpo_model_create(c, TINY, 3);
+        d.n = 2;  d.steps = 12;  d.guidance = 3;  d.eta = 1;  d.seed = 5;  d.prompts = prompts;
+#ifdef STAND_IN
+        graphs[k] = stand_in()->graphs;
+#endif
+        for (int i = 0; i < 2; i++) CHECK(dpo_sample(m, &d, rgb[k][i]), "sampling: %s", why(c));
+#ifdef STAND_IN
+        graphs[k] = stand_in()->graphs - graphs[k];
+#endif
+        dpo_close(c);
+    }
+    CHECK(!memcmp(rgb[0], rgb[1], sizeof rgb[0]), "replayed steps draw other pictures");
+#ifdef STAND_IN
+    CHECK(graphs[0] == 0 && graphs[1] >= 12, "%d of 24 steps of sampling were replayed", graphs[1]);
+#endif
+}
+
+/* ---- every op in every type ------------------------------------------------------------------------------------- */
+
+/* A call made from a seed, the same on every backend: its result and the gradients of its inputs. */
+typedef struct probe {
+    dpo_ctx    *c;
+    uint64_t    seed;
+    int         dtype, exact;             /* exact: factors are BF16, products of them differ by the order of sums alone */
+    char        name[128];
+    dpo_tensor *in[8];
+    int         count;
+    float      *out[9];
+    int64_t     n[9];
+} probe;
+
+static int pick(probe *p, int least, int most) { return least + (int)(test_random(&p->seed) % (uint64_t)(most - least + 1)); }
+
+/* The next input: normal numbers of type p->dtype (rounded to BF16 first, so that all types hold them), or a weight. */
+static dpo_tensor *input(probe *p, int weight, int rank, int64_t a, int64_t b, int64_t d, int64_t e)
+{
+    int64_t     shape[4] = { a, b, d, e }, n = a*b*d*e;
+    float      *v = (float *)malloc((size_t)n * sizeof *v);
+    dpo_tensor *x;
+    for (int64_t i = 0; i < n; i++) v[i] = dpoi_bf16_to_f32(dpoi_f32_to_bf16((float)test_normal(&p->seed) * (weight ? 0.3f : 1)));
+    if (weight) { x = dpo_weight_new(p->c, p->dtype, rank, shape, "w"); dpo_write(x, v); }
+    else x = dpo_tensor_from(p->c, p->dtype, rank, shape, v);
+    if (x) x->needs_grad = 1;
+    free(v);
+    return p->in[p->count++] = x;
+}
+
+/* wide: channels are multiples of 8, and many. */
+static dpo_tensor *probe_conv(probe *p, int wide)
+{
+    int64_t   N = pick(p, 1, 3), H = pick(p, 3, 12), W = pick(p, 3, 12), I = wide ? 8*pick(p, 1, 20) : pick(p, 1, 40), k = pick(p, 0, 2) ? 3 : 1;
+    int64_t   O = wide ? 8*pick(p, 1, 20) : pick(p, 1, 70), r = pick(p, 0, 2) ? 0 : pick(p, 1, 9), stride = pick(p, 1, 2), y, x;
+    int       pad[4] = { 0, 0, 0, 0 };
+    dpo_extra e;
+    dpo_tensor *in, *w, *bias = NULL;
+    memset(&e, 0, sizeof e);
+    if (k == 3) for (int i = 0; i < 4; i++) pad[i] = pick(p, 0, 1);
+    y = (H + pad[0] + pad[1] - k)/stride + 1;
+    x = (W + pad[2] + pad[3] - k)/stride + 1;
+    snprintf(p->name, sizeof p->name, "conv %dx%dx%dx%d to %d, kernel %d, stride %d, rank %d", (int)N, (int)H, (int)W, (int)I, (int)O, (int)k, (int)stride, (int)r);
+    in = input(p, 0, 4, N, H, W, I);
+    w = input(p, 1, 4, O, k, k, I);
+    if (pick(p, 0, 1)) bias = input(p, 0, 1, O, 1, 1, 1);
+    if (pick(p, 0, 1)) e.vec = input(p, 0, 2, N, O, 1, 1);
+    if (pick(p, 0, 1)) e.residual = input(p, 0, 4, N, y, x, O);
+    if (r) {
+        e.scale = 0.5f;
+        e.down = input(p, 1, 4, r, k, k, I);
+        e.up = input(p, 1, 4, O, 1, 1, r);
+        if (pick(p, 0, 1)) e.strength = input(p, 0, 1, N, 1, 1, 1);
+        p->exact = 0;                     /* x down is rounded in between */
+    }
+    e.act = pick(p, 0, 3) ? DPO_NONE : DPO_SILU;
+    if (e.act) p->exact = 0;              /* its slope makes dy other numbers */
+    return dpo_conv2d(p->c, in, w, bias, (int)stride, pad, &e);
+}
+
+static dpo_tensor *probe_attention(probe *p, int wide)
+{
+    int64_t N = pick(p, 1, 2), heads = pick(p, 1, 3), d = wide ? 8*pick(p, 1, 20) : pick(p, 1, 70), T = pick(p, 1, 150), S = pick(p, 1, 150);
+    int     causal = pick(p, 0, 2) == 0;
+    dpo_tensor *q, *k, *v;
+    if (pick(p, 0, 15) == 0) d = 264;
+    if (causal) S = T;
+    snprintf(p->name, sizeof p->name, "attention %dx%d, %d keys, %d heads of %d%s", (int)N, (int)T, (int)S, (int)heads, (int)d, causal ? ", causal" : "");
+    q = input(p, 0, 3, N, T, heads*d, 1);
+    k = input(p, 0, 3, N, S, heads*d, 1);
+    v = input(p, 0, 3, N, S, heads*d, 1);
+    p->exact = 0;
+    return dpo_attention(p->c, q, k, v, (int)heads, causal);
+}
+
+static dpo_tensor *probe_norm(probe *p, int layer)
+{
+    int64_t G = pick(p, 1, 5), C = G*pick(p, 1, 40), N = pick(p, 1, 3), P = pick(p, 1, 400);
+    dpo_tensor *x, *gamma, *beta;
+    snprintf(p->name, sizeof p->name, "%s %dx%dx%d", layer ? "layer norm" : "group norm", (int)N, (int)P, (int)C);
+    x = input(p, 0, 3, N, P, C, 1);
+    gamma = input(p, 0, 1, C, 1, 1, 1);
+    beta = input(p, 0, 1, C, 1, 1, 1);
+    if (layer) return dpo_layer_norm(p->c, x, gamma, beta, 1e-3f);
+    return dpo_group_norm(p->c, x, gamma, beta, (int)G, 1e-3f, pick(p, 0, 1) ? DPO_SILU : DPO_NONE);
+}
+
+static dpo_tensor *probe_small(probe *p, int which)
+{
+    int64_t a = pick(p, 1, 4), b = pick(p, 1, 30), d = which % 2 ? 8*pick(p, 1, 9) : pick(p, 1, 60);
+    dpo_tensor *x, *y;
+    snprintf(p->name, sizeof p->name, "small op %d on %dx%dx%d", which, (int)a, (int)b, (int)d);
+    if (which < 2)  return dpo_geglu(p->c, input(p, 0, 3, a, b, 2*d, 1));
+    if (which < 4)  return dpo_act(p->c, input(p, 0, 3, a, b, d, 1), pick(p, 0, 1) ? DPO_SILU : DPO_GELU);
+    if (which < 6)  { x = input(p, 0, 3, a, b, d, 1); y = input(p, 0, 1, d, 1, 1, 1); return dpo_binary(p->c, pick(p, DPO_ADD, DPO_MUL), x, y); }
+    if (which < 8)  { x = input(p, 0, 3, a, b, d, 1); y = input(p, 0, 3, a, b, 16, 1); return dpo_concat(p->c, x, y, 2); }
+    if (which < 10) return dpo_upsample(p->c, input(p, 0, 4, a, b, 3, d), 2*b, 5);
+    if (which < 12) return dpo_slice(p->c, input(p, 0, 3, a, b, d, 1), 1, b/2, b - b/2);
+    if (which < 14) return dpo_sum(p->c, input(p, 0, 3, a, b, d, 1), pick(p, -1, 2));
+    if (which < 16) { x = input(p, 0, 3, a, b, d, 1); y = input(p, 0, 3, a, b, d, 1); return dpo_mse(p->c, x, y); }
+    if (which < 18) return dpo_clamp(p->c, dpo_affine(p->c, input(p, 0, 3, a, b, d, 1), 2, 0.5f), -1, 1);
+    return dpo_cast(p->c, input(p, 0, 3, a, b, d, 1), pick(p, DPO_F32, DPO_F16));
+}
+
+static void run_probe(probe *p, int kind)
+{
+    int64_t     scope = dpo_scope(p->c);
+    dpo_tensor *y, *dy;
+    float      *v;
+    y = kind < 6 ? probe_conv(p, kind % 2) : kind < 10 ? probe_attention(p, kind % 2) : kind < 14 ? probe_norm(p, kind % 2) : probe_small(p, kind - 14);
+    p->n[8] = dpo_count(y);
+    v = (float *)malloc((size_t)p->n[8] * sizeof *v + 4);
+    p->out[8] = (float *)calloc((size_t)p->n[8] + 1, sizeof(float));
+    for (int64_t i = 0; i < p->n[8]; i++) v[i] = dpoi_bf16_to_f32(dpoi_f32_to_bf16((float)test_normal(&p->seed)));
+    if (y) dpo_read(y, p->out[8]);
+    dy = y ? dpo_tensor_from(p->c, DPO_F32, y->rank, y->shape, v) : NULL;
+    free(v);
+    CHECK(dy && dpo_backward_from(y, dy), "%s: %s", p->name, why(p->c));
+    for (int i = 0; i < p->count; i++) {
+        p->n[i] = dpo_count(p->in[i]);
+        p->out[i] = (float *)calloc((size_t)p->n[i] + 1, sizeof(float));
+        if (p->in[i] && p->in[i]->grad) dpo_read(p->in[i]->grad, p->out[i]);
+    }
+    for (int i = 0; i < p->count; i++) if (p->in[i] && p->in[i]->persistent) dpo_param_free(p->in[i]);
+    dpo_scope_end(p->c, scope, NULL);
+    dpo_clear_error(p->c);
+}
+
+static double distance(const probe *a, const probe *b, int i)
+{
+    double most = 1e-6, worst = 0;
+    for (int64_t e = 0; e < a->n[i] && e < b->n[i]; e++) {
+        double d = fabs((double)a->out[i][e] - b->out[i][e]);
+        if (!(d <= worst)) worst = d;
+        if (fabs((double)b->out[i][e]) > most) most = fabs((double)b->out[i][e]);
+    }
+    return a->n[i] == b->n[i] ? worst / most : INFINITY;
+}
+
+/* Results in narrow types may differ by a rounding, results in F32 by the order of sums; where factors are rounded in between
+   (attention's probabilities, adapters) by what that is worth. */
+static void compare_probes(probe *a, probe *b, const char *what)
+{
+    static const char *const types[] = { "F32", "BF16", "F16" };
+    double narrow = a->dtype == DPO_BF16 ? 8e-3 : 1e-3, sums = a->dtype != DPO_BF16 ? 1e-5 : a->exact ? 1e-5 : 1.2e-2;
+    if (a->dtype == DPO_F16 && !a->exact) sums = 2e-3;
+#ifdef DIFFDPO_CUDNN
+    if (a->dtype != DPO_F32) sums = 1.2e-2;               /* cuDNN rounds dx */
+#endif
+    for (int i = 0; i < 9; i++) {
+        double tolerance = i == 8 && a->dtype != DPO_F32 ? narrow : sums;
+        if (!a->out[i]) continue;
+        CHECK(distance(a, b, i) <= tolerance, "%s in %s, %s: %s %d differs by %.3g, allowed %.3g", a->name, types[a->dtype], what,
+              i == 8 ? "result" : "gradient", i, distance(a, b, i), tolerance);
+    }
+}
+
+static void free_probe(probe *p)
+{
+    for (int i = 0; i < 9; i++) free(p->out[i]);
+    memset(p, 0, sizeof *p);
+}
+
+static dpo_ctx *open_on(dpo_backend *b)
+{
+    dpo_desc d;
+    memset(&d, 0, sizeof d);
+    d.backend = b;
+    d.isa = DPO_ISA_PLAIN;
+    d.threads = 1;
+    return dpo_open(&d);
+}
+
+/* Against the CPU's plain C; with and without tensor cores; and with the stand-in in both orders of threads, bit for bit. */
+static void check_types(uint64_t seed, int rounds)
+{
+    dpo_backend *b = open_cuda(0), *plain = open_cuda(0);
+    dpo_ctx     *cpu = open_on(NULL), *cuda = open_on(b), *simple = open_on(plain);
+    dpo_cuda_set(plain, DPO_CUDA_PLAIN, 1);
+    for (int k = 0; k < rounds; k++) {
+        int   kind = k % 34;
+        probe p[4];
+        memset(p, 0, sizeof p);
+        for (int i = 0; i < 4; i++) {
+            p[i].c = i == 0 ? cpu : i == 2 ? simple : cuda;
+            p[i].seed = seed + (uint64_t)k;
+            p[i].dtype = k/34 % 3;
+            p[i].exact = 1;
+#ifdef STAND_IN
+            stand_in()->backwards = i == 3;
+#endif
+            run_probe(&p[i], kind);
+        }
+        compare_probes(&p[1], &p[0], "against the CPU");
+        compare_probes(&p[2], &p[0], "plain kernels against the CPU");
+        for (int i = 0; i < 9; i++)
+            if (p[1].out[i]) CHECK(p[1].n[i] == p[3].n[i] && !memcmp(p[1].out[i], p[3].out[i], (size_t)p[1].n[i] * 4),
+                                   "%s: other bits the second time", p[1].name);
+        for (int i = 0; i < 4; i++) free_probe(&p[i]);
+    }
+    dpo_close(cpu);
+    dpo_close(cuda);
+    dpo_close(simple);
+#ifdef STAND_IN
+    stand_in()->backwards = 0;
+#endif
+}
+
+/* ---- errors ------------------------------------------------------------------------------------------------------ */
+
+/* Words that an error must hold; the context is closed, and nothing of the device is left. */
+static void check_error(dpo_ctx *c, const char *what, const char *first, const char *second)
+{
+    const char *text = c ? dpo_error(c) : NULL;
+    CHECK(text && strstr(text, first) && strstr(text, second), "%s: the error is \"%s\"", what, text ? text : "none");
+    dpo_close(c);
+#ifdef STAND_IN
+    CHECK(stand_in()->used == 0, "%s: %zu bytes of the device were not given back", what, stand_in()->used);
+#endif
+}
+
+static dpo_ctx *open_device(int device, uint32_t version)
+{
+    dpo_desc d;
+    memset(&d, 0, sizeof d);
+    d.backend = dpo_cuda_open(device, version);
+    return dpo_open(&d);
+}
+
+static void check_opening(void)
+{
+    dpo_backend *b = dpo_cuda_open(0, DIFFDPO_VERSION), *cpu = dpo_cpu_open(NULL);
+    CHECK(strstr(dpo_cuda_about(b), "GiB, compute capability"), "about says \"%s\"", dpo_cuda_about(b));
+    CHECK(!dpo_cuda_set(b, DPO_CUDA_OPTIONS, 1) && !dpo_cuda_set(cpu, DPO_CUDA_TF32, 1) && dpo_cuda_set(b, DPO_CUDA_TF32, 1), "options");
+    CHECK(strstr(dpo_cuda_about(cpu), "no CUDA"), "about of another backend");
+    b->close(b->self);
+    cpu->close(cpu->self);
+    check_error(open_device(99, DIFFDPO_VERSION), "a device that is not there", "cuda: cudaSetDevice", "invalid device");
+    check_error(open_device(0, DIFFDPO_VERSION + 1), "another version", "dpo_cuda_open", "version");
+#ifdef STAND_IN
+    stand_in()->devices = 0;
+    check_error(open_device(0, DIFFDPO_VERSION), "no device", "cudaGetDeviceCount", "no CUDA-capable device");
+    stand_in()->devices = 1;
+    stand_in()->driver = 0;
+    check_error(open_device(0, DIFFDPO_VERSION), "an old driver", "cudaGetDeviceCount", "driver version is insufficient");
+    stand_in()->driver = 13000;
+    stand_in()->major = 7;
+    check_error(open_device(0, DIFFDPO_VERSION), "an old device", "compute capability 7.0", "8.0 or newer");
+    stand_in()->major = 9;
+    for (int k = 0; k < 4; k++) {
+        stand_in()->deny_alloc = k;
+        check_error(open_device(0, DIFFDPO_VERSION), "no memory while opening", "cudaMalloc", "out of memory");
+    }
+    stand_in()->deny_alloc = -1;
+#endif
+}
+
+/* The sum over the GPUs of a communicator: three alike in the stand-in; refused, by name, where NCCL is not built in. */
+static void check_reduce(void)
+{
+#if defined(STAND_IN) || !defined(DIFFDPO_NCCL)
+    dpo_ctx    *c = open_on(open_cuda(1));
+    int64_t     n = 3;
+    int         gpus = 3, status;
+    float       v[3] = { 1, -2, 0.5f }, got[3] = { 0, 0, 0 };
+    dpo_tensor *x = dpo_tensor_from(c, DPO_F32, 1, &n, v);
+    status = dpo_cuda_reduce(c->backend, &gpus, x->data, 3, DPO_F32, 0);
+#ifdef DIFFDPO_NCCL
+    CHECK(status == DPO_OK && dpo_read(x, got) && got[0] == 3 && got[1] == -6 && got[2] == 1.5f, "reduce: %g %g %g", got[0], got[1], got[2]);
+#else
+    CHECK(status == DPO_UNSUPPORTED && strstr(c->backend->explain(c->backend->self), "DIFFDPO_NCCL"), "reduce without NCCL: status %d", status);
+    (void)got;
+#endif
+    dpo_close(c);
+#endif
+}
+
+/* The check backend, as a host uses it: CUDA's kernels beside the CPU's, call by call. */
+static void check_check(void)
+{
+    dpo_desc       desc;
+    dpo_train_desc d = dpo_recipe_small();
+    dpo_ctx       *c;
+    dpo_trainer   *t;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = dpo_check_open(open_cuda(1), dpo_cpu_open(NULL), 2e-5f);
+    c = dpo_open(&desc);
+    d.steps = 2;  d.batch = 2;  d.rank = 0;  d.beta = 200;
+    t = dpo_train_begin(dpo_model_create(c, TINY, 3), some_pairs(c, 7), &d);
+    while (dpo_train_step(t, NULL)) { }
+    CHECK(dpo_train_end(t), "checked training: %s", why(c));
+    dpo_close(c);
+}
+
+/* The dry backend counts what the CUDA backend takes, to the byte. */
+static void check_dry(void)
+{
+    size_t       peak[2];
+    dpo_backend *model = open_cuda(1);
+    for (int k = 0; k < 2; k++) {
+        dpo_train_desc d = dpo_recipe_small();
+        dpo_ctx       *c = open_on(k ? dpo_dry_open(model) : open_cuda(1));
+        dpo_trainer   *t;
+        d.steps = 3;  d.batch = 2;  d.rank = 4;
+        t = dpo_train_begin(dpo_model_create(c, TINY, 3), some_pairs(c, 7), &d);
+        while (dpo_train_step(t, NULL)) { }
+        dpo_train_end(t);
+        peak[k] = dpo_memory_peak(c, 0);
+        CHECK(!dpo_error(c), "%s", why(c));
+        dpo_close(c);
+    }
+    CHECK(peak[0] == peak[1], "%zu bytes at most, the dry run said %zu", peak[0], peak[1]);
+    model->close(model->self);
+}
+
+#ifdef STAND_IN
+/* A small graph of several ops and an optimizer's step, where one thing fails; the error of the context. */
+static dpo_ctx *fail_at(int *what, int after)
+{
+    dpo_ctx    *c = open_on(open_cuda(1));
+    int64_t     xs[4] = { 2, 6, 6, 8 }, ws[4] = { 16, 3, 3, 8 }, vs[2] = { 16, 16 }, tokens[3] = { 2, 36, 16 };
+    int         pad[4] = { 1, 1, 1, 1 };
+    dpo_tensor *x, *w[2], *y;
+    dpo_optim  *o;
+    *what = after;
+    x = dpo_tensor_new(c, DPO_F32, 4, xs);
+    w[0] = dpo_weight_new(c, DPO_F32, 4, ws, "w");
+    w[1] = dpo_weight_new(c, DPO_F32, 2, vs, "v");
+    for (int i = 0; i < 2; i++) if (w[i]) w[i]->needs_grad = 1;
+    o = dpo_adamw_new(c, w, 2, NULL);
+    for (int k = 0; k < 6 && !dpo_error(c); k++) {
+        int64_t scope = dpo_scope(c);
+        dpoi_device_step(c, 1);
+        y = dpo_reshape(c, dpo_conv2d(c, x, w[0], NULL, 1, pad, NULL), 3, tokens);
+        y = dpo_linear(c, dpo_attention(c, y, y, y, 2, 0), w[1], NULL, NULL);
+        dpo_backward(dpo_mean(c, y, -1));
+        dpo_optim_step(o, 1e-3f);
+        dpo_scope_end(c, scope, NULL);
+        dpoi_device_step(c, 0);
+    }
+    *what = -1;
+    return c;
+}
+
+/* Each launch, product and allocation fails once: always an error that names the call, never a crash, nothing left over. */
+static void check_failures(void)
+{
+    int ops = 0, done = 0;
+    for (int after = 0; after < 400 && !done; after += after < 60 ? 1 : 13) {
+        dpo_ctx *c = fail_at(&stand_in()->deny_launch, after);
+        done = !dpo_error(c);
+        ops += dpo_error(c) && (strstr(dpo_error(c), "CONV") || strstr(dpo_error(c), "ATTENTION") || strstr(dpo_error(c), "SUM") ||
+                                strstr(dpo_error(c), "ADAMW") || strstr(dpo_error(c), "CLIP"));
+        if (done) dpo_close(c);
+        else check_error(c, "a launch fails", "launch of dpoc_", "unspecified launch failure");
+    }
+    CHECK(done && ops > 10, "failing launches: %d named an op", ops);
+    for (int after = done = 0; after < 100 && !done; after++) {
+        dpo_ctx *c = fail_at(&stand_in()->deny_product, after);
+        done = !dpo_error(c);
+        if (done) dpo_close(c);
+        else check_error(c, "a product fails", "cublasLtMatmul", "CONV");
+    }
+    CHECK(done, "failing products: no end");
+    for (int after = done = 0; after < 100 && !done; after++) {
+        dpo_ctx *c = fail_at(&stand_in()->deny_alloc, after);
+        done = !dpo_error(c);
+        if (done) dpo_close(c);
+        else check_error(c, "no memory", "memory", "");
+    }
+    CHECK(done, "failing allocations: no end");
+}
+#endif
+
+int main(int argc, char **argv)
+{
+    char *make[2];
+    make[0] = (char *)"tiny_model";
+    make[1] = (char *)TINY;
+    if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
+    check_opening();
+    check_reduce();
+    check_check();
+    check_dry();
+    check_sampling();
+#ifdef STAND_IN
+    check_failures();
+#endif
+    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, 34*3*2);
+    check_replay(0, 0);
+    check_replay(4, 0.9f);
+    return test_report();
+}
