@@ -3130,6 +3130,61 @@ static void dpoc_op_preference(dpoc_run *r)
     else if (g.d)     DPOC_LAUNCH(r, dpoc_preference_back_kernel, 1, DPOC_THREADS, (g));
 }
 
+/* MaPO's loss, as the CPU forms it; see dpo_mapo_loss. */
+typedef struct dpoc_mapo {
+    int64_t B;                            /* pairs */
+    const void *L, *weight;               /* [2B], winners first; [B] or NULL */
+    int type[2], ytype, add;              /* type: of L, weight */
+    void *y;                              /* [1] */
+    float *stat, lambda;                  /* [2B] = d loss / d L */
+    const float *dy;
+    float *d;                             /* [2B] */
+} dpoc_mapo;
+
+/* phi = u/(exp(u) - 1), u = L/2, and its slope in L. */
+static __device__ double dpoc_mapo_phi(double L, double *slope)
+{
+    double u = 0.5*L, e = expm1(u);
+    if (fabs(u) < 1e-8) { *slope = -0.25;  return 1 - 0.5*u; }
+    if (e > 1e300)      { *slope = 0;      return 0; }
+    *slope = 0.5*(1 - u*(e + 1)/e)/e;
+    return u/e;
+}
+static __global__ void dpoc_mapo_kernel(dpoc_mapo g)
+{
+    double loss = 0, dw, dl;
+    for (int64_t b = threadIdx.x; b < g.B; b += DPOC_THREADS) {
+        double w = dpoc_get(g.L, g.type[0], b), l = dpoc_get(g.L, g.type[0], g.B + b);
+        double share = (g.weight ? dpoc_get(g.weight, g.type[1], b) : 1)/(double)g.B;
+        double z = dpoc_mapo_phi(w, &dw);
+        z = 1000*(z - dpoc_mapo_phi(l, &dl));
+        double ratio = z > 0 ? -log1p(exp(-z)) : z - log1p(exp(z));
+        double slope = 1000*(double)g.lambda*(z > 0 ? exp(-z)/(1 + exp(-z)) : 1/(1 + exp(z)));
+        loss += share*(w - g.lambda*ratio);
+        if (g.stat) { g.stat[b] = (float)(share*(1 - slope*dw));  g.stat[g.B + b] = (float)(share*slope*dl); }
+    }
+    loss = dpoc_block_sum(loss);
+    if (threadIdx.x == 0) dpoc_put(g.y, g.ytype, 0, (float)loss);
+}
+/* dL = dloss stat. */
+static __global__ void dpoc_mapo_back_kernel(dpoc_mapo g)
+{
+    for (int64_t i = threadIdx.x; i < 2*g.B; i += DPOC_THREADS) g.d[i] = (g.add ? g.d[i] : 0) + g.dy[0]*g.stat[i];
+}
+static void dpoc_op_mapo(dpoc_run *r)
+{
+    const dpo_args *a = r->a;
+    dpoc_mapo g;
+    memset(&g, 0, sizeof g);
+    g.B = a->in[0].shape[0]/2;  g.lambda = a->p.mapo.lambda;
+    g.L = a->in[0].data;  g.weight = a->in[1].data;
+    for (int i = 0; i < 2; i++) g.type[i] = a->in[i].dtype;
+    g.y = a->out.data;  g.ytype = a->out.dtype;  g.stat = (float *)a->stat.data;
+    g.dy = (const float *)a->dout.data;  g.d = (float *)a->din[0].data;  g.add = dpoc_adds(a, 0);
+    if (!a->backward) DPOC_LAUNCH(r, dpoc_mapo_kernel, 1, DPOC_THREADS, (g));
+    else if (g.d)     DPOC_LAUNCH(r, dpoc_mapo_back_kernel, 1, DPOC_THREADS, (g));
+}
+
 /* record.factor = min(1, max_norm/(norm + 1e-6)), 0 and one more skip for a norm that is not a number. */
 typedef struct dpoc_clip {
     int64_t n;                            /* gradients */
@@ -3304,6 +3359,104 @@ static void dpoc_op_gather(dpoc_run *r)
     one->g = (const float *)a->in[0].data;  one->n = dpoc_count(&a->in[0]);
     one->m = (float *)a->in[1].data;  one->v = (float *)a->in[2].data;  one->w = (float *)a->out.data;
     one->aligned = ((uintptr_t)one->g | (uintptr_t)one->m | (uintptr_t)one->v | (uintptr_t)one->w) % 16 == 0;
+}
+
+/* ------------------------------------------------------------------------------------------ 8-bit moments
+
+   Codes and levels are those of diffdpo.h, where they are explained: m with a sign in [0], v without one in [1]. */
+enum { DPOC_CODE_BLOCK = 256 };           /* numbers a scale; as many as threads a block */
+
+typedef struct dpoc_adamw8 {
+    const float *g, *record;
+    float   *w, *ms, *vs;                 /* weight; a scale a block of each moment */
+    uint8_t *m, *v;                       /* codes */
+    int64_t  n;
+    float    beta1, beta2, eps, decay;
+    float    level[2][256];               /* ascending from 0 to 1, */
+    int      count[2];                    /* so many */
+} dpoc_adamw8;
+
+/* The nearest level to a of 0..1, the lower of two that are as near. */
+static __device__ int dpoc_level(const dpoc_adamw8 &g, int which, float a)
+{
+    int low = 0, high = g.count[which] - 1;
+    while (low < high) {
+        int k = (low + high)/2;
+        if (a > 0.5f*(g.level[which][k] + g.level[which][k + 1])) low = k + 1;
+        else high = k;
+    }
+    return low;
+}
+/* The largest of 256 threads' numbers, none negative. */
+static __device__ float dpoc_block_most(float x)
+{
+    __shared__ float all[DPOC_THREADS];
+    float most = 0;
+    __syncthreads();
+    all[threadIdx.x] = x;
+    __syncthreads();
+    for (int k = 0; k < DPOC_THREADS; k++) most = all[k] > most ? all[k] : most;
+    return most;
+}
+/* A block of threads a block of numbers: the moments as floats, the step, the moments as codes. */
+static __global__ void dpoc_adamw8_kernel(dpoc_adamw8 g)
+{
+    float factor = g.record[DPO_REC_FACTOR], lr = g.record[DPO_REC_LR];
+    float decay = (float)(1 - (double)lr*g.decay), rate = lr/g.record[DPO_REC_BIAS1];
+    float root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
+    if (factor == 0) return;              /* of all threads alike */
+    for (int64_t u = blockIdx.x; u*DPOC_CODE_BLOCK < g.n; u += gridDim.x) {
+        int64_t i = u*DPOC_CODE_BLOCK + threadIdx.x;
+        float   m = 0, v = 0, most_m, most_v;
+        if (i < g.n) {
+            float d = factor*g.g[i];
+            int   code = g.m[i];
+            m = g.ms[u]*(code >= 127 ? g.level[0][code - 127] : -g.level[0][127 - code]);
+            v = g.vs[u]*g.level[1][g.v[i]];
+            m = g.beta1*m + (1 - g.beta1)*d;
+            v = g.beta2*v + (1 - g.beta2)*d*d;
+            g.w[i] = decay*g.w[i] - rate*m/(root*sqrtf(v) + g.eps);
+        }
+        most_m = dpoc_block_most(fabsf(m));
+        most_v = dpoc_block_most(v);
+        if (i < g.n) {
+            int km = dpoc_level(g, 0, most_m > 0 ? fabsf(m)/most_m : 0), kv = dpoc_level(g, 1, most_v > 0 ? v/most_v : 0);
+            g.m[i] = (uint8_t)(m >= 0 ? 127 + km : 127 - (km < 127 ? km : 127));
+            g.v[i] = (uint8_t)(kv || v == 0 ? kv : 1);
+        }
+        if (threadIdx.x == 0) { g.ms[u] = most_m;  g.vs[u] = most_v; }
+    }
+}
+/* Levels with a sign or without. */
+static void dpoc_levels(dpoc_adamw8 *g, int which)
+{
+    double decade = 1e-6;
+    int    n = 1;
+    for (int i = 0; i < 7; i++, decade *= 10) {
+        int parts = 1 << (which ? i + 1 : i);
+        for (int k = 0; k < parts; k++) g->level[which][n++] = (float)(decade*(0.1 + 0.9*(k + 0.5)/parts));
+    }
+    g->level[which][n++] = 1;
+    g->count[which] = n;
+}
+static void dpoc_op_adamw8(dpoc_run *r)
+{
+    const dpo_args *a = r->a;
+    dpoc_adamw8     g;
+    if (r->counting) return;
+    if (a->in[0].dtype != DPO_F32 || a->out.dtype != DPO_F32) {
+        r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "optimizer", "weights and gradients must be F32");
+        return;
+    }
+    memset(&g, 0, sizeof g);
+    g.g = (const float *)a->in[0].data;  g.m = (uint8_t *)a->in[1].data;  g.v = (uint8_t *)a->in[2].data;
+    g.record = (const float *)a->in[3].data;  g.ms = (float *)a->in[4].data;  g.vs = (float *)a->in[5].data;
+    g.w = (float *)a->out.data;  g.n = dpoc_count(&a->out);
+    g.beta1 = a->p.adamw.beta1;  g.beta2 = a->p.adamw.beta2;  g.eps = a->p.adamw.eps;  g.decay = a->p.adamw.weight_decay;
+    dpoc_levels(&g, 0);
+    dpoc_levels(&g, 1);
+    DPOC_LAUNCH(r, dpoc_adamw8_kernel, dim3((unsigned)dpoc_least(dpoc_pieces(g.n, DPOC_CODE_BLOCK), 1 << 20)),
+                DPOC_THREADS, (g));
 }
 
 /* ------------------------------------------------------------------------------------------ Adafactor
@@ -3814,9 +3967,11 @@ static const dpoc_op dpoc_ops[DPO_OP_COUNT + 1] = {        /* in the order of DP
     { dpoc_op_randn,      0 },
     { dpoc_op_mse,        1 },
     { dpoc_op_preference, 1 },
+    { dpoc_op_mapo,       1 },
     { dpoc_op_gather,     0 },
     { dpoc_op_clip,       0 },
     { dpoc_op_gather,     0 },
+    { dpoc_op_adamw8,     0 },
     { dpoc_op_adafactor,  0 },
     { dpoc_op_lerp,       0 },
     { dpoc_op_none,       0 }
