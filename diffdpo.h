@@ -25171,6 +25171,23 @@ static void dpoi_train_sums(dpo_trainer *t, double *sum)
     }
 }
 
+/* The same over all processes, through the device's memory, which the hook expects. */
+static int dpoi_train_sums_reduce(dpo_trainer *t, double *sum)
+{
+    float       f[DPOI_SUM_COUNT];
+    int64_t     n = DPOI_SUM_COUNT, scope;
+    dpo_tensor *x;
+    int         ok;
+    if (t->d.team.count < 2) return 1;
+    scope = dpo_scope(t->c);
+    for (int i = 0; i < DPOI_SUM_COUNT; i++) f[i] = (float)sum[i];
+    x = dpo_tensor_from(t->c, DPO_F32, 1, &n, f);
+    ok = x && dpoi_reduce(t->c, &t->d.team, x->data, n, DPO_REDUCE_SUM) && dpo_read(x, f);
+    for (int i = 0; i < DPOI_SUM_COUNT && ok; i++) sum[i] = f[i];
+    dpo_scope_end(t->c, scope, NULL);
+    return ok;
+}
+
 /* Means over the figures of all micro-batches and processes.
    margin = mean of (R_w - L_w) - (R_l - L_l), which for pairs is that of 2 inside/beta. */
 static int dpoi_train_means(dpo_trainer *t, dpo_progress *p)
@@ -25179,12 +25196,7 @@ static int dpoi_train_means(dpo_trainer *t, dpo_progress *p)
     double limit = 1 + (double)t->d.degrading_limit;
     memset(sum, 0, sizeof sum);
     dpoi_train_sums(t, sum);
-    if (t->d.team.count > 1) {            /* floats: what is reduced is what kernels know */
-        float f[DPOI_SUM_COUNT];
-        for (int i = 0; i < DPOI_SUM_COUNT; i++) f[i] = (float)sum[i];
-        if (!dpoi_reduce(t->c, &t->d.team, f, DPOI_SUM_COUNT, DPO_REDUCE_SUM)) return 0;
-        for (int i = 0; i < DPOI_SUM_COUNT; i++) sum[i] = f[i];
-    }
+    if (!dpoi_train_sums_reduce(t, sum)) return 0;
     won = sum[DPOI_SUM_WON] > 0 ? sum[DPOI_SUM_WON] : 1;
     lost = sum[DPOI_SUM_LOST] > 0 ? sum[DPOI_SUM_LOST] : 1;
     p->policy_w = (float)(sum[DPOI_SUM_W] / won);
