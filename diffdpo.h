@@ -12117,7 +12117,7 @@ DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_product *t, int64_t m, int64
 DPOI_AMX static void dpoi_amx_whole(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel)
 {
     int64_t steps = t->f[0].steps, rows = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh;
-    int64_t run = rows*t->p->source[0].kw == 1 || t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, steps) : DPOI_AMX_RUN;
+    int64_t run = rows*t->p->source[0].kw == 1 || t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, steps) : (int64_t)DPOI_AMX_RUN;
     for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
         dpoi_amx_zero();
         for (int64_t ky = 0; ky < rows; ky++)
@@ -12132,7 +12132,7 @@ DPOI_AMX static void dpoi_amx_chunks(const dpoi_amx_product *t, int64_t m0, int6
 {
     int tiled = t->f[0].way == DPOI_AMX_TILED;
     int64_t steps = t->f[0].steps, rows = tiled ? 1 : t->p->source[0].kh;
-    int64_t run = tiled || t->p->source[0].kw == 1 ? DPOI_AMX_CHUNK : DPOI_AMX_RUN;
+    int64_t run = tiled || t->p->source[0].kw == 1 ? (int64_t)DPOI_AMX_CHUNK : (int64_t)DPOI_AMX_RUN;
     for (int64_t ky = 0; ky < rows; ky++)
         for (int64_t c = 0; c < steps; c += run)
             for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {

@@ -4,7 +4,8 @@
 #   sh tests/run.sh              every test that takes minutes or less
 #   sh tests/run.sh NAME ...     these: a program of tests/, parity, interop, compile, header, and the long ones,
 #                                asan, valgrind, wine, isa, fuzz-long, quickstart; full is all of them; by name alone
-#                                fullsize, which needs 8 GB of disk and of memory
+#                                fullsize (8 GB of disk and of memory), trainer_memory, kills (a trainer killed 200
+#                                times), winrate (every loss on the emoji model, half an hour), trainer_mpi (needs mpicc)
 #   sh tests/run.sh --build      every program of tests/ and examples/ into build/, run nothing
 #   sh tests/run.sh --install    first install the compilers that are missing (Debian, as root), then run
 #   sh tests/run.sh --list       the names
@@ -247,10 +248,11 @@ run_named() {
     quickstart) run_quickstart ;;
     interop)    build build interop convert; run_logged interop sh tests/interop.sh ;;
     fullsize)   run_fullsize ;;
+    kills)      build build tiny_model quickstart sample train; KILLS=200 run_logged kills sh tests/test_trainer.sh ;;
     fuzz-long)  build build fuzz; FUZZ_RUNS=${FUZZ_RUNS:-200000} run_program build fuzz fuzz-long ;;
     default)    run_default ;;
     full)       run_default; for t in $LONG; do run_named $t; done ;;
-    *)          if [ -f "tests/$1.sh" ]; then build build tiny_model quickstart sample; run_logged "$1" sh "tests/$1.sh"; return; fi
+    *)          if [ -f "tests/$1.sh" ]; then build build tiny_model quickstart sample train; run_logged "$1" sh "tests/$1.sh"; return; fi
                 if [ ! -f "tests/$1.c" ]; then echo "run.sh: there is no test $1"; failed=$((failed + 1)); return; fi
                 build build "$1"; run_program build "$1" "$1" ;;
     esac
@@ -261,7 +263,7 @@ run_default() {
     # shellcheck disable=SC2046
     build build $(programs)
     for p in $(programs); do
-        case $p in test_*|fuzz|parity|tiny_model|interop|fullsize) continue ;; esac
+        case $p in test_*|fuzz|parity|tiny_model|interop|fullsize|trainer_memory|winrate) continue ;; esac
         if [ -f "build/$p" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi      # that it builds is its test
     done
     for t in $(tests); do run_program build "$t" "$t"; done
@@ -277,11 +279,11 @@ run_default() {
 
 case ${1:-} in
 --one)     build_one "$2" "$3"; exit ;;
---list)    tests; scripts; printf '%s\n' parity interop compile header $LONG full fullsize; exit ;;
+--list)    tests; scripts; printf '%s\n' parity interop compile header $LONG full fullsize trainer_memory kills winrate trainer_mpi; exit ;;
 --build)   # shellcheck disable=SC2046
            mkdir -p build; build build $(programs) || exit 1; exit 0 ;;
 --install) install_packages; shift ;;
--*)        sed -n '2,15s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
+-*)        sed -n '2,16s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
 esac
 mkdir -p build/log
 if ! have "${CC%% *}"; then
