@@ -93,6 +93,9 @@ static int check_settings(run *r)
     if (!s->model) return fail("--pretrained_model_name_or_path is missing: which model?");
     if (!s->data)  return fail("--train_data_dir is missing: which pairs?");
     if (!s->out && !s->estimate) return fail("--output_dir is missing: where to?");
+#ifndef DIFFDPO_CUDA
+    if (s->device == 1) return fail("this build has no CUDA; diffdpo_cuda.cu says how to make one");
+#endif
     if (s->sft && s->objective > 1) return fail("--sft contradicts --objective");
     if (s->sft) s->objective = DPO_SFT;
     if ((s->adafactor && s->adam8) || (s->adafactor && s->optimizer == DPO_ADAMW8) ||
@@ -403,18 +406,33 @@ static dpo_model *load_model(dpo_ctx *c, const settings *s)
     return m;
 }
 
+/* The backend of --device, NULL for the CPU's own. */
+static dpo_backend *open_device(const run *r)
+{
+#ifdef DIFFDPO_CUDA
+    if (r->s.device == 1) {
+        dpo_backend *b = dpo_cuda_open(0, DIFFDPO_VERSION);
+        if (r->s.precision == 1) dpo_cuda_set(b, DPO_CUDA_PRODUCTS, DPO_BF16);
+        return b;
+    }
+#endif
+    (void)r;
+    return NULL;
+}
+
 /* One step of the same run on a backend that computes nothing and counts: bytes at most, 0 where it failed. */
 static size_t estimate(const run *r, const dpo_desc *desc)
 {
     dpo_desc       dry = *desc;
-    dpo_backend   *cpu = dpo_cpu_open(desc);
+    dpo_backend   *model = open_device(r);
     dpo_ctx       *c;
     dpo_model     *m;
     dpo_pairs     *p;
     dpo_image      x;
     dpo_train_desc d = describe(r);
     size_t         bytes = 0;
-    dry.backend = dpo_dry_open(cpu);
+    if (!model) model = dpo_cpu_open(desc);
+    dry.backend = dpo_dry_open(model);
     dry.log = NULL;
     c = dpo_open(&dry);
     m = load_model(c, &r->s);
@@ -429,7 +447,7 @@ static size_t estimate(const run *r, const dpo_desc *desc)
     }
     if (dpo_train(m, p, &d)) bytes = dpo_memory_peak(c, 0);
     dpo_close(c);
-    if (cpu) cpu->close(cpu->self);
+    if (model) model->close(model->self);
     return bytes;
 }
 
@@ -639,6 +657,7 @@ int main(int argc, char **argv)
     desc.isa = r.s.isa;
     desc.products = r.s.precision == 1 ? DPO_BF16 : DPO_F32;
     desc.log = r.team.index ? NULL : r.s.check_data ? on_log_all : on_log;
+    desc.backend = open_device(&r);
     r.c = dpo_open(&desc);
     ok = r.s.check_data ? survey(&r) : train(&r, &desc);
     if (dpo_error(r.c)) { ok = 0; fail("%s", dpo_error(r.c)); }

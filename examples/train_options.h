@@ -30,7 +30,7 @@ typedef struct {
     const char *prompts[PROMPTS];
     int         prompt_count, images, sample_steps, naming;
     double      guidance, limit;
-    int         drop, no_ahead, no_estimate, estimate, threads, isa;
+    int         drop, no_ahead, no_estimate, estimate, threads, isa, device;
     const char *ignored;
 } settings;
 
@@ -132,6 +132,7 @@ static const option options[] = {
     { "estimate", 'b', O(estimate), 0, 0, 1, "say what the run would do and take, and stop" },
     { "threads", 'i', O(threads), 0, 1024, 1, "0: all cores" },
     { "isa", 'c', O(isa), 0, 0, 1, "best|plain|avx2|avx512|amx  instructions that may be used" },
+    { "device", 'c', O(device), 0, 0, 1, "cpu|cuda  cuda: in builds with diffdpo_cuda.cu" },
     { "enable_xformers_memory_efficient_attention", 'x', 0, 0, 0, 1, "" }, { "allow_tf32", 'x', 0, 0, 0, 1, "" },
     { "set_grads_to_none", 'x', 0, 0, 0, 1, "" }, { "push_to_hub", 'x', 0, 0, 0, 1, "" },
     { "dataloader_num_workers", 'X', 0, 0, 0, 1, "" }, { "report_to", 'X', 0, 0, 0, 1, "" },
