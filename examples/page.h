@@ -100,12 +100,12 @@ static void put_rule(FILE *f, const char *kind, double y)
 /* `even` is where the curve of a model that learned nothing would stay. */
 static void put_curve(FILE *f, const char *title, const curve *c, double even)
 {
-    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" role=\"img\" aria-label=\"%s, step by step\">", title,
+    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" overflow=\"visible\" role=\"img\" aria-label=\"%s, step by step\">", title,
             title);
     for (int i = 0; i <= 4; i++) {
         double y = c->low + (c->top - c->low) * i / 4;
         put_rule(f, "axis", above(c, y));
-        fprintf(f, "<text x=\"34\" y=\"%.1f\" text-anchor=\"end\">%.2f</text>", above(c, y) + 4, y);
+        fprintf(f, "<text x=\"34\" y=\"%.1f\" text-anchor=\"end\">%.2g</text>", above(c, y) + 4, y);
     }
     put_rule(f, "even", above(c, even));
     put_line(f, "raw", c, 0);

@@ -182,7 +182,7 @@ static void put_series(run *r, FILE *f, const char *title, const char *key, doub
         if (low == top) { if (!i || y[i] < c.low) c.low = y[i];  if (!i || y[i] > c.top) c.top = y[i]; }
         else { if (y[i] < c.low) c.low = y[i];  if (y[i] > c.top) c.top = y[i]; }
     }
-    if (c.top <= c.low) c.top = c.low + 1;
+    if (c.top <= c.low) { c.low -= 0.5*fabs(c.low);  c.top += c.top == 0 ? 1 : 0.5*fabs(c.top); }  /* one value */
     c.y = y;
     c.n = n;
     put_curve(f, title, &c, even);
