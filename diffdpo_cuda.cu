@@ -3202,6 +3202,7 @@ static __device__ double dpoc_mapo_phi(double L, double *slope)
     *slope = 0.5*(1 - u*(e + 1)/e)/e;
     return u/e;
 }
+/* stat keeps the slopes, so that backward is a product. */
 static __global__ void dpoc_mapo_kernel(dpoc_mapo g)
 {
     double loss = 0, dw, dl;
@@ -3216,10 +3217,12 @@ static __global__ void dpoc_mapo_kernel(dpoc_mapo g)
     loss = dpoc_block_sum(loss);
     if (threadIdx.x == 0) dpoc_put(g.y, g.ytype, 0, (float)loss);
 }
+/* The same share for every number: forward has done the work. */
 static __global__ void dpoc_mapo_back_kernel(dpoc_mapo g)
 {
     for (int64_t i = threadIdx.x; i < 2*g.B; i += DPOC_THREADS) g.d[i] = (g.add ? g.d[i] : 0) + g.dy[0]*g.stat[i];
 }
+/* One block, as for pairs of the other losses. */
 static void dpoc_op_mapo(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -3280,6 +3283,7 @@ static __device__ float dpoc_block_most(float *part, float x)
     __syncthreads();
     return part[0];
 }
+/* The levels are made anew in shared memory by each block, one a thread; a block then walks many blocks of numbers. */
 static __global__ void dpoc_adamw8_kernel(dpoc_adamw8 g)
 {
     __shared__ float lm[DPOC_LEVELS], lv[DPOC_LEVELS], part[DPOC_THREADS];
@@ -3316,6 +3320,7 @@ static __global__ void dpoc_adamw8_kernel(dpoc_adamw8 g)
         if (threadIdx.x == 0) g.vs[u] = top;
     }
 }
+/* A launch a tensor: its codes and scales do not fit the list of the others. */
 static void dpoc_op_adamw8(dpoc_run *r)
 {
     const dpo_args *a = r->a;
