@@ -100,8 +100,8 @@ static void put_rule(FILE *f, const char *kind, double y)
 /* `even` is where the curve of a model that learned nothing would stay. */
 static void put_curve(FILE *f, const char *title, const curve *c, double even)
 {
-    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" overflow=\"visible\" role=\"img\" aria-label=\"%s, step by step\">", title,
-            title);
+    fprintf(f, "<figure><b>%s</b><svg viewBox=\"0 0 480 230\" overflow=\"visible\" role=\"img\" "
+            "aria-label=\"%s, step by step\">", title, title);
     for (int i = 0; i <= 4; i++) {
         double y = c->low + (c->top - c->low) * i / 4;
         put_rule(f, "axis", above(c, y));

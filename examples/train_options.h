@@ -336,7 +336,8 @@ static int apply_preset(settings *s)
     else if (!strcmp(name, "official-turbo")) { d = dpo_recipe_official_turbo(); from_recipe(s, &d, "512"); }
     else if (!strcmp(name, "lora-sd15"))      { d = dpo_recipe_lora_sd15();      from_recipe(s, &d, "512"); }
     else if (!strcmp(name, "lora-sdxl"))      { d = dpo_recipe_lora_sdxl();      from_recipe(s, &d, "1024"); }
-    else if (!strcmp(name, "small"))          { d = dpo_recipe_small();          from_recipe(s, &d, NULL);  s->guidance = 2; }
+    else if (!strcmp(name, "small"))          { d = dpo_recipe_small();          from_recipe(s, &d, NULL);
+                                                s->guidance = 2; }
     else if (!strcmp(name, "diffusers")) {      /* the defaults of train_diffusion_dpo.py, not of its README */
         d = dpo_recipe_lora_sd15();
         from_recipe(s, &d, "512");

@@ -267,6 +267,8 @@ run_default() {
         if [ -f "build/$p" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi      # that it builds is its test
     done
     for t in $(tests); do run_program build "$t" "$t"; done
+    CUDA_ARCHS=${CUDA_ARCHS:-90}        # by name, test_cuda compiles for all
+    export CUDA_ARCHS
     for t in $(scripts); do run_logged "$t" sh "tests/$t.sh"; done
     # shellcheck disable=SC2086
     run_parity build/parity parity $GOLDEN --
