@@ -573,7 +573,7 @@ static void test_stripes(uint64_t *seed)
     dpoi_cpu *cpu = (dpoi_cpu *)rounding[0]->self;
     dpoi_cpu_product p, q;
     dpoi_conv g;
-    t.a.in[5].data = t.a.in[6].data = NULL;
+    for (int i = 5; i < 7; i++) { free(t.a.in[i].data);  t.a.in[i].data = NULL; }
     g = dpoi_conv_of(cpu, &t.a);
     g.y = y;
     p = dpoi_forward_product(cpu, &g, NULL);
