@@ -223,14 +223,14 @@ run_quickstart() {
 run_fullsize() {
     build build fullsize
     mkdir -p build/fullsize-work
-    for f in ${FULLSIZE:-sd15 sdxl}; do
+    for size in ${FULLSIZE:-sd15 sdxl}; do
         need=2500000
-        case $f in sdxl|refiner) need=8000000 ;; esac
-        if [ "$(df -Pk build | awk 'NR == 2 { print $4 }')" -lt $need ]; then skip "fullsize $f" "less than $need KB of disk"; continue; fi
-        run_logged "fullsize $f, making" build/fullsize make $f build/fullsize-work/$f.safetensors
-        run_logged "fullsize $f" build/fullsize run build/fullsize-work/$f.safetensors
-        grep -E ' s   resident|context held' "build/log/fullsize-$f.txt"
-        rm -f build/fullsize-work/$f.safetensors
+        case $size in sdxl|refiner) need=8000000 ;; esac
+        if [ "$(df -Pk build | awk 'NR == 2 { print $4 }')" -lt $need ]; then skip "fullsize $size" "less than $need KB of disk"; continue; fi
+        run_logged "fullsize $size, making" build/fullsize make $size build/fullsize-work/$size.safetensors
+        run_logged "fullsize $size" build/fullsize run build/fullsize-work/$size.safetensors
+        grep -E ' s   resident|context held' "build/log/fullsize-$size.txt"
+        rm -f build/fullsize-work/$size.safetensors
     done
 }
 
