@@ -6,6 +6,7 @@
 #include "tiny_model.c"
 #undef main
 #include "dpo_test.h"
+#include "failing_alloc.h"
 
 #define FOLDER "build/formats"
 
@@ -855,7 +856,7 @@ static void test_eight_bits(void)
     uint64_t      n = sizeof header - 1;
     dpo_ctx      *c = open_plain();
     dpo_file     *f;
-    float         x[5];
+    float         x[5] = { 0 };
     memcpy(bytes, &n, 8);
     memcpy(bytes + 8, header, (size_t)n);
     memcpy(bytes + 8 + n, e4m3, 5);
@@ -925,19 +926,6 @@ static void test_misuse(void)
     dpo_close(c);
 }
 
-static long allocations, failing, living;
-
-static void *failing_alloc(void *user, void *old, size_t old_size, size_t size)
-{
-    void *p;
-    (void)user; (void)old_size;
-    if (!size) { living -= old != NULL; free(old); return NULL; }
-    if (++allocations == failing) return NULL;
-    p = realloc(old, size);
-    living += p && !old;
-    return p;
-}
-
 /* Everything once. */
 static void all_of_it(dpo_ctx *c)
 {
@@ -951,30 +939,6 @@ static void all_of_it(dpo_ctx *c)
     dpo_model_adapter_save(m, FOLDER "/oom.safetensors", &d);
     dpo_adapter_merge(dpo_model_unet(m));
     dpo_adapter_convert(c, FOLDER "/sdxl-kohya.safetensors", FOLDER "/oom.safetensors", &d, FOLDER "/sdxl");
-}
-
-static void test_allocations(int every)
-{
-    long total = 0, step = 1, bad = 0;
-    dpo_desc d;
-    memset(&d, 0, sizeof d);
-    d.threads = 1;
-    d.alloc = failing_alloc;
-    for (failing = 0; failing <= total; failing = failing ? failing + step : 1) {
-        dpo_ctx *c;
-        allocations = 0;
-        c = dpo_open(&d);
-        if (c) all_of_it(c);
-        if (!failing) {
-            CHECK(!dpo_error(c), "%s", why(c));
-            total = allocations;
-            step = every ? 1 : total / 60 + 1;
-        } else if (c && dpo_error(c) && dpo_status(c) != DPO_OUT_OF_MEMORY && bad++ < 3)
-            CHECK(0, "allocation %ld of %ld: %s", failing, total, why(c));
-        dpo_close(c);
-        if (living) { CHECK(0, "allocation %ld of %ld: %ld blocks leak", failing, total, living); living = 0; }
-    }
-    CHECK(total > 500 && !bad, "%ld allocations failed in turn", total);
 }
 
 int main(int argc, char **argv)
@@ -994,6 +958,6 @@ int main(int argc, char **argv)
     test_eight_bits();
     test_sixteen_bits();
     test_misuse();
-    test_allocations(argc > 1 && strcmp(argv[1], "every") == 0);
+    test_failing(all_of_it, argc > 1 && strcmp(argv[1], "every") == 0);
     return test_report();
 }

@@ -7,6 +7,7 @@
 #include "tiny_model.c"
 #undef main
 #include "dpo_test.h"
+#include "failing_alloc.h"
 
 #define FOLDER "build/models"
 #define TINY   FOLDER "/tiny"
@@ -492,19 +493,6 @@ static void test_checkpoint(void)
 
 /* ---- allocations that fail -------------------------------------------------------------------------------------- */
 
-static long allocations, failing, living;
-
-static void *failing_alloc(void *user, void *old, size_t old_size, size_t size)
-{
-    void *p;
-    (void)user; (void)old_size;
-    if (!size) { living -= old != NULL; free(old); return NULL; }
-    if (++allocations == failing) return NULL;
-    p = realloc(old, size);
-    living += p && !old;
-    return p;
-}
-
 /* Everything once. */
 static void all_of_it(dpo_ctx *c)
 {
@@ -526,30 +514,6 @@ static void all_of_it(dpo_ctx *c)
     dpo_model_save(m, FOLDER "/oom", DPO_BF16);
 }
 
-static void test_allocations(int every)
-{
-    long total = 0, step = 1, bad = 0;
-    dpo_desc d;
-    memset(&d, 0, sizeof d);
-    d.threads = 1;
-    d.alloc = failing_alloc;
-    for (failing = 0; failing <= total; failing = failing ? failing + step : 1) {
-        dpo_ctx *c;
-        allocations = 0;
-        c = dpo_open(&d);
-        if (c) all_of_it(c);
-        if (!failing) {
-            CHECK(!dpo_error(c), "%s", why(c));
-            total = allocations;
-            step = every ? 1 : total / 60 + 1;
-        } else if (c && dpo_error(c) && dpo_status(c) != DPO_OUT_OF_MEMORY && bad++ < 3)
-            CHECK(0, "allocation %ld of %ld: %s", failing, total, why(c));
-        dpo_close(c);
-        if (living) { CHECK(0, "allocation %ld of %ld: %ld blocks leak", failing, total, living); living = 0; }
-    }
-    CHECK(total > 500 && !bad, "%ld allocations failed in turn", total);
-}
-
 int main(int argc, char **argv)
 {
     test_round_trip();
@@ -562,6 +526,6 @@ int main(int argc, char **argv)
     test_misfits();
     test_misuse();
     test_checkpoint();
-    test_allocations(argc > 1 && strcmp(argv[1], "every") == 0);
+    test_failing(all_of_it, argc > 1 && strcmp(argv[1], "every") == 0);
     return test_report();
 }
