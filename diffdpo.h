@@ -1023,13 +1023,17 @@ DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *ref
 DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma);
 
 /* Several processes that train one model.  reduce: data [count] of every process becomes the sum or maximum over all, in
-   place, in the backend's memory; 1 on success.  Every process calls it in the same order. */
+   place, in the backend's memory; 1 on success.  Every process calls it in the same order.  With `wait` it only begins
+   to: nobody touches data until wait says that all that was begun is done.  Gradients come some megabytes at a time, the
+   last layers' first, while backward still works on the others, and one wait stands before clipping.  Without `wait`
+   the numbers are there, for the calls that follow on the backend, when reduce returns. */
 enum { DPO_REDUCE_SUM, DPO_REDUCE_MAX };
 typedef int (*dpo_reduce_fn)(void *user, void *data, int64_t count, int dtype, int op);
 struct dpo_team {
     int           count, index;           /* processes, and which of them this is; 0 and 1: alone */
     dpo_reduce_fn reduce;
     void         *user;
+    int         (*wait)(void *user);      /* 1 on success; or NULL */
 };
 
 /* One micro-batch as the losses see it, [winners, losers] on the first axis; DPO_SFT, DPO_KTO: N pictures, no order. */
@@ -1655,6 +1659,8 @@ struct dpo_ctx {
     dpoi_row    *rows;                    /* the tape */
     int64_t      row_count, row_room;
     int          no_grad;
+    void       (*graded)(void *user, dpo_tensor *x);       /* told of each share of a parameter's gradient, or NULL */
+    void        *graded_user;
     dpoi_owned  *owned;                   /* newest first */
 };
 
@@ -5878,20 +5884,27 @@ DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64
     return x && dpo_write(x, values) ? x : NULL;
 }
 
+/* The newest temporary stays when its scope ends. */
+static void dpoi_persist(dpo_tensor *x)
+{
+    dpo_ctx   *c = x->ctx;
+    dpoi_node *n = (dpoi_node *)x;
+    c->temp_count--;
+    x->persistent = 1;
+    n->next = c->persistent;
+    if (c->persistent) c->persistent->prev = n;
+    c->persistent = n;
+}
+
 /* Made as a temporary, then taken out of the scope's array: one path checks shape and memory.  Where the name or
    the zeroing fails it simply stays a temporary, and the end of the scope frees it. */
 static dpo_tensor *dpoi_persistent(dpo_ctx *c, int dtype, int rank, const int64_t *shape, int panel, const char *name)
 {
     dpo_tensor *x = shape ? dpoi_temp(c, dtype, rank, shape, panel, NULL) : NULL;
-    dpoi_node  *n = (dpoi_node *)x;
     char       *copy = x && name ? dpoi_strdup(c, name) : NULL;
     if (!x || (name && !copy) || !dpoi_zero(x)) { if (copy) dpoi_strfree(c, copy); return NULL; }
-    c->temp_count--;                      /* it was the newest of its scope */
-    x->persistent = 1;
     x->name = copy;
-    n->next = c->persistent;
-    if (c->persistent) c->persistent->prev = n;
-    c->persistent = n;
+    dpoi_persist(x);
     return x;
 }
 
@@ -6427,14 +6440,15 @@ static int dpoi_add_into(dpo_ctx *c, dpo_tensor *y, const dpo_view *x)
 
 /* x->grad as a place to add to: not shared with another tensor.
    A gradient that was handed on (through a reshape, a residual, a segment) is one block in two tensors;
-   whichever is added to first takes a copy. */
+   whichever is added to first takes a copy.  Parameters' are never handed on; a team's trainer lays several of them into
+   one block. */
 static int dpoi_grad_own(dpo_tensor *x)
 {
     dpo_ctx    *c = x->ctx;
     dpo_tensor *g = x->grad;
     dpoi_block *b;
     dpo_view    v = dpoi_view(g);
-    if (g->block->refs == 1) return 1;
+    if (g->block->refs == 1 || x->persistent) return 1;
     if (!(b = dpoi_block_new(c, dpoi_view_bytes(&v)))) return 0;
     if (c->backend->copy(c->backend->self, b->data, g->data, dpoi_view_bytes(&v), DPO_COPY_ON) != DPO_OK) {
         dpoi_block_drop(c, b);
@@ -6446,6 +6460,12 @@ static int dpoi_grad_own(dpo_tensor *x)
     return 1;
 }
 
+/* Another share of a parameter's gradient is there. */
+static void dpoi_graded(dpo_tensor *x)
+{
+    if (x->persistent && x->ctx->graded) x->ctx->graded(x->ctx->graded_user, x);
+}
+
 /* x's gradient gets dy as it is: shared where x has none yet, else added.
    A parameter's gradient gets memory of its own: it outlives the walk, and lies where it lay in the last step. */
 static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
@@ -6454,7 +6474,9 @@ static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
     if (!x->grad && !x->persistent) return dpoi_grad_new(x, dy->block) != NULL;
     if (!x->grad && (!dpoi_grad_new(x, NULL) || !dpoi_zero(x->grad))) return 0;
     v = dpoi_view(dy);
-    return dpoi_grad_own(x) && dpoi_add_into(x->ctx, x->grad, &v);
+    if (!dpoi_grad_own(x) || !dpoi_add_into(x->ctx, x->grad, &v)) return 0;
+    dpoi_graded(x);
+    return dpoi_ok(x->ctx);
 }
 
 /* Point din[i] at x's gradient, new (written) or old (added to).
@@ -6499,8 +6521,10 @@ static int dpoi_kernel_backward(dpo_ctx *c, dpoi_row *r)
             now |= 1u << i;
         }
         if (!dpoi_run(c, &r->a)) return 0;
+        for (int i = 0; i < DPO_MAX_INPUTS; i++) if (now >> i & 1) dpoi_graded(r->in[i]);
         left &= ~now;
     }
+    if (!dpoi_ok(c)) return 0;
     if (r->a.op == DPO_OP_CONV && r->in[4] && r->in[4]->needs_grad) return dpoi_grad_give(r->in[4], r->out->grad);
     return 1;
 }
@@ -23328,12 +23352,24 @@ DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *we
     return dpoi_apply(c, &k);
 }
 
-/* Over all processes; alone there is nothing to do. */
-static int dpoi_reduce(dpo_ctx *c, const dpo_team *team, void *data, int64_t count, int op)
+/* Begin a sum or maximum over all processes, and wait for what was begun; alone there is nothing to do. */
+static int dpoi_reduce_begin(dpo_ctx *c, const dpo_team *team, void *data, int64_t count, int op)
 {
     if (!team || team->count < 2 || !dpoi_ok(c)) return dpoi_ok(c);
     if (team->reduce && team->reduce(team->user, data, count, DPO_F32, op)) return 1;
     return dpoi_fail(c, DPO_DEVICE, "the other processes did not answer");
+}
+
+static int dpoi_reduce_wait(dpo_ctx *c, const dpo_team *team)
+{
+    if (!team || team->count < 2 || !team->wait || !dpoi_ok(c)) return dpoi_ok(c);
+    if (team->wait(team->user)) return 1;
+    return dpoi_fail(c, DPO_DEVICE, "the other processes did not answer");
+}
+
+static int dpoi_reduce(dpo_ctx *c, const dpo_team *team, void *data, int64_t count, int op)
+{
+    return dpoi_reduce_begin(c, team, data, count, op) && dpoi_reduce_wait(c, team);
 }
 
 /* z = max(0, mean over all processes of g), [1], outside the tape. */
@@ -23730,6 +23766,13 @@ typedef struct dpoi_seat {
     int        asked[2];                  /* of the loader */
 } dpoi_seat;
 
+/* A team's gradients lie side by side, some megabytes in one piece of memory, the last layers' first, so that what is
+   whole can be summed while backward goes on. */
+typedef struct dpoi_parcel {
+    dpo_tensor *g;                        /* F32 [numbers of all its gradients and the gaps between them] */
+    int64_t     uses, open;               /* shares that a backward adds; those that are still to come */
+} dpoi_parcel;
+
 /* A micro-batch before anything was computed. */
 typedef struct dpoi_lot {
     int64_t    step;                      /* -1: none; held-out batches have none either */
@@ -23754,6 +23797,9 @@ struct dpo_trainer {
     dpo_optim      *o;
     dpo_tensor    **params, **average;    /* [count]; average may be NULL */
     int             count, B, N;          /* B slots a micro-batch, N pictures: 2B, or B */
+    dpoi_parcel    *parcel;               /* [parcels] of a team, room for one a parameter; else NULL */
+    int             parcels, sent;        /* sent: those whose sum has begun */
+    int             learned;              /* 1: their uses were counted */
     int             each;                 /* pictures a slot: 2, or 1 */
     int             stopped, phase;       /* DPOI_BETWEEN ...: how far a step came that failed */
     int64_t         steps_done;
@@ -23896,6 +23942,8 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
         if (x && !t->d.rank) x->needs_grad = 0;
         if (t->average) dpo_param_free(t->average[i]);
     }
+    for (int k = 0; k < t->parcels; k++) dpo_param_free(t->parcel[k].g);
+    if (t->parcel) dpoi_release(c, t->parcel, (size_t)t->count * sizeof *t->parcel);
     if (t->copy) dpoi_disown(c, t->copy);
     dpo_param_free(t->metrics);
     dpoi_trainer_data_free(t);
@@ -24143,6 +24191,51 @@ static int dpoi_train_optimizer(dpo_trainer *t)
     return t->o != NULL;
 }
 
+enum { DPOI_PARCEL_LEAST = 1 << 14, DPOI_PARCEL_MOST = 1 << 22 };       /* numbers of a parcel, but for larger weights */
+
+/* Numbers that a parameter's gradient takes in a parcel: whole panels, and up to the next line of the caches. */
+static int64_t dpoi_parcel_numbers(const dpo_tensor *x)
+{
+    dpo_view v = dpoi_view(x);
+    v.dtype = DPO_F32;
+    return (int64_t)((dpoi_view_bytes(&v) / sizeof(float) + 15) / 16 * 16);
+}
+
+/* x's gradient as a part of a parcel, from number `at` on. */
+static int dpoi_parcel_part(dpo_tensor *x, const dpo_tensor *whole, int64_t at)
+{
+    dpo_tensor *g = dpoi_temp(x->ctx, DPO_F32, x->rank, x->shape, x->panel, whole->block);
+    if (!g) return 0;
+    if (x->grad) dpo_param_free(x->grad);
+    g->data = (float *)whole->data + at;
+    dpoi_persist(g);
+    x->grad = g;
+    return 1;
+}
+
+/* Gradients of a team: parcels of a sixteenth of all, within the limits above, filled from the last parameter to the
+   first, which is about the order in which backward is done with them. */
+static int dpoi_train_parcels(dpo_trainer *t)
+{
+    int64_t all = 0, size, n, at;
+    if (!(t->parcel = (dpoi_parcel *)dpoi_calloc(t->c, (size_t)t->count, sizeof *t->parcel))) return 0;
+    for (int i = 0; i < t->count; i++) all += dpoi_parcel_numbers(t->params[i]);
+    size = all / 16 < DPOI_PARCEL_LEAST ? DPOI_PARCEL_LEAST : all / 16 < DPOI_PARCEL_MOST ? all / 16 : DPOI_PARCEL_MOST;
+    for (int last = t->count - 1, first; last >= 0; last = first - 1) {
+        dpoi_parcel *p = &t->parcel[t->parcels];
+        first = last;
+        n = dpoi_parcel_numbers(t->params[last]);
+        while (first > 0 && n + dpoi_parcel_numbers(t->params[first - 1]) <= size)
+            n += dpoi_parcel_numbers(t->params[--first]);
+        if (!(p->g = dpo_param_new(t->c, DPO_F32, 1, &n, NULL))) return 0;
+        t->parcels++;
+        at = 0;
+        for (int i = first; i <= last; at += dpoi_parcel_numbers(t->params[i++]))
+            if (!dpoi_parcel_part(t->params[i], p->g, at)) return 0;
+    }
+    return 1;
+}
+
 /* The parameters to train, marked as such; the others need no gradient.
    Gradients exist before the first step; `dry` counts them at the same moment. */
 static int dpoi_train_params(dpo_trainer *t)
@@ -24172,9 +24265,9 @@ static int dpoi_train_params(dpo_trainer *t)
         dpo_tensor *x = t->params[i] = i < n ? first[i] : second[i - n];
         x->needs_grad = 1;
         /* Now rather than in the first backward: after the first step no step takes new memory. */
-        if (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL)) return 0;
+        if (t->d.team.count < 2 && (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL))) return 0;
     }
-    return dpoi_train_optimizer(t);
+    return (t->d.team.count < 2 || dpoi_train_parcels(t)) && dpoi_train_optimizer(t);
 }
 
 /* Averages start as the weights themselves.
@@ -25112,6 +25205,48 @@ static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int micro)
     return dpoi_train_ask(t, !t->now) ? &t->plan[t->now] : NULL;
 }
 
+/* Parcels that no share is missing to, in their order, which is the same on all processes. */
+static int dpoi_train_send(dpo_trainer *t)
+{
+    for (; t->sent < t->parcels && t->parcel[t->sent].open <= 0; t->sent++) {
+        dpo_tensor *g = t->parcel[t->sent].g;
+        if (!dpoi_reduce_begin(t->c, &t->d.team, g->data, dpo_count(g), DPO_REDUCE_SUM)) return 0;
+    }
+    return 1;
+}
+
+/* A share of a gradient: counted in the first backward of a run, counted down in the last one of a step.  The tape of
+   every micro-batch has the same rows; one that had more would add to what is being summed. */
+static void dpoi_train_graded(void *user, dpo_tensor *x)
+{
+    dpo_trainer *t = (dpo_trainer *)user;
+    int          k = 0;
+    while (k < t->parcels && (!x->grad || t->parcel[k].g->block != x->grad->block)) k++;
+    if (k == t->parcels) return;          /* not trained */
+    if (!t->learned) t->parcel[k].uses++;
+    else if (k < t->sent)
+        dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: %s got a gradient after its sum had begun", x->name ? x->name : "");
+    else {
+        t->parcel[k].open--;
+        dpoi_train_send(t);
+    }
+}
+
+/* Backward; of a team's last micro-batch of a step with its sums beside it. */
+static int dpoi_train_backward(dpo_trainer *t, dpo_tensor *loss, int last)
+{
+    int ok, listens = t->parcel && (!t->learned || last);
+    if (listens) {
+        t->c->graded = dpoi_train_graded;
+        t->c->graded_user = t;
+    }
+    for (int k = 0; k < t->parcels; k++) t->parcel[k].open = t->parcel[k].uses;
+    ok = dpo_backward(loss);
+    t->c->graded = NULL;
+    t->learned |= listens;
+    return ok;
+}
+
 /* Forward and backward of one micro-batch; its gradients add to those of the ones before.  Dividing the loss by their
    number, over all processes, makes the step that of one large batch.
    terms->policy and the others are read by the copies before the scope ends. */
@@ -25135,20 +25270,17 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
     }
     ok = loss && dpoi_train_note(t, micro, &terms, loss);
     if (ok && parts > 1) loss = dpo_affine(t->c, loss, 1 / (float)parts, 0);
-    ok = ok && dpo_backward(loss);
+    ok = ok && dpoi_train_backward(t, loss, micro + 1 == t->d.accumulation);
     dpo_scope_end(t->c, scope, NULL);     /* all but the parameters' gradients and the figures is free again */
     return ok;
 }
 
-/* Sums over all processes of every gradient, a parameter at a time, in the same order everywhere. */
+/* The parcels that backward left, and the wait for all. */
 static int dpoi_train_reduce(dpo_trainer *t)
 {
-    for (int i = 0; i < t->count && t->d.team.count > 1; i++) {
-        dpo_tensor *g = t->params[i]->grad;
-        dpo_view    v = dpoi_view(g);
-        int64_t     n = (int64_t)(dpoi_view_bytes(&v) / sizeof(float));
-        if (!dpoi_reduce(t->c, &t->d.team, g->data, n, DPO_REDUCE_SUM)) return 0;
-    }
+    for (int k = t->sent; k < t->parcels; k++) t->parcel[k].open = 0;
+    if (!dpoi_train_send(t) || !dpoi_reduce_wait(t->c, &t->d.team)) return 0;
+    t->sent = 0;
     return 1;
 }
 
@@ -25251,6 +25383,8 @@ static int dpoi_train_ready(dpo_trainer *t)
     if (!t || !dpoi_ok(t->c)) return 0;
     if (t->phase == DPOI_UPDATE)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training stopped inside an update: load a checkpoint");
+    if (t->sent)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training stopped inside a sum over processes: begin anew");
     if (t->phase == DPOI_GRADIENTS && !dpo_optim_clear(t->o)) return 0;
     t->phase = DPOI_BETWEEN;
     return !t->stopped && t->steps_done < t->d.steps;

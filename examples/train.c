@@ -605,25 +605,48 @@ static int survey(run *r)
 /* ---- Several processes ------------------------------------------------------------------------------------------ */
 
 #ifdef DIFFDPO_MPI
-/* Sums of 2^24 numbers at a time: MPI counts in int, and the sum's order must not hang on how it is cut. */
+/* Sums that were begun and not waited for. */
+typedef struct { MPI_Request *open; int count, room; } errands;
+
+/* Begin a sum, 2^24 numbers at a time: MPI counts in int, and the sum's order must not hang on how it is cut.  MPI works
+   on what was begun only while it is called: hence the test, which lets it go on with the earlier ones. */
 static int reduce(void *user, void *data, int64_t count, int dtype, int op)
 {
-    (void)user;
+    errands *e = (errands *)user;
+    int      done;
     if (dtype != DPO_F32) return 0;
     for (int64_t at = 0; at < count; at += 1 << 24) {
         int n = count - at < 1 << 24 ? (int)(count - at) : 1 << 24;
-        if (MPI_Allreduce(MPI_IN_PLACE, (float *)data + at, n, MPI_FLOAT, op == DPO_REDUCE_MAX ? MPI_MAX : MPI_SUM,
-                          MPI_COMM_WORLD) != MPI_SUCCESS) return 0;
+        if (e->count == e->room) {
+            MPI_Request *more = (MPI_Request *)realloc(e->open, (size_t)(e->room + 64) * sizeof *more);
+            if (!more) return 0;
+            e->open = more;
+            e->room += 64;
+        }
+        if (MPI_Iallreduce(MPI_IN_PLACE, (float *)data + at, n, MPI_FLOAT, op == DPO_REDUCE_MAX ? MPI_MAX : MPI_SUM,
+                           MPI_COMM_WORLD, &e->open[e->count]) != MPI_SUCCESS) return 0;
+        e->count++;
     }
-    return 1;
+    return MPI_Testall(e->count, e->open, &done, MPI_STATUSES_IGNORE) == MPI_SUCCESS;
+}
+
+static int settle(void *user)
+{
+    errands *e = (errands *)user;
+    int      ok = MPI_Waitall(e->count, e->open, MPI_STATUSES_IGNORE) == MPI_SUCCESS;
+    e->count = 0;
+    return ok;
 }
 
 static void join_team(run *r)
 {
+    static errands e;
     MPI_Init(NULL, NULL);
     MPI_Comm_size(MPI_COMM_WORLD, &r->team.count);
     MPI_Comm_rank(MPI_COMM_WORLD, &r->team.index);
     r->team.reduce = reduce;
+    r->team.wait = settle;
+    r->team.user = &e;
 }
 
 /* One that failed takes the others along: they would wait for its numbers for ever. */

@@ -972,10 +972,15 @@ static void test_left_out(void)
     dpo_close(c);
 }
 
-/* A team of two contexts in two threads, whose sums meet here. */
+/* A team of two contexts in two threads, whose sums meet here.  later: sums are only noted, with a copy of what they were
+   given, and done by the wait, in whose time nobody may have touched the numbers. */
 #ifdef DPOI_THREADS
-typedef struct { dpoi_lock lock; dpoi_cond cond; const float *first; float sum[1 << 16]; int came, round, failed; } meeting;
-typedef struct { dpo_train_desc d; numbers w; dpo_progress last; meeting *at; } member;
+enum { NOTES = 64 };
+typedef struct { dpoi_lock lock; dpoi_cond cond; float sum[1 << 16]; int came, round, failed; } meeting;
+typedef struct { float *data, *copy; int64_t count; } note;
+typedef struct {
+    dpo_train_desc d; numbers w; dpo_progress last; meeting *at;
+    dpo_trainer *t; note later[NOTES]; int notes, most, beside, touched; } member;
 
 static int meet(void *user, void *data, int64_t count, int dtype, int op)
 {
@@ -990,7 +995,6 @@ static int meet(void *user, void *data, int64_t count, int dtype, int op)
     if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
     else while (a->round == round) dpoi_cond_wait(&a->cond, &a->lock);
     memcpy(x, a->sum, (size_t)count * sizeof *x);
-    a->first = NULL;
     /* the sum must not be overwritten before both have it: a second meeting */
     round = a->round;
     if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
@@ -999,11 +1003,47 @@ static int meet(void *user, void *data, int64_t count, int dtype, int op)
     return 1;
 }
 
+/* beside: backward was still on its way. */
+static int meet_later(void *user, void *data, int64_t count, int dtype, int op)
+{
+    member *m = (member *)user;
+    note   *n = &m->later[m->notes];
+    if (m->notes == NOTES || dtype != DPO_F32 || op != DPO_REDUCE_SUM) return 0;
+    m->notes++;
+    n->data = (float *)data;
+    n->count = count;
+    n->copy = (float *)malloc((size_t)count * sizeof(float));
+    memcpy(n->copy, data, (size_t)count * sizeof(float));
+    m->beside += m->t && m->t->c->row_count > 0;
+    if (m->notes > m->most) m->most = m->notes;
+    return 1;
+}
+
+static int meet_wait(void *user)
+{
+    member *m = (member *)user;
+    int     ok = 1;
+    for (int i = 0; i < m->notes; i++) {
+        note *n = &m->later[i];
+        m->touched += memcmp(n->data, n->copy, (size_t)n->count * sizeof(float)) != 0;
+        free(n->copy);
+        ok = ok && meet(user, n->data, n->count, DPO_F32, DPO_REDUCE_SUM);
+    }
+    m->notes = 0;
+    return ok;
+}
+
 static void member_run(void *arg)
 {
-    member *m = (member *)arg;
+    member    *m = (member *)arg;
+    dpo_ctx   *c = open_threads(1);
+    dpo_model *model = dpo_model_load(c, TINY, DPO_F32);
     m->d.team.user = m;
-    m->last = run_on(TINY, m->d, m->d.objective == DPO_KTO, &m->w);
+    m->t = dpo_train_begin(model, shaped_pairs(c, 9, m->d.objective == DPO_KTO), &m->d);
+    while (dpo_train_step(m->t, &m->last)) { }
+    CHECK(dpo_train_end(m->t), "a team: %s", why(c));
+    m->w = weights_of(model);
+    dpo_close(c);
 }
 #endif
 
@@ -1011,7 +1051,8 @@ static void member_run(void *arg)
 static void test_team(void)
 {
 #ifdef DPOI_THREADS
-    for (int kto = 0; kto < 2; kto++) {
+    for (int k = 0; k < 4; k++) {
+        int               kto = k & 1, later = k >> 1;
         static meeting    a;
         static member     m[2];
         dpoi_thread_start s[2];
@@ -1024,12 +1065,14 @@ static void test_team(void)
         else d.lr = 1e-4f;
         e = run_on(TINY, d, kto, &alone);
         memset(&a, 0, sizeof a);
+        memset(m, 0, sizeof m);
         dpoi_lock_open(&a.lock);
         dpoi_cond_open(&a.cond);
         if (kto) d.batch = 2;
         else d.accumulation = 1;
         d.team.count = 2;
-        d.team.reduce = meet;
+        d.team.reduce = later ? meet_later : meet;
+        d.team.wait = later ? meet_wait : NULL;
         for (int i = 0; i < 2; i++) {
             m[i].d = d;
             m[i].d.team.index = i;
@@ -1041,6 +1084,9 @@ static void test_team(void)
         dpoi_thread_open(&th[1], &s[1]);
         for (int i = 0; i < 2; i++) dpoi_thread_join(&th[i]);
         CHECK(same(m[0].w, m[1].w), "two processes hold different weights");
+        for (int i = 0; i < 2 && later; i++)
+            CHECK(!m[i].touched && (kto || (m[i].most > 1 && m[i].beside >= (int)d.steps - 1)), "sums later: %d at once, %d beside "
+                  "backward, %d touched before the wait", m[i].most, m[i].beside, m[i].touched);
         for (int64_t i = 0; i < alone.n && m[0].w.n == alone.n; i++) { off += fabs(alone.v[i] - m[0].w.v[i]); size += fabs(alone.v[i]); }
         CHECK(m[0].w.n == alone.n && off < 1e-4*size, "kto %d: two processes are %g off, of %g", kto, off, size);
         CHECK(fabs(e.loss - m[0].last.loss) < 1e-3*fabs(e.loss) && m[0].last.loss == m[1].last.loss && m[1].last.pairs == e.pairs &&
