@@ -539,6 +539,11 @@ DPO_DEF dpo_net   *dpo_model_text(dpo_model *m, int which);                  /* 
 DPO_DEF dpo_net   *dpo_model_vae(dpo_model *m);                              /* NULL for a model of pixels */
 DPO_DEF void       dpo_model_set_unet(dpo_model *m, dpo_net *unet);          /* another set of weights (an average) */
 
+/* Give back the memory of the text encoders and the VAE of a model that was loaded from files, while only the UNet works.
+   What asks for one of them reads its weights again; what was changed in them since they were read is lost, and tensors
+   of dpo_net_params are gone.  Their adapters stay. */
+DPO_DEF int        dpo_model_rest(dpo_model *m);
+
 typedef struct dpo_model_info {
     int channels;                         /* of what is diffused: 3 pixels, 4 latents */
     int factor;                           /* pixels a latent, per axis: 1 without a VAE, else 8 */
@@ -1147,8 +1152,11 @@ typedef struct dpo_train_desc {
                                              authors; 1: the chosen picture's own size and crop, as diffusers */
     int                ahead;             /* 1, all weights: the reference's errors of all steps are computed before the
                                              first one, and no second model is kept */
-    int                drop_encoders;     /* 1: texts and pictures are encoded before the first step, and the model's text
-                                             encoders and VAE given back: it can then no more draw, or be saved whole */
+    int                rest_encoders;     /* 1: all texts and pictures of the run are encoded before the first step, and
+                                             the text encoders and VAE then rest, see dpo_model_rest; where the caches
+                                             have no room for all, or the model is not from files, they stay */
+    int                drop_encoders;     /* 1: the same, but no room is an error, and those of a model that is not from
+                                             files are given back for good */
     int                beside;            /* 1: pictures are read and decoded on a thread beside the step */
     const char        *note;              /* a text that goes into checkpoints, as metadata "note"; or NULL */
     const char        *cache_folder;      /* where latents, texts and reference errors are kept, see dpo_cache; or NULL */
@@ -1191,6 +1199,7 @@ DPO_DEF int     dpo_train_held (dpo_trainer *t, dpo_held *out);
 DPO_DEF int64_t dpo_train_count(const dpo_trainer *t);     /* pairs that are trained on; KTO: pictures */
 DPO_DEF int64_t dpo_train_done (const dpo_trainer *t);     /* steps done, after a resume those of the checkpoint */
 DPO_DEF int64_t dpo_train_sizes(const dpo_trainer *t);     /* buckets in use */
+DPO_DEF int     dpo_train_rests(const dpo_trainer *t);     /* 1: it needs text encoders and VAE no more */
 
 /* The state of a run in a folder that appears whole or not at all: trained weights, moments, averages, step.  A
    checkpoint of another model, other data or other settings than `steps` is refused.  In `output` the trainer keeps
@@ -16534,6 +16543,7 @@ struct dpo_model {
     int           zeros;                  /* an absent prompt is zeros, not the empty text */
     const dpoi_family *family;            /* of a single file, */
     dpo_file     *file;                   /* which is open while it is read, */
+    int           files;                  /* 1: its weights came from files, see dpo_model_rest */
     int           v, ztsnr;               /* and what it says of its schedule */
 };
 
@@ -16541,6 +16551,7 @@ struct dpo_model {
 static int         dpoi_family_open(dpo_model *m, const dpo_load_desc *d);
 static char       *dpoi_family_text(const dpo_model *m, const char *sub, const char *name);
 static int         dpoi_family_realise(dpo_model *m, dpo_net **n, const char *sub);
+static int         dpoi_family_wake(dpo_model *m, dpo_net *n, const char *sub);
 static const char *dpoi_family_pad(const dpo_model *m, int which);
 static int         dpoi_schedule_parse(dpo_ctx *c, const char *text, const char *name, dpo_schedule *s);
 
@@ -16760,7 +16771,9 @@ DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_l
     if (!m) return NULL;
     if (dpoi_is_folder(path)) ok = (m->folder = dpoi_strdup(c, path)) != NULL;
     else ok = dpoi_family_open(m, d);
-    return ok ? dpoi_model_build(m, d->dtype, DPOI_READ) : NULL;
+    if (!ok || !dpoi_model_build(m, d->dtype, DPOI_READ)) return NULL;
+    m->files = 1;
+    return m;
 }
 
 /* dtype: of the weights in memory, DPO_F32, DPO_BF16 or DPO_F16; files of any of them are read. */
@@ -16790,8 +16803,56 @@ DPOI_UNUSED static dpo_ctx *dpoi_model_ctx(const dpo_model *m) { return m ? m->c
 /* ------------------------------------------------------------------------------------------ what a pipeline holds */
 
 DPO_DEF dpo_net *dpo_model_unet(dpo_model *m) { return m ? m->unet : NULL; }
-DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which) { return m && (which & ~1) == 0 ? m->text[which] : NULL; }
-DPO_DEF dpo_net *dpo_model_vae(dpo_model *m) { return m ? m->vae : NULL; }
+
+/* Weights that were given back, read again; what fails is given back whole. */
+static int dpoi_net_wake(dpo_net *n, const dpoi_origin *s)
+{
+    if (dpoi_net_match(n, s) && dpoi_net_build(n) && dpoi_net_fill(n, s)) return 1;
+    dpoi_net_drop(n);
+    return 0;
+}
+
+/* A text encoder or the VAE, whose weights may rest. */
+static int dpoi_model_wake(dpo_model *m, dpo_net *n, const char *sub)
+{
+    dpoi_origin s;
+    char       *folder;
+    int         ok;
+    if (!n || n->list || !m->files || !dpoi_ok(m->c)) return 1;
+    if (m->family) return dpoi_family_wake(m, n, sub);
+    memset(&s, 0, sizeof s);
+    s.prefix = "";
+    folder = dpoi_join(m->c, m->folder, sub);
+    s.f = folder ? dpo_safetensors_open_folder(m->c, folder, n->kind->stem) : NULL;
+    ok = s.f && dpoi_net_wake(n, &s);
+    dpo_file_close(s.f);
+    dpoi_strfree(m->c, folder);
+    return ok;
+}
+
+static int dpoi_model_wake_all(dpo_model *m)
+{
+    return dpoi_model_wake(m, m->text[0], dpoi_text_folders[0]) &&
+           dpoi_model_wake(m, m->text[1], dpoi_text_folders[1]) && dpoi_model_wake(m, m->vae, "vae");
+}
+
+DPO_DEF int dpo_model_rest(dpo_model *m)
+{
+    if (!m || !dpoi_ok(m->c)) return 0;
+    if (!m->files)
+        return dpoi_fail(m->c, DPO_BAD_ARGUMENT, "%s was not loaded from files: its weights cannot come back", m->path);
+    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
+    if (m->vae) dpoi_net_drop(m->vae);
+    return 1;
+}
+
+DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which)
+{
+    if (!m || (which & ~1) != 0) return NULL;
+    return dpoi_model_wake(m, m->text[which], dpoi_text_folders[which]) ? m->text[which] : NULL;
+}
+
+DPO_DEF dpo_net *dpo_model_vae(dpo_model *m) { return m && dpoi_model_wake(m, m->vae, "vae") ? m->vae : NULL; }
 DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? &m->schedule : NULL; }
 
 /* Same configuration, so that everything the model says about itself stays true.
@@ -16843,7 +16904,8 @@ DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
 DPO_DEF dpo_tensor *dpo_encode_images(dpo_model *m, dpo_tensor *x, dpo_tensor **logvar)
 {
     if (logvar) *logvar = NULL;
-    return m && m->vae ? dpoi_vae_encode(m->vae, x, logvar) : m ? x : NULL;
+    if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
+    return m->vae ? dpoi_vae_encode(m->vae, x, logvar) : x;
 }
 
 DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
@@ -16853,7 +16915,8 @@ DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor
 
 DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
 {
-    return m && m->vae ? dpoi_vae_decode(m->vae, z) : m ? z : NULL;
+    if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
+    return m->vae ? dpoi_vae_decode(m->vae, z) : z;
 }
 
 /* ------------------------------------------------------------------------------------------ saving a pipeline */
@@ -16931,7 +16994,7 @@ static int dpoi_model_save_tokens(dpo_model *m, const char *folder)
    Weights that were adapted are saved without their adapters, which have a file of their own. */
 DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 {
-    if (!m || !folder || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype)) return 0;
+    if (!m || !folder || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype) || !dpoi_model_wake_all(m)) return 0;
     for (int k = 0; m->folder && dpoi_other_files[k]; k++)
         if (!dpoi_model_copy(m, m->folder, folder, "", dpoi_other_files[k])) return 0;
     if (!dpoi_model_save_tokens(m, folder)) return 0;
@@ -16998,6 +17061,7 @@ DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, in
     for (int i = 0; i < 2; i++) {
         dpo_tensor *ids, *h;
         if (!m->text[i]) continue;
+        if (!dpoi_model_wake(m, m->text[i], dpoi_text_folders[i])) return NULL;
         ids = dpo_tokens(m, i, prompts, n);
         h = dpo_text_forward(m->text[i], ids, m->text[1] != NULL, i == 1 ? &p : NULL);
         if (!h) return NULL;
@@ -17638,26 +17702,47 @@ static int dpoi_family_open(dpo_model *m, const dpo_load_desc *d)
     return dpoi_family_markers(m, d) && dpoi_family_tokenizers(m, d);
 }
 
+/* Where the open file has a component. */
+static void dpoi_family_origin(const dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s, dpoi_layout *layout)
+{
+    int which = strcmp(sub, dpoi_text_folders[1]) == 0;
+    memset(s, 0, sizeof *s);
+    dpoi_layout_of(n, layout);
+    s->f = m->file;
+    s->layout = layout;
+    if (strcmp(sub, "unet") == 0) { s->prefix = DPOI_UNET_PREFIX; s->naming = &dpoi_unet_naming; }
+    else if (strcmp(sub, "vae") == 0) {
+        s->prefix = dpoi_file_with(m->file, "first_stage_model.", 0) ? "first_stage_model." : "vae.";
+        s->naming = &dpoi_vae_naming;
+    } else {
+        s->prefix = m->family->prefix[which];
+        s->naming = m->family->text[which] ? &dpoi_openclip_naming : NULL;
+    }
+}
+
 /* Values for a planned network of a component out of the open file; *n is NULL afterwards if that failed. */
 static int dpoi_family_realise(dpo_model *m, dpo_net **n, const char *sub)
 {
     dpoi_origin s;
     dpoi_layout layout;
-    int         which = strcmp(sub, dpoi_text_folders[1]) == 0;
-    memset(&s, 0, sizeof s);
-    dpoi_layout_of(*n, &layout);
-    s.f = m->file;
-    s.layout = &layout;
-    if (strcmp(sub, "unet") == 0) { s.prefix = DPOI_UNET_PREFIX; s.naming = &dpoi_unet_naming; }
-    else if (strcmp(sub, "vae") == 0) {
-        s.prefix = dpoi_file_with(m->file, "first_stage_model.", 0) ? "first_stage_model." : "vae.";
-        s.naming = &dpoi_vae_naming;
-    } else {
-        s.prefix = m->family->prefix[which];
-        s.naming = m->family->text[which] ? &dpoi_openclip_naming : NULL;
-    }
+    dpoi_family_origin(m, *n, sub, &s, &layout);
     *n = dpoi_net_realise(*n, &s);
     return *n != NULL;
+}
+
+/* The same for weights that were given back, out of the file, which is opened once more. */
+static int dpoi_family_wake(dpo_model *m, dpo_net *n, const char *sub)
+{
+    dpoi_origin s;
+    dpoi_layout layout;
+    int         ok = (m->file = dpo_safetensors_open(m->c, m->path)) != NULL;
+    if (ok) {
+        dpoi_family_origin(m, n, sub, &s, &layout);
+        ok = dpoi_net_wake(n, &s);
+    }
+    dpo_file_close(m->file);
+    m->file = NULL;
+    return ok;
 }
 
 /* ------------------------------------------------------------------------------------------ writing */
@@ -17749,7 +17834,7 @@ DPO_DEF int dpo_model_save_file(dpo_model *m, const char *path, int dtype)
     dpoi_item  *items;
     size_t      room;
     int         ok;
-    if (!m || !path || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype)) return 0;
+    if (!m || !path || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype) || !dpoi_model_wake_all(m)) return 0;
     if (!m->vae) return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: a model of pixels has no original naming; save it as a "
                                   "folder", path);
     k = dpoi_family_of_model(m);
@@ -18181,7 +18266,7 @@ DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path)
     dpoi_adapter_source s;
     dpo_net *nets[3];
     int      ok;
-    if (!m) return 0;
+    if (!m || !dpoi_model_wake_all(m)) return 0;
     ok = dpoi_adapter_open(m->c, path, &s) && dpoi_adapters_read(nets, dpoi_model_nets(m, nets), &s);
     dpoi_adapter_close(&s);
     return ok;
@@ -23801,6 +23886,7 @@ struct dpo_trainer {
     int             parcels, sent;        /* sent: those whose sum has begun */
     int             learned;              /* 1: their uses were counted */
     int             each;                 /* pictures a slot: 2, or 1 */
+    int             rests;                /* 1: text encoders and VAE are not needed any more */
     int             stopped, phase;       /* DPOI_BETWEEN ...: how far a step came that failed */
     int64_t         steps_done;
     int64_t         skipped;              /* as of the last step */
@@ -23978,9 +24064,8 @@ static int dpoi_train_contradictions(dpo_ctx *c, const dpo_train_desc *d)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: label smoothing is part of the sigmoid loss alone");
     if (d->ahead && (d->rank || !dpoi_has_reference(d->objective)))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: only all weights under DPO or KTO need a reference ahead");
-    if (d->drop_encoders && (d->random_crop || d->train_text))
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders needs every picture's view before the first "
-                         "step, which random_crop draws at each, and text encoders that are not trained");
+    if (d->drop_encoders && d->train_text)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders and train_text: what is trained cannot go");
     if (d->levels > 0 && (d->timestep_bias != 0 || d->t_limit > 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: levels excludes timestep_bias and t_limit");
     return 1;
@@ -24039,6 +24124,8 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
     if (!t->d.cache) t->d.cache = (size_t)256 << 20;
     if (t->d.team.count < 1) t->d.team.count = 1;
     if (!dpoi_train_check(c, &t->d) || !dpoi_image_fits(c, "training", t->d.width, t->d.height)) return 0;
+    if (t->d.drop_encoders && !dpoi_has_latents(t))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
     sides = t->info.factor;               /* the UNet takes what is left of odd sides */
     if (t->d.width % sides || t->d.height % sides || t->d.bucket_step % sides)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: %dx%d pixels, buckets of %d: this model wants multiples of %d",
@@ -24393,7 +24480,7 @@ static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
     if (!dpoi_train_settings(t, d) || !dpoi_train_pairs(t) || !dpoi_train_texts(t)) return 0;
     if (!dpoi_train_noise(t) || !dpoi_train_caches(t) || !dpoi_train_buffers(t)) return 0;
     if (t->d.beside && !(t->loader = dpo_loader_new(t->p, 2 * t->N, 1))) return 0;
-    if (t->d.drop_encoders && !dpoi_train_encode_all(t)) return 0;         /* before the optimizer needs its memory */
+    if (!dpoi_train_encode_all(t)) return 0;              /* before the optimizer needs its memory */
     if (!dpoi_train_params(t) || !dpoi_train_averages(t)) return 0;
     if (dpoi_has_reference(t->d.objective) && !t->d.rank && !t->d.reference && !t->d.ahead)
         return (t->d.reference = t->copy = dpo_net_copy(dpo_model_unet(t->m), DPO_F32)) != NULL;
@@ -24438,6 +24525,7 @@ DPO_DEF int dpo_train_end(dpo_trainer *t)
 DPO_DEF int64_t dpo_train_count(const dpo_trainer *t) { return t ? t->items : 0; }
 DPO_DEF int64_t dpo_train_done (const dpo_trainer *t) { return t ? t->steps_done : 0; }
 DPO_DEF int64_t dpo_train_sizes(const dpo_trainer *t) { return t ? t->buckets : 0; }
+DPO_DEF int     dpo_train_rests(const dpo_trainer *t) { return t ? t->rests : 0; }
 
 /* ------------------------------------------------------------------------------------------ the plan */
 
@@ -24870,63 +24958,80 @@ static int dpoi_train_text_forward(dpo_trainer *t, const dpoi_lot *plan, dpo_dra
 
 /* ------------------------------------------------------------------------------------------ everything at once */
 
-/* Text i into memory or the folder. */
+/* Text i into memory or the folder; 0: an error, or no room. */
 static int dpoi_train_encode_text(dpo_trainer *t, int32_t i)
 {
     dpo_key key;
     if (t->text[i].emb) return 1;
     key = dpoi_train_text_key(t, t->text[i].prompt);
-    if (t->cache && dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    if (t->cache && dpo_cache_has(t->cache, &key)) return 1;
     t->missing[0] = i;
     if (!dpoi_train_encode(t, 0, 1)) return 0;
-    if (t->text[i].emb || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
-    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all texts");
+    return t->text[i].emb || (t->cache && dpo_cache_has(t->cache, &key));
 }
 
-/* One picture of an entry, mirrored or not, likewise. */
-static int dpoi_train_encode_picture(dpo_trainer *t, int32_t entry, int which, int flip)
+/* The slot's k-th picture, likewise. */
+static int dpoi_train_encode_picture(dpo_trainer *t, dpoi_seat *s, int k)
 {
-    const dpoi_sizes *b = &t->bucket[t->entry[entry].bucket];
-    dpoi_seat         s;
-    dpo_key           key;
-    int               k = t->each == 2 ? which : 0;
-    memset(&s, 0, sizeof s);
-    s.entry = entry;
-    s.which = which;
-    s.view[k].width = b->width;
-    s.view[k].height = b->height;
-    s.view[k].at_x = s.view[k].at_y = 0.5f;
-    s.view[k].flip = flip;
-    if (t->cache) {
-        if (!dpoi_train_latent_key(t, &s, k, &key)) return 0;
-        if (dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    void  **place = dpoi_train_place(t, s, k);
+    dpo_key key;
+    if (place && *place) return 1;
+    if (!place && !t->cache) return 0;
+    if (t->cache && !dpoi_train_latent_key(t, s, k, &key)) return 0;
+    if (t->cache && dpo_cache_has(t->cache, &key)) return 1;
+    if (!dpoi_train_picture(t, s, k, 0)) return 0;
+    return (place && *place) || (t->cache && dpo_cache_has(t->cache, &key));
+}
+
+static int dpoi_train_encode_plan(dpo_trainer *t, dpoi_lot *plan)
+{
+    for (int b = 0; b < plan->count; b++) {
+        if (!dpoi_train_encode_text(t, plan->slot[b].text)) return 0;
+        for (int k = 0; k < t->each; k++)
+            if (!dpoi_train_encode_picture(t, &plan->slot[b], k)) return 0;
     }
-    if (!dpoi_train_picture(t, &s, k, 0)) return 0;
-    if (*dpoi_train_place(t, &s, k) || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
-    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all "
-                     "pictures");
+    return 1;
+}
+
+static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int64_t step, int micro);
+static int       dpoi_held_plan(dpo_trainer *t, dpoi_lot *plan, int64_t first, int range);
+
+/* All plans of the run are known from its seed; held-out pictures are the same in every range. */
+static int dpoi_train_encode_plans(dpo_trainer *t)
+{
+    int64_t n = t->d.steps * t->d.accumulation;
+    double  told = dpo_seconds();
+    for (int64_t k = 0; k < n; k++) {
+        dpoi_lot *plan = dpoi_train_plans(t, k / t->d.accumulation, (int)(k % t->d.accumulation));
+        if (!plan || !dpoi_train_encode_plan(t, plan)) return 0;
+        if (dpo_seconds() - told < 10) continue;
+        told = dpo_seconds();
+        dpoi_log(t->c, DPO_LOG_INFO, "encoded for %lld of %lld micro-batches", (long long)k + 1, (long long)n);
+    }
+    for (int64_t i = 0; i < t->helds; i += t->plan[0].count) {
+        dpoi_held_plan(t, &t->plan[0], i, 0);
+        if (!dpoi_train_encode_plan(t, &t->plan[0])) return 0;
+    }
+    return 1;
 }
 
 /* What the run will ever ask of them, then the memory of the networks.  The model keeps their configurations. */
 static int dpoi_train_encode_all(dpo_trainer *t)
 {
     dpo_model *m = t->m;
-    double     told = dpo_seconds();
-    if (!dpoi_has_latents(t))
-        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
-    for (int64_t i = 0; i < t->texts; i++)
-        if (!dpoi_train_encode_text(t, (int32_t)i)) return 0;
-    for (int64_t i = 0; i < t->entries; i++) {
-        int both = dpoi_duel_has(&t->entry[i].p->pair[t->entry[i].i], 1) && t->d.objective != DPO_SFT;
-        for (int k = 0; k < 2 * (both + 1); k++)          /* each picture as it is, then mirrored */
-            if ((k % 2 == 0 || t->d.flip) && !dpoi_train_encode_picture(t, (int32_t)i, k / 2, k % 2)) return 0;
-        if (dpo_seconds() - told < 10) continue;
-        told = dpo_seconds();
-        dpoi_log(t->c, DPO_LOG_INFO, "encoded pictures of %lld of %lld pairs", (long long)i + 1, (long long)t->entries);
-    }
+    int        fits;
+    if (!t->d.drop_encoders && (!t->d.rest_encoders || !m->files || t->d.train_text || !dpoi_has_latents(t))) return 1;
+    fits = dpoi_train_encode_plans(t);
+    t->plan[0].step = t->plan[1].step = -1;
+    if (!dpoi_ok(t->c)) return 0;
+    if (!fits && !t->d.drop_encoders) return 1;
+    if (!fits)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: without a cache_folder there is no "
+                         "room for all texts and pictures");
+    t->rests = 1;
     for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
     dpoi_net_drop(m->vae);
-    return dpoi_ok(t->c);
+    return 1;
 }
 
 /* ------------------------------------------------------------------------------------------ one micro-batch */
@@ -25193,12 +25298,12 @@ static int dpoi_train_note(dpo_trainer *t, int micro, const dpo_terms *terms, co
 }
 
 /* The plan of this micro-batch, whose pictures are asked for, and of the next one, whose are read meanwhile. */
-static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int micro)
+static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int64_t step, int micro)
 {
-    int64_t next = micro + 1 < t->d.accumulation ? t->steps_done : t->steps_done + 1;
+    int64_t next = micro + 1 < t->d.accumulation ? step : step + 1;
     int     after = micro + 1 < t->d.accumulation ? micro + 1 : 0;
-    if (t->plan[t->now].step != t->steps_done || t->plan[t->now].micro != micro) t->now = !t->now;
-    dpoi_train_plan(t, &t->plan[t->now], t->steps_done, micro);
+    if (t->plan[t->now].step != step || t->plan[t->now].micro != micro) t->now = !t->now;
+    dpoi_train_plan(t, &t->plan[t->now], step, micro);
     if (!dpoi_train_ask(t, t->now)) return NULL;
     if (!t->loader || next >= t->d.steps) return &t->plan[t->now];
     dpoi_train_plan(t, &t->plan[!t->now], next, after);
@@ -25260,7 +25365,7 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
     dpo_objective o = dpoi_train_objective(t);
     dpo_tensor   *loss = NULL;
     dpo_key      *keys = t->ref_key + (int64_t)micro * t->B;
-    dpoi_lot    *plan = dpoi_train_plans(t, micro);
+    dpoi_lot    *plan = dpoi_train_plans(t, t->steps_done, micro);
     memset(keys, 0, (size_t)t->B * sizeof *keys);
     if (plan && dpoi_train_gather(t, plan, &d)) {
         memcpy(t->signs + (int64_t)micro * t->N, t->liked, (size_t)t->N * sizeof *t->signs);

@@ -125,7 +125,7 @@ static const option options[] = {
     { "guidance_scale", 'f', O(guidance), 0, 100, 1, "of these pictures" },
     { "adapter_format", 'c', O(naming), 0, 0, 1, "kohya|peft  names in the adapter's file" },
     { "drop_encoders", 'b', O(drop), 0, 0, 1,
-      "encode all before the first step and free text encoders and VAE: less memory, no sample pictures" },
+      "stop if the caches have no room for all texts and pictures, so that text encoders and VAE can leave memory" },
     { "no_reference_ahead", 'b', O(no_ahead), 0, 0, 1,
       "all weights: keep a second model, not its errors computed ahead" },
     { "no_estimate", 'b', O(no_estimate), 0, 0, 1, "do not work out the memory of a step before it" },

@@ -260,8 +260,15 @@ static void test_round_trip(const family *k)
         CHECK(dpo_model_save_file(m, path_of(k, "-2.safetensors"), dtype), "%s: %s", k->name, why(c));
         expect_same("in half precision", load_with(c, path_of(k, "-2.safetensors"), path_of(k, "")), want, 0);
     }
-    CHECK(dpo_model_save(again, path_of(k, "-again"), DPO_F32), "%s: %s", k->name, why(c));
-    expect_same("as a folder again", dpo_model_load(c, path_of(k, "-again"), DPO_F32), want, 0);
+    CHECK(dpo_model_rest(again) && !again->vae->list && !dpo_model_rest(m), "%s: text encoders and VAE at rest", k->name);
+    dpo_clear_error(c);
+    logged[0] = 0;
+    expect_same("after a rest", again, want, 0);
+    CHECK(dpo_model_rest(again) && dpo_model_save(again, path_of(k, "-again"), DPO_F32), "%s: %s", k->name, why(c));
+    again = dpo_model_load(c, path_of(k, "-again"), DPO_F32);
+    expect_same("as a folder again", again, want, 0);
+    CHECK(dpo_model_rest(again) && dpo_model_vae(again) && again->vae->list, "%s: %s", k->name, why(c));
+    expect_same("as a folder, after a rest", again, want, 0);
     CHECK(same_bytes(path_of(k, "/unet/diffusion_pytorch_model.safetensors"),
                      path_of(k, "-again/unet/diffusion_pytorch_model.safetensors")), "%s: the UNet's file", k->name);
     f = dpo_safetensors_open(c, path_of(k, ".safetensors"));

@@ -781,7 +781,18 @@ static void test_latents(void)
         free(w[k].v);
     }
     d.drop_encoders = 0;
-    d.beside = 0;
+    d.rest_encoders = 1;
+    e[1] = run_on(LATENTS, d, 0, &w[1]);
+    CHECK(e[1].loss == e[0].loss && e[1].memory < e[0].memory, "encoders at rest: loss %g, not %g; %zu bytes, not below %zu", e[1].loss,
+          e[0].loss, e[1].memory, e[0].memory);
+    free(w[1].v);
+    d.cache = 1;                          /* no room for anything: they stay, and each step encodes anew */
+    e[2] = run_on(LATENTS, d, 0, &w[2]);
+    CHECK(e[2].loss == e[0].loss && e[2].encoded > e[1].encoded, "without room: loss %g, not %g; %d encoded, %d with room", e[2].loss, e[0].loss,
+          (int)e[2].encoded, (int)e[1].encoded);
+    free(w[2].v);
+    d.cache = 0;
+    d.rest_encoders = d.beside = 0;
     e[1] = run_on(LATENTS, d, 0, &w[1]);
     CHECK(e[1].loss == e[0].loss, "the thread beside the step changed the loss");
     free(w[1].v);
@@ -1358,6 +1369,7 @@ static int short_latents(allocator *a, const char *folder)
     dpo_ctx       *c;
     dpo_train_desc t = small_run(0);
     dpo_trainer   *r;
+    dpo_model     *m;
     dpo_held       held;
     int            status;
     memset(&d, 0, sizeof d);
@@ -1376,9 +1388,11 @@ static int short_latents(allocator *a, const char *folder)
     t.output = folder;
     t.keep = 1;
     t.note = "a note";
-    r = dpo_train_begin(dpo_model_load(c, LATENTS, DPO_F32), shaped_pairs(c, 6, 0), &t);
+    t.rest_encoders = 1;
+    m = dpo_model_load(c, LATENTS, DPO_F32);
+    r = dpo_train_begin(m, shaped_pairs(c, 6, 0), &t);
     if (dpo_train_step(r, NULL)) dpo_train_held(r, &held);
-    dpo_train_end(r);
+    if (dpo_train_end(r)) dpo_model_vae(m);               /* which reads it again */
     status = dpo_status(c);
     dpo_close(c);
     return status;

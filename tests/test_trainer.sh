@@ -97,7 +97,12 @@ works  'latents, cached' "$work/k" --resolution 16 --noise_offset 0.1 --cache_di
 works  'no encoders'     "$work/m" --resolution 16 --noise_offset 0.1 --drop_encoders
 equal  'no encoders'     "$work/l/adapter.safetensors" "$work/m/adapter.safetensors"
 works  'no encoders, all weights' "$work/n" --resolution 16 --drop_encoders --rank 0 --learning_rate 1e-5
-exists 'a UNet'          "$work/n/unet/diffusion_pytorch_model.safetensors"
+exists 'a VAE again'     "$work/n/model/vae/diffusion_pytorch_model.safetensors"
+works  'drawn meanwhile' "$work/o" --resolution 16 --noise_offset 0.1 --validation_prompts "thing 1" --validation_steps 6 --validation_sampler_steps 1
+equal  'drawn meanwhile' "$work/l/adapter.safetensors" "$work/o/adapter.safetensors"
+works  'cropped anywhere' "$work/r" --resolution 16 --random_crop --drop_encoders
+works  'and anew'         "$work/q" --resolution 16 --random_crop --cache_dir none
+equal  'cropped anywhere' "$work/r/adapter.safetensors" "$work/q/adapter.safetensors"
 equal  'latents, cached' "$work/l/adapter.safetensors" "$work/k/adapter.safetensors"
 m=$work/model
 "$build/train" --check_data --train_data_dir "$work/pairs" >"$work/out" 2>"$work/err" && says 'data' "$work/out" '12 pairs' || bad "data: $(cat "$work/err")"
@@ -122,7 +127,7 @@ refuse 'two held sets'   'one of the two'                      --validation_pair
 refuse 'smoothing'       'label smoothing'                     --loss_type hinge --label_smoothing 0.1
 refuse 'min-SNR'         'min-SNR'                             --snr_gamma 5
 refuse 'safeguard'       'safeguard'                           --sft --sdpo_mu 0.5
-refuse 'no encoders'     'leaves nothing to draw'              --drop_encoders --validation_prompts "a b"
+refuse 'no encoders'     'has no VAE'                          --drop_encoders
 refuse 'resolution'      '--resolution wants'                  --resolution big
 refuse 'no checkpoint'   "$work/nowhere"                       --resume_from_checkpoint "$work/nowhere"
 cp "$work/pairs.jsonl" "$work/broken.jsonl"
