@@ -1166,6 +1166,10 @@ typedef struct dpo_train_desc {
     dpo_pairs         *held_pairs;        /* pairs for dpo_train_held, beside or in place of that share; or NULL */
     float              degrading_limit;   /* 0.1: see dpo_progress.degrading; 0: never */
     dpo_team           team;              /* zeros: one process.  A step has batch * accumulation * count pairs */
+
+    /* DPO_KTO.  Liked and other pictures are mixed evenly, so that a batch has both wherever its size allows. */
+    float              desirable_weight, undesirable_weight; /* of pictures that were liked and that were not; 0: 1 */
+    float              positive_ratio;    /* share of liked pictures in what is drawn; 0: as many as there are */
 } dpo_train_desc;
 
 DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void);    /* arXiv 2311.12908: all weights, beta 2000, 2048 pairs */
@@ -23894,7 +23898,7 @@ struct dpo_trainer {
     dpoi_entry_of  *entry;                /* [entries]: pairs, then held_pairs */
     int64_t         entries;
     dpoi_choice      *item, *held;          /* [items] to train on, [helds] held out; one array of room_items */
-    int64_t         items, helds, room_items;
+    int64_t         items, likes, helds, room_items;      /* likes: of items, those in front that were liked */
     dpoi_sizes    *bucket;               /* [buckets], room for one an entry */
     int             buckets, widest;      /* widest: pixels of the largest */
     int64_t        *order, *scratch, epoch, groups;       /* order [places] of this epoch; -1: not drawn yet */
@@ -24066,6 +24070,10 @@ static int dpoi_train_contradictions(dpo_ctx *c, const dpo_train_desc *d)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: only all weights under DPO or KTO need a reference ahead");
     if (d->drop_encoders && d->train_text)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders and train_text: what is trained cannot go");
+    if ((d->desirable_weight > 0 || d->undesirable_weight > 0 || d->positive_ratio > 0) && d->objective != DPO_KTO)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: weights and share of liked pictures are about KTO alone");
+    if (d->positive_ratio > 0 && d->bucket_step)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: positive_ratio works with pictures of one size");
     if (d->levels > 0 && (d->timestep_bias != 0 || d->t_limit > 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: levels excludes timestep_bias and t_limit");
     return 1;
@@ -24094,10 +24102,11 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
     if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
         !(d->noise_offset >= 0 && d->noise_offset < 100) ||
         !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) ||
-        !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
+        !(d->desirable_weight >= 0 && d->desirable_weight < 1e6f) || !(d->positive_ratio >= 0 && d->positive_ratio < 1) ||
+        !(d->undesirable_weight >= 0 && d->undesirable_weight < 1e6f) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
         d->bucket_step < 0 || d->keep < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
-                         "bucket_step or keep out of range");
+                         "bucket_step, keep or a share or weight of liked pictures out of range");
     return dpoi_train_contradictions(c, d);
 }
 
@@ -24119,6 +24128,8 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
     if (!t->d.batch) t->d.batch = 1;
     if (!t->d.accumulation) t->d.accumulation = 1;
     if (t->d.beta == 0) t->d.beta = d->objective == DPO_KTO ? 1000 : d->objective == DPO_MAPO ? 0.1f : 5000;
+    if (t->d.desirable_weight == 0 && d->objective == DPO_KTO) t->d.desirable_weight = 1;
+    if (t->d.undesirable_weight == 0 && d->objective == DPO_KTO) t->d.undesirable_weight = 1;
     if (!t->d.width) t->d.width = t->info.size;
     if (!t->d.height) t->d.height = t->info.size;
     if (!t->d.cache) t->d.cache = (size_t)256 << 20;
@@ -24193,23 +24204,57 @@ static int dpoi_train_is_held(const dpo_trainer *t, const dpoi_entry_of *e)
     return (double)(dpo_hash_end(&h).word[0] >> 11) / 9007199254740992.0 < (double)t->d.held_out;
 }
 
-/* Every entry's pictures into the list to train on, from the front, or into the held-out one, from the back. */
+/* 1 for a picture that was liked or chosen, -1 for the others. */
+static int dpoi_entry_liked(const dpoi_entry_of *e, int which)
+{
+    int liked = dpo_pairs_liked(e->p, e->i);
+    return liked ? liked : which ? -1 : 1;
+}
+
+/* Every entry's pictures into the list to train on, from the front, or into the held-out one, from the back; of KTO
+   those that were liked, then the others. */
 static void dpoi_train_items(dpo_trainer *t)
 {
+    int     kto = t->d.objective == DPO_KTO;
     int64_t back = t->room_items;
-    for (int64_t k = 0; k < t->entries; k++) {
+    for (int64_t i = 0; i < t->entries * (kto + 1); i++) {
+        int64_t        k = i % t->entries;
         dpoi_entry_of *e = &t->entry[k];
         int            held = dpoi_train_is_held(t, e);
-        int            n = t->d.objective == DPO_KTO && dpoi_duel_has(&e->p->pair[e->i], 1) ? 2 : 1;
+        int            n = kto && dpoi_duel_has(&e->p->pair[e->i], 1) ? 2 : 1;
         for (int which = 0; which < n; which++) {
-            dpoi_choice *x = held ? &t->item[--back] : &t->item[t->items++];
+            dpoi_choice *x;
+            if (kto && (dpoi_entry_liked(e, which) > 0) != (i < t->entries)) continue;
+            x = held ? &t->item[--back] : &t->item[t->items++];
             x->entry = (int32_t)k;
             x->which = which;
             if (!held) t->bucket[e->bucket].items++;
         }
+        if (i + 1 == t->entries) t->likes = t->items;
     }
     t->held = t->item + back;
     t->helds = t->room_items - back;
+}
+
+/* Liked pictures among the places of an epoch: as many as there are, or positive_ratio of the places. */
+static int64_t dpoi_train_liked_places(const dpo_trainer *t)
+{
+    int64_t n = (int64_t)((double)t->d.positive_ratio * (double)t->items + 0.5);
+    if (!(t->d.positive_ratio > 0)) return t->likes;
+    return n < 1 ? 1 : n < t->items ? n : t->items - 1;
+}
+
+/* The advice of KTO's authors, arXiv 2402.01306, section 4.2: n_d w_d / (n_u w_u) from 1 to 4/3. */
+static void dpoi_train_balance(const dpo_trainer *t)
+{
+    double d = (double)dpoi_train_liked_places(t), u = (double)t->items - d, ratio;
+    if (t->d.objective != DPO_KTO || d < 1 || u < 1 || t->buckets > 1) return;
+    ratio = d * (double)t->d.desirable_weight / (u * (double)t->d.undesirable_weight);
+    if (ratio < 0.999 || ratio > 1.334)
+        dpoi_log(t->c, DPO_LOG_WARNING, "training: pictures that were liked weigh %.3g times as much as the others; 1 to "
+                 "1.33 is advised, as with desirable_weight %.3g or undesirable_weight %.3g", ratio,
+                 (double)t->d.desirable_weight / ratio * (ratio < 1 ? 1 : 4.0 / 3),
+                 (double)t->d.undesirable_weight * ratio / (ratio < 1 ? 1 : 4.0 / 3));
 }
 
 /* Entries, their buckets, items.  Where there are several buckets a micro-batch stays inside one, and an epoch is cut
@@ -24237,6 +24282,7 @@ static int dpoi_train_pairs(dpo_trainer *t)
     if (!t->items) return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: all pairs are held out");
     for (int k = 0; k < t->buckets; k++) t->groups += (t->bucket[k].items + t->B - 1) / t->B;
     t->places = t->buckets > 1 ? t->groups * t->B : t->items;
+    dpoi_train_balance(t);
     return 1;
 }
 
@@ -24307,7 +24353,9 @@ static int dpoi_train_parcels(dpo_trainer *t)
     int64_t all = 0, size, n, at;
     if (!(t->parcel = (dpoi_parcel *)dpoi_calloc(t->c, (size_t)t->count, sizeof *t->parcel))) return 0;
     for (int i = 0; i < t->count; i++) all += dpoi_parcel_numbers(t->params[i]);
-    size = all / 16 < DPOI_PARCEL_LEAST ? DPOI_PARCEL_LEAST : all / 16 < DPOI_PARCEL_MOST ? all / 16 : DPOI_PARCEL_MOST;
+    size = all / 16;
+    if (size < DPOI_PARCEL_LEAST) size = DPOI_PARCEL_LEAST;
+    if (size > DPOI_PARCEL_MOST) size = DPOI_PARCEL_MOST;
     for (int last = t->count - 1, first; last >= 0; last = first - 1) {
         dpoi_parcel *p = &t->parcel[t->parcels];
         first = last;
@@ -24559,6 +24607,22 @@ static void dpoi_train_group(dpo_trainer *t, int64_t epoch)
     dpoi_train_shuffle(t, epoch, 1, t->scratch, t->groups);
 }
 
+/* order, for KTO: place i of an epoch is a liked picture's where i L/items passes a whole number, so that L of them are
+   spread evenly.  Liked pictures and the others each go round in shuffled orders of their own, from epoch to epoch. */
+static void dpoi_train_mix(dpo_trainer *t, int64_t epoch)
+{
+    int64_t L = dpoi_train_liked_places(t);
+    for (int liked = 0; liked < 2; liked++) {
+        int64_t n = liked ? t->likes : t->items - t->likes, first = liked ? 0 : t->likes, round = -1;
+        int64_t g = epoch * (liked ? L : t->items - L);   /* draws of this kind before the epoch */
+        for (int64_t i = 0; i < t->items; i++) {
+            if (((i + 1) * L / t->items > i * L / t->items) != liked) continue;
+            if (g / n != round) dpoi_train_shuffle(t, round = g / n, 2 + (uint32_t)liked, t->scratch, n);
+            t->order[i] = first + t->scratch[g++ % n];
+        }
+    }
+}
+
 /* The item of slot b in micro-batch `number` of the whole run, counted over all processes. */
 static int64_t dpoi_train_pick(dpo_trainer *t, int64_t number, int b)
 {
@@ -24568,7 +24632,8 @@ static int64_t dpoi_train_pick(dpo_trainer *t, int64_t number, int b)
     if (g / length != t->epoch) {
         t->epoch = g / length;
         if (many) dpoi_train_group(t, t->epoch);
-        else      dpoi_train_shuffle(t, t->epoch, 0, t->order, t->items);
+        else if (t->likes && t->likes < t->items) dpoi_train_mix(t, t->epoch);
+        else dpoi_train_shuffle(t, t->epoch, 0, t->order, t->items);
     }
     return many ? t->order[t->scratch[g % length] * t->B + b] : t->order[g % length];
 }
@@ -25096,19 +25161,13 @@ static int dpoi_train_noises(dpo_trainer *t, const dpoi_lot *plan, const int64_t
     return d->noise && (!(t->d.input_perturbation > 0) || d->shown);
 }
 
-/* Weight of slot b: the pair's own, and for DPO_SFT that of its timestep. */
+/* Weight of slot b: the pair's own, for DPO_SFT that of its timestep, for DPO_KTO that of its kind. */
 static float dpoi_train_weight(const dpo_trainer *t, const dpoi_seat *s)
 {
     const dpoi_entry_of *e = &t->entry[s->entry];
-    return dpo_pairs_weight(e->p, e->i) * (t->weigh ? t->weigh[s->t] : 1);
-}
-
-/* 1 for a picture that was liked or chosen, -1 for the others. */
-static float dpoi_train_liked(const dpo_trainer *t, const dpoi_seat *s)
-{
-    const dpoi_entry_of *e = &t->entry[s->entry];
-    int                  liked = dpo_pairs_liked(e->p, e->i);
-    return liked ? (float)liked : s->which ? -1.0f : 1.0f;
+    float                w = dpo_pairs_weight(e->p, e->i) * (t->weigh ? t->weigh[s->t] : 1);
+    if (t->d.objective != DPO_KTO) return w;
+    return w * (dpoi_entry_liked(e, s->which) > 0 ? t->d.desirable_weight : t->d.undesirable_weight);
 }
 
 /* Everything that the loss needs of a micro-batch: x0, noise [N,h,w,C], t [N], text [N,T,D], weight [B].
@@ -25121,7 +25180,7 @@ static int dpoi_train_gather(dpo_trainer *t, dpoi_lot *plan, dpo_draw *d)
         const dpoi_seat *s = &plan->slot[i % plan->count];
         t->t[i] = s->t;
         t->key[i] = (int32_t)s->key;
-        t->liked[i] = dpoi_train_liked(t, s);
+        t->liked[i] = (float)dpoi_entry_liked(&t->entry[s->entry], s->which);
         if (i < plan->count) t->weight[i] = dpoi_train_weight(t, s);
     }
     if (!(d->x0 = dpoi_train_x0(t, plan, shape)) || !dpoi_train_noises(t, plan, shape, d)) return 0;
@@ -25625,7 +25684,7 @@ static void dpoi_held_count(const dpo_trainer *t, const dpoi_lot *plan, int rang
     for (int b = 0; b < n; b++) {
         double gain = (double)R[b] - L[b];
         if (t->each == 2) gain -= (double)R[n + b] - L[n + b];
-        else gain *= dpoi_train_liked(t, &plan->slot[b]);
+        else gain *= dpoi_entry_liked(&t->entry[plan->slot[b].entry], plan->slot[b].which);
         right[range] += gain > 0 ? 1 : gain == 0 ? 0.5 : 0;
         sum[0] += L[b];
         sum[2] += R[b];
@@ -25709,7 +25768,8 @@ static const dpoi_run_field dpoi_run_fields[] = {
     DPOI_RUN_FIELD('f', safeguard), DPOI_RUN_FIELD('f', noise_offset), DPOI_RUN_FIELD('f', input_perturbation),
     DPOI_RUN_FIELD('i', levels), DPOI_RUN_FIELD('i', t_limit), DPOI_RUN_FIELD('i', zero_snr),
     DPOI_RUN_FIELD('i', random_crop), DPOI_RUN_FIELD('i', apart), DPOI_RUN_FIELD('i', bucket_step),
-    DPOI_RUN_FIELD('i', real_sizes), DPOI_RUN_FIELD('f', held_out)
+    DPOI_RUN_FIELD('i', real_sizes), DPOI_RUN_FIELD('f', held_out), DPOI_RUN_FIELD('f', desirable_weight),
+    DPOI_RUN_FIELD('f', undesirable_weight), DPOI_RUN_FIELD('f', positive_ratio)
 };
 enum { DPOI_RUN_FIELDS = sizeof dpoi_run_fields / sizeof *dpoi_run_fields, DPOI_RUN_KEYS = DPOI_RUN_FIELDS + 4 };
 

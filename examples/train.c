@@ -104,7 +104,7 @@ static int check_settings(run *r)
         return fail("--use_adafactor, --use_8bit_adam and --optimizer name different optimizers");
     if (s->adafactor) s->optimizer = DPO_ADAFACTOR;
     if (s->adam8) s->optimizer = DPO_ADAMW8;
-    if (s->precision == 2) return fail("--mixed_precision fp16 is not done on a CPU: bf16 does that work");
+    if (s->drop && s->keep_encoders) return fail("--drop_encoders contradicts --keep_encoders");
     if (s->held_share > 0 && s->held_data) return fail("--validation_pairs and --validation_data_dir: one of the two");
     if (s->schedule == 5) s->schedule = DPO_LR_CONSTANT;
     else if (s->schedule == DPO_LR_CONSTANT && s->warmup && !s->preset)
@@ -370,7 +370,10 @@ static dpo_train_desc describe(const run *r)
     d.bucket_step = s->buckets ? s->bucket_step : 0;
     d.real_sizes = s->real_sizes;
     d.ahead = s->rank == 0 && !s->no_ahead && (s->objective == DPO_DPO || s->objective == DPO_KTO);
-    d.rest_encoders = 1;
+    d.rest_encoders = !s->keep_encoders;
+    d.desirable_weight = (float)s->desirable;
+    d.undesirable_weight = (float)s->undesirable;
+    d.positive_ratio = (float)s->positive;
     d.drop_encoders = s->drop;
     d.degrading_limit = (float)s->limit;
     d.team = r->team;
@@ -692,6 +695,9 @@ int main(int argc, char **argv)
     ok = ok && read_options(&r.s, argc, argv, NULL) && check_settings(&r);
     if (!ok) { leave_team(0); return 1; }
     if (r.s.ignored) printf("--%s has no meaning here\n", r.s.ignored);
+    if (r.s.precision == 2 && !r.team.index)
+        puts("fp16       is taken as bf16: as small and as fast, and its range needs no loss scaling");
+    if (r.s.precision == 2) r.s.precision = 1;
     memset(&desc, 0, sizeof desc);
     desc.threads = r.s.threads;
     desc.isa = r.s.isa;

@@ -1118,9 +1118,9 @@ static void test_refused(void)
     dpo_ctx *c = open_threads(1);
     dpo_model *m = dpo_model_load(c, TINY, DPO_F32);
     dpo_train_desc d = small_run(2);
-    for (int k = 0; k < 10; k++) {
-        static const char *const words[10] = { "safeguard", "min-SNR", "label smoothing", "reference ahead", "levels", "multiples of",
-                                               "team", "held out", "out of range", "timesteps" };
+    for (int k = 0; k < 12; k++) {
+        static const char *const words[12] = { "safeguard", "min-SNR", "label smoothing", "reference ahead", "levels", "multiples of",
+                                               "team", "held out", "out of range", "KTO alone", "no VAE", "timesteps" };
         dpo_train_desc x = d;
         dpo_model     *of = m;
         switch (k) {
@@ -1133,6 +1133,8 @@ static void test_refused(void)
         case 6: x.team.count = 2; break;
         case 7: x.held_out = 0.9999f; x.rank = 0; break;
         case 8: x.noise_offset = NAN; break;
+        case 9: x.desirable_weight = 2; break;
+        case 10: x.drop_encoders = 1; break;
         default: x.t_limit = 5000; break;
         }
         CHECK(!dpo_train_begin(of, some_pairs(c, 4), &x) && strstr(why(c), words[k]), "refusal %d: %s", k, why(c));
@@ -1153,6 +1155,56 @@ static void test_refused(void)
         dpo_clear_error(c);
     }
     dpo_close(c);
+}
+
+/* KTO's batches have both kinds; an epoch has each picture once, or the share that was asked for. */
+static void test_mix(void)
+{
+    for (int share = 0; share < 2; share++) {
+        dpo_ctx       *c = open_threads(1);
+        dpo_model     *m = dpo_model_load(c, TINY, DPO_F32);
+        dpo_pairs     *p = dpo_pairs_new(c);
+        dpo_train_desc d = small_run(2);
+        dpo_trainer   *t;
+        dpo_image      x;
+        int            times[20], liked = 0, least = 99;
+        d.objective = DPO_KTO;
+        d.batch = 5;
+        d.desirable_weight = 0.5f;
+        d.undesirable_weight = 2;
+        d.positive_ratio = share ? 0.6f : 0;
+        for (int i = 0; i < 20 && dpo_image_new(c, 8, 8, &x); i++) {      /* 16 liked, 4 not */
+            fill_picture(&x, i, i % 5 == 2);
+            dpo_pairs_add_single(p, "x", &x, i % 5 != 2, 1);
+            dpo_image_free(c, &x);
+        }
+        t = dpo_train_begin(m, p, &d);
+        CHECK(t && t->items == 20 && t->likes == 16, "%s", why(c));
+        for (int epoch = 0; epoch < 3 && t; epoch++) {
+            memset(times, 0, sizeof times);
+            liked = 0;
+            for (int b = 0; b < 4; b++) {
+                int here = 0;
+                for (int k = 0; k < 5; k++) {
+                    int64_t i = dpoi_train_pick(t, epoch*4 + b, k);
+                    times[i]++;
+                    here += i < 16;
+                }
+                liked += here;
+                if (5 - here < least) least = 5 - here;
+            }
+            CHECK(liked == (share ? 12 : 16) && least >= 1, "share %d: %d liked of 20, %d others in a batch at least", share, liked, least);
+            for (int i = 0; i < 20 && !share; i++) CHECK(times[i] == 1, "picture %d comes %d times", i, times[i]);
+            for (int i = 0; i < 20 && share; i++) CHECK(times[i] <= 2 && (i < 16 || times[i]), "picture %d comes %d times", i, times[i]);
+        }
+        dpoi_train_plan(t, &t->plan[0], 0, 0);
+        for (int b = 0; b < 5; b++) {
+            const dpoi_seat *s = &t->plan[0].slot[b];
+            CHECK(dpoi_train_weight(t, s) == (dpoi_entry_liked(&t->entry[s->entry], s->which) > 0 ? 0.5f : 2.0f), "weight of slot %d", b);
+        }
+        dpo_train_end(t);
+        dpo_close(c);
+    }
 }
 
 /* Only the last two checkpoints stay, and what a kill left goes. */
@@ -1454,6 +1506,7 @@ int main(int argc, char **argv)
     test_draws();
     test_left_out();
     test_team();
+    test_mix();
     test_refused();
     test_keep();
     test_memory();

@@ -87,6 +87,15 @@ exists 'a model'         "$work/f/model/unet/diffusion_pytorch_model.safetensors
 works  'objectives: sft' "$work/g" --sft --snr_gamma 5
 works  'mapo'            "$work/h" --objective mapo --beta_dpo 0.1
 works  'kto'             "$work/i" --objective kto --beta_dpo 1000
+works  'kto, weighed'    "$work/i2" --objective kto --beta_dpo 1000 --desirable_weight 3
+says   'kto, weighed'    "$work/err" 'weigh 3 times as much as the others; 1 to 1.33 is advised, as with desirable_weight 1.33 or undesirable_weight 2.25'
+differ 'kto, weighed'    "$work/i/adapter.safetensors" "$work/i2/adapter.safetensors"
+works  'kto, a share'    "$work/i3" --objective kto --beta_dpo 1000 --positive_ratio 0.75
+differ 'kto, a share'    "$work/i/adapter.safetensors" "$work/i3/adapter.safetensors"
+works  'bf16'            "$work/h1" --mixed_precision bf16
+works  'fp16'            "$work/h2" --mixed_precision fp16
+says   'fp16'            "$work/out" 'fp16  *is taken as bf16'
+equal  'fp16'            "$work/h1/adapter.safetensors" "$work/h2/adapter.safetensors"
 works  'buckets'         "$work/j" --enable_bucket --bucket_reso_steps 8 --random_crop --separate_views
 train "$work/w" --learning_rate 3 --max_grad_norm 0 --degrading_limit 0.02 --stop_when_degrading >"$work/out" 2>"$work/err" && ok || bad "degrading: $(cat "$work/err")"
 says   'degrading'       "$work/err" 'warning: step .*both errors are more than 2% above'
@@ -122,7 +131,8 @@ refuse 'no model'        "$work/nowhere"                       --pretrained_mode
 refuse 'no pairs'        "$work/nowhere"                       --train_data_dir "$work/nowhere"
 refuse 'two objectives'  'contradicts'                         --sft --objective kto
 refuse 'two optimizers'  'different optimizers'                --use_adafactor --use_8bit_adam
-refuse 'fp16'            'bf16'                                --mixed_precision fp16
+refuse 'encoders'        'contradicts --keep_encoders'         --drop_encoders --keep_encoders
+refuse 'weights of kto'  'about KTO alone'                     --desirable_weight 2
 refuse 'two held sets'   'one of the two'                      --validation_pairs 0.1 --validation_data_dir "$work/pairs"
 refuse 'smoothing'       'label smoothing'                     --loss_type hinge --label_smoothing 0.1
 refuse 'min-SNR'         'min-SNR'                             --snr_gamma 5
