@@ -77,6 +77,12 @@ says   'batch'      "$work/out" '^step  *2 pairs = 2 a batch x 1 accumulated x 1
 says   'beta'       "$work/out" "beta 2000 as the authors write it (diffusers' script for SD: 1000)"
 says   'page'       "$work/a/report.html" 'a &lt;b> &amp; &quot;c&quot;'
 [ "$(grep -c '"loss"' "$work/a/metrics.jsonl")" = 12 ] && ok || bad 'not a line a step in metrics.jsonl'
+if command -v python3 >/dev/null && python3 -c '' 2>/dev/null; then
+    python3 "$root/tests/events.py" "$work/a" >"$work/out" 2>&1 && says 'TensorBoard' "$work/out" '^16 events' || bad "TensorBoard: $(cat "$work/out")"
+else
+    echo 'SKIPPED test_trainer: the TensorBoard file: no python3'
+    skipped=$((skipped + 1))
+fi
 [ "$(grep -c held_accuracy "$work/a/metrics.jsonl")" = 3 ] && ok || bad 'held-out pairs were not measured three times'
 "$build/sample" "$m" "thing 1" --lora "$work/a/adapter.safetensors" --steps 1 -o "$work/s.png" >"$work/out" 2>&1 && ok || bad "the adapter: $(cat "$work/out")"
 works  'again, from the manifest, by = and -' "$work/b" --validation-pairs=0.3 --train-data-dir="$work/pairs.jsonl" --threads=2
