@@ -2323,6 +2323,7 @@ static const char *dpoi_sys_reason(int e)
     case ERROR_SHARING_VIOLATION: case ERROR_LOCK_VIOLATION: case ERROR_USER_MAPPED_FILE:
         return "another program, or this one, has it open";
     case ERROR_INVALID_NAME:                               return "not a file name";
+    case ERROR_ALREADY_EXISTS: case ERROR_FILE_EXISTS:     return "a file has that name";
     case ERROR_NOT_ENOUGH_MEMORY:                          return "no room in memory";
     default:                                               return NULL;
     }
@@ -2486,6 +2487,7 @@ static const char *dpoi_sys_reason(int e)
     case EFBIG:                return "larger than a file may be here";
     case EROFS:                return "the disk is read-only";
     case EISDIR:               return "it is a folder";
+    case EEXIST:               return "a file has that name";
     case EINVAL:               return "it is not a plain file";
     case ENAMETOOLONG:         return "the name is too long";
     case EMFILE: case ENFILE:  return "too many open files";
@@ -24324,6 +24326,28 @@ static int dpoi_train_optimizer(dpo_trainer *t)
     return t->o != NULL;
 }
 
+/* Fresh adapters, if some are asked for and the host has not loaded its own: then these are trained, whatever their
+   rank. */
+static int dpoi_train_adapters(dpo_trainer *t)
+{
+    dpo_net         *unet = dpo_model_unet(t->m);
+    dpo_adapter_desc a;
+    int              n = 0;
+    dpo_adapter_params(unet, &n);
+    a.rank = t->d.rank;
+    a.alpha = t->d.alpha;
+    a.targets = t->d.targets;
+    a.seed = t->d.seed;
+    if (t->d.rank && !n && !dpo_adapter_new(unet, &a)) return 0;
+    dpo_adapter_params(unet, &n);
+    t->d.rank = n > 0;                    /* from here on it says: are adapters trained? */
+    if (n && t->d.train_text)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: train_text, but the UNet has adapters");
+    if (n && t->d.ahead)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a reference ahead, but the UNet has adapters");
+    return 1;
+}
+
 enum { DPOI_PARCEL_LEAST = 1 << 14, DPOI_PARCEL_MOST = 1 << 22 };       /* numbers of a parcel, but for larger weights */
 
 /* Numbers that a parameter's gradient takes in a parcel: whole panels, and up to the next line of the caches. */
@@ -24375,22 +24399,10 @@ static int dpoi_train_parcels(dpo_trainer *t)
    Gradients exist before the first step; `dry` counts them at the same moment. */
 static int dpoi_train_params(dpo_trainer *t)
 {
-    dpo_net          *unet = dpo_model_unet(t->m), *text = t->d.train_text ? dpo_model_text(t->m, 0) : NULL;
-    dpo_adapter_desc  a;
-    dpo_tensor      **first, **second = NULL;
-    int               n = 0, more = 0;
-    dpo_adapter_params(unet, &n);
-    a.rank = t->d.rank;
-    a.alpha = t->d.alpha;
-    a.targets = t->d.targets;
-    a.seed = t->d.seed;
-    if (t->d.rank && !n && !dpo_adapter_new(unet, &a)) return 0;
+    dpo_net     *unet = dpo_model_unet(t->m), *text = t->d.train_text ? dpo_model_text(t->m, 0) : NULL;
+    dpo_tensor **first, **second = NULL;
+    int          n = 0, more = 0;
     first = dpo_adapter_params(unet, &n);
-    t->d.rank = n > 0;                    /* from here on it says: are adapters trained? */
-    /* The host may have loaded adapters; then these are trained, whatever their rank. */
-    if (n && text) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: train_text, but the UNet has adapters");
-    if (n && t->d.ahead)
-        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a reference ahead, but the UNet has adapters");
     if (!n) first = dpo_net_params(unet, &n);
     if (text) second = dpo_net_params(text, &more);
     dpo_net_trainable(unet, 0);           /* a product whose weights are frozen does not even keep its input */
@@ -24521,12 +24533,12 @@ static int dpoi_train_caches(dpo_trainer *t)
 
 static int dpoi_train_encode_all(dpo_trainer *t);
 
-/* In this order: what can be wrong with the request first, what costs memory last.  Full fine-tuning needs a reference
+/* In this order: what can be wrong with the request first, then what writes, what costs memory last.  Full fine-tuning needs a reference
    that stays as the policy was; adapters have theirs in the same weights. */
 static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 {
     if (!dpoi_train_settings(t, d) || !dpoi_train_pairs(t) || !dpoi_train_texts(t)) return 0;
-    if (!dpoi_train_noise(t) || !dpoi_train_caches(t) || !dpoi_train_buffers(t)) return 0;
+    if (!dpoi_train_noise(t) || !dpoi_train_adapters(t) || !dpoi_train_buffers(t) || !dpoi_train_caches(t)) return 0;
     if (t->d.beside && !(t->loader = dpo_loader_new(t->p, 2 * t->N, 1))) return 0;
     if (!dpoi_train_encode_all(t)) return 0;              /* before the optimizer needs its memory */
     if (!dpoi_train_params(t) || !dpoi_train_averages(t)) return 0;

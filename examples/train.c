@@ -694,7 +694,8 @@ int main(int argc, char **argv)
     ok = read_options(&r.s, argc, argv, "preset") && (!r.s.preset || apply_preset(&r.s));
     ok = ok && read_options(&r.s, argc, argv, NULL) && check_settings(&r);
     if (!ok) { leave_team(0); return 1; }
-    if (r.s.ignored) printf("--%s has no meaning here\n", r.s.ignored);
+    for (int i = 0; i < r.s.ignored_count && !r.team.index; i++)
+        printf("--%s has no meaning here\n", r.s.ignored[i]);
     if (r.s.precision == 2 && !r.team.index)
         puts("fp16       is taken as bf16: as small and as fast, and its range needs no loss scaling");
     if (r.s.precision == 2) r.s.precision = 1;

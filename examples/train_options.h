@@ -31,7 +31,8 @@ typedef struct {
     int         prompt_count, images, sample_steps, naming;
     double      guidance, limit;
     int         drop, keep_encoders, no_ahead, no_estimate, estimate, threads, isa, device;
-    const char *ignored;
+    const char *ignored[16];
+    int         ignored_count;
 } settings;
 
 /* ---- Options ---------------------------------------------------------------------------------------------------- */
@@ -143,6 +144,10 @@ static const option options[] = {
     { "set_grads_to_none", 'x', 0, 0, 0, 1, "" }, { "push_to_hub", 'x', 0, 0, 0, 1, "" },
     { "dataloader_num_workers", 'X', 0, 0, 0, 1, "" }, { "report_to", 'X', 0, 0, 0, 1, "" },
     { "logging_dir", 'X', 0, 0, 0, 1, "" }, { "tracker_project_name", 'X', 0, 0, 0, 1, "" },
+    { "tracker_name", 'X', 0, 0, 0, 1, "" }, { "sdxl", 'x', 0, 0, 0, 1, "" }, { "hard_skip_resume", 'x', 0, 0, 0, 1, "" },
+    { "local_rank", 'X', 0, 0, 0, 1, "" }, { "variant", 'X', 0, 0, 0, 1, "" }, { "revision", 'X', 0, 0, 0, 1, "" },
+    { "vae_encode_batch_size", 'X', 0, 0, 0, 1, "" }, { "hub_model_id", 'X', 0, 0, 0, 1, "" },
+    { "hub_token", 'X', 0, 0, 0, 1, "" }, { "center_crop", 'x', 0, 0, 0, 1, "" },
 };
 enum { OPTIONS = sizeof options / sizeof *options };
 
@@ -193,6 +198,11 @@ static int choice_of(const option *o, const char *text)
     }
 }
 
+static void ignore_option(settings *s, const option *o)
+{
+    if (s->ignored_count < (int)(sizeof s->ignored / sizeof *s->ignored)) s->ignored[s->ignored_count++] = o->name;
+}
+
 /* One value into its place. */
 static int set_option(settings *s, const option *o, const char *value)
 {
@@ -210,7 +220,7 @@ static int set_option(settings *s, const option *o, const char *value)
             return fail("--%s wants one of %.*s, not %.60s", o->name, (int)strcspn(o->help, " "), o->help, value);
         *int_of(s, o) = k;
         return 1;
-    case 'X': s->ignored = o->name; return 1;
+    case 'X': ignore_option(s, o); return 1;
     default:
         x = strtod(value, &end);
         if (end == value || *end || !(x >= o->low && x <= o->high) || (o->type != 'f' && x != floor(x)))
@@ -236,7 +246,7 @@ static int read_options(settings *s, int argc, char **argv, const char *only)
         if (!(o = find_option(name))) return 0;
         if (o->type == 'b' || o->type == 'x') {
             if (equals) return fail("--%s is a flag: it takes no value", o->name);
-            if (o->type == 'x') s->ignored = o->name;
+            if (o->type == 'x' && !only) ignore_option(s, o);
             else if (!only) *int_of(s, o) = 1;
             continue;
         }

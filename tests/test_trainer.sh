@@ -144,6 +144,11 @@ refuse 'smoothing'       'label smoothing'                     --loss_type hinge
 refuse 'min-SNR'         'min-SNR'                             --snr_gamma 5
 refuse 'safeguard'       'safeguard'                           --sft --sdpo_mu 0.5
 refuse 'no encoders'     'has no VAE'                          --drop_encoders
+refuse 'no such layers'  'no layer of UNet2DConditionModel'    --lora_target_modules to_z
+echo x >"$work/file"
+refuse 'a file there'    'a file has that name'                --output_dir "$work/file"
+: >"$work/empty.jsonl"
+refuse 'empty data'      'no pairs in it'                      --train_data_dir "$work/empty.jsonl"
 refuse 'resolution'      '--resolution wants'                  --resolution big
 refuse 'no checkpoint'   "$work/nowhere"                       --resume_from_checkpoint "$work/nowhere"
 cp "$work/pairs.jsonl" "$work/broken.jsonl"
