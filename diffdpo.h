@@ -10326,28 +10326,25 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
    A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are a
    dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
    10^(i-7) ... 10^(i-6), so that small numbers keep an exponent and large ones their digits; 0 and 1 are codes, too. */
-enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*16 };
+enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*64 };
+
+enum { DPOI_LEVEL_STEPS = 2 };            /* no bin has more levels */
 
 typedef struct dpoi_levels {
     float   value[DPOI_CODES];            /* ascending from 0 to 1, */
+    float   half[DPOI_CODES + DPOI_LEVEL_STEPS];           /* half way to the next one; infinity behind the last */
+    float   of_code[DPOI_CODES];
     int     count, sign;                  /* so many; sign 1: code 127 is 0, those below are negative */
-    uint8_t first[DPOI_CODE_BINS];        /* the level nearest to the low end of each 16th of an octave from 2^-24 on */
+    uint8_t first[DPOI_CODE_BINS];        /* the level nearest to the low end of each 64th of an octave from 2^-24 on */
 } dpoi_levels;
 
 typedef struct dpoi_adamw8 { dpoi_levels m, v; float s[DPOI_ADAMW_COUNT]; } dpoi_adamw8;
 
-/* Bits 19 and up of a float of 2^-24 to 1, counted from 2^-24. */
+/* Bits 17 and up of a float of 2^-24 to 1, counted from 2^-24. */
 static int dpoi_level_bin(float a)
 {
-    int k = (int)(dpoi_bits_of(a) >> 19) - 103*16;
+    int k = (int)(dpoi_bits_of(a) >> 17) - 103*64;
     return k < 0 ? 0 : k < DPOI_CODE_BINS ? k : DPOI_CODE_BINS - 1;
-}
-
-/* The nearest level, counted up from `k`, which is not above it. */
-static int dpoi_level_from(const dpoi_levels *q, float a, int k)
-{
-    while (k + 1 < q->count && a > 0.5f*(q->value[k] + q->value[k + 1])) k++;
-    return k;
 }
 
 static void dpoi_levels_fill(dpoi_levels *q, int sign)
@@ -10362,37 +10359,49 @@ static void dpoi_levels_fill(dpoi_levels *q, int sign)
     }
     q->value[n++] = 1;
     q->count = n;
-    for (int b = 0; b < DPOI_CODE_BINS; b++)
-        q->first[b] = (uint8_t)(b ? dpoi_level_from(q, dpoi_float_of((uint32_t)(b + 103*16) << 19), 0) : 0);
+    for (int k = 0; k < DPOI_CODES + DPOI_LEVEL_STEPS; k++)
+        q->half[k] = k + 1 < n ? 0.5f*(q->value[k] + q->value[k + 1]) : INFINITY;
+    for (int k = 0; k < DPOI_CODES; k++)
+        q->of_code[k] = !sign ? q->value[k] : k >= 127 ? q->value[k - 127] : -q->value[127 - k];
+    for (int b = 1, k = 0; b < DPOI_CODE_BINS; b++) {
+        float low = dpoi_float_of((uint32_t)(b + 103*64) << 17);
+        while (low > q->half[k]) k++;
+        q->first[b] = (uint8_t)k;
+    }
+    q->first[0] = 0;
 }
 
-/* x as the code nearest to it, in units of `most`.  What is not 0 without a sign keeps at least the lowest level: a second
-   moment of 0 under a first one that is not would make a step without bounds. */
-static int dpoi_level_code(const dpoi_levels *q, float x, float most)
+/* a in 0 ... 1 as its nearest level: up from that of its bin, without a branch, for there is nothing to foresee. */
+static int dpoi_level_near(const dpoi_levels *q, float a)
 {
-    float a = most > 0 ? fabsf(x)/most : 0;
-    int   k = dpoi_level_from(q, a, q->first[dpoi_level_bin(a)]);
-    if (!q->sign) return k || x == 0 ? k : 1;
-    return x >= 0 ? 127 + k : 127 - (k < 127 ? k : 127);
-}
-
-static float dpoi_level_value(const dpoi_levels *q, int code)
-{
-    if (!q->sign) return q->value[code];
-    return code >= 127 ? q->value[code - 127] : -q->value[127 - code];
+    int k = q->first[dpoi_level_bin(a)];
+    for (int step = 0; step < DPOI_LEVEL_STEPS; step++) k += a > q->half[k];
+    return k;
 }
 
 /* n codes of a block as numbers, and back with a new scale. */
 static void dpoi_levels_read(const dpoi_levels *q, const uint8_t *code, float most, float *x, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) x[i] = most*dpoi_level_value(q, code[i]);
+    for (int64_t i = 0; i < n; i++) x[i] = most*q->of_code[code[i]];
 }
 static void dpoi_levels_write(const dpoi_levels *q, uint8_t *code, float *most, const float *x, int64_t n)
 {
     float top = 0;
-    for (int64_t i = 0; i < n; i++) if (fabsf(x[i]) > top) top = fabsf(x[i]);
-    for (int64_t i = 0; i < n; i++) code[i] = (uint8_t)dpoi_level_code(q, x[i], top);
+    for (int64_t i = 0; i < n; i++) { float a = fabsf(x[i]);  top = a > top ? a : top; }
     *most = top;
+    if (!(top > 0)) memset(code, q->sign ? 127 : 0, (size_t)n);
+    else if (q->sign)
+        for (int64_t i = 0; i < n; i++) {
+            int k = dpoi_level_near(q, fabsf(x[i])/top), below = k < 127 ? k : 127;
+            code[i] = (uint8_t)(127 + (x[i] >= 0 ? k : -below));
+        }
+    else
+        /* What is not 0 keeps at least the lowest level: a second moment of 0 under a first one that is not would make a
+           step without bounds. */
+        for (int64_t i = 0; i < n; i++) {
+            int k = dpoi_level_near(q, x[i]/top), least = x[i] != 0;
+            code[i] = (uint8_t)(k > least ? k : least);
+        }
 }
 
 /* Blocks from..to-1: the moments as floats, AdamW's own loop, the moments as codes.  The step is made of the moments
