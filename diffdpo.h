@@ -10452,6 +10452,7 @@ static size_t dpoi_cpu_adamw8_workspace(const dpoi_cpu *cpu, const dpo_args *a)
      kernel   row [O,kh,1,I] means over x, col [O,1,kw,I] means over y, in the weight's panels */
 enum { DPOI_WHOLE, DPOI_MATRIX, DPOI_KERNEL };
 enum { DPOI_WIDEST = 64 };                /* no panel has more channels */
+enum { DPOI_KERNEL_SIDE = 16 };           /* kernels that are wider are not done */
 
 typedef struct dpoi_adafactor {
     const float *g;
@@ -10508,6 +10509,29 @@ static void dpoi_adafactor_mean(const dpoi_adafactor *f, int64_t p, int64_t firs
     for (int64_t l = 0; l < lanes; l++) dpoi_adafactor_blend(f, y + l, sum[l]/(double)n);
 }
 
+/* Rows and columns of the kernels (p,i) at once: their squares are formed a single time.  sum: [kw][P], of columns. */
+static void dpoi_adafactor_kernel(const dpoi_adafactor *f, int64_t p, int64_t i, double *sum)
+{
+    int64_t lanes = dpoi_adafactor_lanes(f, p);
+    memset(sum, 0, (size_t)(f->kw*f->P) * sizeof *sum);
+    for (int64_t y = 0; y < f->kh; y++) {
+        double of_row[DPOI_WIDEST] = { 0 };
+        for (int64_t x = 0; x < f->kw; x++) {
+            const float *g = f->g + (p*f->K + (y*f->kw + x)*f->I + i)*f->P;
+            for (int64_t l = 0; l < lanes; l++) {
+                double d = (double)f->factor*g[l];
+                of_row[l] += d*d;
+                sum[x*f->P + l] += d*d;
+            }
+        }
+        for (int64_t l = 0; l < lanes; l++)
+            dpoi_adafactor_blend(f, f->row + ((p*f->kh + y)*f->I + i)*f->P + l, of_row[l]/(double)f->kw);
+    }
+    for (int64_t x = 0; x < f->kw; x++)
+        for (int64_t l = 0; l < lanes; l++)
+            dpoi_adafactor_blend(f, f->col + ((p*f->kw + x)*f->I + i)*f->P + l, sum[x*f->P + l]/(double)f->kh);
+}
+
 /* The factors of panels from..to-1; of a matrix the rows alone. */
 static void dpoi_adafactor_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
@@ -10517,10 +10541,8 @@ static void dpoi_adafactor_rows(const dpoi_job *j, int64_t from, int64_t to)
         if (f->kind == DPOI_WHOLE)
             for (int64_t k = 0; k < f->K; k++) dpoi_adafactor_mean(f, p, k, 1, 1, f->col + (p*f->K + k)*f->P);
         for (int64_t i = 0; i < f->I && f->kind == DPOI_KERNEL; i++) {
-            for (int64_t y = 0; y < f->kh; y++)
-                dpoi_adafactor_mean(f, p, y*f->kw*f->I + i, f->kw, f->I, f->row + ((p*f->kh + y)*f->I + i)*f->P);
-            for (int64_t x = 0; x < f->kw; x++)
-                dpoi_adafactor_mean(f, p, x*f->I + i, f->kh, f->kw*f->I, f->col + ((p*f->kw + x)*f->I + i)*f->P);
+            double sum[DPOI_KERNEL_SIDE*DPOI_WIDEST];
+            dpoi_adafactor_kernel(f, p, i, sum);
         }
     }
 }
@@ -10543,40 +10565,60 @@ static void dpoi_adafactor_columns(const dpoi_job *j, int64_t from, int64_t to)
     }
 }
 
-/* u [P] of line k of panel p: the gradient over the root of what the factors say of its square. */
-static void dpoi_adafactor_line(const dpoi_adafactor *f, int64_t p, int64_t k, float *u)
+/* r [P] = 1/sqrt(row/mean(row)) of row y of the kernels (p,i), of a matrix's rows, or 1. */
+static void dpoi_adafactor_row(const dpoi_adafactor *f, int64_t p, int64_t y, int64_t i, float *r)
 {
-    int64_t lanes = dpoi_adafactor_lanes(f, p), at = (p*f->K + k)*f->P;
-    int64_t i = k % f->I, x = k/f->I % f->kw, y = k/f->I/f->kw;
-    const float *row = f->row, *col = f->col;
-    if (f->kind == DPOI_WHOLE)  col += at;
-    if (f->kind == DPOI_MATRIX) { row += p*f->P;  col += i; }
-    if (f->kind == DPOI_KERNEL) { row += ((p*f->kh + y)*f->I + i)*f->P;  col += ((p*f->kw + x)*f->I + i)*f->P; }
+    int64_t      lanes = dpoi_adafactor_lanes(f, p);
+    const float *row = f->row;
+    if (f->kind == DPOI_MATRIX) row += p*f->P;
+    if (f->kind == DPOI_KERNEL) row += ((p*f->kh + y)*f->I + i)*f->P;
     for (int64_t l = 0; l < lanes; l++) {
-        float r = 1, mean = f->mean;
+        float mean = f->mean;
+        if (f->kind == DPOI_WHOLE) { r[l] = 1;  continue; }
         if (f->kind == DPOI_KERNEL) {     /* of this kernel's rows */
             mean = 0;
             for (int64_t v = 0; v < f->kh; v++) mean += f->row[((p*f->kh + v)*f->I + i)*f->P + l];
             mean /= (float)f->kh;
         }
-        if (f->kind != DPOI_WHOLE) r = 1/sqrtf(row[l]/mean);
-        u[l] = r/sqrtf(col[f->kind == DPOI_MATRIX ? 0 : l])*(f->factor*f->g[at + l]);
+        r[l] = 1/sqrtf(row[l]/mean);
     }
 }
 
-/* Sums of u^2, and with a rate the step itself. */
+/* u = r/root * factor g of the numbers at..at+lanes-1: the sum of u^2, or with a rate the step itself. */
+static double dpoi_adafactor_line(const dpoi_adafactor *f, int64_t at, int64_t lanes, const float *r, const float *root)
+{
+    const float *g = f->g + at;
+    float       *w = f->w + at;
+    double       sum = 0;
+    for (int64_t l = 0; l < lanes; l++) {
+        float u = r[l]/root[l]*(f->factor*g[l]);
+        if (f->rate == 0) sum += (double)u*u;
+        else w[l] = f->keep*w[l] - f->rate*u;
+    }
+    return sum;
+}
+
+/* Place by place of the kernels (p,i), i after i; a matrix and a table have kernels of one place. */
 static void dpoi_adafactor_panels(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_adafactor *f = (const dpoi_adafactor *)j->more;
     for (int64_t p = from; p < to; p++) {
         int64_t lanes = dpoi_adafactor_lanes(f, p);
-        double sum = 0;
-        for (int64_t k = 0; k < f->K; k++) {
-            float u[DPOI_WIDEST], *w = f->w + (p*f->K + k)*f->P;
-            dpoi_adafactor_line(f, p, k, u);
-            if (f->rate == 0) for (int64_t l = 0; l < lanes; l++) sum += (double)u[l]*u[l];
-            else for (int64_t l = 0; l < lanes; l++) w[l] = f->keep*w[l] - f->rate*u[l];
-        }
+        double  sum = 0;
+        float   r[DPOI_WIDEST], root[DPOI_WIDEST];
+        for (int64_t i = 0; i < f->I; i++)
+            for (int64_t y = 0; y < f->kh; y++) {
+                if (!i || f->kind == DPOI_KERNEL) dpoi_adafactor_row(f, p, y, i, r);
+                for (int64_t x = 0; x < f->kw; x++) {
+                    int64_t      at = (p*f->K + (y*f->kw + x)*f->I + i)*f->P;
+                    const float *col = f->col;
+                    float        one = f->kind == DPOI_MATRIX ? sqrtf(f->col[i]) : 0;
+                    if (f->kind == DPOI_WHOLE)  col += at;
+                    if (f->kind == DPOI_KERNEL) col += ((p*f->kw + x)*f->I + i)*f->P;
+                    for (int64_t l = 0; l < lanes; l++) root[l] = f->kind == DPOI_MATRIX ? one : sqrtf(col[l]);
+                    sum += dpoi_adafactor_line(f, at, lanes, r, root);
+                }
+            }
         f->sum[p] = sum;
     }
 }
@@ -10590,7 +10632,7 @@ static int dpoi_cpu_adafactor(dpoi_cpu *cpu, const dpo_args *a)
     double sum = 0, rms, lr = record[DPO_REC_LR];
     f.factor = record[DPO_REC_FACTOR];
     f.share = record[DPO_REC_BIAS2];
-    if (f.factor == 0 || f.P > DPOI_WIDEST) return f.factor == 0 ? DPO_OK : DPO_UNSUPPORTED;
+    if (f.factor == 0 || f.P > DPOI_WIDEST || f.kw > DPOI_KERNEL_SIDE) return f.factor == 0 ? DPO_OK : DPO_UNSUPPORTED;
     dpoi_cut(cpu, a, panels, f.K*f.P, &f, dpoi_adafactor_rows);
     if (f.kind == DPOI_MATRIX) {
         dpoi_cut(cpu, a, dpoi_pieces(f.I, DPOI_TILE), f.O*DPOI_TILE, &f, dpoi_adafactor_columns);
