@@ -25157,6 +25157,8 @@ static int dpoi_train_encode_all(dpo_trainer *t)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: without a cache_folder there is no "
                          "room for all texts and pictures");
     t->rests = 1;
+    dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text encoders "
+             "and VAE rest", (long long)t->encoded);
     for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
     dpoi_net_drop(m->vae);
     return 1;
