@@ -23,6 +23,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #ifdef DIFFDPO_MPI
 #include <mpi.h>
 #endif
@@ -430,10 +433,25 @@ static dpo_backend *open_device(const run *r)
     return NULL;
 }
 
-/* One step of the same run, and one of its pictures, on a backend that computes nothing and counts: bytes at most, 0
-   where it failed. */
-static size_t estimate(const run *r, const dpo_desc *desc)
+/* realloc that keeps count: bytes held, and the most so far. */
+typedef struct { size_t held, most; } tally;
+
+static void *counting_alloc(void *user, void *old, size_t old_size, size_t size)
 {
+    tally *t = (tally *)user;
+    void  *p = NULL;
+    if (size && !(p = realloc(old, size))) return NULL;
+    if (!size) free(old);
+    t->held += size - (old ? old_size : 0);
+    if (t->held > t->most) t->most = t->held;
+    return p;
+}
+
+/* One step of the same run, and one of its pictures, on a backend that computes nothing and counts: bytes of tensors at
+   most, and with those of the host in *all; 0 where it failed. */
+static size_t estimate(const run *r, const dpo_desc *desc, size_t *all)
+{
+    tally          host = { 0, 0 };
     dpo_desc       dry = *desc;
     dpo_backend   *model = open_device(r);
     dpo_ctx       *c;
@@ -447,6 +465,8 @@ static size_t estimate(const run *r, const dpo_desc *desc)
     if (!model) model = dpo_cpu_open(desc);
     dry.backend = dpo_dry_open(model);
     dry.log = NULL;
+    dry.alloc = counting_alloc;
+    dry.user = &host;
     c = dpo_open(&dry);
     m = load_model(c, &r->s);
     p = dpo_pairs_new(c);
@@ -463,13 +483,14 @@ static size_t estimate(const run *r, const dpo_desc *desc)
     ok = dpo_train_step(t, NULL);
     if (r->s.prompt_count) ok = ok && draw_prompts(r, m, c, 1);
     if (ok) bytes = dpo_memory_peak(c, 0);
+    *all = bytes + host.most;
     dpo_close(c);
     if (model) model->close(model->self);
     return bytes;
 }
 
 /* What will happen, before it does. */
-static void announce(const run *r, const dpo_train_desc *d, size_t bytes)
+static void announce(const run *r, const dpo_train_desc *d, size_t bytes, size_t all)
 {
     static const char *const objectives[] = { "Diffusion-DPO", "SFT on the chosen pictures", "Diffusion-KTO", "MaPO" };
     static const char *const kinds[] = { "sigmoid", "hinge", "IPO" };
@@ -494,7 +515,7 @@ static void announce(const run *r, const dpo_train_desc *d, size_t bytes)
     else if (s->rank) printf("; the reference is the model without them\n");
     else printf("; the reference%s\n", d->ahead ? "'s errors are computed before the first step" : " is a second copy");
     printf("cache      %s\n", d->cache_folder ? d->cache_folder : "texts and pictures in memory alone");
-    if (bytes) printf("memory     %.1f MB for tensors, at most\n", (double)bytes / 1e6);
+    if (bytes) printf("memory     %.1f MB for tensors, at most, %.1f MB in all\n", (double)bytes / 1e6, (double)all / 1e6);
     fflush(stdout);
 }
 
@@ -587,6 +608,7 @@ static int train(run *r, const dpo_desc *desc)
     dpo_train_desc d;
     dpo_model_info info;
     char           path[PATHS];
+    size_t         bytes = 0, all = 0;
     int64_t        each = (int64_t)r->s.batch * r->s.accumulation * r->team.count;
     if (!(r->m = load_model(r->c, &r->s)) || !(r->pairs = dpo_pairs_load(r->c, r->s.data))) return 0;
     if (r->s.held_data && !(r->held = dpo_pairs_load(r->c, r->s.held_data))) return 0;
@@ -598,7 +620,8 @@ static int train(run *r, const dpo_desc *desc)
     if (!write_note(r) || (!r->s.estimate && !check_resume(r))) return 0;
     d = describe(r);
     if (!r->s.estimate) describe_rest(r, &d);
-    if (!r->team.index) announce(r, &d, r->s.no_estimate ? 0 : estimate(r, desc));
+    if (!r->team.index && !r->s.no_estimate) bytes = estimate(r, desc, &all);
+    if (!r->team.index) announce(r, &d, bytes, all);
     if (r->s.estimate) return 1;
     if (!(r->t = dpo_train_begin(r->m, r->pairs, &d))) return 0;
     r->trained = dpo_train_count(r->t);
@@ -685,6 +708,9 @@ int main(int argc, char **argv)
     static run r;
     dpo_desc   desc;
     int        ok;
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);   /* what is given back leaves the process, too */
+#endif
     join_team(&r);
     r.s = defaults();
     r.best = -1;
