@@ -47,7 +47,7 @@
        >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, cache, train,
                      backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
-                     tensor, tape, ops, backends, cpu, rows, kernels, products, amx, convolution, attention, open,
+                     tensor, tape, ops, backends, cpu, rows, kernels, products, winograd, amx, convolution, attention, open,
                      nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, cache,
                      train
        >>end         license
@@ -11619,6 +11619,456 @@ static void dpoi_flip_task(void *arg, int64_t task)
     }
 }
 /* ==========================================================================================================
+   >>impl winograd                                                3x3 kernels with a quarter of the products
+   ==========================================================================================================
+
+   4x4 pixels Y of a result see 6x6 pixels d of x.  A 3x3 kernel w of stride 1 makes one from the other, for each pair
+   of channels, with 36 multiplications in place of 144 (Lavin and Gray, arXiv 1509.09308):
+
+     Y = A^T ( (G w G^T) .* (B^T d B) ) A        B^T, G [6][6], [6][3]: values of polynomials at 0, a, -a, b, -b and
+                                                 infinity; A^T [4][6]: back to their coefficients
+
+   The products .* are summed over the channels i: 36 points, each a matrix product of tiles x I by I x O.  What is
+   rounded on the way grows with the matrices' entries, and least where b = 1/a: with a = 2/3 the error in F32 is one and
+   a half times that of the direct sum in relative L2 (1.5e-6 against 1.0e-6 of 320 channels), at most 1e-5 of a
+   result's deviation.  Weights are transformed by each job into a piece of the cache as it needs them: nothing is kept.
+
+   A sum runs over the channels in chunks of one size, and whether a convolution comes here depends on the size of a
+   single sample: no result depends on the batch, or on the threads. */
+
+enum {
+    DPOI_WINO_CHUNK = 128,                /* channels of x at a time */
+    DPOI_WINO_TILES = 32,                 /* tiles of 4x4 pixels a job: weights are transformed once for them */
+    DPOI_WINO_SPAN  = 2,                  /* groups of panels a job: x is transformed once for them */
+    DPOI_WINO_SLOTS = 256                 /* the most threads that get scratch */
+};
+#define DPOI_WINO_A  0.666666667f
+#define DPOI_WINO_B  1.5f
+#define DPOI_WINO_AA 0.444444444f
+#define DPOI_WINO_BB 2.25f
+
+/* Points of one chunk lie `.._step` floats apart, which is no multiple of a page: else all 36 would meet in one set of
+   the first-level cache. */
+typedef struct dpoi_winograd {
+    dpoi_cpu_product *p;
+    int64_t across, tiles;                /* 4x4 tiles a row of an image and in all */
+    int64_t block, blocks, span, jobs;    /* a job: tiles, groups of panels */
+    int64_t chunk, wide;                  /* of channels; floats of one tile's sums at one point */
+    int64_t v_step, u_step, c_step;       /* v [36][block][chunk], u [6][panels][chunk][16], c [36][block][wide] */
+    int64_t size, slots;                  /* floats of all three; how many there are */
+    intptr_t busy[DPOI_WINO_SLOTS];       /* 1: some job is in that slot */
+} dpoi_winograd;
+
+#ifdef DPOI_SIMD_X86
+
+/* ---- the three transforms, once for 16 and once for 8 channels side by side */
+
+/* G, row by row: 1, x, x^2 at x = 0, a, -a, b, -b over the product of x's distances to the others, and infinity. */
+#define DPOI_WINO_KA (1/(2*DPOI_WINO_AA*(DPOI_WINO_AA - DPOI_WINO_BB)))
+#define DPOI_WINO_KB (1/(2*DPOI_WINO_BB*(DPOI_WINO_BB - DPOI_WINO_AA)))
+static const float dpoi_wino_g[6][3] = {
+    { 1, 0, 0 },
+    { DPOI_WINO_KA,  DPOI_WINO_KA*DPOI_WINO_A, DPOI_WINO_KA*DPOI_WINO_AA },
+    { DPOI_WINO_KA, -DPOI_WINO_KA*DPOI_WINO_A, DPOI_WINO_KA*DPOI_WINO_AA },
+    { DPOI_WINO_KB,  DPOI_WINO_KB*DPOI_WINO_B, DPOI_WINO_KB*DPOI_WINO_BB },
+    { DPOI_WINO_KB, -DPOI_WINO_KB*DPOI_WINO_B, DPOI_WINO_KB*DPOI_WINO_BB },
+    { 0, 0, 1 }
+};
+
+/* B^T d of 16 channels, to[point*step]:
+     d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
+     d1 - (a^2 + b^2) d3 + d5 */
+DPOI_AVX512 DPOI_INLINE void dpoi_wino_b_512(__m512 d0, __m512 d1, __m512 d2, __m512 d3, __m512 d4, __m512 d5,
+                                             float *to, int64_t step)
+{
+    const __m512 a = _mm512_set1_ps(DPOI_WINO_A), aa = _mm512_set1_ps(DPOI_WINO_AA);
+    const __m512 b = _mm512_set1_ps(DPOI_WINO_B), bb = _mm512_set1_ps(DPOI_WINO_BB);
+    const __m512 s = _mm512_set1_ps(DPOI_WINO_AA + DPOI_WINO_BB);
+    __m512 even = _mm512_fnmadd_ps(bb, d2, d4), odd = _mm512_fnmadd_ps(bb, d1, d3);
+    _mm512_storeu_ps(to, _mm512_fnmadd_ps(s, d2, _mm512_add_ps(d0, d4)));
+    _mm512_storeu_ps(to + step, _mm512_fmadd_ps(a, odd, even));
+    _mm512_storeu_ps(to + 2*step, _mm512_fnmadd_ps(a, odd, even));
+    even = _mm512_fnmadd_ps(aa, d2, d4);
+    odd  = _mm512_fnmadd_ps(aa, d1, d3);
+    _mm512_storeu_ps(to + 3*step, _mm512_fmadd_ps(b, odd, even));
+    _mm512_storeu_ps(to + 4*step, _mm512_fnmadd_ps(b, odd, even));
+    _mm512_storeu_ps(to + 5*step, _mm512_fnmadd_ps(s, d3, _mm512_add_ps(d1, d5)));
+}
+
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n channels of each. */
+DPOI_AVX512 static void dpoi_wino_input_512(const float *const *at, int64_t n, float *v, int64_t step)
+{
+    float half[36*16];                    /* B^T d: [6][6][16] */
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 k = (__mmask16)(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
+#define DPOI_PIXEL(y) _mm512_maskz_loadu_ps(k, at[y*6 + x] + i)
+        for (int x = 0; x < 6; x++)
+            dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            half + x*16, 6*16);
+#undef DPOI_PIXEL
+#define DPOI_PIXEL(x) _mm512_loadu_ps(half + (y*6 + x)*16)
+        for (int y = 0; y < 6; y++)
+            dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            v + y*6*step + i, step);
+#undef DPOI_PIXEL
+    }
+}
+
+/* u[x*step + i*16 + o] = sum_ky G[row][ky] sum_kx w[ky][kx][i][o] G[x][kx] for n channels i of one panel; places of
+   the kernel are `tap` floats apart. */
+DPOI_AVX512 static void dpoi_wino_weights_512(const float *w, int64_t tap, int row, int64_t n, float *u, int64_t step)
+{
+    const float *g = dpoi_wino_g[row];
+    const __m512 g0 = _mm512_set1_ps(g[0]), g1 = _mm512_set1_ps(g[1]), g2 = _mm512_set1_ps(g[2]);
+    const __m512 aa = _mm512_set1_ps(DPOI_WINO_AA), ka = _mm512_set1_ps(DPOI_WINO_KA);
+    const __m512 bb = _mm512_set1_ps(DPOI_WINO_BB), kb = _mm512_set1_ps(DPOI_WINO_KB);
+    const __m512 ha = _mm512_set1_ps(DPOI_WINO_KA*DPOI_WINO_A), hb = _mm512_set1_ps(DPOI_WINO_KB*DPOI_WINO_B);
+    for (int64_t i = 0; i < n; i++, w += 16, u += 16) {
+        __m512 h[3], even, odd;
+        for (int x = 0; x < 3; x++)
+            h[x] = _mm512_fmadd_ps(g2, _mm512_loadu_ps(w + (6 + x)*tap), _mm512_fmadd_ps(g1,
+                                   _mm512_loadu_ps(w + (3 + x)*tap), _mm512_mul_ps(g0, _mm512_loadu_ps(w + x*tap))));
+        _mm512_storeu_ps(u, h[0]);
+        even = _mm512_mul_ps(ka, _mm512_fmadd_ps(aa, h[2], h[0]));
+        odd  = _mm512_mul_ps(ha, h[1]);
+        _mm512_storeu_ps(u + step, _mm512_add_ps(even, odd));
+        _mm512_storeu_ps(u + 2*step, _mm512_sub_ps(even, odd));
+        even = _mm512_mul_ps(kb, _mm512_fmadd_ps(bb, h[2], h[0]));
+        odd  = _mm512_mul_ps(hb, h[1]);
+        _mm512_storeu_ps(u + 3*step, _mm512_add_ps(even, odd));
+        _mm512_storeu_ps(u + 4*step, _mm512_sub_ps(even, odd));
+        _mm512_storeu_ps(u + 5*step, h[2]);
+    }
+}
+
+/* A^T c of 16 channels, from[point*f] to to[place*t]: y_j = sum_x x^j c_x, and c5 to the last. */
+DPOI_AVX512 DPOI_INLINE void dpoi_wino_a_512(const float *from, int64_t f, float *to, int64_t t)
+{
+    __m512 c1 = _mm512_loadu_ps(from + f), c2 = _mm512_loadu_ps(from + 2*f);
+    __m512 c3 = _mm512_loadu_ps(from + 3*f), c4 = _mm512_loadu_ps(from + 4*f);
+    __m512 even = _mm512_add_ps(c1, c2), odd = _mm512_mul_ps(_mm512_set1_ps(DPOI_WINO_A), _mm512_sub_ps(c1, c2));
+    __m512 even2 = _mm512_add_ps(c3, c4), odd2 = _mm512_mul_ps(_mm512_set1_ps(DPOI_WINO_B), _mm512_sub_ps(c3, c4));
+    const __m512 aa = _mm512_set1_ps(DPOI_WINO_AA), bb = _mm512_set1_ps(DPOI_WINO_BB);
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(from), _mm512_add_ps(even, even2)));
+    _mm512_storeu_ps(to + t, _mm512_add_ps(odd, odd2));
+    _mm512_storeu_ps(to + 2*t, _mm512_fmadd_ps(aa, even, _mm512_mul_ps(bb, even2)));
+    _mm512_storeu_ps(to + 3*t, _mm512_fmadd_ps(aa, odd, _mm512_fmadd_ps(bb, odd2, _mm512_loadu_ps(from + 5*f))));
+}
+
+/* y [4][4][16] = A^T c A of one tile and panel. */
+DPOI_AVX512 static void dpoi_wino_output_512(const float *c, int64_t step, float *y)
+{
+    float half[24*16];                    /* A^T c: [4][6][16] */
+    for (int x = 0; x < 6; x++) dpoi_wino_a_512(c + x*step, 6*step, half + x*16, 6*16);
+    for (int j = 0; j < 4; j++) dpoi_wino_a_512(half + j*6*16, 16, y + j*4*16, 16);
+}
+
+/* B^T d of 8 channels, to[point*step]:
+     d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
+     d1 - (a^2 + b^2) d3 + d5 */
+DPOI_AVX2 DPOI_INLINE void dpoi_wino_b_256(__m256 d0, __m256 d1, __m256 d2, __m256 d3, __m256 d4, __m256 d5,
+                                           float *to, int64_t step)
+{
+    const __m256 a = _mm256_set1_ps(DPOI_WINO_A), aa = _mm256_set1_ps(DPOI_WINO_AA);
+    const __m256 b = _mm256_set1_ps(DPOI_WINO_B), bb = _mm256_set1_ps(DPOI_WINO_BB);
+    const __m256 s = _mm256_set1_ps(DPOI_WINO_AA + DPOI_WINO_BB);
+    __m256 even = _mm256_fnmadd_ps(bb, d2, d4), odd = _mm256_fnmadd_ps(bb, d1, d3);
+    _mm256_storeu_ps(to, _mm256_fnmadd_ps(s, d2, _mm256_add_ps(d0, d4)));
+    _mm256_storeu_ps(to + step, _mm256_fmadd_ps(a, odd, even));
+    _mm256_storeu_ps(to + 2*step, _mm256_fnmadd_ps(a, odd, even));
+    even = _mm256_fnmadd_ps(aa, d2, d4);
+    odd  = _mm256_fnmadd_ps(aa, d1, d3);
+    _mm256_storeu_ps(to + 3*step, _mm256_fmadd_ps(b, odd, even));
+    _mm256_storeu_ps(to + 4*step, _mm256_fnmadd_ps(b, odd, even));
+    _mm256_storeu_ps(to + 5*step, _mm256_fnmadd_ps(s, d3, _mm256_add_ps(d1, d5)));
+}
+
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n channels of each. */
+DPOI_AVX2 static void dpoi_wino_input_256(const float *const *at, int64_t n, float *v, int64_t step)
+{
+    float half[36*8];                    /* B^T d: [6][6][8] */
+    for (int64_t i = 0; i < n; i += 8) {
+#define DPOI_PIXEL(y) dpoi_load_256(at[y*6 + x] + i, n - i)
+        for (int x = 0; x < 6; x++)
+            dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            half + x*8, 6*8);
+#undef DPOI_PIXEL
+#define DPOI_PIXEL(x) _mm256_loadu_ps(half + (y*6 + x)*8)
+        for (int y = 0; y < 6; y++)
+            dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            v + y*6*step + i, step);
+#undef DPOI_PIXEL
+    }
+}
+
+/* u[x*step + i*16 + o] = sum_ky G[row][ky] sum_kx w[ky][kx][i][o] G[x][kx] for n channels i of half a panel; places of
+   the kernel are `tap` floats apart. */
+DPOI_AVX2 static void dpoi_wino_weights_256(const float *w, int64_t tap, int row, int64_t n, float *u, int64_t step)
+{
+    const float *g = dpoi_wino_g[row];
+    const __m256 g0 = _mm256_set1_ps(g[0]), g1 = _mm256_set1_ps(g[1]), g2 = _mm256_set1_ps(g[2]);
+    const __m256 aa = _mm256_set1_ps(DPOI_WINO_AA), ka = _mm256_set1_ps(DPOI_WINO_KA);
+    const __m256 bb = _mm256_set1_ps(DPOI_WINO_BB), kb = _mm256_set1_ps(DPOI_WINO_KB);
+    const __m256 ha = _mm256_set1_ps(DPOI_WINO_KA*DPOI_WINO_A), hb = _mm256_set1_ps(DPOI_WINO_KB*DPOI_WINO_B);
+    for (int64_t i = 0; i < n; i++, w += 16, u += 16) {
+        __m256 h[3], even, odd;
+        for (int x = 0; x < 3; x++)
+            h[x] = _mm256_fmadd_ps(g2, _mm256_loadu_ps(w + (6 + x)*tap), _mm256_fmadd_ps(g1,
+                                   _mm256_loadu_ps(w + (3 + x)*tap), _mm256_mul_ps(g0, _mm256_loadu_ps(w + x*tap))));
+        _mm256_storeu_ps(u, h[0]);
+        even = _mm256_mul_ps(ka, _mm256_fmadd_ps(aa, h[2], h[0]));
+        odd  = _mm256_mul_ps(ha, h[1]);
+        _mm256_storeu_ps(u + step, _mm256_add_ps(even, odd));
+        _mm256_storeu_ps(u + 2*step, _mm256_sub_ps(even, odd));
+        even = _mm256_mul_ps(kb, _mm256_fmadd_ps(bb, h[2], h[0]));
+        odd  = _mm256_mul_ps(hb, h[1]);
+        _mm256_storeu_ps(u + 3*step, _mm256_add_ps(even, odd));
+        _mm256_storeu_ps(u + 4*step, _mm256_sub_ps(even, odd));
+        _mm256_storeu_ps(u + 5*step, h[2]);
+    }
+}
+
+/* A^T c of 8 channels, from[point*f] to to[place*t]: y_j = sum_x x^j c_x, and c5 to the last. */
+DPOI_AVX2 DPOI_INLINE void dpoi_wino_a_256(const float *from, int64_t f, float *to, int64_t t)
+{
+    __m256 c1 = _mm256_loadu_ps(from + f), c2 = _mm256_loadu_ps(from + 2*f);
+    __m256 c3 = _mm256_loadu_ps(from + 3*f), c4 = _mm256_loadu_ps(from + 4*f);
+    __m256 even = _mm256_add_ps(c1, c2), odd = _mm256_mul_ps(_mm256_set1_ps(DPOI_WINO_A), _mm256_sub_ps(c1, c2));
+    __m256 even2 = _mm256_add_ps(c3, c4), odd2 = _mm256_mul_ps(_mm256_set1_ps(DPOI_WINO_B), _mm256_sub_ps(c3, c4));
+    const __m256 aa = _mm256_set1_ps(DPOI_WINO_AA), bb = _mm256_set1_ps(DPOI_WINO_BB);
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(from), _mm256_add_ps(even, even2)));
+    _mm256_storeu_ps(to + t, _mm256_add_ps(odd, odd2));
+    _mm256_storeu_ps(to + 2*t, _mm256_fmadd_ps(aa, even, _mm256_mul_ps(bb, even2)));
+    _mm256_storeu_ps(to + 3*t, _mm256_fmadd_ps(aa, odd, _mm256_fmadd_ps(bb, odd2, _mm256_loadu_ps(from + 5*f))));
+}
+
+/* y [4][4][16] = A^T c A of half a panel. */
+DPOI_AVX2 static void dpoi_wino_output_256(const float *c, int64_t step, float *y)
+{
+    float half[24*8];                    /* A^T c: [4][6][8] */
+    for (int x = 0; x < 6; x++) dpoi_wino_a_256(c + x*step, 6*step, half + x*8, 6*8);
+    for (int j = 0; j < 4; j++) dpoi_wino_a_256(half + j*6*8, 8, y + j*4*16, 16);
+}
+#endif /* DPOI_SIMD_X86 */
+
+/* ---- whichever set there is; the plain path ends before */
+
+static void dpoi_wino_input(const dpoi_cpu *cpu, const float *const *at, int64_t n, float *v, int64_t step)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_input_512(at, n, v, step);
+    else                            dpoi_wino_input_256(at, n, v, step);
+#else
+    (void)cpu;  (void)at;  (void)n;  (void)v;  (void)step;
+#endif
+}
+
+static void dpoi_wino_weights(const dpoi_cpu *cpu, const float *w, int64_t tap, int row, int64_t n, float *u,
+                              int64_t step)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_weights_512(w, tap, row, n, u, step);
+    else for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, step);
+#else
+    (void)cpu;  (void)w;  (void)tap;  (void)row;  (void)n;  (void)u;  (void)step;
+#endif
+}
+
+static void dpoi_wino_output(const dpoi_cpu *cpu, const float *c, int64_t step, float *y)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_output_512(c, step, y);
+    else for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_output_256(c + o, step, y + o);
+#else
+    (void)cpu;  (void)c;  (void)step;  (void)y;
+#endif
+}
+
+/* ---- a job */
+
+/* Where tile t of all lies: sample n, and its first pixel of y. */
+typedef struct dpoi_wino_place { int64_t n, y, x; } dpoi_wino_place;
+
+static dpoi_wino_place dpoi_wino_at(const dpoi_winograd *w, int64_t t)
+{
+    int64_t down = dpoi_pieces(w->p->Y, 4);
+    dpoi_wino_place at;
+    at.n = t/(w->across*down);  at.y = t/w->across % down*4;  at.x = t % w->across*4;
+    return at;
+}
+
+/* v [36][tiles][chunk] of channels k.. of x, n of them; pixels outside of the image are zeros. */
+static void dpoi_wino_read(const dpoi_winograd *w, int64_t tile, int64_t end, int64_t k, int64_t n, float *v)
+{
+    const dpoi_source *s = w->p->source;
+    for (int64_t t = tile; t < end; t++, v += w->chunk) {
+        dpoi_wino_place o = dpoi_wino_at(w, t);
+        const float *at[36];
+        for (int e = 0; e < 36; e++) {
+            int64_t h = o.y + e/6 - s->top, c = o.x + e % 6 - s->left;
+            at[e] = h < 0 || h >= s->H || c < 0 || c >= s->W ? w->p->zero
+                  : s->x + ((o.n*s->H + h)*s->W + c)*s->I + k;
+        }
+        dpoi_wino_input(w->p->cpu, at, n, v, w->v_step);
+    }
+}
+
+/* c += v u at one point: `tiles` rows, the panels of one group, n channels. */
+static void dpoi_wino_multiply(const dpoi_winograd *w, const float *v, const float *u, float *c, int64_t tiles, int panels,
+                               int64_t n, int more)
+{
+    int rows = dpoi_tile_rows(w->p->cpu);
+    dpoi_segment s;
+    dpoi_tile t;
+    memset(&t, 0, sizeof t);
+    t.seg = &s;  t.segs = 1;  t.to_step = DPOI_PANEL;  t.b_lanes = t.to_lanes = DPOI_PANEL;
+    s.b = u;  s.len = n;  s.a_step = 1;  s.b_step = DPOI_PANEL;  s.panel_step = w->chunk*DPOI_PANEL;
+    for (int64_t m = 0; m < tiles; m += rows) {
+        t.rows = (int)dpoi_least(rows, tiles - m);
+        for (int i = 0; i < rows; i++) {
+            int64_t row = m + (i < t.rows ? i : 0);
+            s.row[i]  = v + row*w->chunk;
+            t.to[i]   = c + row*w->wide;
+            t.from[i] = more ? t.to[i] : NULL;
+        }
+        dpoi_tile_run(w->p->cpu, &t, panels);
+    }
+}
+
+/* The pixels of one tile and panel from its sums: y = act(sum + bias + vec + add). */
+static void dpoi_wino_write(const dpoi_winograd *w, int64_t tile, int64_t panel, const float *c)
+{
+    const dpoi_cpu_product *p = w->p;
+    dpoi_wino_place at = dpoi_wino_at(w, tile);
+    int64_t o = panel*DPOI_PANEL, lanes = dpoi_least(DPOI_PANEL, p->O - o);
+    int64_t down = dpoi_least(4, p->Y - at.y), across = dpoi_least(4, p->X - at.x);
+    float y[16*DPOI_PANEL], more[DPOI_PANEL];
+    dpoi_wino_output(p->cpu, c, w->c_step, y);
+    for (int64_t j = 0; j < DPOI_PANEL; j++)
+        more[j] = j >= lanes ? 0 : (p->bias ? p->bias[o + j] : 0) + (p->vec ? p->vec[at.n*p->O + o + j] : 0);
+    for (int64_t e = 0; e < 16; e++) {
+        int64_t place = at.n*p->at_n + (at.y + e/4)*p->at_y + (at.x + e % 4)*p->at_x + o;
+        float *to = p->y + place, *from = y + e*DPOI_PANEL;
+        if (e/4 >= down || e % 4 >= across) continue;
+        for (int j = 0; j < DPOI_PANEL; j++) from[j] += more[j];
+        if (p->add && lanes == DPOI_PANEL) for (int j = 0; j < DPOI_PANEL; j++) from[j] += p->add[place + j];
+        else if (p->add)               for (int64_t j = 0; j < lanes; j++)      from[j] += p->add[place + j];
+        if (p->act != DPO_NONE && !p->source[1].K) p->cpu->rows.map(p->act, lanes, from, NULL, NULL, NULL, from, 0);
+        memcpy(to, from, (size_t)lanes*sizeof(float));
+    }
+}
+
+/* One chunk of channels k.. for all groups of a job. */
+static void dpoi_wino_chunk(const dpoi_winograd *w, int64_t group, int64_t groups, int64_t tiles, int64_t k, int64_t n,
+                            const float *v, float *u, float *c)
+{
+    const dpoi_source *s = w->p->source;
+    for (int64_t g = group; g < groups; g++, c += DPOI_TILE_PANELS*DPOI_PANEL) {
+        int64_t panel = w->p->panels*g/w->p->groups, end = w->p->panels*(g + 1)/w->p->groups;
+        for (int row = 0; row < 6; row++) {
+            for (int64_t j = panel; j < end; j++)
+                dpoi_wino_weights(w->p->cpu, s->w + (j*s->K + k)*DPOI_PANEL, s->I*DPOI_PANEL, row, n,
+                                  u + (j - panel)*w->chunk*DPOI_PANEL, w->u_step);
+            for (int x = 0; x < 6; x++)
+                dpoi_wino_multiply(w, v + (row*6 + x)*w->v_step, u + x*w->u_step, c + (row*6 + x)*w->c_step, tiles,
+                                   (int)(end - panel), n, k > 0);
+        }
+    }
+}
+
+/* Scratch that no other job is in: there is some for every thread. */
+static int64_t dpoi_wino_take(dpoi_winograd *w)
+{
+    for (int64_t i = 0; ; i = (i + 1) % w->slots)
+        if (!dpoi_word_load(&w->busy[i]) && dpoi_word_swap(&w->busy[i], 0, 1)) return i;
+}
+
+/* A block of tiles by `span` groups of panels; jobs that share weights are neighbours. */
+static void dpoi_wino_task(void *arg, int64_t i)
+{
+    dpoi_winograd *w = (dpoi_winograd *)arg;
+    const dpoi_cpu_product *p = w->p;
+    int64_t tile = w->tiles*(i % w->blocks)/w->blocks, end = w->tiles*(i % w->blocks + 1)/w->blocks;
+    int64_t group = i/w->blocks*w->span, groups = dpoi_least(p->groups, group + w->span), I = p->source[0].I;
+    int64_t slot = dpoi_wino_take(w);
+    float *v = p->room + slot*w->size, *u = v + 36*w->v_step, *c = u + 6*w->u_step;
+    for (int64_t k = 0; k < I; k += w->chunk) {
+        int64_t n = dpoi_least(w->chunk, I - k);
+        dpoi_wino_read(w, tile, end, k, n, v);
+        dpoi_wino_chunk(w, group, groups, end - tile, k, n, v, u, c);
+    }
+    for (int64_t t = tile; t < end; t++)
+        for (int64_t g = group; g < groups; g++) {
+            int64_t panel = p->panels*g/p->groups, last = p->panels*(g + 1)/p->groups;
+            const float *sums = c + (t - tile)*w->wide + (g - group)*DPOI_TILE_PANELS*DPOI_PANEL;
+            for (; panel < last; panel++, sums += DPOI_PANEL) dpoi_wino_write(w, t, panel, sums);
+        }
+    dpoi_word_store(&w->busy[slot], 0);
+}
+
+/* ---- a call */
+
+/* Whether a product is a 3x3 convolution that is better done so: 4.5 steps of a register of sums a pixel without, 18 a
+   tile and the transforms of weights with.  Decided by one sample's size. */
+static int dpoi_wino_fits(const dpoi_cpu_product *p)
+{
+    const dpoi_source *s = p->source;
+    int64_t tiles = dpoi_pieces(p->Y, 4)*dpoi_pieces(p->X, 4);
+#ifndef DPOI_THREADS
+    if (p->cpu->threads > 1) return 0;    /* the host's threads, and no atomic operations to hand out scratch */
+#endif
+    return p->cpu->isa != DPO_ISA_PLAIN && s->kh == 3 && s->kw == 3 && s->stride == 1 && s->I >= 16 && p->O >= 8 &&
+           18*tiles + 45 < 4*p->Y*p->X;
+}
+
+/* Cut by the shapes; 16 floats keep points from lying a multiple of a page apart. */
+static void dpoi_wino_of(dpoi_winograd *w, dpoi_cpu_product *p)
+{
+    int rows = dpoi_tile_rows(p->cpu);
+    memset(w, 0, sizeof *w);
+    p->panels = dpoi_pieces(p->O, DPOI_PANEL);
+    p->groups = dpoi_tile_groups(p->O);
+    w->p = p;
+    w->across = dpoi_pieces(p->X, 4);
+    w->tiles  = p->N*w->across*dpoi_pieces(p->Y, 4);
+    w->blocks = dpoi_pieces(w->tiles, dpoi_pieces(DPOI_WINO_TILES, rows)*rows);
+    w->block  = w->blocks ? dpoi_pieces(w->tiles, w->blocks) : 0;
+    w->span   = dpoi_least(p->groups, DPOI_WINO_SPAN);
+    w->jobs   = w->blocks*dpoi_pieces(p->groups, w->span);
+    w->chunk  = dpoi_least(DPOI_WINO_CHUNK, dpoi_pieces(p->source[0].I, DPOI_PANEL)*DPOI_PANEL);
+    w->wide   = w->span*DPOI_TILE_PANELS*DPOI_PANEL;
+    w->v_step = w->block*w->chunk + 16;
+    w->u_step = DPOI_TILE_PANELS*w->chunk*DPOI_PANEL + 16;
+    w->c_step = w->block*w->wide + 16;
+    w->size   = 36*w->v_step + 6*w->u_step + 36*w->c_step;
+    w->slots  = dpoi_least(dpoi_least(p->cpu->threads, w->jobs), DPOI_WINO_SLOTS);
+    if (w->slots < 1) w->slots = 1;
+}
+
+/* Floats of scratch. */
+static int64_t dpoi_wino_room(const dpoi_cpu_product *p)
+{
+    dpoi_cpu_product copy = *p;
+    dpoi_winograd w;
+    dpoi_wino_of(&w, &copy);
+    return w.slots*w.size;
+}
+
+/* The second source, an adapter's, is added by a product of its own. */
+static void dpoi_wino_run(dpoi_cpu_product *p)
+{
+    dpoi_winograd w;
+    dpoi_cpu_product rest = *p;
+    dpoi_wino_of(&w, p);
+    dpoi_parallel(p->cpu, w.jobs, dpoi_wino_task, &w);
+    if (!p->source[1].K) return;
+    rest.source[0] = p->source[1];
+    memset(&rest.source[1], 0, sizeof rest.source[1]);
+    rest.bias = rest.vec = NULL;
+    rest.add = p->y;
+    dpoi_product_run(&rest);
+}
+/* ==========================================================================================================
    >>impl amx                                                              products of BF16 numbers in tiles
    ==========================================================================================================
 
@@ -12516,7 +12966,8 @@ static void dpoi_conv_product(const dpoi_conv *g, dpoi_cpu_product *p)
     if (g->amx) { dpoi_amx_product_run(p);  return; }
 #endif
     (void)g;
-    dpoi_product_run(p);
+    if (dpoi_wino_fits(p)) dpoi_wino_run(p);
+    else dpoi_product_run(p);
 }
 
 /* Floats of scratch for one product, at p->room when it runs. */
@@ -12525,8 +12976,8 @@ static int64_t dpoi_conv_room(const dpoi_conv *g, const dpoi_cpu_product *p)
 #ifdef DPOI_SIMD_AMX
     if (g->amx) return dpoi_amx_product_room(p);
 #endif
-    (void)g;  (void)p;
-    return 0;
+    (void)g;
+    return dpoi_wino_fits(p) ? dpoi_wino_room(p) : 0;
 }
 
 /* Floats of scratch for weights [O,K] that were turned around. */
