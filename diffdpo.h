@@ -13859,13 +13859,16 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
-   Where the numbers are BF16, or may be rounded: 32 rows of one head at a time go along the other axis in blocks, with
-   scores in F32 [32][block] and results [32][d], p and ds rounded.  Forward's and dq's rows are queries and go along
-   keys; dk's and dv's are keys and go along queries:
+   Where the numbers are BF16, or may be rounded.  As above, queries (forward, dq) or keys (dk, dv) lie side by side in
+   lanes, now 32 to a unit; the other axis goes by in blocks of 32 rows:
 
-     forward   s = q k^T                 o  = sum p v
-     dq        s = q k^T   t = do v^T    dq = sum ds k             p = exp(scale s - lse), ds = scale p (t - delta)
-     dk, dv    s = k q^T   t = v do^T    dk = sum ds q   dv = sum p do                                           */
+     forward   s = k q^T                 o^T  = sum v^T p
+     dq        s = k q^T   t = v do^T    dq^T = sum k^T ds           p = exp(scale s - lse), ds = p (t - delta)
+     dk, dv    s = q k^T   t = do v^T    dk^T = sum q^T ds   dv^T = sum do^T p
+
+   all [row][lane] and [d][lane]: largest scores and sums are lanes too, and two rows of p, rounded, are the pairs that
+   the next product wants.  The rows of both kinds are packed once a head.  Products and exponentials come in turns of
+   two blocks: a processor gains nothing from both at once, since tiles keep one of its two vector units busy. */
 
 /* Whether this call takes that way. */
 static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
@@ -13876,21 +13879,24 @@ static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 
 #ifdef DPOI_SIMD_AMX
 
-/* Keys a block: 32 KiB of scores; in backward half of it, for there are two kinds. */
-enum { DPOI_AMX_KEYS = 256, DPOI_AMX_BACK = 128 };
+enum {
+    DPOI_AMX_BLOCKS = 8,                  /* of 32 rows between two visits to the results */
+    DPOI_AMX_TURN   = 2,                  /* of which scores are made at a time */
+    DPOI_AMX_SCORES = 4*256               /* floats of scores: 2 tiles of rows by 2 of lanes */
+};
 
-/* x [N,length,D] of one tensor, packed by head and 32 rows for all units of the head, zeros where length or d end: as
-   what rows meet, scores [2][d/32][16 pairs of channels][16 rows][2], and as what scores gather, mix [d/16][16 pairs of
-   rows][16 channels][2].  Either may be NULL. */
+/* x [N,length,D] of one tensor, packed by head and 32 rows, zeros where length or d end: as rows that meet lanes
+   [2][d/32][16 rows][32 channels], and turned, as what p and ds gather, [d/16][16 channels][32 rows].  Either may be
+   NULL. */
 typedef struct dpoi_amx_side {
     const dpoi_attention *g;
     const float *x;
     int     type;
-    int64_t length, deep, wide;           /* tiles of d as k of a product and as its columns */
-    uint16_t *scores, *mix;
+    int64_t length, deep, wide;           /* tiles of d as k of a product and as its rows */
+    uint16_t *rows, *turned;
 } dpoi_amx_side;
 
-/* Packs of one head, and of all; numbers. */
+/* Packs of one head, and numbers of all. */
 static int64_t dpoi_amx_side_tiles(const dpoi_amx_side *s) { return dpoi_pieces(s->length, 32); }
 static int64_t dpoi_amx_side_size(const dpoi_amx_side *s, int64_t tiles)
 {
@@ -13899,14 +13905,14 @@ static int64_t dpoi_amx_side_size(const dpoi_amx_side *s, int64_t tiles)
 
 /* Takes its room from *work, which stays NULL when sizes are asked for; returns its floats. */
 static int64_t dpoi_amx_side_of(dpoi_amx_side *s, const dpoi_attention *g, const float *x, int type, int64_t length,
-                                int scores, int mix, float *work)
+                                int rows, int turned, float *work)
 {
     int64_t at = 0;
     s->g = g;  s->x = x;  s->type = type;  s->length = length;
     s->deep = dpoi_pieces(g->d, 32);  s->wide = dpoi_pieces(g->d, 16);
-    s->scores = s->mix = NULL;
-    if (scores) { s->scores = (uint16_t *)(void *)work;  at = dpoi_amx_side_size(s, 2*s->deep)/2; }
-    if (mix)    { s->mix = work ? (uint16_t *)(void *)(work + at) : NULL;  at += dpoi_amx_side_size(s, s->wide)/2; }
+    s->rows = s->turned = NULL;
+    if (rows)   { s->rows = (uint16_t *)(void *)work;  at = dpoi_amx_side_size(s, 2*s->deep)/2; }
+    if (turned) { s->turned = work ? (uint16_t *)(void *)(work + at) : NULL;  at += dpoi_amx_side_size(s, s->wide)/2; }
     return at;
 }
 
@@ -13916,42 +13922,42 @@ DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
     for (int k = 0; k < 4; k++) dpoi_transpose_avx2(x + k/2*128 + k % 2*8, 16, y + k % 2*128 + k/2*8, 16);
 }
 
-/* 32 rows from `row` on of one head that starts at x[at]. */
-DPOI_AMX static void dpoi_amx_side_scores(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
+/* Where row `row` of a head starts in x. */
+static int64_t dpoi_amx_side_at(const dpoi_amx_side *s, int64_t head, int64_t row)
 {
-    float words[256] DPOI_ALIGNED;
-    for (int64_t half = 0; half < 2; half++)
-        for (int64_t c = 0; c < s->deep; c++, to += DPOI_TILE_SIZE) {
-            for (int64_t i = 0; i < 16; i++) {
-                int64_t j = row + half*16 + i;
-                __m512i line = _mm512_setzero_si512();
-                if (j < s->length) line = dpoi_amx_line(dpoi_amx_at(s->x, s->type, at + j*s->g->D + c*32), s->type,
-                                                        s->g->d - c*32);
-                _mm512_store_si512(words + i*16, line);
-            }
-            dpoi_amx_turn(words, (float *)(void *)to);
-        }
+    return (head/s->g->heads*s->length + row)*s->g->D + head % s->g->heads*s->g->d;
 }
 
-DPOI_AMX static void dpoi_amx_side_mix(const dpoi_amx_side *s, int64_t at, int64_t row, uint16_t *to)
+/* to [16][32] = rows row.. and channels c.. of a head. */
+DPOI_AMX static void dpoi_amx_side_tile(const dpoi_amx_side *s, int64_t head, int64_t row, int64_t c, uint16_t *to)
 {
-    int64_t D = s->g->D;
-    for (int64_t c = 0; c < s->wide; c++)
-        for (int64_t i = 0; i < 16; i++, to += 32) {
-            int64_t j = row + 2*i, from = at + j*D + c*16;
-            const float *x = j < s->length ? dpoi_amx_at(s->x, s->type, from) : NULL;
-            const float *y = j + 1 < s->length ? dpoi_amx_at(s->x, s->type, from + D) : NULL;
-            _mm512_storeu_si512(to, dpoi_amx_pair(x, y, s->type, s->g->d - c*16));
-        }
+    int64_t at = dpoi_amx_side_at(s, head, row) + c;
+    for (int64_t i = 0; i < 16; i++, at += s->g->D, to += 32)
+        _mm512_storeu_si512(to, row + i < s->length ? dpoi_amx_line(dpoi_amx_at(s->x, s->type, at), s->type, s->g->d - c)
+                                                    : _mm512_setzero_si512());
+}
+
+/* to [16 channels][32] = channels c.. of rows row.. of a head: pairs of rows, then those turned. */
+DPOI_AMX static void dpoi_amx_side_turned(const dpoi_amx_side *s, int64_t head, int64_t row, int64_t c, uint16_t *to)
+{
+    float pairs[256] DPOI_ALIGNED;
+    int64_t at = dpoi_amx_side_at(s, head, row) + c;
+    for (int64_t i = 0; i < 16; i++, at += 2*s->g->D) {
+        const float *x = row + 2*i < s->length ? dpoi_amx_at(s->x, s->type, at) : NULL;
+        const float *y = row + 2*i + 1 < s->length ? dpoi_amx_at(s->x, s->type, at + s->g->D) : NULL;
+        _mm512_store_si512(pairs + i*16, dpoi_amx_pair(x, y, s->type, s->g->d - c));
+    }
+    dpoi_amx_turn(pairs, (float *)(void *)to);
 }
 
 DPOI_AMX static void dpoi_amx_side_task(void *arg, int64_t task)
 {
     const dpoi_amx_side *s = (const dpoi_amx_side *)arg;
     int64_t tiles = dpoi_amx_side_tiles(s), head = task/tiles, row = task % tiles*32;
-    int64_t at = head/s->g->heads*s->length*s->g->D + head % s->g->heads*s->g->d;
-    if (s->scores) dpoi_amx_side_scores(s, at, row, s->scores + task*2*s->deep*DPOI_TILE_SIZE);
-    if (s->mix)    dpoi_amx_side_mix(s, at, row, s->mix + task*s->wide*DPOI_TILE_SIZE);
+    for (int64_t i = 0; s->rows && i < 2*s->deep; i++)
+        dpoi_amx_side_tile(s, head, row + i/s->deep*16, i % s->deep*32, s->rows + (task*2*s->deep + i)*DPOI_TILE_SIZE);
+    for (int64_t i = 0; s->turned && i < s->wide; i++)
+        dpoi_amx_side_turned(s, head, row, i*16, s->turned + (task*s->wide + i)*DPOI_TILE_SIZE);
 }
 
 static void dpoi_amx_side_run(dpoi_amx_side *s)
@@ -13959,70 +13965,106 @@ static void dpoi_amx_side_run(dpoi_amx_side *s)
     dpoi_parallel(s->g->cpu, s->g->N*s->g->heads*dpoi_amx_side_tiles(s), dpoi_amx_side_task, s);
 }
 
-/* 32 rows of a head that stand still: first..first+rows-1 of x, into a [d/32][2][16][32], zeros after them. */
-DPOI_AMX static void dpoi_amx_rows(const dpoi_amx_side *s, int64_t head, int64_t first, int64_t rows, uint16_t *a)
+/* Lanes: rows first.. of a head, to [d/32][2][16 pairs of channels][16 lanes][2]. */
+DPOI_AMX static void dpoi_amx_lanes(const dpoi_amx_side *s, int64_t head, int64_t first, uint16_t *to)
 {
-    int64_t at = (head/s->g->heads*s->length + first)*s->g->D + head % s->g->heads*s->g->d;
-    for (int64_t i = 0; i < 32; i++)
-        if (i < rows) dpoi_amx_put(a + i*32, 0, dpoi_amx_at(s->x, s->type, at + i*s->g->D), s->type, s->g->d);
-        else          dpoi_amx_put(a + i*32, 0, NULL, DPO_F32, s->deep*32);
+    float words[256] DPOI_ALIGNED;
+    for (int64_t i = 0; i < s->deep*2; i++, to += DPOI_TILE_SIZE) {
+        dpoi_amx_side_tile(s, head, first + i % 2*16, i/2*32, (uint16_t *)(void *)words);
+        dpoi_amx_turn(words, (float *)(void *)to);
+    }
 }
 
-/* s [32][row] = a b^T for packs from..to-1 of one head of b; `two`: rows 16 to 31 are wanted. */
-DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *a,
-                                     int two, float *s, int64_t row)
+/* Scores for up to 64 channels: the lanes stay in tiles 4 to 7, and 16 rows at a time go by. */
+DPOI_AMX static void dpoi_amx_scores_held(const uint16_t *rows, int64_t halves, const uint16_t *lanes, int two, float *s)
 {
-    dpoi_amx_strip r;
-    r.steps = b->deep;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
-    r.a[0] = a;
-    r.a[1] = two ? a + DPOI_TILE_SIZE : NULL;
-    for (; from < to; from++, s += 32) {
-        r.b[0] = b->scores + (head*dpoi_amx_side_tiles(b) + from)*2*b->deep*DPOI_TILE_SIZE;
-        r.b[1] = r.b[0] + b->deep*DPOI_TILE_SIZE;
+    _tile_loadd(4, lanes, 64);
+    _tile_loadd(5, lanes + DPOI_TILE_SIZE, 64);
+    if (two) { _tile_loadd(6, lanes + 2*DPOI_TILE_SIZE, 64);  _tile_loadd(7, lanes + 3*DPOI_TILE_SIZE, 64); }
+    for (; halves > 0; halves--, rows += (1 + two)*DPOI_TILE_SIZE, s += 512) {
+        _tile_zero(0);  _tile_zero(1);
+        _tile_loadd(2, rows, 64);
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_dpbf16ps(1, 2, 5);
+        if (two) {
+            _tile_loadd(3, rows + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(0, 3, 6);
+            _tile_dpbf16ps(1, 3, 7);
+        }
+        _tile_stored(0, s, 64);
+        _tile_stored(1, s + 256, 64);
+    }
+}
+
+/* s [to-from][2 of rows][2 of lanes][16][16] = blocks from..to-1 of one head's rows times lanes [d/32][2]. */
+DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to,
+                                     const uint16_t *lanes, float *s)
+{
+    const uint16_t *rows = b->rows + (head*dpoi_amx_side_tiles(b) + from)*2*b->deep*DPOI_TILE_SIZE;
+    if (b->deep <= 2) { dpoi_amx_scores_held(rows, 2*(to - from), lanes, b->deep == 2, s);  return; }
+    for (; from < to; from++, s += DPOI_AMX_SCORES, rows += b->deep*DPOI_TILE_SIZE) {
+        const uint16_t *met = lanes;
         dpoi_amx_zero();
-        dpoi_amx_run(&r);
-        _tile_stored(0, s, row*4);
-        _tile_stored(1, s + 16, row*4);
-        _tile_stored(2, s + 16*row, row*4);
-        _tile_stored(3, s + 16*row + 16, row*4);
+        for (int64_t c = 0; c < b->deep; c++, rows += DPOI_TILE_SIZE, met += 2*DPOI_TILE_SIZE) {
+            _tile_loadd(6, met, 64);
+            _tile_loadd(4, rows, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, met + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, rows + b->deep*DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, s, 64);        _tile_stored(1, s + 256, 64);
+        _tile_stored(2, s + 512, 64);  _tile_stored(3, s + 768, 64);
     }
 }
 
-/* o [32][wide*16] += p b for packs from..to-1 of one head of b; p [to-from][2][16][32]. */
+/* o [d/16][2 of lanes][16][16] += turned rows of blocks from..to-1 times p [to-from][2][16 pairs][16 lanes][2]. */
 DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to, const uint16_t *p,
-                                     int two, float *o)
+                                     float *o)
 {
-    int64_t row = b->wide*16*4, half = b->wide*16*16;
-    dpoi_amx_strip r;
-    r.steps = to - from;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;  r.b_step = b->wide*DPOI_TILE_SIZE;
-    r.b_row = 64;
-    r.a[0] = p;
-    r.a[1] = two ? p + DPOI_TILE_SIZE : NULL;
-    for (int64_t c = 0; c < b->wide; c += 2, o += 32) {
-        float *last = c + 1 < b->wide ? o + 16 : o;                         /* a lone tile: loaded twice */
-        r.b[0] = b->mix + ((head*dpoi_amx_side_tiles(b) + from)*b->wide + c)*DPOI_TILE_SIZE;
-        r.b[1] = c + 1 < b->wide ? r.b[0] + DPOI_TILE_SIZE : NULL;
-        _tile_loadd(0, o, row);         _tile_loadd(1, last, row);
-        _tile_loadd(2, o + half, row);  _tile_loadd(3, last + half, row);
-        dpoi_amx_run(&r);
-        _tile_stored(0, o, row);
-        _tile_stored(2, o + half, row);
-        if (!r.b[1]) continue;
-        _tile_stored(1, last, row);
-        _tile_stored(3, last + half, row);
+    const uint16_t *turned = b->turned + (head*dpoi_amx_side_tiles(b) + from)*b->wide*DPOI_TILE_SIZE;
+    for (int64_t c = 0; c < b->wide; c += 2, o += 1024, turned += 2*DPOI_TILE_SIZE) {
+        int two = c + 1 < b->wide;
+        const uint16_t *a = turned, *lanes = p;
+        _tile_loadd(0, o, 64);
+        _tile_loadd(1, o + 256, 64);
+        if (two) { _tile_loadd(2, o + 512, 64);  _tile_loadd(3, o + 768, 64); }
+        for (int64_t k = from; k < to; k++, a += b->wide*DPOI_TILE_SIZE, lanes += 2*DPOI_TILE_SIZE) {
+            _tile_loadd(6, lanes, 64);
+            _tile_loadd(4, a, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, lanes + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            if (!two) continue;
+            _tile_loadd(5, a + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, o, 64);
+        _tile_stored(1, o + 256, 64);
+        if (two) { _tile_stored(2, o + 512, 64);  _tile_stored(3, o + 768, 64); }
     }
 }
 
-/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by the polynomial of degree 4 that has the least relative error there,
-   2.6e-6, which is a thousandth of what rounding to BF16 takes. */
+/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 3 that has the least relative error there,
+   7.5e-5, a fiftieth of what rounding to BF16 takes. */
 DPOI_AMX DPOI_INLINE __m512 dpoi_amx_exp2(__m512 x)
 {
-    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), e = _mm512_set1_ps(0.0095701f);
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.05591786f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.24024745f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.69312181f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.99999926f));
-    return _mm512_scalef_ps(e, n);
+    __m512 r = _mm512_reduce_ps(x, 9), e = _mm512_set1_ps(0.0780244917f);
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.226067573f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.695833206f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.999925256f));
+    return _mm512_scalef_ps(e, x);
+}
+
+/* (f0, h0, f1, ...) in BF16: half of the last place added, the rest cut off. */
+DPOI_AMX DPOI_INLINE __m512i dpoi_amx_woven(__m512 f, __m512 h)
+{
+    __m512i half = _mm512_set1_epi32(0x8000);
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(f), half), 16),
+                                   _mm512_add_epi32(_mm512_castps_si512(h), half));
 }
 
 /* Those of 32 columns from `from` on that lie in low..high-1. */
@@ -14032,52 +14074,50 @@ static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
     return (uint32_t)((((uint64_t)1 << b) - 1) & ~(((uint64_t)1 << a) - 1));
 }
 
-#define DPOI_LOG2E 1.44269504f
-
-/* A job's share of work: rows first..first+rows-1 of one head, a and a2 [d/32][2][16][32], scores s and t, p and ds
-   [block/32][2][16][32], results o and o2 [32][wide*16]. */
+/* A job's share of work: lanes first..first+lanes-1 of one head, packed a and a2, scores s and t [2] of a block each, p
+   and ds [block][2][16][32], results o and o2 [d/16][2][16][16]. */
 typedef struct dpoi_amx_unit {
-    int64_t head, first, rows;
+    int64_t head, first, lanes;
     uint16_t *a, *a2, *p, *ds;
     float  *s, *t, *o, *o2;
-    float   most[32], sum[32][16];
+    float   most[32], sum[32];            /* a lane each; most in powers of two */
 } dpoi_amx_unit;
 
-/* sides: q, k, v, do.  In forward scratch has the first of each pair above alone. */
+/* sides: q, k, v, do.  In forward a job has the first of each pair above alone. */
 typedef struct dpoi_amx_attention {
     dpoi_attention g;
     dpoi_amx_side side[4];
     int     type[4], y_type;              /* of q, k, v and o, and of do: F32 or BF16 */
-    int     by_key;                       /* backward: rows are keys */
+    int     by_key, kinds;                /* by_key: lanes are keys;  kinds: 2 in backward */
     float  *lse;                          /* [N,heads,T] over ln 2 */
-    int64_t blocks, jobs, units;          /* of 32 rows a head; of work */
+    int64_t blocks, jobs, units;          /* units a head; of work */
     float  *scratch;
 } dpoi_amx_attention;
 
-/* Floats a job: as dpoi_amx_unit says, [32][256] scores or two [32][128]. */
+/* Floats a job. */
 static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
 {
-    const dpoi_amx_side *s = t->side;
-    return 2*s->deep*DPOI_TILE_SIZE + 32*DPOI_AMX_KEYS + DPOI_AMX_KEYS/32*DPOI_TILE_SIZE + 2*32*s->wide*16;
+    return t->kinds*((t->side->deep + t->side->wide + DPOI_AMX_BLOCKS)*DPOI_TILE_SIZE + DPOI_AMX_TURN*DPOI_AMX_SCORES);
 }
 
 static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job)
 {
-    const dpoi_amx_side *s = t->side;
+    int64_t p = DPOI_AMX_BLOCKS*2*DPOI_TILE_SIZE, o = t->side->wide*512, s = DPOI_AMX_TURN*DPOI_AMX_SCORES;
+    int64_t second = t->kinds > 1;
     dpoi_amx_unit u;
     memset(&u, 0, sizeof u);
     u.s  = t->scratch + job*dpoi_amx_attention_scratch(t);
-    u.t  = u.s + 32*DPOI_AMX_BACK;
-    u.o  = u.s + 32*DPOI_AMX_KEYS;
-    u.o2 = u.o + 32*s->wide*16;
-    u.p  = (uint16_t *)(void *)(u.o2 + 32*s->wide*16);
-    u.ds = u.p + DPOI_AMX_BACK/32*2*DPOI_TILE_SIZE;
-    u.a  = u.p + DPOI_AMX_KEYS/32*2*DPOI_TILE_SIZE;
-    u.a2 = u.a + s->deep*2*DPOI_TILE_SIZE;
+    u.t  = u.s + second*s;
+    u.o  = u.t + s;
+    u.o2 = u.o + second*o;
+    u.p  = (uint16_t *)(void *)(u.o2 + o);
+    u.ds = u.p + second*p;
+    u.a  = u.ds + p;
+    u.a2 = u.a + second*t->side->deep*2*DPOI_TILE_SIZE;
     return u;
 }
 
-/* Deals the rows of `length` out to jobs. */
+/* Deals the lanes of `length` out to jobs. */
 static void dpoi_amx_attention_split(dpoi_amx_attention *t, int64_t length)
 {
     const dpoi_attention *g = &t->g;
@@ -14099,6 +14139,8 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
     for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
     t->type[3] = a->dout.dtype;
     t->y_type = a->out.dtype;
+    t->by_key = 0;
+    t->kinds = back ? 2 : 1;
     x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
     work = g->work;
     g->delta = work;
@@ -14112,171 +14154,247 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
     return at + t->jobs*dpoi_amx_attention_scratch(t);
 }
 
-/* The largest of a row's `seen` scores. */
-DPOI_AMX static float dpoi_amx_largest(const float *s, int64_t seen)
+/* Of lanes first..first+15, those that row j of `length` is seen by. */
+static __mmask16 dpoi_amx_meet(const dpoi_amx_attention *t, int64_t length, int64_t j, int64_t first)
 {
-    __m512 low = _mm512_set1_ps(-INFINITY), a = low, b = low;
-    int64_t j = 0;
-    for (; j + 32 <= seen; j += 32) {
-        a = _mm512_max_ps(a, _mm512_loadu_ps(s + j));
-        b = _mm512_max_ps(b, _mm512_loadu_ps(s + j + 16));
-    }
-    for (; j < seen; j += 16)
-        a = _mm512_max_ps(a, _mm512_mask_loadu_ps(low, (__mmask16)dpoi_amx_seen(j, 0, seen), s + j));
-    return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+    int64_t edge = j - first;             /* the lane of the diagonal */
+    if (j >= length) return 0;
+    if (!t->g.causal) return 0xffff;
+    if (t->by_key) return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
+    return edge <= 0 ? (__mmask16)0xffff : edge > 15 ? (__mmask16)0 : (__mmask16)(0xffffu << edge);
 }
 
-/* Row i meets a larger score: what it has summed shrinks by 2^(most - now); before the first it is zero. */
-DPOI_AMX static void dpoi_amx_shrink(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, float now)
+/* Whether all lanes see all rows of a block. */
+static int dpoi_amx_full(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t length, int64_t block)
 {
-    __m512 shrink = dpoi_amx_exp2(_mm512_set1_ps(u->most[i] > -INFINITY ? u->most[i] - now : 0));
-    int64_t size = t->side->wide*16;
-    float *o = u->o + i*size;
-    u->most[i] = now;
-    _mm512_storeu_ps(u->sum[i], _mm512_mul_ps(_mm512_loadu_ps(u->sum[i]), shrink));
-    for (int64_t c = 0; c < size; c += 16) _mm512_storeu_ps(o + c, _mm512_mul_ps(_mm512_loadu_ps(o + c), shrink));
+    if (block*32 + 32 > length) return 0;
+    return !t->g.causal || (t->by_key ? u->first + 31 <= block*32 : block*32 + 31 <= u->first);
 }
 
-/* Row i of p = exp(scale s - most) in tiles, from the `seen` keys of the block that query i sees, zeros up to `keys`;
-   most, in powers of two, sum and o move to the new maximum.  Sums stay apart in 16 lanes to the end. */
-DPOI_AMX static void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int i, int64_t seen, int64_t keys)
+/* Row r of a block's scores, lanes of half l. */
+DPOI_INLINE const float *dpoi_amx_score(const float *s, int64_t r, int64_t l)
 {
-    const float *s = u->s + i*DPOI_AMX_KEYS;
-    uint16_t *p = u->p + i*32;
-    float now = dpoi_amx_largest(s, seen)*t->g.scale*DPOI_LOG2E;            /* scale is positive */
-    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), most, sum;
-    if (!(now <= u->most[i])) dpoi_amx_shrink(t, u, i, now);
-    most = _mm512_set1_ps(u->most[i]);
-    sum = _mm512_loadu_ps(u->sum[i]);
-    for (int64_t j = 0; j < keys; j += 32, p += 2*DPOI_TILE_SIZE) {
-        __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), scale, most));
-        __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + j + 16), scale, most));
-        if (j + 32 > seen) {
-            uint32_t k = dpoi_amx_seen(j, 0, seen);
-            f = _mm512_maskz_mov_ps((__mmask16)(k & 0xffff), f);
-            h = _mm512_maskz_mov_ps((__mmask16)(k >> 16), h);
+    return s + (r/16*2 + l)*256 + r % 16*16;
+}
+
+/* p = exp(scale s - most) of a block, where rows and lanes meet, and its sums.  full is a constant where this is
+   inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t block, const float *s,
+                                           uint16_t *p, const int full)
+{
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E);                   /* positive */
+    for (int64_t l = 0; l < 2; l++) {
+        __m512 most = _mm512_loadu_ps(u->most + l*16), a = _mm512_loadu_ps(u->sum + l*16), b = _mm512_setzero_ps();
+        for (int64_t r = 0; r < 32; r += 2, p += 32) {
+            const float *x = dpoi_amx_score(s, r, l);
+            __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(x), scale, most));
+            __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(x + 16), scale, most));
+            if (!full) {
+                f = _mm512_maskz_mov_ps(dpoi_amx_meet(t, t->g.S, block*32 + r, u->first + l*16), f);
+                h = _mm512_maskz_mov_ps(dpoi_amx_meet(t, t->g.S, block*32 + r + 1, u->first + l*16), h);
+            }
+            a = _mm512_add_ps(a, f);
+            b = _mm512_add_ps(b, h);
+            _mm512_storeu_si512(p, dpoi_amx_woven(f, h));
         }
-        sum = _mm512_add_ps(sum, _mm512_add_ps(f, h));
-        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(h, f));
+        _mm512_storeu_ps(u->sum + l*16, _mm512_add_ps(a, b));
     }
-    _mm512_storeu_ps(u->sum[i], sum);
+}
+
+/* p of blocks from..to-1 and what sums become with them.  Returns whether a sum is too large to go on so; a NaN is no
+   reason, but asks too. */
+DPOI_AMX static int dpoi_amx_softmaxes(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t from, int64_t to)
+{
+    const __m512 large = _mm512_set1_ps(1152921504606846976.0f);            /* 2^60 */
+    uint16_t *p = u->p;
+    for (; from < to; from += DPOI_AMX_TURN) {
+        int64_t end = dpoi_least(to, from + DPOI_AMX_TURN);
+        const float *s = u->s;
+        dpoi_amx_scores(&t->side[1], u->head, from, end, u->a, u->s);
+        DPOI_AMX_READY();
+        for (int64_t k = from; k < end; k++, s += DPOI_AMX_SCORES, p += 2*DPOI_TILE_SIZE)
+            if (dpoi_amx_full(t, u, t->g.S, k)) dpoi_amx_softmax(t, u, k, s, p, 1);
+            else                                dpoi_amx_softmax(t, u, k, s, p, 0);
+        DPOI_AMX_READY();
+    }
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(u->sum), large, _CMP_NLT_UQ) |
+           _mm512_cmp_ps_mask(_mm512_loadu_ps(u->sum + 16), large, _CMP_NLT_UQ);
+}
+
+/* The largest of a block's scores for the lanes of half l that see them, or `most`. */
+DPOI_AMX static __m512 dpoi_amx_largest(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block, int64_t l,
+                                        __m512 most)
+{
+    for (int64_t r = 0; r < 32; r++)
+        most = _mm512_mask_max_ps(most, dpoi_amx_meet(t, t->g.S, block*32 + r, u->first + l*16), most,
+                                  _mm512_loadu_ps(dpoi_amx_score(u->s, r, l)));
+    return most;
+}
+
+/* most becomes the largest score so far, blocks from..to-1 included; sums and o shrink to match. */
+DPOI_AMX static void dpoi_amx_raise(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t from, int64_t to)
+{
+    __m512 now[2];
+    now[0] = now[1] = _mm512_set1_ps(-INFINITY);
+    for (; from < to; from++) {
+        dpoi_amx_scores(&t->side[1], u->head, from, from + 1, u->a, u->s);
+        DPOI_AMX_READY();
+        for (int64_t l = 0; l < 2; l++) now[l] = dpoi_amx_largest(t, u, from, l, now[l]);
+    }
+    for (int64_t l = 0; l < 2; l++) {
+        __m512 old = _mm512_loadu_ps(u->most + l*16), shrink;
+        now[l] = _mm512_max_ps(old, _mm512_mul_ps(now[l], _mm512_set1_ps(t->g.scale*DPOI_LOG2E)));
+        shrink = dpoi_amx_exp2(_mm512_sub_ps(old, now[l]));
+        _mm512_storeu_ps(u->most + l*16, now[l]);
+        _mm512_storeu_ps(u->sum + l*16, _mm512_mul_ps(_mm512_loadu_ps(u->sum + l*16), shrink));
+        for (int64_t c = l; c < t->side->wide*2; c += 2)
+            for (float *o = u->o + c*256; o < u->o + (c + 1)*256; o += 16)
+                _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), shrink));
+    }
+}
+
+/* Tile c of o [d/16][2][16][16], lanes of half l, times `share`, turned: to [16 lanes][16 channels]. */
+DPOI_AMX static void dpoi_amx_result(const float *o, int64_t c, int64_t l, __m512 share, float *to)
+{
+    float x[256] DPOI_ALIGNED;
+    o += (c*2 + l)*256;
+    for (int64_t i = 0; i < 256; i += 16) _mm512_store_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(o + i), share));
+    dpoi_amx_turn(x, to);
 }
 
 /* o divided by the sums, and lse. */
 DPOI_AMX static void dpoi_amx_attention_end(const dpoi_amx_attention *t, const dpoi_amx_unit *u)
 {
     const dpoi_attention *g = &t->g;
-    int64_t at = (u->head/g->heads*g->T + u->first)*g->D + u->head % g->heads*g->d, size = t->side->wide*16;
-    for (int64_t i = 0; i < u->rows; i++) {
-        float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(u->sum[i]));
-        __m512 share = _mm512_set1_ps(1/sum);
-        if (g->lse) g->lse[u->head*g->T + u->first + i] = u->most[i]/DPOI_LOG2E + logf(sum);
-        for (int64_t c = 0; c < g->d; c += 16) {
-            __m512 f = _mm512_mul_ps(_mm512_loadu_ps(u->o + i*size + c), share);
-            dpoi_amx_save(g->y, t->y_type, at + i*g->D + c, (__mmask16)dpoi_amx_seen(c, 0, g->d), 0, f, f);
+    float x[256] DPOI_ALIGNED;
+    for (int64_t i = 0; i < u->lanes && g->lse; i++)
+        g->lse[u->head*g->T + u->first + i] = u->most[i]/DPOI_LOG2E + logf(u->sum[i]);
+    for (int64_t l = 0; l*16 < u->lanes; l++)
+        for (int64_t c = 0; c < t->side->wide; c++) {
+            int64_t at = dpoi_amx_side_at(t->side, u->head, u->first + l*16) + c*16;
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c*16, 0, g->d);
+            __m512 share = _mm512_div_ps(_mm512_set1_ps(1), _mm512_loadu_ps(u->sum + l*16));
+            dpoi_amx_result(u->o, c, l, share, x);
+            for (int64_t i = 0; i < 16 && l*16 + i < u->lanes; i++) {
+                __m512 f = _mm512_loadu_ps(x + i*16);
+                dpoi_amx_save(g->y, t->y_type, at + i*g->D, k, 0, f, f);
+            }
         }
-    }
 }
 
-/* Queries first.. of one head: packed, led along the keys, and divided by their sums. */
+/* Queries first.. of one head, led along the keys.  `most` is the largest score of the first block and stays: p may
+   well grow beyond 1, for its digits do not depend on its size.  Only where sums leave what floats hold easily, blocks
+   are done again with all of their largest scores known. */
 DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
 {
     const dpoi_attention *g = &t->g;
-    int64_t keys = dpoi_pieces(g->causal ? dpoi_least(u->first + u->rows, g->S) : g->S, 32);
-    int two = u->rows > 16;
-    memset(u->o, 0, (size_t)(32*t->side->wide*16)*sizeof(float));
+    int64_t keys = dpoi_pieces(g->causal ? dpoi_least(u->first + u->lanes, g->S) : g->S, 32);
+    float before[32];
+    memset(u->o, 0, (size_t)(t->side->wide*512)*sizeof(float));
     memset(u->sum, 0, sizeof u->sum);
     for (int64_t i = 0; i < 32; i++) u->most[i] = -INFINITY;
-    dpoi_amx_rows(&t->side[0], u->head, u->first, u->rows, u->a);
+    dpoi_amx_lanes(&t->side[0], u->head, u->first, u->a);
     DPOI_AMX_READY();
-    for (int64_t from = 0; from < keys; from += DPOI_AMX_KEYS/32) {
-        int64_t to = dpoi_least(keys, from + DPOI_AMX_KEYS/32), wide = (to - from)*32;
-        dpoi_amx_scores(&t->side[1], u->head, from, to, u->a, two, u->s, DPOI_AMX_KEYS);
-        for (int i = 0; i < (two ? 32 : 16); i++) {
-            int64_t seen = g->causal ? u->first + i + 1 : g->S;
-            seen = dpoi_least(dpoi_least(seen, g->S) - from*32, wide);
-            dpoi_amx_softmax(t, u, i, dpoi_most(0, seen), wide);
+    dpoi_amx_raise(t, u, 0, 1);
+    for (int64_t from = 0; from < keys; from += DPOI_AMX_BLOCKS) {
+        int64_t to = dpoi_least(keys, from + DPOI_AMX_BLOCKS);
+        memcpy(before, u->sum, sizeof before);
+        if (dpoi_amx_softmaxes(t, u, from, to)) {
+            memcpy(u->sum, before, sizeof before);
+            dpoi_amx_raise(t, u, from, to);
+            dpoi_amx_softmaxes(t, u, from, to);
         }
         DPOI_AMX_READY();
-        dpoi_amx_gather(&t->side[2], u->head, from, to, u->p, two, u->o);
+        dpoi_amx_gather(&t->side[2], u->head, from, to, u->p, u->o);
+        DPOI_AMX_READY();
     }
     dpoi_amx_attention_end(t, u);
 }
 
-/* Row i of p and ds/scale in tiles from columns from.. of the other axis, `wide` of them; low..high-1 are seen.  t->lse
-   is in powers of two. */
-DPOI_AMX static void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int i, int64_t from,
-                                     int64_t low, int64_t high, int64_t wide)
+/* p and ds/scale of block `at` of those at hand from s and t; lse (in powers of two) and delta are a lane's or, by key,
+   a row's.  by_key and full are constants where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block,
+                                          int64_t at, const int by_key, const int full)
 {
-    const float *s = u->s + i*DPOI_AMX_BACK, *r = u->t + i*DPOI_AMX_BACK;
+    const float *s = u->s + at % DPOI_AMX_TURN*DPOI_AMX_SCORES, *o = u->t + at % DPOI_AMX_TURN*DPOI_AMX_SCORES;
     const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
-    uint16_t *p = u->p + i*32, *ds = u->ds + i*32;
-    int64_t row = dpoi_least(u->first + i, t->g.T - 1);                     /* a row that is none sees nothing */
-    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e = _mm512_set1_ps(lse[row]), d = _mm512_set1_ps(delta[row]);
-    __m512 f[2], h[2];
-    for (int64_t j = 0; j < wide; j += 32, p += 2*DPOI_TILE_SIZE, ds += 2*DPOI_TILE_SIZE) {
-        uint32_t seen = low <= j && j + 32 <= high ? 0xffffffffu : dpoi_amx_seen(j, low, high);
-        for (int o = 0; o < 2; o++) {
-            __mmask16 k = (__mmask16)(seen >> 16*o);
-            int64_t at = j + 16*o;
-            if (t->by_key) {
-                e = _mm512_maskz_loadu_ps(k, lse + from + at);
-                d = _mm512_maskz_loadu_ps(k, delta + from + at);
+    uint16_t *p = u->p + at*2*DPOI_TILE_SIZE, *ds = u->ds + at*2*DPOI_TILE_SIZE;
+    int64_t length = by_key ? t->g.T : t->g.S;
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e[2], d[2], f[2], h[2];
+    for (int64_t l = 0; l < 2; l++) {
+        int64_t lane = u->first + l*16;
+        __mmask16 in = (__mmask16)(by_key ? 0 : dpoi_amx_seen(lane, 0, t->g.T) & 0xffff);
+        e[0] = e[1] = _mm512_maskz_loadu_ps(in, lse + lane);
+        d[0] = d[1] = _mm512_maskz_loadu_ps(in, delta + lane);
+        for (int64_t r = 0; r < 32; r += 2, p += 32, ds += 32) {
+            for (int i = 0; i < 2; i++) {
+                int64_t j = block*32 + r + i, row = full ? j : dpoi_least(j, length - 1);
+                if (by_key) { e[i] = _mm512_set1_ps(lse[row]);  d[i] = _mm512_set1_ps(delta[row]); }
+                f[i] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(dpoi_amx_score(s, r + i, l)), scale, e[i]));
+                if (!full) f[i] = _mm512_maskz_mov_ps(dpoi_amx_meet(t, length, j, lane), f[i]);
+                h[i] = _mm512_mul_ps(f[i], _mm512_sub_ps(_mm512_loadu_ps(dpoi_amx_score(o, r + i, l)), d[i]));
             }
-            f[o] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale, e));
-            f[o] = _mm512_maskz_mov_ps(k, f[o]);
-            h[o] = _mm512_maskz_mul_ps(k, f[o], _mm512_sub_ps(_mm512_loadu_ps(r + at), d));
+            if (by_key) _mm512_storeu_si512(p, dpoi_amx_woven(f[0], f[1]));
+            _mm512_storeu_si512(ds, dpoi_amx_woven(h[0], h[1]));
         }
-        if (t->by_key) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
-        _mm512_storeu_si512(ds, (__m512i)_mm512_cvtne2ps_pbh(h[1], h[0]));
     }
+}
+DPOI_AMX static void dpoi_amx_slopes_run(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block, int64_t at)
+{
+    int full = dpoi_amx_full(t, u, t->by_key ? t->g.T : t->g.S, block);
+    if (t->by_key && full) dpoi_amx_slopes(t, u, block, at, 1, 1);
+    else if (t->by_key)    dpoi_amx_slopes(t, u, block, at, 1, 0);
+    else if (full)         dpoi_amx_slopes(t, u, block, at, 0, 1);
+    else                   dpoi_amx_slopes(t, u, block, at, 0, 0);
 }
 
 /* The unit's rows of a gradient [N,length,D] = scale o, or += . */
-DPOI_AMX static void dpoi_amx_unit_store(const dpoi_attention *g, const dpoi_amx_unit *u, int64_t length, const float *o,
-                                         float scale, float *y, int add)
+DPOI_AMX static void dpoi_amx_unit_store(const dpoi_amx_side *s, const dpoi_amx_unit *u, const float *o, float scale,
+                                         float *y, int add)
 {
-    int64_t size = dpoi_pieces(g->d, 16)*16;
-    if (!y) return;
-    y += (u->head/g->heads*length + u->first)*g->D + u->head % g->heads*g->d;
-    for (int64_t i = 0; i < u->rows; i++, y += g->D)
-        for (int64_t c = 0; c < g->d; c += 16) {
-            __mmask16 k = (__mmask16)dpoi_amx_seen(c, 0, g->d);
-            __m512 f = _mm512_mul_ps(_mm512_loadu_ps(o + i*size + c), _mm512_set1_ps(scale));
-            if (add) f = _mm512_add_ps(f, _mm512_maskz_loadu_ps(k, y + c));
-            _mm512_mask_storeu_ps(y + c, k, f);
+    float x[256] DPOI_ALIGNED;
+    for (int64_t l = 0; y && l*16 < u->lanes; l++)
+        for (int64_t c = 0; c < s->wide; c++) {
+            float *to = y + dpoi_amx_side_at(s, u->head, u->first + l*16) + c*16;
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c*16, 0, s->g->d);
+            dpoi_amx_result(o, c, l, _mm512_set1_ps(scale), x);
+            for (int64_t i = 0; i < 16 && l*16 + i < u->lanes; i++, to += s->g->D) {
+                __m512 f = _mm512_loadu_ps(x + i*16);
+                if (add) f = _mm512_add_ps(f, _mm512_maskz_loadu_ps(k, to));
+                _mm512_mask_storeu_ps(to, k, f);
+            }
         }
 }
 
-/* Rows first.. of one head, led along the other axis' `along` rows, which are sides b (meets a) and b2 (meets a2). */
+/* Lanes first.. of one head, led along the other axis' rows: sides b, which meets a, and b2, which meets a2. */
 DPOI_AMX static void dpoi_amx_back_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
 {
     const dpoi_attention *g = &t->g;
     const dpoi_amx_side *a = &t->side[t->by_key ? 1 : 0], *a2 = &t->side[t->by_key ? 2 : 3];
     const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
-    int64_t end = g->causal && !t->by_key ? dpoi_least(u->first + u->rows, b->length) : b->length;
-    int64_t from = g->causal && t->by_key ? u->first/32 : 0, tiles = dpoi_pieces(end, 32);
-    int two = u->rows > 16;
-    memset(u->o, 0, (size_t)(2*32*a->wide*16)*sizeof(float));
-    dpoi_amx_rows(a, u->head, u->first, u->rows, u->a);
-    dpoi_amx_rows(a2, u->head, u->first, u->rows, u->a2);
-    DPOI_AMX_READY();
-    for (; from < tiles; from += DPOI_AMX_BACK/32) {
-        int64_t to = dpoi_least(tiles, from + DPOI_AMX_BACK/32), wide = (to - from)*32;
-        dpoi_amx_scores(b, u->head, from, to, u->a, two, u->s, DPOI_AMX_BACK);
-        dpoi_amx_scores(b2, u->head, from, to, u->a2, two, u->t, DPOI_AMX_BACK);
-        for (int i = 0; i < (two ? 32 : 16); i++) {
-            int64_t low = 0, high = i < u->rows ? b->length - from*32 : 0;
-            if (g->causal && t->by_key) low = u->first + i - from*32;
-            if (g->causal && !t->by_key) high = dpoi_least(high, u->first + i + 1 - from*32);
-            dpoi_amx_slopes(t, u, i, from*32, low, high, wide);
+    int64_t end = g->causal && !t->by_key ? dpoi_least(u->first + u->lanes, b->length) : b->length;
+    int64_t from = g->causal && t->by_key ? u->first/32 : 0, tiles = dpoi_pieces(end, 32), to;
+    memset(u->o, 0, (size_t)(a->wide*512)*sizeof(float));
+    memset(u->o2, 0, (size_t)(a->wide*512)*sizeof(float));
+    dpoi_amx_lanes(a, u->head, u->first, u->a);
+    dpoi_amx_lanes(a2, u->head, u->first, u->a2);
+    for (; from < tiles; from = to) {
+        to = dpoi_least(tiles, from + DPOI_AMX_BLOCKS);
+        for (int64_t k = from; k < to; k += DPOI_AMX_TURN) {
+            int64_t turn = dpoi_least(to, k + DPOI_AMX_TURN);
+            DPOI_AMX_READY();
+            dpoi_amx_scores(b, u->head, k, turn, u->a, u->s);
+            dpoi_amx_scores(b2, u->head, k, turn, u->a2, u->t);
+            DPOI_AMX_READY();
+            for (int64_t i = k; i < turn; i++) dpoi_amx_slopes_run(t, u, i, i - from);
         }
         DPOI_AMX_READY();
-        if (!t->by_key || g->dk) dpoi_amx_gather(b, u->head, from, to, u->ds, two, u->o);
-        if (t->by_key && g->dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, two, u->o2);
+        if (!t->by_key || g->dk) dpoi_amx_gather(b, u->head, from, to, u->ds, u->o);
+        if (t->by_key && g->dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, u->o2);
     }
-    dpoi_amx_unit_store(g, u, a->length, u->o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
-    if (t->by_key) dpoi_amx_unit_store(g, u, a->length, u->o2, 1, g->dv, (int)(g->add >> 2 & 1));
+    DPOI_AMX_READY();
+    dpoi_amx_unit_store(a, u, u->o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
+    if (t->by_key) dpoi_amx_unit_store(a, u, u->o2, 1, g->dv, (int)(g->add >> 2 & 1));
 }
 
 /* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
@@ -14287,7 +14405,7 @@ DPOI_AMX static void dpoi_amx_attention_jobs(const dpoi_amx_attention *t, int64_
     dpoi_amx_begin();
     for (int64_t i = t->units*job/t->jobs; i < t->units*(job + 1)/t->jobs; i++) {
         u.head = i/t->blocks;  u.first = i % t->blocks*32;
-        u.rows = dpoi_least(32, length - u.first);
+        u.lanes = dpoi_least(32, length - u.first);
         if (back) dpoi_amx_back_unit(t, &u);
         else      dpoi_amx_attention_unit(t, &u);
     }
