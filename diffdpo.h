@@ -10902,8 +10902,10 @@ typedef struct dpoi_tile {
 
 #ifdef __GNUC__
 #define DPOI_FETCH(p) __builtin_prefetch(p)                 /* an address beyond the end does no harm */
+#define DPOI_FETCH_FAR(p) __builtin_prefetch(p, 0, 2)       /* not into the first-level cache */
 #else
 #define DPOI_FETCH(p) ((void)(p))
+#define DPOI_FETCH_FAR(p) ((void)(p))
 #endif
 
 #ifdef DPOI_SIMD_X86
@@ -12131,11 +12133,19 @@ typedef struct dpoi_amx_strip {
     int64_t a_step, a_row, b_step, b_row, steps;
 } dpoi_amx_strip;
 
+/* What is wanted soon: `lines` of a cache at a time are called for while a step computes. */
+typedef struct dpoi_amx_ahead {
+    const uint16_t *next;
+    int64_t lines;
+} dpoi_amx_ahead;
+
 /* `two` and `wide` are constants where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two, const int wide)
+DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, dpoi_amx_ahead *f, const int two, const int wide)
 {
-    const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1];
+    const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1], *next = f->next;
+    int64_t lines = f->lines;
     for (int64_t k = 0; k < s->steps; k++) {
+        for (int64_t i = 0; i < lines; i++, next += 32) DPOI_FETCH_FAR(next);
         _tile_loadd(6, b0, s->b_row);
         _tile_loadd(4, a0, s->a_row);
         _tile_dpbf16ps(0, 4, 6);
@@ -12146,14 +12156,21 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two,
         if (two)  a1 += s->a_step;
         if (wide) b1 += s->b_step;
     }
+    f->next = next;
+}
+
+DPOI_AMX static void dpoi_amx_run_ahead(const dpoi_amx_strip *s, dpoi_amx_ahead *f)
+{
+    if (s->a[1] && s->b[1]) dpoi_amx_steps(s, f, 1, 1);
+    else if (s->a[1])       dpoi_amx_steps(s, f, 1, 0);
+    else if (s->b[1])       dpoi_amx_steps(s, f, 0, 1);
+    else                    dpoi_amx_steps(s, f, 0, 0);
 }
 
 DPOI_AMX static void dpoi_amx_run(const dpoi_amx_strip *s)
 {
-    if (s->a[1] && s->b[1]) dpoi_amx_steps(s, 1, 1);
-    else if (s->a[1])       dpoi_amx_steps(s, 1, 0);
-    else if (s->b[1])       dpoi_amx_steps(s, 0, 1);
-    else                    dpoi_amx_steps(s, 0, 0);
+    dpoi_amx_ahead none = { NULL, 0 };
+    dpoi_amx_run_ahead(s, &none);
 }
 
 DPOI_AMX static void dpoi_amx_zero(void)
@@ -12238,22 +12255,24 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
                    are no pixel are thrown away
      in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
 
-   A job takes `block` slots and a span of panels.  For two panels after the other it goes along k and, inside of that,
-   over its slots: what two panels need of a chunk of k stays in the first-level cache, its slots in the second.  Where
-   k is one chunk, sums never leave the tiles; else they wait in [block][32] between chunks. */
+   A job takes `block` slots and a span of panels.  Where all weights fit the second-level cache, it takes 32 slots after
+   the other through all panels, and brings those slots over itself.  Else it takes two panels after the other, chunk by
+   chunk of k, through its slots, which then are what stays in that cache; meanwhile the weights of the next chunk are
+   called for.  Where k is one chunk, sums never leave the tiles; else they wait in [group][block][32] between chunks. */
 
 enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
 
 enum {
     DPOI_AMX_RUN   = 4,                   /* tiles of channels at one place of the kernel, then the next place */
-    DPOI_AMX_CHUNK = 12,                  /* tiles of k at a 1x1 kernel between two visits to the sums: 24 KiB */
-    DPOI_AMX_WHOLE = 96,                  /* tiles of k that are not cut into chunks, */
-    DPOI_AMX_SHIFT = 384,                 /* and of a larger kernel, whose places see the same lines */
+    DPOI_AMX_WHOLE = 192,                 /* tiles of k of two panels that are not cut into chunks: 384 KiB, */
+    DPOI_AMX_CHUNK = 120,                 /* and of those that are, in a chunk */
+    DPOI_AMX_GROUP = 4,                   /* times two panels that share a chunk's slots, if not all channels are in it */
     DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
-    DPOI_AMX_HELD  = 600000,              /* bytes of a job's slots */
+    DPOI_AMX_HELD  = 800000,              /* bytes of a job's slots in a chunk */
+    DPOI_AMX_KEPT  = 1000000,             /* bytes of weights that stay in the second-level cache */
     DPOI_AMX_COPY  = 32000000,            /* bytes of a copy; larger pictures go in stripes */
     DPOI_AMX_LARGE = 4000000,             /* bytes of a result that no cache keeps for its reader */
-    DPOI_AMX_JOBS  = 24                   /* wanted, where each is worth DPOI_AMX_JOB */
+    DPOI_AMX_JOBS  = 16                   /* wanted, where each is worth DPOI_AMX_JOB */
 };
 
 /* How one source comes, and where. */
@@ -12270,9 +12289,11 @@ typedef struct dpoi_amx_product {
     dpoi_amx_factor f[2];
     int64_t wide, high, slots;            /* slots a row, rows an image, in all */
     int64_t panels, block, blocks, span, spans;
+    int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
-    int     chunked;                      /* 1: sums wait between chunks, in */
-    float  *sums;                         /* [spans][slots][32] */
+    int64_t range, ranges, rows;          /* chunks: tiles of channels, how often, rows of the kernel one by one (kh) or 1 */
+    int64_t group;                        /* times two panels that take turns at a chunk's slots */
+    float  *sums;                         /* [jobs][group][block][32], where k is more than one chunk */
     int64_t sums_at, room;                /* floats */
     int     source;                       /* that is brought over */
 } dpoi_amx_product;
@@ -12305,6 +12326,9 @@ static void dpoi_amx_lay_slots(dpoi_amx_product *t)
         t->high = dpoi_most(s->H + dpoi_amx_gap(s->H, p->Y, s->kh, 1, s->top), p->Y);
     }
     t->slots = dpoi_pieces(p->N*t->high*t->wide, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    for (int i = 0; i < 2; i++)
+        t->f[i].steps = t->f[i].way == DPOI_AMX_TILED ? dpoi_pieces(p->source[i].K, DPOI_TILE_K)
+                                                      : p->source[i].I/DPOI_TILE_K;
 }
 
 /* Offsets of one source's copies in room, from `at` on. */
@@ -12313,32 +12337,43 @@ static int64_t dpoi_amx_factor_of(dpoi_amx_product *t, int i, int64_t at)
     const dpoi_source *s = &t->p->source[i];
     dpoi_amx_factor *f = &t->f[i];
     if (!s->K) return at;
-    f->steps = (f->way == DPOI_AMX_TILED ? dpoi_pieces(s->K, DPOI_TILE_K) : s->I/DPOI_TILE_K);
     f->a_at = at;
     if (f->way == DPOI_AMX_SLOTTED) {
         f->seen = t->slots + (s->kh - 1)*t->wide + s->kw - 1;
         at += f->seen*s->I/2;
     }
-    if (f->way == DPOI_AMX_TILED) at += t->slots*f->steps*DPOI_TILE_K/2;
+    if (f->way == DPOI_AMX_TILED) at += (t->kept ? t->blocks*DPOI_AMX_ROWS : t->slots)*f->steps*DPOI_TILE_K/2;
     f->b_at = at;
     if (!s->pairs) at += dpoi_amx_room(t->p->O, s->K);
     return at;
 }
 
-/* Blocks and spans of panels: of shapes alone. */
+/* Chunks of k, and slots of a block: of shapes alone. */
 static void dpoi_amx_cut(dpoi_amx_product *t)
 {
     const dpoi_cpu_product *p = t->p;
     const dpoi_source *s = &p->source[0];
-    int64_t slot = 2*(t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, t->f[0].steps)*DPOI_TILE_K : s->I), jobs, worth;
-    t->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    t->block = dpoi_least(dpoi_most(DPOI_AMX_HELD/slot, 128), 512)/DPOI_AMX_ROWS*DPOI_AMX_ROWS;
-    t->blocks = dpoi_pieces(t->slots, t->block);
-    t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
-    t->blocks = dpoi_pieces(t->slots, t->block);
+    int64_t steps = dpoi_most(1, t->f[0].steps), wide = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kw;
+    int64_t high = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kh, tiles = steps*wide*high, most, worth, jobs;
+    int64_t all = (dpoi_amx_padded(s->K) + dpoi_amx_padded(p->source[1].K))*t->panels*DPOI_PANEL*2;
+    t->rows = t->ranges = t->group = 1;
+    t->range = steps;
+    if (tiles > DPOI_AMX_WHOLE) {
+        t->rows = high;
+        t->ranges = dpoi_pieces(steps*wide, DPOI_AMX_CHUNK);
+        t->range = dpoi_pieces(dpoi_pieces(steps, t->ranges), DPOI_AMX_RUN)*DPOI_AMX_RUN;
+        t->ranges = dpoi_pieces(steps, t->range);
+        if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
+    }
     worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
     jobs = dpoi_least(DPOI_AMX_JOBS, worth);
-    t->spans = dpoi_least(dpoi_pieces(jobs, t->blocks), dpoi_pieces(t->panels, 2));
+    t->kept = tiles <= DPOI_AMX_WHOLE && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
+    most = dpoi_least(dpoi_most(DPOI_AMX_HELD/(t->range*2*DPOI_TILE_K*(t->f[0].way == DPOI_AMX_TILED ? s->kh*s->kw : 1)),
+                      128), 512);
+    t->blocks = t->kept ? jobs : dpoi_pieces(t->slots, most);
+    t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    t->spans = t->kept ? 1 : dpoi_least(dpoi_pieces(jobs, t->blocks), dpoi_pieces(t->panels, 2));
     t->span = dpoi_pieces(dpoi_pieces(t->panels, t->spans), 2)*2;
     t->spans = dpoi_pieces(t->panels, t->span);
 }
@@ -12347,15 +12382,14 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
 static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
 {
     dpoi_amx_product t;
-    int64_t places = p->source[0].kh*p->source[0].kw;
     memset(&t, 0, sizeof t);
     t.p = p;
+    t.panels = dpoi_pieces(p->O, DPOI_PANEL);
     dpoi_amx_lay_slots(&t);
-    for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
     dpoi_amx_cut(&t);
-    t.chunked = t.f[0].way == DPOI_AMX_SLOTTED ? t.f[0].steps*places > DPOI_AMX_SHIFT : t.f[0].steps > DPOI_AMX_WHOLE;
+    for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
     t.sums_at = t.room;
-    if (t.chunked) t.room += t.spans*t.blocks*t.block*DPOI_AMX_WIDE;
+    if (t.rows*t.ranges > 1) t.room += t.spans*t.blocks*t.group*t.block*DPOI_AMX_WIDE;
     return t;
 }
 
@@ -12413,21 +12447,24 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx
         }
 }
 
-/* 32 slots of a source in tiles. */
-DPOI_AMX static void dpoi_amx_tiles_task(void *arg, int64_t task)
+/* 32 slots of a source in tiles, `to` [steps][2][16][32]. */
+DPOI_AMX static void dpoi_amx_tiles(const dpoi_amx_product *t, int source, const dpoi_amx_pixels *at, uint16_t *to)
+{
+    const dpoi_source *s = &t->p->source[source];
+    for (int i = 0; i < DPOI_AMX_ROWS; i++, to += DPOI_TILE_K) {
+        if (at->place[i] < 0)          dpoi_amx_put(to, 0, NULL, DPO_F32, t->f[source].steps*DPOI_TILE_K);
+        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, at, i, DPO_F32, to);
+        else                           dpoi_amx_pack_row(s, at, i, DPO_BF16, to);
+    }
+}
+
+static void dpoi_amx_tiles_task(void *arg, int64_t task)
 {
     const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
-    const dpoi_source *s = &t->p->source[t->source];
-    int64_t steps = t->f[t->source].steps;
-    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[t->source].a_at) + task*steps*2*DPOI_TILE_SIZE;
+    const dpoi_amx_factor *f = &t->f[t->source];
     dpoi_amx_pixels at;
     dpoi_amx_pixels_at(t, task*DPOI_AMX_ROWS, &at);
-    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
-        uint16_t *row = to + i*DPOI_TILE_K;
-        if (at.place[i] < 0)           dpoi_amx_put(row, 0, NULL, DPO_F32, steps*DPOI_TILE_K);
-        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, &at, i, DPO_F32, row);
-        else                           dpoi_amx_pack_row(s, &at, i, DPO_BF16, row);
-    }
+    dpoi_amx_tiles(t, t->source, &at, (uint16_t *)(void *)(t->p->room + f->a_at) + task*f->steps*2*DPOI_TILE_SIZE);
 }
 
 /* DPOI_AMX_SLOTS slots of the copy of a source. */
@@ -12462,7 +12499,7 @@ static void dpoi_amx_bring(dpoi_amx_product *t)
                                              : (const uint16_t *)(const void *)(p->room + f->a_at);
         if (f->way == DPOI_AMX_SLOTTED)
             dpoi_parallel(p->cpu, dpoi_pieces(f->seen, DPOI_AMX_SLOTS), dpoi_amx_slots_task, t);
-        if (f->way == DPOI_AMX_TILED) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
+        if (f->way == DPOI_AMX_TILED && !t->kept) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
         f->b = s->pairs;
         if (f->b) continue;
         w.w = s->w;  w.type = s->w_type;  w.paired = s->paired;  w.K = s->K;
@@ -12565,85 +12602,196 @@ DPOI_AMX static void dpoi_amx_sums_save(float *c)
     _tile_stored(2, c, row);      _tile_stored(3, c + 16, row);
 }
 
-/* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
-   of pixels at all of them. */
-DPOI_AMX static void dpoi_amx_part(const dpoi_amx_product *t, int i, int64_t m, int64_t panel, int64_t ky, int64_t c0,
-                                   int64_t c1)
+/* Where a job is: 32 slots from m on, what they are, and their tiles where they were brought over so. */
+typedef struct dpoi_amx_job {
+    const dpoi_amx_product *t;
+    int64_t m;
+    dpoi_amx_pixels at;
+    const uint16_t *tiles[2];
+} dpoi_amx_job;
+
+static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
 {
+    j->m = m;
+    dpoi_amx_pixels_at(j->t, m, &j->at);
+    for (int i = 0; i < 2; i++) {
+        const dpoi_amx_factor *f = &j->t->f[i];
+        if (f->steps && !j->t->kept) j->tiles[i] = f->a + m/DPOI_AMX_ROWS*f->steps*2*DPOI_TILE_SIZE;
+    }
+}
+
+/* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
+   of pixels at all of them.  What comes next has its places as far from each other as these. */
+DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, int64_t ky, int64_t c0, int64_t c1,
+                                   dpoi_amx_ahead *ahead)
+{
+    const dpoi_amx_product *t = j->t;
     const dpoi_source *s = &t->p->source[i];
     const dpoi_amx_factor *f = &t->f[i];
     int64_t size = dpoi_amx_padded(s->K)*DPOI_PANEL, kw = f->way == DPOI_AMX_TILED ? 1 : s->kw;
-    const uint16_t *b = f->b + panel*size;
+    const uint16_t *b = f->b + panel*size, *next = ahead->next;
     dpoi_amx_strip r;
     r.steps = c1 - c0;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
     for (int64_t kx = 0; kx < kw; kx++) {
         if (f->way == DPOI_AMX_TILED) {
-            r.a[0] = f->a + (m/DPOI_AMX_ROWS*f->steps + c0)*2*DPOI_TILE_SIZE;
+            r.a[0] = j->tiles[i] + c0*2*DPOI_TILE_SIZE;
             r.a[1] = r.a[0] + DPOI_TILE_SIZE;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;
         } else {
-            r.a[0] = f->a + (m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
+            r.a[0] = f->a + (j->m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
             r.a[1] = r.a[0] + 16*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
         }
         r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
         r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
-        dpoi_amx_run(&r);
+        if (kx) ahead->next = next + kx*f->steps*DPOI_TILE_SIZE;
+        dpoi_amx_run_ahead(&r, ahead);
     }
+}
+
+/* What is added to 32 channels of the job's slots, before it is wanted. */
+static void dpoi_amx_fetch_add(const dpoi_amx_job *j, int64_t panel)
+{
+    const dpoi_cpu_product *p = j->t->p;
+    for (int i = 0; p->add && i < DPOI_AMX_ROWS; i++)
+        if (j->at.place[i] >= 0) {
+            const float *line = dpoi_amx_at(p->add, p->add_type, j->at.place[i] + panel*DPOI_PANEL);
+            DPOI_FETCH(line);
+            if (p->add_type == DPO_F32) DPOI_FETCH(line + 16);
+        }
 }
 
 /* The sums so far are in the tiles: the second source, then y. */
-DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_product *t, int64_t m, int64_t panel)
+DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_job *j, int64_t panel)
 {
     float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    dpoi_amx_pixels at;
-    if (t->f[1].steps) dpoi_amx_part(t, 1, m, panel, 0, 0, t->f[1].steps);
+    dpoi_amx_ahead none = { NULL, 0 };
+    if (j->t->f[1].steps) dpoi_amx_part(j, 1, panel, 0, 0, j->t->f[1].steps, &none);
     dpoi_amx_sums_save(c);
     DPOI_AMX_READY();
-    dpoi_amx_pixels_at(t, m, &at);
-    dpoi_amx_store(t, &at, panel*DPOI_PANEL, c);
+    dpoi_amx_store(j->t, &j->at, panel*DPOI_PANEL, c);
 }
 
-/* Two panels, slots m0..end-1, where all of k is one chunk. */
-DPOI_AMX static void dpoi_amx_whole(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel)
+/* Two panels and a chunk of k: tiles c0..c1-1 of channels in rows ky0..ky1-1 of the kernel. */
+typedef struct dpoi_amx_chunk {
+    int64_t panel, turn;                  /* turn: of the group */
+    int64_t c0, c1, ky0, ky1;
+    int     first, last;                  /* of k */
+} dpoi_amx_chunk;
+
+/* The q-th chunk of a span: groups of panels, inside of them ranges of channels, rows of the kernel, and then panels.
+   0: there is none. */
+static int dpoi_amx_chunk_at(const dpoi_amx_product *t, int64_t span, int64_t q, dpoi_amx_chunk *c)
 {
-    int64_t steps = t->f[0].steps, rows = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh;
-    int64_t run = rows*t->p->source[0].kw == 1 || t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, steps) : (int64_t)DPOI_AMX_RUN;
-    for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-        dpoi_amx_zero();
-        for (int64_t ky = 0; ky < rows; ky++)
-            for (int64_t c = 0; c < steps; c += run)
-                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
-        dpoi_amx_finish(t, m, panel);
+    int64_t high = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh, chunks = t->ranges*t->rows, range, row;
+    int64_t twos = dpoi_pieces(dpoi_least(t->span, t->panels - span*t->span), 2);
+    int64_t group = q/(t->group*chunks)*t->group, size = dpoi_least(t->group, twos - group);
+    if (size <= 0) return 0;
+    q -= group*chunks;
+    c->turn = q % size;
+    row = q/size % t->rows;  range = q/size/t->rows;
+    c->panel = span*t->span + 2*(group + c->turn);
+    c->c0 = range*t->range;
+    c->c1 = dpoi_least(t->f[0].steps, c->c0 + t->range);
+    c->ky0 = row;
+    c->ky1 = t->rows > 1 ? row + 1 : high;
+    c->first = row + range == 0;
+    c->last = range == t->ranges - 1 && row == t->rows - 1;
+    return 1;
+}
+
+/* Where its weights begin. */
+static const uint16_t *dpoi_amx_chunk_weights(const dpoi_amx_product *t, const dpoi_amx_chunk *c)
+{
+    const dpoi_source *s = &t->p->source[0];
+    int64_t kw = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kw;
+    return t->f[0].b + c->panel*dpoi_amx_padded(s->K)*DPOI_PANEL + (c->ky0*kw*t->f[0].steps + c->c0)*DPOI_TILE_SIZE;
+}
+
+/* 32 slots and a chunk.  soon: where they begin that are next, or NULL; of their two panels the i-th of n blocks of
+   slots calls for a share, the first half of the blocks for the first panel. */
+DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon, int64_t i,
+                                          int64_t n)
+{
+    const dpoi_amx_product *t = j->t;
+    const dpoi_source *s = &t->p->source[0];
+    int tiled = t->f[0].way == DPOI_AMX_TILED;
+    int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN, steps = t->f[0].steps;
+    int64_t half = dpoi_most(1, n/2), lines = soon && i < 2*half ? dpoi_pieces(16, half) : 0;
+    dpoi_amx_ahead ahead = { NULL, 0 };
+    if (lines) soon += i/half*dpoi_amx_padded(s->K)*DPOI_PANEL;
+    for (int64_t ky = c->ky0; ky < c->ky1; ky++)
+        for (int64_t k = c->c0; k < c->c1; k += run) {
+            int64_t end = dpoi_least(c->c1, k + run);
+            ahead.lines = lines;
+            if (lines) ahead.next = soon + ((ky - c->ky0)*s->kw*steps + k - c->c0)*DPOI_TILE_SIZE + i % half*lines*(end - k)*32;
+            dpoi_amx_part(j, 0, c->panel, ky, k, end, &ahead);
+        }
+}
+
+/* Chunk after chunk over slots m0..end-1.  Whoever takes this job takes, as things go, the one `threads` after it. */
+DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task, float *sums)
+{
+    const dpoi_amx_product *t = j->t;
+    dpoi_amx_chunk c, next;
+    int64_t span = task/t->blocks, after = (task + t->p->cpu->threads)/t->blocks;
+    for (int64_t q = 0; dpoi_amx_chunk_at(t, span, q, &c); q++) {
+        int more = dpoi_amx_chunk_at(t, span, q + 1, &next) || (after != span && dpoi_amx_chunk_at(t, after, 0, &next));
+        const uint16_t *soon = more ? dpoi_amx_chunk_weights(t, &next) : NULL;
+        for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+            float *at = sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
+            dpoi_amx_job_at(j, m);
+            if (c.last) dpoi_amx_fetch_add(j, c.panel);
+            if (c.first) dpoi_amx_zero();
+            else dpoi_amx_sums_load(at);
+            dpoi_amx_chunk_block(j, &c, soon, (m - m0)/DPOI_AMX_ROWS, dpoi_pieces(end - m0, DPOI_AMX_ROWS));
+            if (c.last) dpoi_amx_finish(j, c.panel);
+            else dpoi_amx_sums_save(at);
+        }
     }
 }
 
-/* The same with sums [block][32] between chunks. */
-DPOI_AMX static void dpoi_amx_chunks(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel, float *sums)
+/* 32 slots after the other through all panels; the next ones come meanwhile where they serve as they lie. */
+DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task)
 {
-    int tiled = t->f[0].way == DPOI_AMX_TILED;
-    int64_t steps = t->f[0].steps, rows = tiled ? 1 : t->p->source[0].kh;
-    int64_t run = tiled || t->p->source[0].kw == 1 ? (int64_t)DPOI_AMX_CHUNK : (int64_t)DPOI_AMX_RUN;
-    for (int64_t ky = 0; ky < rows; ky++)
-        for (int64_t c = 0; c < steps; c += run)
-            for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-                float *at = sums + (m - m0)*DPOI_AMX_WIDE;
-                if (ky + c == 0) dpoi_amx_zero();
-                else dpoi_amx_sums_load(at);
-                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
-                if (ky == rows - 1 && c + run >= steps) dpoi_amx_finish(t, m, panel);
-                else dpoi_amx_sums_save(at);
-            }
+    const dpoi_amx_product *t = j->t;
+    int64_t high = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh, I = t->p->source[0].I;
+    dpoi_amx_chunk c;
+    uint16_t *tiles[2];
+    memset(&c, 0, sizeof c);
+    c.c1 = t->f[0].steps;  c.ky1 = high;
+    for (int i = 0; i < 2; i++) {
+        tiles[i] = (uint16_t *)(void *)(t->p->room + t->f[i].a_at) + task*t->f[i].steps*2*DPOI_TILE_SIZE;
+        j->tiles[i] = tiles[i];
+    }
+    for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+        dpoi_amx_ahead ahead = { NULL, 0 };
+        dpoi_amx_job_at(j, m);
+        for (int i = 0; i < 2; i++)
+            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at, tiles[i]);
+        DPOI_AMX_READY();
+        if (t->f[0].way == DPOI_AMX_AS_IT_LIES && m + DPOI_AMX_ROWS < end) {
+            ahead.next = t->f[0].a + (m + DPOI_AMX_ROWS)*I;
+            ahead.lines = dpoi_pieces(32, dpoi_pieces(t->panels, 2));
+        }
+        for (c.panel = 0; c.panel < t->panels; c.panel += 2) {
+            dpoi_amx_fetch_add(j, c.panel);
+            dpoi_amx_zero();
+            if (t->f[0].way == DPOI_AMX_AS_IT_LIES) dpoi_amx_part(j, 0, c.panel, 0, 0, c.c1, &ahead);
+            else dpoi_amx_chunk_block(j, &c, NULL, 0, 1);
+            dpoi_amx_finish(j, c.panel);
+        }
+    }
 }
 
 DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
 {
     const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
-    int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block), span = i/t->blocks;
-    int64_t last = dpoi_least(t->panels, (span + 1)*t->span);
-    float *sums = t->sums + i*t->block*DPOI_AMX_WIDE;
+    int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block);
+    dpoi_amx_job j;
+    memset(&j, 0, sizeof j);
+    j.t = t;
     dpoi_amx_begin();
-    for (int64_t panel = span*t->span; panel < last; panel += 2)
-        if (t->chunked) dpoi_amx_chunks(t, m, end, panel, sums);
-        else            dpoi_amx_whole(t, m, end, panel);
+    if (t->kept) dpoi_amx_slots_first(&j, m, end, i);
+    else dpoi_amx_chunks(&j, m, end, i, t->sums + i*t->group*t->block*DPOI_AMX_WIDE);
     if (t->stream) _mm_sfence();
     dpoi_amx_end();
 }
