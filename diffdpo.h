@@ -47,7 +47,7 @@
        >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, cache, train,
                      backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
-                     tensor, tape, ops, backends, cpu, rows, kernels, products, amx, convolution, attention, open,
+                     tensor, tape, ops, backends, cpu, rows, kernels, products, winograd, amx, convolution, attention, open,
                      nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, cache,
                      train
        >>end         license
@@ -539,6 +539,11 @@ DPO_DEF dpo_net   *dpo_model_text(dpo_model *m, int which);                  /* 
 DPO_DEF dpo_net   *dpo_model_vae(dpo_model *m);                              /* NULL for a model of pixels */
 DPO_DEF void       dpo_model_set_unet(dpo_model *m, dpo_net *unet);          /* another set of weights (an average) */
 
+/* Give back the memory of the text encoders and the VAE of a model that was loaded from files, while only the UNet works.
+   What asks for one of them reads its weights again; what was changed in them since they were read is lost, and tensors
+   of dpo_net_params are gone.  Their adapters stay. */
+DPO_DEF int        dpo_model_rest(dpo_model *m);
+
 typedef struct dpo_model_info {
     int channels;                         /* of what is diffused: 3 pixels, 4 latents */
     int factor;                           /* pixels a latent, per axis: 1 without a VAE, else 8 */
@@ -1023,13 +1028,17 @@ DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *ref
 DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma);
 
 /* Several processes that train one model.  reduce: data [count] of every process becomes the sum or maximum over all, in
-   place, in the backend's memory; 1 on success.  Every process calls it in the same order. */
+   place, in the backend's memory; 1 on success.  Every process calls it in the same order.  With `wait` it only begins
+   to: nobody touches data until wait says that all that was begun is done.  Gradients come some megabytes at a time, the
+   last layers' first, while backward still works on the others, and one wait stands before clipping.  Without `wait`
+   the numbers are there, for the calls that follow on the backend, when reduce returns. */
 enum { DPO_REDUCE_SUM, DPO_REDUCE_MAX };
 typedef int (*dpo_reduce_fn)(void *user, void *data, int64_t count, int dtype, int op);
 struct dpo_team {
     int           count, index;           /* processes, and which of them this is; 0 and 1: alone */
     dpo_reduce_fn reduce;
     void         *user;
+    int         (*wait)(void *user);      /* 1 on success; or NULL */
 };
 
 /* One micro-batch as the losses see it, [winners, losers] on the first axis; DPO_SFT, DPO_KTO: N pictures, no order. */
@@ -1143,8 +1152,11 @@ typedef struct dpo_train_desc {
                                              authors; 1: the chosen picture's own size and crop, as diffusers */
     int                ahead;             /* 1, all weights: the reference's errors of all steps are computed before the
                                              first one, and no second model is kept */
-    int                drop_encoders;     /* 1: texts and pictures are encoded before the first step, and the model's text
-                                             encoders and VAE given back: it can then no more draw, or be saved whole */
+    int                rest_encoders;     /* 1: all texts and pictures of the run are encoded before the first step, and
+                                             the text encoders and VAE then rest, see dpo_model_rest; where the caches
+                                             have no room for all, or the model is not from files, they stay */
+    int                drop_encoders;     /* 1: the same, but no room is an error, and those of a model that is not from
+                                             files are given back for good */
     int                beside;            /* 1: pictures are read and decoded on a thread beside the step */
     const char        *note;              /* a text that goes into checkpoints, as metadata "note"; or NULL */
     const char        *cache_folder;      /* where latents, texts and reference errors are kept, see dpo_cache; or NULL */
@@ -1154,6 +1166,10 @@ typedef struct dpo_train_desc {
     dpo_pairs         *held_pairs;        /* pairs for dpo_train_held, beside or in place of that share; or NULL */
     float              degrading_limit;   /* 0.1: see dpo_progress.degrading; 0: never */
     dpo_team           team;              /* zeros: one process.  A step has batch * accumulation * count pairs */
+
+    /* DPO_KTO.  Liked and other pictures are mixed evenly, so that a batch has both wherever its size allows. */
+    float              desirable_weight, undesirable_weight; /* of pictures that were liked and that were not; 0: 1 */
+    float              positive_ratio;    /* share of liked pictures in what is drawn; 0: as many as there are */
 } dpo_train_desc;
 
 DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void);    /* arXiv 2311.12908: all weights, beta 2000, 2048 pairs */
@@ -1187,6 +1203,7 @@ DPO_DEF int     dpo_train_held (dpo_trainer *t, dpo_held *out);
 DPO_DEF int64_t dpo_train_count(const dpo_trainer *t);     /* pairs that are trained on; KTO: pictures */
 DPO_DEF int64_t dpo_train_done (const dpo_trainer *t);     /* steps done, after a resume those of the checkpoint */
 DPO_DEF int64_t dpo_train_sizes(const dpo_trainer *t);     /* buckets in use */
+DPO_DEF int     dpo_train_rests(const dpo_trainer *t);     /* 1: it needs text encoders and VAE no more */
 
 /* The state of a run in a folder that appears whole or not at all: trained weights, moments, averages, step.  A
    checkpoint of another model, other data or other settings than `steps` is refused.  In `output` the trainer keeps
@@ -1655,6 +1672,8 @@ struct dpo_ctx {
     dpoi_row    *rows;                    /* the tape */
     int64_t      row_count, row_room;
     int          no_grad;
+    void       (*graded)(void *user, dpo_tensor *x);       /* told of each share of a parameter's gradient, or NULL */
+    void        *graded_user;
     dpoi_owned  *owned;                   /* newest first */
 };
 
@@ -2304,6 +2323,7 @@ static const char *dpoi_sys_reason(int e)
     case ERROR_SHARING_VIOLATION: case ERROR_LOCK_VIOLATION: case ERROR_USER_MAPPED_FILE:
         return "another program, or this one, has it open";
     case ERROR_INVALID_NAME:                               return "not a file name";
+    case ERROR_ALREADY_EXISTS: case ERROR_FILE_EXISTS:     return "a file has that name";
     case ERROR_NOT_ENOUGH_MEMORY:                          return "no room in memory";
     default:                                               return NULL;
     }
@@ -2467,6 +2487,7 @@ static const char *dpoi_sys_reason(int e)
     case EFBIG:                return "larger than a file may be here";
     case EROFS:                return "the disk is read-only";
     case EISDIR:               return "it is a folder";
+    case EEXIST:               return "a file has that name";
     case EINVAL:               return "it is not a plain file";
     case ENAMETOOLONG:         return "the name is too long";
     case EMFILE: case ENFILE:  return "too many open files";
@@ -5878,20 +5899,27 @@ DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64
     return x && dpo_write(x, values) ? x : NULL;
 }
 
+/* The newest temporary stays when its scope ends. */
+static void dpoi_persist(dpo_tensor *x)
+{
+    dpo_ctx   *c = x->ctx;
+    dpoi_node *n = (dpoi_node *)x;
+    c->temp_count--;
+    x->persistent = 1;
+    n->next = c->persistent;
+    if (c->persistent) c->persistent->prev = n;
+    c->persistent = n;
+}
+
 /* Made as a temporary, then taken out of the scope's array: one path checks shape and memory.  Where the name or
    the zeroing fails it simply stays a temporary, and the end of the scope frees it. */
 static dpo_tensor *dpoi_persistent(dpo_ctx *c, int dtype, int rank, const int64_t *shape, int panel, const char *name)
 {
     dpo_tensor *x = shape ? dpoi_temp(c, dtype, rank, shape, panel, NULL) : NULL;
-    dpoi_node  *n = (dpoi_node *)x;
     char       *copy = x && name ? dpoi_strdup(c, name) : NULL;
     if (!x || (name && !copy) || !dpoi_zero(x)) { if (copy) dpoi_strfree(c, copy); return NULL; }
-    c->temp_count--;                      /* it was the newest of its scope */
-    x->persistent = 1;
     x->name = copy;
-    n->next = c->persistent;
-    if (c->persistent) c->persistent->prev = n;
-    c->persistent = n;
+    dpoi_persist(x);
     return x;
 }
 
@@ -6427,14 +6455,15 @@ static int dpoi_add_into(dpo_ctx *c, dpo_tensor *y, const dpo_view *x)
 
 /* x->grad as a place to add to: not shared with another tensor.
    A gradient that was handed on (through a reshape, a residual, a segment) is one block in two tensors;
-   whichever is added to first takes a copy. */
+   whichever is added to first takes a copy.  Parameters' are never handed on; a team's trainer lays several of them into
+   one block. */
 static int dpoi_grad_own(dpo_tensor *x)
 {
     dpo_ctx    *c = x->ctx;
     dpo_tensor *g = x->grad;
     dpoi_block *b;
     dpo_view    v = dpoi_view(g);
-    if (g->block->refs == 1) return 1;
+    if (g->block->refs == 1 || x->persistent) return 1;
     if (!(b = dpoi_block_new(c, dpoi_view_bytes(&v)))) return 0;
     if (c->backend->copy(c->backend->self, b->data, g->data, dpoi_view_bytes(&v), DPO_COPY_ON) != DPO_OK) {
         dpoi_block_drop(c, b);
@@ -6446,6 +6475,12 @@ static int dpoi_grad_own(dpo_tensor *x)
     return 1;
 }
 
+/* Another share of a parameter's gradient is there. */
+static void dpoi_graded(dpo_tensor *x)
+{
+    if (x->persistent && x->ctx->graded) x->ctx->graded(x->ctx->graded_user, x);
+}
+
 /* x's gradient gets dy as it is: shared where x has none yet, else added.
    A parameter's gradient gets memory of its own: it outlives the walk, and lies where it lay in the last step. */
 static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
@@ -6454,7 +6489,9 @@ static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
     if (!x->grad && !x->persistent) return dpoi_grad_new(x, dy->block) != NULL;
     if (!x->grad && (!dpoi_grad_new(x, NULL) || !dpoi_zero(x->grad))) return 0;
     v = dpoi_view(dy);
-    return dpoi_grad_own(x) && dpoi_add_into(x->ctx, x->grad, &v);
+    if (!dpoi_grad_own(x) || !dpoi_add_into(x->ctx, x->grad, &v)) return 0;
+    dpoi_graded(x);
+    return dpoi_ok(x->ctx);
 }
 
 /* Point din[i] at x's gradient, new (written) or old (added to).
@@ -6499,8 +6536,10 @@ static int dpoi_kernel_backward(dpo_ctx *c, dpoi_row *r)
             now |= 1u << i;
         }
         if (!dpoi_run(c, &r->a)) return 0;
+        for (int i = 0; i < DPO_MAX_INPUTS; i++) if (now >> i & 1) dpoi_graded(r->in[i]);
         left &= ~now;
     }
+    if (!dpoi_ok(c)) return 0;
     if (r->a.op == DPO_OP_CONV && r->in[4] && r->in[4]->needs_grad) return dpoi_grad_give(r->in[4], r->out->grad);
     return 1;
 }
@@ -10971,8 +11010,10 @@ typedef struct dpoi_tile {
 
 #ifdef __GNUC__
 #define DPOI_FETCH(p) __builtin_prefetch(p)                 /* an address beyond the end does no harm */
+#define DPOI_FETCH_FAR(p) __builtin_prefetch(p, 0, 2)       /* not into the first-level cache */
 #else
 #define DPOI_FETCH(p) ((void)(p))
+#define DPOI_FETCH_FAR(p) ((void)(p))
 #endif
 
 #ifdef DPOI_SIMD_X86
@@ -11688,6 +11729,456 @@ static void dpoi_flip_task(void *arg, int64_t task)
     }
 }
 /* ==========================================================================================================
+   >>impl winograd                                                3x3 kernels with a quarter of the products
+   ==========================================================================================================
+
+   4x4 pixels Y of a result see 6x6 pixels d of x.  A 3x3 kernel w of stride 1 makes one from the other, for each pair
+   of channels, with 36 multiplications in place of 144 (Lavin and Gray, arXiv 1509.09308):
+
+     Y = A^T ( (G w G^T) .* (B^T d B) ) A        B^T, G [6][6], [6][3]: values of polynomials at 0, a, -a, b, -b and
+                                                 infinity; A^T [4][6]: back to their coefficients
+
+   The products .* are summed over the channels i: 36 points, each a matrix product of tiles x I by I x O.  What is
+   rounded on the way grows with the matrices' entries, and least where b = 1/a: with a = 2/3 the error in F32 is one and
+   a half times that of the direct sum in relative L2 (1.5e-6 against 1.0e-6 of 320 channels), at most 1e-5 of a
+   result's deviation.  Weights are transformed by each job into a piece of the cache as it needs them: nothing is kept.
+
+   A sum runs over the channels in chunks of one size, and whether a convolution comes here depends on the size of a
+   single sample: no result depends on the batch, or on the threads. */
+
+enum {
+    DPOI_WINO_CHUNK = 128,                /* channels of x at a time */
+    DPOI_WINO_TILES = 32,                 /* tiles of 4x4 pixels a job: weights are transformed once for them */
+    DPOI_WINO_SPAN  = 2,                  /* groups of panels a job: x is transformed once for them */
+    DPOI_WINO_SLOTS = 256                 /* the most threads that get scratch */
+};
+#define DPOI_WINO_A  0.666666667f
+#define DPOI_WINO_B  1.5f
+#define DPOI_WINO_AA 0.444444444f
+#define DPOI_WINO_BB 2.25f
+
+/* Points of one chunk lie `.._step` floats apart, which is no multiple of a page: else all 36 would meet in one set of
+   the first-level cache. */
+typedef struct dpoi_winograd {
+    dpoi_cpu_product *p;
+    int64_t across, tiles;                /* 4x4 tiles a row of an image and in all */
+    int64_t block, blocks, span, jobs;    /* a job: tiles, groups of panels */
+    int64_t chunk, wide;                  /* of channels; floats of one tile's sums at one point */
+    int64_t v_step, u_step, c_step;       /* v [36][block][chunk], u [6][panels][chunk][16], c [36][block][wide] */
+    int64_t size, slots;                  /* floats of all three; how many there are */
+    intptr_t busy[DPOI_WINO_SLOTS];       /* 1: some job is in that slot */
+} dpoi_winograd;
+
+#ifdef DPOI_SIMD_X86
+
+/* ---- the three transforms, once for 16 and once for 8 channels side by side */
+
+/* G, row by row: 1, x, x^2 at x = 0, a, -a, b, -b over the product of x's distances to the others, and infinity. */
+#define DPOI_WINO_KA (1/(2*DPOI_WINO_AA*(DPOI_WINO_AA - DPOI_WINO_BB)))
+#define DPOI_WINO_KB (1/(2*DPOI_WINO_BB*(DPOI_WINO_BB - DPOI_WINO_AA)))
+static const float dpoi_wino_g[6][3] = {
+    { 1, 0, 0 },
+    { DPOI_WINO_KA,  DPOI_WINO_KA*DPOI_WINO_A, DPOI_WINO_KA*DPOI_WINO_AA },
+    { DPOI_WINO_KA, -DPOI_WINO_KA*DPOI_WINO_A, DPOI_WINO_KA*DPOI_WINO_AA },
+    { DPOI_WINO_KB,  DPOI_WINO_KB*DPOI_WINO_B, DPOI_WINO_KB*DPOI_WINO_BB },
+    { DPOI_WINO_KB, -DPOI_WINO_KB*DPOI_WINO_B, DPOI_WINO_KB*DPOI_WINO_BB },
+    { 0, 0, 1 }
+};
+
+/* B^T d of 16 channels, to[point*step]:
+     d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
+     d1 - (a^2 + b^2) d3 + d5 */
+DPOI_AVX512 DPOI_INLINE void dpoi_wino_b_512(__m512 d0, __m512 d1, __m512 d2, __m512 d3, __m512 d4, __m512 d5,
+                                             float *to, int64_t step)
+{
+    const __m512 a = _mm512_set1_ps(DPOI_WINO_A), aa = _mm512_set1_ps(DPOI_WINO_AA);
+    const __m512 b = _mm512_set1_ps(DPOI_WINO_B), bb = _mm512_set1_ps(DPOI_WINO_BB);
+    const __m512 s = _mm512_set1_ps(DPOI_WINO_AA + DPOI_WINO_BB);
+    __m512 even = _mm512_fnmadd_ps(bb, d2, d4), odd = _mm512_fnmadd_ps(bb, d1, d3);
+    _mm512_storeu_ps(to, _mm512_fnmadd_ps(s, d2, _mm512_add_ps(d0, d4)));
+    _mm512_storeu_ps(to + step, _mm512_fmadd_ps(a, odd, even));
+    _mm512_storeu_ps(to + 2*step, _mm512_fnmadd_ps(a, odd, even));
+    even = _mm512_fnmadd_ps(aa, d2, d4);
+    odd  = _mm512_fnmadd_ps(aa, d1, d3);
+    _mm512_storeu_ps(to + 3*step, _mm512_fmadd_ps(b, odd, even));
+    _mm512_storeu_ps(to + 4*step, _mm512_fnmadd_ps(b, odd, even));
+    _mm512_storeu_ps(to + 5*step, _mm512_fnmadd_ps(s, d3, _mm512_add_ps(d1, d5)));
+}
+
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n channels of each. */
+DPOI_AVX512 static void dpoi_wino_input_512(const float *const *at, int64_t n, float *v, int64_t step)
+{
+    float half[36*16];                    /* B^T d: [6][6][16] */
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 k = (__mmask16)(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
+#define DPOI_PIXEL(y) _mm512_maskz_loadu_ps(k, at[y*6 + x] + i)
+        for (int x = 0; x < 6; x++)
+            dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            half + x*16, 6*16);
+#undef DPOI_PIXEL
+#define DPOI_PIXEL(x) _mm512_loadu_ps(half + (y*6 + x)*16)
+        for (int y = 0; y < 6; y++)
+            dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            v + y*6*step + i, step);
+#undef DPOI_PIXEL
+    }
+}
+
+/* u[x*step + i*16 + o] = sum_ky G[row][ky] sum_kx w[ky][kx][i][o] G[x][kx] for n channels i of one panel; places of
+   the kernel are `tap` floats apart. */
+DPOI_AVX512 static void dpoi_wino_weights_512(const float *w, int64_t tap, int row, int64_t n, float *u, int64_t step)
+{
+    const float *g = dpoi_wino_g[row];
+    const __m512 g0 = _mm512_set1_ps(g[0]), g1 = _mm512_set1_ps(g[1]), g2 = _mm512_set1_ps(g[2]);
+    const __m512 aa = _mm512_set1_ps(DPOI_WINO_AA), ka = _mm512_set1_ps(DPOI_WINO_KA);
+    const __m512 bb = _mm512_set1_ps(DPOI_WINO_BB), kb = _mm512_set1_ps(DPOI_WINO_KB);
+    const __m512 ha = _mm512_set1_ps(DPOI_WINO_KA*DPOI_WINO_A), hb = _mm512_set1_ps(DPOI_WINO_KB*DPOI_WINO_B);
+    for (int64_t i = 0; i < n; i++, w += 16, u += 16) {
+        __m512 h[3], even, odd;
+        for (int x = 0; x < 3; x++)
+            h[x] = _mm512_fmadd_ps(g2, _mm512_loadu_ps(w + (6 + x)*tap), _mm512_fmadd_ps(g1,
+                                   _mm512_loadu_ps(w + (3 + x)*tap), _mm512_mul_ps(g0, _mm512_loadu_ps(w + x*tap))));
+        _mm512_storeu_ps(u, h[0]);
+        even = _mm512_mul_ps(ka, _mm512_fmadd_ps(aa, h[2], h[0]));
+        odd  = _mm512_mul_ps(ha, h[1]);
+        _mm512_storeu_ps(u + step, _mm512_add_ps(even, odd));
+        _mm512_storeu_ps(u + 2*step, _mm512_sub_ps(even, odd));
+        even = _mm512_mul_ps(kb, _mm512_fmadd_ps(bb, h[2], h[0]));
+        odd  = _mm512_mul_ps(hb, h[1]);
+        _mm512_storeu_ps(u + 3*step, _mm512_add_ps(even, odd));
+        _mm512_storeu_ps(u + 4*step, _mm512_sub_ps(even, odd));
+        _mm512_storeu_ps(u + 5*step, h[2]);
+    }
+}
+
+/* A^T c of 16 channels, from[point*f] to to[place*t]: y_j = sum_x x^j c_x, and c5 to the last. */
+DPOI_AVX512 DPOI_INLINE void dpoi_wino_a_512(const float *from, int64_t f, float *to, int64_t t)
+{
+    __m512 c1 = _mm512_loadu_ps(from + f), c2 = _mm512_loadu_ps(from + 2*f);
+    __m512 c3 = _mm512_loadu_ps(from + 3*f), c4 = _mm512_loadu_ps(from + 4*f);
+    __m512 even = _mm512_add_ps(c1, c2), odd = _mm512_mul_ps(_mm512_set1_ps(DPOI_WINO_A), _mm512_sub_ps(c1, c2));
+    __m512 even2 = _mm512_add_ps(c3, c4), odd2 = _mm512_mul_ps(_mm512_set1_ps(DPOI_WINO_B), _mm512_sub_ps(c3, c4));
+    const __m512 aa = _mm512_set1_ps(DPOI_WINO_AA), bb = _mm512_set1_ps(DPOI_WINO_BB);
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(from), _mm512_add_ps(even, even2)));
+    _mm512_storeu_ps(to + t, _mm512_add_ps(odd, odd2));
+    _mm512_storeu_ps(to + 2*t, _mm512_fmadd_ps(aa, even, _mm512_mul_ps(bb, even2)));
+    _mm512_storeu_ps(to + 3*t, _mm512_fmadd_ps(aa, odd, _mm512_fmadd_ps(bb, odd2, _mm512_loadu_ps(from + 5*f))));
+}
+
+/* y [4][4][16] = A^T c A of one tile and panel. */
+DPOI_AVX512 static void dpoi_wino_output_512(const float *c, int64_t step, float *y)
+{
+    float half[24*16];                    /* A^T c: [4][6][16] */
+    for (int x = 0; x < 6; x++) dpoi_wino_a_512(c + x*step, 6*step, half + x*16, 6*16);
+    for (int j = 0; j < 4; j++) dpoi_wino_a_512(half + j*6*16, 16, y + j*4*16, 16);
+}
+
+/* B^T d of 8 channels, to[point*step]:
+     d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
+     d1 - (a^2 + b^2) d3 + d5 */
+DPOI_AVX2 DPOI_INLINE void dpoi_wino_b_256(__m256 d0, __m256 d1, __m256 d2, __m256 d3, __m256 d4, __m256 d5,
+                                           float *to, int64_t step)
+{
+    const __m256 a = _mm256_set1_ps(DPOI_WINO_A), aa = _mm256_set1_ps(DPOI_WINO_AA);
+    const __m256 b = _mm256_set1_ps(DPOI_WINO_B), bb = _mm256_set1_ps(DPOI_WINO_BB);
+    const __m256 s = _mm256_set1_ps(DPOI_WINO_AA + DPOI_WINO_BB);
+    __m256 even = _mm256_fnmadd_ps(bb, d2, d4), odd = _mm256_fnmadd_ps(bb, d1, d3);
+    _mm256_storeu_ps(to, _mm256_fnmadd_ps(s, d2, _mm256_add_ps(d0, d4)));
+    _mm256_storeu_ps(to + step, _mm256_fmadd_ps(a, odd, even));
+    _mm256_storeu_ps(to + 2*step, _mm256_fnmadd_ps(a, odd, even));
+    even = _mm256_fnmadd_ps(aa, d2, d4);
+    odd  = _mm256_fnmadd_ps(aa, d1, d3);
+    _mm256_storeu_ps(to + 3*step, _mm256_fmadd_ps(b, odd, even));
+    _mm256_storeu_ps(to + 4*step, _mm256_fnmadd_ps(b, odd, even));
+    _mm256_storeu_ps(to + 5*step, _mm256_fnmadd_ps(s, d3, _mm256_add_ps(d1, d5)));
+}
+
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n channels of each. */
+DPOI_AVX2 static void dpoi_wino_input_256(const float *const *at, int64_t n, float *v, int64_t step)
+{
+    float half[36*8];                    /* B^T d: [6][6][8] */
+    for (int64_t i = 0; i < n; i += 8) {
+#define DPOI_PIXEL(y) dpoi_load_256(at[y*6 + x] + i, n - i)
+        for (int x = 0; x < 6; x++)
+            dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            half + x*8, 6*8);
+#undef DPOI_PIXEL
+#define DPOI_PIXEL(x) _mm256_loadu_ps(half + (y*6 + x)*8)
+        for (int y = 0; y < 6; y++)
+            dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                            v + y*6*step + i, step);
+#undef DPOI_PIXEL
+    }
+}
+
+/* u[x*step + i*16 + o] = sum_ky G[row][ky] sum_kx w[ky][kx][i][o] G[x][kx] for n channels i of half a panel; places of
+   the kernel are `tap` floats apart. */
+DPOI_AVX2 static void dpoi_wino_weights_256(const float *w, int64_t tap, int row, int64_t n, float *u, int64_t step)
+{
+    const float *g = dpoi_wino_g[row];
+    const __m256 g0 = _mm256_set1_ps(g[0]), g1 = _mm256_set1_ps(g[1]), g2 = _mm256_set1_ps(g[2]);
+    const __m256 aa = _mm256_set1_ps(DPOI_WINO_AA), ka = _mm256_set1_ps(DPOI_WINO_KA);
+    const __m256 bb = _mm256_set1_ps(DPOI_WINO_BB), kb = _mm256_set1_ps(DPOI_WINO_KB);
+    const __m256 ha = _mm256_set1_ps(DPOI_WINO_KA*DPOI_WINO_A), hb = _mm256_set1_ps(DPOI_WINO_KB*DPOI_WINO_B);
+    for (int64_t i = 0; i < n; i++, w += 16, u += 16) {
+        __m256 h[3], even, odd;
+        for (int x = 0; x < 3; x++)
+            h[x] = _mm256_fmadd_ps(g2, _mm256_loadu_ps(w + (6 + x)*tap), _mm256_fmadd_ps(g1,
+                                   _mm256_loadu_ps(w + (3 + x)*tap), _mm256_mul_ps(g0, _mm256_loadu_ps(w + x*tap))));
+        _mm256_storeu_ps(u, h[0]);
+        even = _mm256_mul_ps(ka, _mm256_fmadd_ps(aa, h[2], h[0]));
+        odd  = _mm256_mul_ps(ha, h[1]);
+        _mm256_storeu_ps(u + step, _mm256_add_ps(even, odd));
+        _mm256_storeu_ps(u + 2*step, _mm256_sub_ps(even, odd));
+        even = _mm256_mul_ps(kb, _mm256_fmadd_ps(bb, h[2], h[0]));
+        odd  = _mm256_mul_ps(hb, h[1]);
+        _mm256_storeu_ps(u + 3*step, _mm256_add_ps(even, odd));
+        _mm256_storeu_ps(u + 4*step, _mm256_sub_ps(even, odd));
+        _mm256_storeu_ps(u + 5*step, h[2]);
+    }
+}
+
+/* A^T c of 8 channels, from[point*f] to to[place*t]: y_j = sum_x x^j c_x, and c5 to the last. */
+DPOI_AVX2 DPOI_INLINE void dpoi_wino_a_256(const float *from, int64_t f, float *to, int64_t t)
+{
+    __m256 c1 = _mm256_loadu_ps(from + f), c2 = _mm256_loadu_ps(from + 2*f);
+    __m256 c3 = _mm256_loadu_ps(from + 3*f), c4 = _mm256_loadu_ps(from + 4*f);
+    __m256 even = _mm256_add_ps(c1, c2), odd = _mm256_mul_ps(_mm256_set1_ps(DPOI_WINO_A), _mm256_sub_ps(c1, c2));
+    __m256 even2 = _mm256_add_ps(c3, c4), odd2 = _mm256_mul_ps(_mm256_set1_ps(DPOI_WINO_B), _mm256_sub_ps(c3, c4));
+    const __m256 aa = _mm256_set1_ps(DPOI_WINO_AA), bb = _mm256_set1_ps(DPOI_WINO_BB);
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(from), _mm256_add_ps(even, even2)));
+    _mm256_storeu_ps(to + t, _mm256_add_ps(odd, odd2));
+    _mm256_storeu_ps(to + 2*t, _mm256_fmadd_ps(aa, even, _mm256_mul_ps(bb, even2)));
+    _mm256_storeu_ps(to + 3*t, _mm256_fmadd_ps(aa, odd, _mm256_fmadd_ps(bb, odd2, _mm256_loadu_ps(from + 5*f))));
+}
+
+/* y [4][4][16] = A^T c A of half a panel. */
+DPOI_AVX2 static void dpoi_wino_output_256(const float *c, int64_t step, float *y)
+{
+    float half[24*8];                    /* A^T c: [4][6][8] */
+    for (int x = 0; x < 6; x++) dpoi_wino_a_256(c + x*step, 6*step, half + x*8, 6*8);
+    for (int j = 0; j < 4; j++) dpoi_wino_a_256(half + j*6*8, 8, y + j*4*16, 16);
+}
+#endif /* DPOI_SIMD_X86 */
+
+/* ---- whichever set there is; the plain path ends before */
+
+static void dpoi_wino_input(const dpoi_cpu *cpu, const float *const *at, int64_t n, float *v, int64_t step)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_input_512(at, n, v, step);
+    else                            dpoi_wino_input_256(at, n, v, step);
+#else
+    (void)cpu;  (void)at;  (void)n;  (void)v;  (void)step;
+#endif
+}
+
+static void dpoi_wino_weights(const dpoi_cpu *cpu, const float *w, int64_t tap, int row, int64_t n, float *u,
+                              int64_t step)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_weights_512(w, tap, row, n, u, step);
+    else for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, step);
+#else
+    (void)cpu;  (void)w;  (void)tap;  (void)row;  (void)n;  (void)u;  (void)step;
+#endif
+}
+
+static void dpoi_wino_output(const dpoi_cpu *cpu, const float *c, int64_t step, float *y)
+{
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_output_512(c, step, y);
+    else for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_output_256(c + o, step, y + o);
+#else
+    (void)cpu;  (void)c;  (void)step;  (void)y;
+#endif
+}
+
+/* ---- a job */
+
+/* Where tile t of all lies: sample n, and its first pixel of y. */
+typedef struct dpoi_wino_place { int64_t n, y, x; } dpoi_wino_place;
+
+static dpoi_wino_place dpoi_wino_at(const dpoi_winograd *w, int64_t t)
+{
+    int64_t down = dpoi_pieces(w->p->Y, 4);
+    dpoi_wino_place at;
+    at.n = t/(w->across*down);  at.y = t/w->across % down*4;  at.x = t % w->across*4;
+    return at;
+}
+
+/* v [36][tiles][chunk] of channels k.. of x, n of them; pixels outside of the image are zeros. */
+static void dpoi_wino_read(const dpoi_winograd *w, int64_t tile, int64_t end, int64_t k, int64_t n, float *v)
+{
+    const dpoi_source *s = w->p->source;
+    for (int64_t t = tile; t < end; t++, v += w->chunk) {
+        dpoi_wino_place o = dpoi_wino_at(w, t);
+        const float *at[36];
+        for (int e = 0; e < 36; e++) {
+            int64_t h = o.y + e/6 - s->top, c = o.x + e % 6 - s->left;
+            at[e] = h < 0 || h >= s->H || c < 0 || c >= s->W ? w->p->zero
+                  : s->x + ((o.n*s->H + h)*s->W + c)*s->I + k;
+        }
+        dpoi_wino_input(w->p->cpu, at, n, v, w->v_step);
+    }
+}
+
+/* c += v u at one point: `tiles` rows, the panels of one group, n channels. */
+static void dpoi_wino_multiply(const dpoi_winograd *w, const float *v, const float *u, float *c, int64_t tiles, int panels,
+                               int64_t n, int more)
+{
+    int rows = dpoi_tile_rows(w->p->cpu);
+    dpoi_segment s;
+    dpoi_tile t;
+    memset(&t, 0, sizeof t);
+    t.seg = &s;  t.segs = 1;  t.to_step = DPOI_PANEL;  t.b_lanes = t.to_lanes = DPOI_PANEL;
+    s.b = u;  s.len = n;  s.a_step = 1;  s.b_step = DPOI_PANEL;  s.panel_step = w->chunk*DPOI_PANEL;
+    for (int64_t m = 0; m < tiles; m += rows) {
+        t.rows = (int)dpoi_least(rows, tiles - m);
+        for (int i = 0; i < rows; i++) {
+            int64_t row = m + (i < t.rows ? i : 0);
+            s.row[i]  = v + row*w->chunk;
+            t.to[i]   = c + row*w->wide;
+            t.from[i] = more ? t.to[i] : NULL;
+        }
+        dpoi_tile_run(w->p->cpu, &t, panels);
+    }
+}
+
+/* The pixels of one tile and panel from its sums: y = act(sum + bias + vec + add). */
+static void dpoi_wino_write(const dpoi_winograd *w, int64_t tile, int64_t panel, const float *c)
+{
+    const dpoi_cpu_product *p = w->p;
+    dpoi_wino_place at = dpoi_wino_at(w, tile);
+    int64_t o = panel*DPOI_PANEL, lanes = dpoi_least(DPOI_PANEL, p->O - o);
+    int64_t down = dpoi_least(4, p->Y - at.y), across = dpoi_least(4, p->X - at.x);
+    float y[16*DPOI_PANEL], more[DPOI_PANEL];
+    dpoi_wino_output(p->cpu, c, w->c_step, y);
+    for (int64_t j = 0; j < DPOI_PANEL; j++)
+        more[j] = j >= lanes ? 0 : (p->bias ? p->bias[o + j] : 0) + (p->vec ? p->vec[at.n*p->O + o + j] : 0);
+    for (int64_t e = 0; e < 16; e++) {
+        int64_t place = at.n*p->at_n + (at.y + e/4)*p->at_y + (at.x + e % 4)*p->at_x + o;
+        float *to = p->y + place, *from = y + e*DPOI_PANEL;
+        if (e/4 >= down || e % 4 >= across) continue;
+        for (int j = 0; j < DPOI_PANEL; j++) from[j] += more[j];
+        if (p->add && lanes == DPOI_PANEL) for (int j = 0; j < DPOI_PANEL; j++) from[j] += p->add[place + j];
+        else if (p->add)               for (int64_t j = 0; j < lanes; j++)      from[j] += p->add[place + j];
+        if (p->act != DPO_NONE && !p->source[1].K) p->cpu->rows.map(p->act, lanes, from, NULL, NULL, NULL, from, 0);
+        memcpy(to, from, (size_t)lanes*sizeof(float));
+    }
+}
+
+/* One chunk of channels k.. for all groups of a job. */
+static void dpoi_wino_chunk(const dpoi_winograd *w, int64_t group, int64_t groups, int64_t tiles, int64_t k, int64_t n,
+                            const float *v, float *u, float *c)
+{
+    const dpoi_source *s = w->p->source;
+    for (int64_t g = group; g < groups; g++, c += DPOI_TILE_PANELS*DPOI_PANEL) {
+        int64_t panel = w->p->panels*g/w->p->groups, end = w->p->panels*(g + 1)/w->p->groups;
+        for (int row = 0; row < 6; row++) {
+            for (int64_t j = panel; j < end; j++)
+                dpoi_wino_weights(w->p->cpu, s->w + (j*s->K + k)*DPOI_PANEL, s->I*DPOI_PANEL, row, n,
+                                  u + (j - panel)*w->chunk*DPOI_PANEL, w->u_step);
+            for (int x = 0; x < 6; x++)
+                dpoi_wino_multiply(w, v + (row*6 + x)*w->v_step, u + x*w->u_step, c + (row*6 + x)*w->c_step, tiles,
+                                   (int)(end - panel), n, k > 0);
+        }
+    }
+}
+
+/* Scratch that no other job is in: there is some for every thread. */
+static int64_t dpoi_wino_take(dpoi_winograd *w)
+{
+    for (int64_t i = 0; ; i = (i + 1) % w->slots)
+        if (!dpoi_word_load(&w->busy[i]) && dpoi_word_swap(&w->busy[i], 0, 1)) return i;
+}
+
+/* A block of tiles by `span` groups of panels; jobs that share weights are neighbours. */
+static void dpoi_wino_task(void *arg, int64_t i)
+{
+    dpoi_winograd *w = (dpoi_winograd *)arg;
+    const dpoi_cpu_product *p = w->p;
+    int64_t tile = w->tiles*(i % w->blocks)/w->blocks, end = w->tiles*(i % w->blocks + 1)/w->blocks;
+    int64_t group = i/w->blocks*w->span, groups = dpoi_least(p->groups, group + w->span), I = p->source[0].I;
+    int64_t slot = dpoi_wino_take(w);
+    float *v = p->room + slot*w->size, *u = v + 36*w->v_step, *c = u + 6*w->u_step;
+    for (int64_t k = 0; k < I; k += w->chunk) {
+        int64_t n = dpoi_least(w->chunk, I - k);
+        dpoi_wino_read(w, tile, end, k, n, v);
+        dpoi_wino_chunk(w, group, groups, end - tile, k, n, v, u, c);
+    }
+    for (int64_t t = tile; t < end; t++)
+        for (int64_t g = group; g < groups; g++) {
+            int64_t panel = p->panels*g/p->groups, last = p->panels*(g + 1)/p->groups;
+            const float *sums = c + (t - tile)*w->wide + (g - group)*DPOI_TILE_PANELS*DPOI_PANEL;
+            for (; panel < last; panel++, sums += DPOI_PANEL) dpoi_wino_write(w, t, panel, sums);
+        }
+    dpoi_word_store(&w->busy[slot], 0);
+}
+
+/* ---- a call */
+
+/* Whether a product is a 3x3 convolution that is better done so: 4.5 steps of a register of sums a pixel without, 18 a
+   tile and the transforms of weights with.  Decided by one sample's size. */
+static int dpoi_wino_fits(const dpoi_cpu_product *p)
+{
+    const dpoi_source *s = p->source;
+    int64_t tiles = dpoi_pieces(p->Y, 4)*dpoi_pieces(p->X, 4);
+#ifndef DPOI_THREADS
+    if (p->cpu->threads > 1) return 0;    /* the host's threads, and no atomic operations to hand out scratch */
+#endif
+    return p->cpu->isa != DPO_ISA_PLAIN && s->kh == 3 && s->kw == 3 && s->stride == 1 && s->I >= 16 && p->O >= 8 &&
+           18*tiles + 45 < 4*p->Y*p->X;
+}
+
+/* Cut by the shapes; 16 floats keep points from lying a multiple of a page apart. */
+static void dpoi_wino_of(dpoi_winograd *w, dpoi_cpu_product *p)
+{
+    int rows = dpoi_tile_rows(p->cpu);
+    memset(w, 0, sizeof *w);
+    p->panels = dpoi_pieces(p->O, DPOI_PANEL);
+    p->groups = dpoi_tile_groups(p->O);
+    w->p = p;
+    w->across = dpoi_pieces(p->X, 4);
+    w->tiles  = p->N*w->across*dpoi_pieces(p->Y, 4);
+    w->blocks = dpoi_pieces(w->tiles, dpoi_pieces(DPOI_WINO_TILES, rows)*rows);
+    w->block  = w->blocks ? dpoi_pieces(w->tiles, w->blocks) : 0;
+    w->span   = dpoi_least(p->groups, DPOI_WINO_SPAN);
+    w->jobs   = w->blocks*dpoi_pieces(p->groups, w->span);
+    w->chunk  = dpoi_least(DPOI_WINO_CHUNK, dpoi_pieces(p->source[0].I, DPOI_PANEL)*DPOI_PANEL);
+    w->wide   = w->span*DPOI_TILE_PANELS*DPOI_PANEL;
+    w->v_step = w->block*w->chunk + 16;
+    w->u_step = DPOI_TILE_PANELS*w->chunk*DPOI_PANEL + 16;
+    w->c_step = w->block*w->wide + 16;
+    w->size   = 36*w->v_step + 6*w->u_step + 36*w->c_step;
+    w->slots  = dpoi_least(dpoi_least(p->cpu->threads, w->jobs), DPOI_WINO_SLOTS);
+    if (w->slots < 1) w->slots = 1;
+}
+
+/* Floats of scratch. */
+static int64_t dpoi_wino_room(const dpoi_cpu_product *p)
+{
+    dpoi_cpu_product copy = *p;
+    dpoi_winograd w;
+    dpoi_wino_of(&w, &copy);
+    return w.slots*w.size;
+}
+
+/* The second source, an adapter's, is added by a product of its own. */
+static void dpoi_wino_run(dpoi_cpu_product *p)
+{
+    dpoi_winograd w;
+    dpoi_cpu_product rest = *p;
+    dpoi_wino_of(&w, p);
+    dpoi_parallel(p->cpu, w.jobs, dpoi_wino_task, &w);
+    if (!p->source[1].K) return;
+    rest.source[0] = p->source[1];
+    memset(&rest.source[1], 0, sizeof rest.source[1]);
+    rest.bias = rest.vec = NULL;
+    rest.add = p->y;
+    dpoi_product_run(&rest);
+}
+/* ==========================================================================================================
    >>impl amx                                                              products of BF16 numbers in tiles
    ==========================================================================================================
 
@@ -11750,11 +12241,19 @@ typedef struct dpoi_amx_strip {
     int64_t a_step, a_row, b_step, b_row, steps;
 } dpoi_amx_strip;
 
+/* What is wanted soon: `lines` of a cache at a time are called for while a step computes. */
+typedef struct dpoi_amx_ahead {
+    const uint16_t *next;
+    int64_t lines;
+} dpoi_amx_ahead;
+
 /* `two` and `wide` are constants where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two, const int wide)
+DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, dpoi_amx_ahead *f, const int two, const int wide)
 {
-    const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1];
+    const uint16_t *a0 = s->a[0], *a1 = s->a[1], *b0 = s->b[0], *b1 = s->b[1], *next = f->next;
+    int64_t lines = f->lines;
     for (int64_t k = 0; k < s->steps; k++) {
+        for (int64_t i = 0; i < lines; i++, next += 32) DPOI_FETCH_FAR(next);
         _tile_loadd(6, b0, s->b_row);
         _tile_loadd(4, a0, s->a_row);
         _tile_dpbf16ps(0, 4, 6);
@@ -11765,14 +12264,21 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, const int two,
         if (two)  a1 += s->a_step;
         if (wide) b1 += s->b_step;
     }
+    f->next = next;
+}
+
+DPOI_AMX static void dpoi_amx_run_ahead(const dpoi_amx_strip *s, dpoi_amx_ahead *f)
+{
+    if (s->a[1] && s->b[1]) dpoi_amx_steps(s, f, 1, 1);
+    else if (s->a[1])       dpoi_amx_steps(s, f, 1, 0);
+    else if (s->b[1])       dpoi_amx_steps(s, f, 0, 1);
+    else                    dpoi_amx_steps(s, f, 0, 0);
 }
 
 DPOI_AMX static void dpoi_amx_run(const dpoi_amx_strip *s)
 {
-    if (s->a[1] && s->b[1]) dpoi_amx_steps(s, 1, 1);
-    else if (s->a[1])       dpoi_amx_steps(s, 1, 0);
-    else if (s->b[1])       dpoi_amx_steps(s, 0, 1);
-    else                    dpoi_amx_steps(s, 0, 0);
+    dpoi_amx_ahead none = { NULL, 0 };
+    dpoi_amx_run_ahead(s, &none);
 }
 
 DPOI_AMX static void dpoi_amx_zero(void)
@@ -11857,22 +12363,24 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
                    are no pixel are thrown away
      in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
 
-   A job takes `block` slots and a span of panels.  For two panels after the other it goes along k and, inside of that,
-   over its slots: what two panels need of a chunk of k stays in the first-level cache, its slots in the second.  Where
-   k is one chunk, sums never leave the tiles; else they wait in [block][32] between chunks. */
+   A job takes `block` slots and a span of panels.  Where all weights fit the second-level cache, it takes 32 slots after
+   the other through all panels, and brings those slots over itself.  Else it takes two panels after the other, chunk by
+   chunk of k, through its slots, which then are what stays in that cache; meanwhile the weights of the next chunk are
+   called for.  Where k is one chunk, sums never leave the tiles; else they wait in [group][block][32] between chunks. */
 
 enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
 
 enum {
     DPOI_AMX_RUN   = 4,                   /* tiles of channels at one place of the kernel, then the next place */
-    DPOI_AMX_CHUNK = 12,                  /* tiles of k at a 1x1 kernel between two visits to the sums: 24 KiB */
-    DPOI_AMX_WHOLE = 96,                  /* tiles of k that are not cut into chunks, */
-    DPOI_AMX_SHIFT = 384,                 /* and of a larger kernel, whose places see the same lines */
+    DPOI_AMX_WHOLE = 192,                 /* tiles of k of two panels that are not cut into chunks: 384 KiB, */
+    DPOI_AMX_CHUNK = 120,                 /* and of those that are, in a chunk */
+    DPOI_AMX_GROUP = 4,                   /* times two panels that share a chunk's slots, if not all channels are in it */
     DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
-    DPOI_AMX_HELD  = 600000,              /* bytes of a job's slots */
+    DPOI_AMX_HELD  = 800000,              /* bytes of a job's slots in a chunk */
+    DPOI_AMX_KEPT  = 1000000,             /* bytes of weights that stay in the second-level cache */
     DPOI_AMX_COPY  = 32000000,            /* bytes of a copy; larger pictures go in stripes */
     DPOI_AMX_LARGE = 4000000,             /* bytes of a result that no cache keeps for its reader */
-    DPOI_AMX_JOBS  = 24                   /* wanted, where each is worth DPOI_AMX_JOB */
+    DPOI_AMX_JOBS  = 16                   /* wanted, where each is worth DPOI_AMX_JOB */
 };
 
 /* How one source comes, and where. */
@@ -11889,9 +12397,11 @@ typedef struct dpoi_amx_product {
     dpoi_amx_factor f[2];
     int64_t wide, high, slots;            /* slots a row, rows an image, in all */
     int64_t panels, block, blocks, span, spans;
+    int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
-    int     chunked;                      /* 1: sums wait between chunks, in */
-    float  *sums;                         /* [spans][slots][32] */
+    int64_t range, ranges, rows;          /* chunks: tiles of channels, how often, rows of the kernel one by one (kh) or 1 */
+    int64_t group;                        /* times two panels that take turns at a chunk's slots */
+    float  *sums;                         /* [jobs][group][block][32], where k is more than one chunk */
     int64_t sums_at, room;                /* floats */
     int     source;                       /* that is brought over */
 } dpoi_amx_product;
@@ -11924,6 +12434,9 @@ static void dpoi_amx_lay_slots(dpoi_amx_product *t)
         t->high = dpoi_most(s->H + dpoi_amx_gap(s->H, p->Y, s->kh, 1, s->top), p->Y);
     }
     t->slots = dpoi_pieces(p->N*t->high*t->wide, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    for (int i = 0; i < 2; i++)
+        t->f[i].steps = t->f[i].way == DPOI_AMX_TILED ? dpoi_pieces(p->source[i].K, DPOI_TILE_K)
+                                                      : p->source[i].I/DPOI_TILE_K;
 }
 
 /* Offsets of one source's copies in room, from `at` on. */
@@ -11932,32 +12445,43 @@ static int64_t dpoi_amx_factor_of(dpoi_amx_product *t, int i, int64_t at)
     const dpoi_source *s = &t->p->source[i];
     dpoi_amx_factor *f = &t->f[i];
     if (!s->K) return at;
-    f->steps = (f->way == DPOI_AMX_TILED ? dpoi_pieces(s->K, DPOI_TILE_K) : s->I/DPOI_TILE_K);
     f->a_at = at;
     if (f->way == DPOI_AMX_SLOTTED) {
         f->seen = t->slots + (s->kh - 1)*t->wide + s->kw - 1;
         at += f->seen*s->I/2;
     }
-    if (f->way == DPOI_AMX_TILED) at += t->slots*f->steps*DPOI_TILE_K/2;
+    if (f->way == DPOI_AMX_TILED) at += (t->kept ? t->blocks*DPOI_AMX_ROWS : t->slots)*f->steps*DPOI_TILE_K/2;
     f->b_at = at;
     if (!s->pairs) at += dpoi_amx_room(t->p->O, s->K);
     return at;
 }
 
-/* Blocks and spans of panels: of shapes alone. */
+/* Chunks of k, and slots of a block: of shapes alone. */
 static void dpoi_amx_cut(dpoi_amx_product *t)
 {
     const dpoi_cpu_product *p = t->p;
     const dpoi_source *s = &p->source[0];
-    int64_t slot = 2*(t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, t->f[0].steps)*DPOI_TILE_K : s->I), jobs, worth;
-    t->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    t->block = dpoi_least(dpoi_most(DPOI_AMX_HELD/slot, 128), 512)/DPOI_AMX_ROWS*DPOI_AMX_ROWS;
-    t->blocks = dpoi_pieces(t->slots, t->block);
-    t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
-    t->blocks = dpoi_pieces(t->slots, t->block);
+    int64_t steps = dpoi_most(1, t->f[0].steps), wide = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kw;
+    int64_t high = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kh, tiles = steps*wide*high, most, worth, jobs;
+    int64_t all = (dpoi_amx_padded(s->K) + dpoi_amx_padded(p->source[1].K))*t->panels*DPOI_PANEL*2;
+    t->rows = t->ranges = t->group = 1;
+    t->range = steps;
+    if (tiles > DPOI_AMX_WHOLE) {
+        t->rows = high;
+        t->ranges = dpoi_pieces(steps*wide, DPOI_AMX_CHUNK);
+        t->range = dpoi_pieces(dpoi_pieces(steps, t->ranges), DPOI_AMX_RUN)*DPOI_AMX_RUN;
+        t->ranges = dpoi_pieces(steps, t->range);
+        if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
+    }
     worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
     jobs = dpoi_least(DPOI_AMX_JOBS, worth);
-    t->spans = dpoi_least(dpoi_pieces(jobs, t->blocks), dpoi_pieces(t->panels, 2));
+    t->kept = tiles <= DPOI_AMX_WHOLE && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
+    most = dpoi_least(dpoi_most(DPOI_AMX_HELD/(t->range*2*DPOI_TILE_K*(t->f[0].way == DPOI_AMX_TILED ? s->kh*s->kw : 1)),
+                      128), 512);
+    t->blocks = t->kept ? jobs : dpoi_pieces(t->slots, most);
+    t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    t->blocks = dpoi_pieces(t->slots, t->block);
+    t->spans = t->kept ? 1 : dpoi_least(dpoi_pieces(jobs, t->blocks), dpoi_pieces(t->panels, 2));
     t->span = dpoi_pieces(dpoi_pieces(t->panels, t->spans), 2)*2;
     t->spans = dpoi_pieces(t->panels, t->span);
 }
@@ -11966,15 +12490,14 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
 static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
 {
     dpoi_amx_product t;
-    int64_t places = p->source[0].kh*p->source[0].kw;
     memset(&t, 0, sizeof t);
     t.p = p;
+    t.panels = dpoi_pieces(p->O, DPOI_PANEL);
     dpoi_amx_lay_slots(&t);
-    for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
     dpoi_amx_cut(&t);
-    t.chunked = t.f[0].way == DPOI_AMX_SLOTTED ? t.f[0].steps*places > DPOI_AMX_SHIFT : t.f[0].steps > DPOI_AMX_WHOLE;
+    for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
     t.sums_at = t.room;
-    if (t.chunked) t.room += t.spans*t.blocks*t.block*DPOI_AMX_WIDE;
+    if (t.rows*t.ranges > 1) t.room += t.spans*t.blocks*t.group*t.block*DPOI_AMX_WIDE;
     return t;
 }
 
@@ -12032,21 +12555,24 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx
         }
 }
 
-/* 32 slots of a source in tiles. */
-DPOI_AMX static void dpoi_amx_tiles_task(void *arg, int64_t task)
+/* 32 slots of a source in tiles, `to` [steps][2][16][32]. */
+DPOI_AMX static void dpoi_amx_tiles(const dpoi_amx_product *t, int source, const dpoi_amx_pixels *at, uint16_t *to)
+{
+    const dpoi_source *s = &t->p->source[source];
+    for (int i = 0; i < DPOI_AMX_ROWS; i++, to += DPOI_TILE_K) {
+        if (at->place[i] < 0)          dpoi_amx_put(to, 0, NULL, DPO_F32, t->f[source].steps*DPOI_TILE_K);
+        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, at, i, DPO_F32, to);
+        else                           dpoi_amx_pack_row(s, at, i, DPO_BF16, to);
+    }
+}
+
+static void dpoi_amx_tiles_task(void *arg, int64_t task)
 {
     const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
-    const dpoi_source *s = &t->p->source[t->source];
-    int64_t steps = t->f[t->source].steps;
-    uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[t->source].a_at) + task*steps*2*DPOI_TILE_SIZE;
+    const dpoi_amx_factor *f = &t->f[t->source];
     dpoi_amx_pixels at;
     dpoi_amx_pixels_at(t, task*DPOI_AMX_ROWS, &at);
-    for (int i = 0; i < DPOI_AMX_ROWS; i++) {
-        uint16_t *row = to + i*DPOI_TILE_K;
-        if (at.place[i] < 0)           dpoi_amx_put(row, 0, NULL, DPO_F32, steps*DPOI_TILE_K);
-        else if (s->x_type == DPO_F32) dpoi_amx_pack_row(s, &at, i, DPO_F32, row);
-        else                           dpoi_amx_pack_row(s, &at, i, DPO_BF16, row);
-    }
+    dpoi_amx_tiles(t, t->source, &at, (uint16_t *)(void *)(t->p->room + f->a_at) + task*f->steps*2*DPOI_TILE_SIZE);
 }
 
 /* DPOI_AMX_SLOTS slots of the copy of a source. */
@@ -12081,7 +12607,7 @@ static void dpoi_amx_bring(dpoi_amx_product *t)
                                              : (const uint16_t *)(const void *)(p->room + f->a_at);
         if (f->way == DPOI_AMX_SLOTTED)
             dpoi_parallel(p->cpu, dpoi_pieces(f->seen, DPOI_AMX_SLOTS), dpoi_amx_slots_task, t);
-        if (f->way == DPOI_AMX_TILED) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
+        if (f->way == DPOI_AMX_TILED && !t->kept) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
         f->b = s->pairs;
         if (f->b) continue;
         w.w = s->w;  w.type = s->w_type;  w.paired = s->paired;  w.K = s->K;
@@ -12184,85 +12710,196 @@ DPOI_AMX static void dpoi_amx_sums_save(float *c)
     _tile_stored(2, c, row);      _tile_stored(3, c + 16, row);
 }
 
-/* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
-   of pixels at all of them. */
-DPOI_AMX static void dpoi_amx_part(const dpoi_amx_product *t, int i, int64_t m, int64_t panel, int64_t ky, int64_t c0,
-                                   int64_t c1)
+/* Where a job is: 32 slots from m on, what they are, and their tiles where they were brought over so. */
+typedef struct dpoi_amx_job {
+    const dpoi_amx_product *t;
+    int64_t m;
+    dpoi_amx_pixels at;
+    const uint16_t *tiles[2];
+} dpoi_amx_job;
+
+static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
 {
+    j->m = m;
+    dpoi_amx_pixels_at(j->t, m, &j->at);
+    for (int i = 0; i < 2; i++) {
+        const dpoi_amx_factor *f = &j->t->f[i];
+        if (f->steps && !j->t->kept) j->tiles[i] = f->a + m/DPOI_AMX_ROWS*f->steps*2*DPOI_TILE_SIZE;
+    }
+}
+
+/* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
+   of pixels at all of them.  What comes next has its places as far from each other as these. */
+DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, int64_t ky, int64_t c0, int64_t c1,
+                                   dpoi_amx_ahead *ahead)
+{
+    const dpoi_amx_product *t = j->t;
     const dpoi_source *s = &t->p->source[i];
     const dpoi_amx_factor *f = &t->f[i];
     int64_t size = dpoi_amx_padded(s->K)*DPOI_PANEL, kw = f->way == DPOI_AMX_TILED ? 1 : s->kw;
-    const uint16_t *b = f->b + panel*size;
+    const uint16_t *b = f->b + panel*size, *next = ahead->next;
     dpoi_amx_strip r;
     r.steps = c1 - c0;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
     for (int64_t kx = 0; kx < kw; kx++) {
         if (f->way == DPOI_AMX_TILED) {
-            r.a[0] = f->a + (m/DPOI_AMX_ROWS*f->steps + c0)*2*DPOI_TILE_SIZE;
+            r.a[0] = j->tiles[i] + c0*2*DPOI_TILE_SIZE;
             r.a[1] = r.a[0] + DPOI_TILE_SIZE;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;
         } else {
-            r.a[0] = f->a + (m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
+            r.a[0] = f->a + (j->m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
             r.a[1] = r.a[0] + 16*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
         }
         r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
         r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
-        dpoi_amx_run(&r);
+        if (kx) ahead->next = next + kx*f->steps*DPOI_TILE_SIZE;
+        dpoi_amx_run_ahead(&r, ahead);
     }
+}
+
+/* What is added to 32 channels of the job's slots, before it is wanted. */
+static void dpoi_amx_fetch_add(const dpoi_amx_job *j, int64_t panel)
+{
+    const dpoi_cpu_product *p = j->t->p;
+    for (int i = 0; p->add && i < DPOI_AMX_ROWS; i++)
+        if (j->at.place[i] >= 0) {
+            const float *line = dpoi_amx_at(p->add, p->add_type, j->at.place[i] + panel*DPOI_PANEL);
+            DPOI_FETCH(line);
+            if (p->add_type == DPO_F32) DPOI_FETCH(line + 16);
+        }
 }
 
 /* The sums so far are in the tiles: the second source, then y. */
-DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_product *t, int64_t m, int64_t panel)
+DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_job *j, int64_t panel)
 {
     float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    dpoi_amx_pixels at;
-    if (t->f[1].steps) dpoi_amx_part(t, 1, m, panel, 0, 0, t->f[1].steps);
+    dpoi_amx_ahead none = { NULL, 0 };
+    if (j->t->f[1].steps) dpoi_amx_part(j, 1, panel, 0, 0, j->t->f[1].steps, &none);
     dpoi_amx_sums_save(c);
     DPOI_AMX_READY();
-    dpoi_amx_pixels_at(t, m, &at);
-    dpoi_amx_store(t, &at, panel*DPOI_PANEL, c);
+    dpoi_amx_store(j->t, &j->at, panel*DPOI_PANEL, c);
 }
 
-/* Two panels, slots m0..end-1, where all of k is one chunk. */
-DPOI_AMX static void dpoi_amx_whole(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel)
+/* Two panels and a chunk of k: tiles c0..c1-1 of channels in rows ky0..ky1-1 of the kernel. */
+typedef struct dpoi_amx_chunk {
+    int64_t panel, turn;                  /* turn: of the group */
+    int64_t c0, c1, ky0, ky1;
+    int     first, last;                  /* of k */
+} dpoi_amx_chunk;
+
+/* The q-th chunk of a span: groups of panels, inside of them ranges of channels, rows of the kernel, and then panels.
+   0: there is none. */
+static int dpoi_amx_chunk_at(const dpoi_amx_product *t, int64_t span, int64_t q, dpoi_amx_chunk *c)
 {
-    int64_t steps = t->f[0].steps, rows = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh;
-    int64_t run = rows*t->p->source[0].kw == 1 || t->f[0].way == DPOI_AMX_TILED ? dpoi_most(1, steps) : (int64_t)DPOI_AMX_RUN;
-    for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-        dpoi_amx_zero();
-        for (int64_t ky = 0; ky < rows; ky++)
-            for (int64_t c = 0; c < steps; c += run)
-                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
-        dpoi_amx_finish(t, m, panel);
+    int64_t high = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh, chunks = t->ranges*t->rows, range, row;
+    int64_t twos = dpoi_pieces(dpoi_least(t->span, t->panels - span*t->span), 2);
+    int64_t group = q/(t->group*chunks)*t->group, size = dpoi_least(t->group, twos - group);
+    if (size <= 0) return 0;
+    q -= group*chunks;
+    c->turn = q % size;
+    row = q/size % t->rows;  range = q/size/t->rows;
+    c->panel = span*t->span + 2*(group + c->turn);
+    c->c0 = range*t->range;
+    c->c1 = dpoi_least(t->f[0].steps, c->c0 + t->range);
+    c->ky0 = row;
+    c->ky1 = t->rows > 1 ? row + 1 : high;
+    c->first = row + range == 0;
+    c->last = range == t->ranges - 1 && row == t->rows - 1;
+    return 1;
+}
+
+/* Where its weights begin. */
+static const uint16_t *dpoi_amx_chunk_weights(const dpoi_amx_product *t, const dpoi_amx_chunk *c)
+{
+    const dpoi_source *s = &t->p->source[0];
+    int64_t kw = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kw;
+    return t->f[0].b + c->panel*dpoi_amx_padded(s->K)*DPOI_PANEL + (c->ky0*kw*t->f[0].steps + c->c0)*DPOI_TILE_SIZE;
+}
+
+/* 32 slots and a chunk.  soon: where they begin that are next, or NULL; of their two panels the i-th of n blocks of
+   slots calls for a share, the first half of the blocks for the first panel. */
+DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon, int64_t i,
+                                          int64_t n)
+{
+    const dpoi_amx_product *t = j->t;
+    const dpoi_source *s = &t->p->source[0];
+    int tiled = t->f[0].way == DPOI_AMX_TILED;
+    int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN, steps = t->f[0].steps;
+    int64_t half = dpoi_most(1, n/2), lines = soon && i < 2*half ? dpoi_pieces(16, half) : 0;
+    dpoi_amx_ahead ahead = { NULL, 0 };
+    if (lines) soon += i/half*dpoi_amx_padded(s->K)*DPOI_PANEL;
+    for (int64_t ky = c->ky0; ky < c->ky1; ky++)
+        for (int64_t k = c->c0; k < c->c1; k += run) {
+            int64_t end = dpoi_least(c->c1, k + run);
+            ahead.lines = lines;
+            if (lines) ahead.next = soon + ((ky - c->ky0)*s->kw*steps + k - c->c0)*DPOI_TILE_SIZE + i % half*lines*(end - k)*32;
+            dpoi_amx_part(j, 0, c->panel, ky, k, end, &ahead);
+        }
+}
+
+/* Chunk after chunk over slots m0..end-1.  Whoever takes this job takes, as things go, the one `threads` after it. */
+DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task, float *sums)
+{
+    const dpoi_amx_product *t = j->t;
+    dpoi_amx_chunk c, next;
+    int64_t span = task/t->blocks, after = (task + t->p->cpu->threads)/t->blocks;
+    for (int64_t q = 0; dpoi_amx_chunk_at(t, span, q, &c); q++) {
+        int more = dpoi_amx_chunk_at(t, span, q + 1, &next) || (after != span && dpoi_amx_chunk_at(t, after, 0, &next));
+        const uint16_t *soon = more ? dpoi_amx_chunk_weights(t, &next) : NULL;
+        for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+            float *at = sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
+            dpoi_amx_job_at(j, m);
+            if (c.last) dpoi_amx_fetch_add(j, c.panel);
+            if (c.first) dpoi_amx_zero();
+            else dpoi_amx_sums_load(at);
+            dpoi_amx_chunk_block(j, &c, soon, (m - m0)/DPOI_AMX_ROWS, dpoi_pieces(end - m0, DPOI_AMX_ROWS));
+            if (c.last) dpoi_amx_finish(j, c.panel);
+            else dpoi_amx_sums_save(at);
+        }
     }
 }
 
-/* The same with sums [block][32] between chunks. */
-DPOI_AMX static void dpoi_amx_chunks(const dpoi_amx_product *t, int64_t m0, int64_t end, int64_t panel, float *sums)
+/* 32 slots after the other through all panels; the next ones come meanwhile where they serve as they lie. */
+DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task)
 {
-    int tiled = t->f[0].way == DPOI_AMX_TILED;
-    int64_t steps = t->f[0].steps, rows = tiled ? 1 : t->p->source[0].kh;
-    int64_t run = tiled || t->p->source[0].kw == 1 ? (int64_t)DPOI_AMX_CHUNK : (int64_t)DPOI_AMX_RUN;
-    for (int64_t ky = 0; ky < rows; ky++)
-        for (int64_t c = 0; c < steps; c += run)
-            for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-                float *at = sums + (m - m0)*DPOI_AMX_WIDE;
-                if (ky + c == 0) dpoi_amx_zero();
-                else dpoi_amx_sums_load(at);
-                dpoi_amx_part(t, 0, m, panel, ky, c, dpoi_least(steps, c + run));
-                if (ky == rows - 1 && c + run >= steps) dpoi_amx_finish(t, m, panel);
-                else dpoi_amx_sums_save(at);
-            }
+    const dpoi_amx_product *t = j->t;
+    int64_t high = t->f[0].way == DPOI_AMX_TILED ? 1 : t->p->source[0].kh, I = t->p->source[0].I;
+    dpoi_amx_chunk c;
+    uint16_t *tiles[2];
+    memset(&c, 0, sizeof c);
+    c.c1 = t->f[0].steps;  c.ky1 = high;
+    for (int i = 0; i < 2; i++) {
+        tiles[i] = (uint16_t *)(void *)(t->p->room + t->f[i].a_at) + task*t->f[i].steps*2*DPOI_TILE_SIZE;
+        j->tiles[i] = tiles[i];
+    }
+    for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
+        dpoi_amx_ahead ahead = { NULL, 0 };
+        dpoi_amx_job_at(j, m);
+        for (int i = 0; i < 2; i++)
+            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at, tiles[i]);
+        DPOI_AMX_READY();
+        if (t->f[0].way == DPOI_AMX_AS_IT_LIES && m + DPOI_AMX_ROWS < end) {
+            ahead.next = t->f[0].a + (m + DPOI_AMX_ROWS)*I;
+            ahead.lines = dpoi_pieces(32, dpoi_pieces(t->panels, 2));
+        }
+        for (c.panel = 0; c.panel < t->panels; c.panel += 2) {
+            dpoi_amx_fetch_add(j, c.panel);
+            dpoi_amx_zero();
+            if (t->f[0].way == DPOI_AMX_AS_IT_LIES) dpoi_amx_part(j, 0, c.panel, 0, 0, c.c1, &ahead);
+            else dpoi_amx_chunk_block(j, &c, NULL, 0, 1);
+            dpoi_amx_finish(j, c.panel);
+        }
+    }
 }
 
 DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
 {
     const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
-    int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block), span = i/t->blocks;
-    int64_t last = dpoi_least(t->panels, (span + 1)*t->span);
-    float *sums = t->sums + i*t->block*DPOI_AMX_WIDE;
+    int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block);
+    dpoi_amx_job j;
+    memset(&j, 0, sizeof j);
+    j.t = t;
     dpoi_amx_begin();
-    for (int64_t panel = span*t->span; panel < last; panel += 2)
-        if (t->chunked) dpoi_amx_chunks(t, m, end, panel, sums);
-        else            dpoi_amx_whole(t, m, end, panel);
+    if (t->kept) dpoi_amx_slots_first(&j, m, end, i);
+    else dpoi_amx_chunks(&j, m, end, i, t->sums + i*t->group*t->block*DPOI_AMX_WIDE);
     if (t->stream) _mm_sfence();
     dpoi_amx_end();
 }
@@ -12585,7 +13222,8 @@ static void dpoi_conv_product(const dpoi_conv *g, dpoi_cpu_product *p)
     if (g->amx) { dpoi_amx_product_run(p);  return; }
 #endif
     (void)g;
-    dpoi_product_run(p);
+    if (dpoi_wino_fits(p)) dpoi_wino_run(p);
+    else dpoi_product_run(p);
 }
 
 /* Floats of scratch for one product, at p->room when it runs. */
@@ -12594,8 +13232,8 @@ static int64_t dpoi_conv_room(const dpoi_conv *g, const dpoi_cpu_product *p)
 #ifdef DPOI_SIMD_AMX
     if (g->amx) return dpoi_amx_product_room(p);
 #endif
-    (void)g;  (void)p;
-    return 0;
+    (void)g;
+    return dpoi_wino_fits(p) ? dpoi_wino_room(p) : 0;
 }
 
 /* Floats of scratch for weights [O,K] that were turned around. */
@@ -16775,6 +17413,7 @@ struct dpo_model {
     int           zeros;                  /* an absent prompt is zeros, not the empty text */
     const dpoi_family *family;            /* of a single file, */
     dpo_file     *file;                   /* which is open while it is read, */
+    int           files;                  /* 1: its weights came from files, see dpo_model_rest */
     int           v, ztsnr;               /* and what it says of its schedule */
 };
 
@@ -16782,6 +17421,7 @@ struct dpo_model {
 static int         dpoi_family_open(dpo_model *m, const dpo_load_desc *d);
 static char       *dpoi_family_text(const dpo_model *m, const char *sub, const char *name);
 static int         dpoi_family_realise(dpo_model *m, dpo_net **n, const char *sub);
+static int         dpoi_family_wake(dpo_model *m, dpo_net *n, const char *sub);
 static const char *dpoi_family_pad(const dpo_model *m, int which);
 static int         dpoi_schedule_parse(dpo_ctx *c, const char *text, const char *name, dpo_schedule *s);
 
@@ -17001,7 +17641,9 @@ DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_l
     if (!m) return NULL;
     if (dpoi_is_folder(path)) ok = (m->folder = dpoi_strdup(c, path)) != NULL;
     else ok = dpoi_family_open(m, d);
-    return ok ? dpoi_model_build(m, d->dtype, DPOI_READ) : NULL;
+    if (!ok || !dpoi_model_build(m, d->dtype, DPOI_READ)) return NULL;
+    m->files = 1;
+    return m;
 }
 
 /* dtype: of the weights in memory, DPO_F32, DPO_BF16 or DPO_F16; files of any of them are read. */
@@ -17031,8 +17673,56 @@ DPOI_UNUSED static dpo_ctx *dpoi_model_ctx(const dpo_model *m) { return m ? m->c
 /* ------------------------------------------------------------------------------------------ what a pipeline holds */
 
 DPO_DEF dpo_net *dpo_model_unet(dpo_model *m) { return m ? m->unet : NULL; }
-DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which) { return m && (which & ~1) == 0 ? m->text[which] : NULL; }
-DPO_DEF dpo_net *dpo_model_vae(dpo_model *m) { return m ? m->vae : NULL; }
+
+/* Weights that were given back, read again; what fails is given back whole. */
+static int dpoi_net_wake(dpo_net *n, const dpoi_origin *s)
+{
+    if (dpoi_net_match(n, s) && dpoi_net_build(n) && dpoi_net_fill(n, s)) return 1;
+    dpoi_net_drop(n);
+    return 0;
+}
+
+/* A text encoder or the VAE, whose weights may rest. */
+static int dpoi_model_wake(dpo_model *m, dpo_net *n, const char *sub)
+{
+    dpoi_origin s;
+    char       *folder;
+    int         ok;
+    if (!n || n->list || !m->files || !dpoi_ok(m->c)) return 1;
+    if (m->family) return dpoi_family_wake(m, n, sub);
+    memset(&s, 0, sizeof s);
+    s.prefix = "";
+    folder = dpoi_join(m->c, m->folder, sub);
+    s.f = folder ? dpo_safetensors_open_folder(m->c, folder, n->kind->stem) : NULL;
+    ok = s.f && dpoi_net_wake(n, &s);
+    dpo_file_close(s.f);
+    dpoi_strfree(m->c, folder);
+    return ok;
+}
+
+static int dpoi_model_wake_all(dpo_model *m)
+{
+    return dpoi_model_wake(m, m->text[0], dpoi_text_folders[0]) &&
+           dpoi_model_wake(m, m->text[1], dpoi_text_folders[1]) && dpoi_model_wake(m, m->vae, "vae");
+}
+
+DPO_DEF int dpo_model_rest(dpo_model *m)
+{
+    if (!m || !dpoi_ok(m->c)) return 0;
+    if (!m->files)
+        return dpoi_fail(m->c, DPO_BAD_ARGUMENT, "%s was not loaded from files: its weights cannot come back", m->path);
+    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
+    if (m->vae) dpoi_net_drop(m->vae);
+    return 1;
+}
+
+DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which)
+{
+    if (!m || (which & ~1) != 0) return NULL;
+    return dpoi_model_wake(m, m->text[which], dpoi_text_folders[which]) ? m->text[which] : NULL;
+}
+
+DPO_DEF dpo_net *dpo_model_vae(dpo_model *m) { return m && dpoi_model_wake(m, m->vae, "vae") ? m->vae : NULL; }
 DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? &m->schedule : NULL; }
 
 /* Same configuration, so that everything the model says about itself stays true.
@@ -17084,7 +17774,8 @@ DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
 DPO_DEF dpo_tensor *dpo_encode_images(dpo_model *m, dpo_tensor *x, dpo_tensor **logvar)
 {
     if (logvar) *logvar = NULL;
-    return m && m->vae ? dpoi_vae_encode(m->vae, x, logvar) : m ? x : NULL;
+    if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
+    return m->vae ? dpoi_vae_encode(m->vae, x, logvar) : x;
 }
 
 DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
@@ -17094,7 +17785,8 @@ DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor
 
 DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
 {
-    return m && m->vae ? dpoi_vae_decode(m->vae, z) : m ? z : NULL;
+    if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
+    return m->vae ? dpoi_vae_decode(m->vae, z) : z;
 }
 
 /* ------------------------------------------------------------------------------------------ saving a pipeline */
@@ -17172,7 +17864,7 @@ static int dpoi_model_save_tokens(dpo_model *m, const char *folder)
    Weights that were adapted are saved without their adapters, which have a file of their own. */
 DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 {
-    if (!m || !folder || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype)) return 0;
+    if (!m || !folder || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype) || !dpoi_model_wake_all(m)) return 0;
     for (int k = 0; m->folder && dpoi_other_files[k]; k++)
         if (!dpoi_model_copy(m, m->folder, folder, "", dpoi_other_files[k])) return 0;
     if (!dpoi_model_save_tokens(m, folder)) return 0;
@@ -17239,6 +17931,7 @@ DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, in
     for (int i = 0; i < 2; i++) {
         dpo_tensor *ids, *h;
         if (!m->text[i]) continue;
+        if (!dpoi_model_wake(m, m->text[i], dpoi_text_folders[i])) return NULL;
         ids = dpo_tokens(m, i, prompts, n);
         h = dpo_text_forward(m->text[i], ids, m->text[1] != NULL, i == 1 ? &p : NULL);
         if (!h) return NULL;
@@ -17879,26 +18572,47 @@ static int dpoi_family_open(dpo_model *m, const dpo_load_desc *d)
     return dpoi_family_markers(m, d) && dpoi_family_tokenizers(m, d);
 }
 
+/* Where the open file has a component. */
+static void dpoi_family_origin(const dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s, dpoi_layout *layout)
+{
+    int which = strcmp(sub, dpoi_text_folders[1]) == 0;
+    memset(s, 0, sizeof *s);
+    dpoi_layout_of(n, layout);
+    s->f = m->file;
+    s->layout = layout;
+    if (strcmp(sub, "unet") == 0) { s->prefix = DPOI_UNET_PREFIX; s->naming = &dpoi_unet_naming; }
+    else if (strcmp(sub, "vae") == 0) {
+        s->prefix = dpoi_file_with(m->file, "first_stage_model.", 0) ? "first_stage_model." : "vae.";
+        s->naming = &dpoi_vae_naming;
+    } else {
+        s->prefix = m->family->prefix[which];
+        s->naming = m->family->text[which] ? &dpoi_openclip_naming : NULL;
+    }
+}
+
 /* Values for a planned network of a component out of the open file; *n is NULL afterwards if that failed. */
 static int dpoi_family_realise(dpo_model *m, dpo_net **n, const char *sub)
 {
     dpoi_origin s;
     dpoi_layout layout;
-    int         which = strcmp(sub, dpoi_text_folders[1]) == 0;
-    memset(&s, 0, sizeof s);
-    dpoi_layout_of(*n, &layout);
-    s.f = m->file;
-    s.layout = &layout;
-    if (strcmp(sub, "unet") == 0) { s.prefix = DPOI_UNET_PREFIX; s.naming = &dpoi_unet_naming; }
-    else if (strcmp(sub, "vae") == 0) {
-        s.prefix = dpoi_file_with(m->file, "first_stage_model.", 0) ? "first_stage_model." : "vae.";
-        s.naming = &dpoi_vae_naming;
-    } else {
-        s.prefix = m->family->prefix[which];
-        s.naming = m->family->text[which] ? &dpoi_openclip_naming : NULL;
-    }
+    dpoi_family_origin(m, *n, sub, &s, &layout);
     *n = dpoi_net_realise(*n, &s);
     return *n != NULL;
+}
+
+/* The same for weights that were given back, out of the file, which is opened once more. */
+static int dpoi_family_wake(dpo_model *m, dpo_net *n, const char *sub)
+{
+    dpoi_origin s;
+    dpoi_layout layout;
+    int         ok = (m->file = dpo_safetensors_open(m->c, m->path)) != NULL;
+    if (ok) {
+        dpoi_family_origin(m, n, sub, &s, &layout);
+        ok = dpoi_net_wake(n, &s);
+    }
+    dpo_file_close(m->file);
+    m->file = NULL;
+    return ok;
 }
 
 /* ------------------------------------------------------------------------------------------ writing */
@@ -17990,7 +18704,7 @@ DPO_DEF int dpo_model_save_file(dpo_model *m, const char *path, int dtype)
     dpoi_item  *items;
     size_t      room;
     int         ok;
-    if (!m || !path || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype)) return 0;
+    if (!m || !path || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype) || !dpoi_model_wake_all(m)) return 0;
     if (!m->vae) return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: a model of pixels has no original naming; save it as a "
                                   "folder", path);
     k = dpoi_family_of_model(m);
@@ -18422,7 +19136,7 @@ DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path)
     dpoi_adapter_source s;
     dpo_net *nets[3];
     int      ok;
-    if (!m) return 0;
+    if (!m || !dpoi_model_wake_all(m)) return 0;
     ok = dpoi_adapter_open(m->c, path, &s) && dpoi_adapters_read(nets, dpoi_model_nets(m, nets), &s);
     dpoi_adapter_close(&s);
     return ok;
@@ -23593,12 +24307,24 @@ DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *we
     return dpoi_apply(c, &k);
 }
 
-/* Over all processes; alone there is nothing to do. */
-static int dpoi_reduce(dpo_ctx *c, const dpo_team *team, void *data, int64_t count, int op)
+/* Begin a sum or maximum over all processes, and wait for what was begun; alone there is nothing to do. */
+static int dpoi_reduce_begin(dpo_ctx *c, const dpo_team *team, void *data, int64_t count, int op)
 {
     if (!team || team->count < 2 || !dpoi_ok(c)) return dpoi_ok(c);
     if (team->reduce && team->reduce(team->user, data, count, DPO_F32, op)) return 1;
     return dpoi_fail(c, DPO_DEVICE, "the other processes did not answer");
+}
+
+static int dpoi_reduce_wait(dpo_ctx *c, const dpo_team *team)
+{
+    if (!team || team->count < 2 || !team->wait || !dpoi_ok(c)) return dpoi_ok(c);
+    if (team->wait(team->user)) return 1;
+    return dpoi_fail(c, DPO_DEVICE, "the other processes did not answer");
+}
+
+static int dpoi_reduce(dpo_ctx *c, const dpo_team *team, void *data, int64_t count, int op)
+{
+    return dpoi_reduce_begin(c, team, data, count, op) && dpoi_reduce_wait(c, team);
 }
 
 /* z = max(0, mean over all processes of g), [1], outside the tape. */
@@ -23995,6 +24721,13 @@ typedef struct dpoi_seat {
     int        asked[2];                  /* of the loader */
 } dpoi_seat;
 
+/* A team's gradients lie side by side, some megabytes in one piece of memory, the last layers' first, so that what is
+   whole can be summed while backward goes on. */
+typedef struct dpoi_parcel {
+    dpo_tensor *g;                        /* F32 [numbers of all its gradients and the gaps between them] */
+    int64_t     uses, open;               /* shares that a backward adds; those that are still to come */
+} dpoi_parcel;
+
 /* A micro-batch before anything was computed. */
 typedef struct dpoi_lot {
     int64_t    step;                      /* -1: none; held-out batches have none either */
@@ -24019,7 +24752,11 @@ struct dpo_trainer {
     dpo_optim      *o;
     dpo_tensor    **params, **average;    /* [count]; average may be NULL */
     int             count, B, N;          /* B slots a micro-batch, N pictures: 2B, or B */
+    dpoi_parcel    *parcel;               /* [parcels] of a team, room for one a parameter; else NULL */
+    int             parcels, sent;        /* sent: those whose sum has begun */
+    int             learned;              /* 1: their uses were counted */
     int             each;                 /* pictures a slot: 2, or 1 */
+    int             rests;                /* 1: text encoders and VAE are not needed any more */
     int             stopped, phase;       /* DPOI_BETWEEN ...: how far a step came that failed */
     int64_t         steps_done;
     int64_t         skipped;              /* as of the last step */
@@ -24027,7 +24764,7 @@ struct dpo_trainer {
     dpoi_entry_of  *entry;                /* [entries]: pairs, then held_pairs */
     int64_t         entries;
     dpoi_choice      *item, *held;          /* [items] to train on, [helds] held out; one array of room_items */
-    int64_t         items, helds, room_items;
+    int64_t         items, likes, helds, room_items;      /* likes: of items, those in front that were liked */
     dpoi_sizes    *bucket;               /* [buckets], room for one an entry */
     int             buckets, widest;      /* widest: pixels of the largest */
     int64_t        *order, *scratch, epoch, groups;       /* order [places] of this epoch; -1: not drawn yet */
@@ -24161,6 +24898,8 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
         if (x && !t->d.rank) x->needs_grad = 0;
         if (t->average) dpo_param_free(t->average[i]);
     }
+    for (int k = 0; k < t->parcels; k++) dpo_param_free(t->parcel[k].g);
+    if (t->parcel) dpoi_release(c, t->parcel, (size_t)t->count * sizeof *t->parcel);
     if (t->copy) dpoi_disown(c, t->copy);
     dpo_param_free(t->metrics);
     dpoi_trainer_data_free(t);
@@ -24195,9 +24934,12 @@ static int dpoi_train_contradictions(dpo_ctx *c, const dpo_train_desc *d)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: label smoothing is part of the sigmoid loss alone");
     if (d->ahead && (d->rank || !dpoi_has_reference(d->objective)))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: only all weights under DPO or KTO need a reference ahead");
-    if (d->drop_encoders && (d->random_crop || d->train_text))
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders needs every picture's view before the first "
-                         "step, which random_crop draws at each, and text encoders that are not trained");
+    if (d->drop_encoders && d->train_text)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: drop_encoders and train_text: what is trained cannot go");
+    if ((d->desirable_weight > 0 || d->undesirable_weight > 0 || d->positive_ratio > 0) && d->objective != DPO_KTO)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: weights and share of liked pictures are about KTO alone");
+    if (d->positive_ratio > 0 && d->bucket_step)
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: positive_ratio works with pictures of one size");
     if (d->levels > 0 && (d->timestep_bias != 0 || d->t_limit > 0))
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: levels excludes timestep_bias and t_limit");
     return 1;
@@ -24226,10 +24968,11 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
     if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
         !(d->noise_offset >= 0 && d->noise_offset < 100) ||
         !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) ||
-        !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
+        !(d->desirable_weight >= 0 && d->desirable_weight < 1e6f) || !(d->positive_ratio >= 0 && d->positive_ratio < 1) ||
+        !(d->undesirable_weight >= 0 && d->undesirable_weight < 1e6f) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
         d->bucket_step < 0 || d->keep < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
-                         "bucket_step or keep out of range");
+                         "bucket_step, keep or a share or weight of liked pictures out of range");
     return dpoi_train_contradictions(c, d);
 }
 
@@ -24251,11 +24994,15 @@ static int dpoi_train_settings(dpo_trainer *t, const dpo_train_desc *d)
     if (!t->d.batch) t->d.batch = 1;
     if (!t->d.accumulation) t->d.accumulation = 1;
     if (t->d.beta == 0) t->d.beta = d->objective == DPO_KTO ? 1000 : d->objective == DPO_MAPO ? 0.1f : 5000;
+    if (t->d.desirable_weight == 0 && d->objective == DPO_KTO) t->d.desirable_weight = 1;
+    if (t->d.undesirable_weight == 0 && d->objective == DPO_KTO) t->d.undesirable_weight = 1;
     if (!t->d.width) t->d.width = t->info.size;
     if (!t->d.height) t->d.height = t->info.size;
     if (!t->d.cache) t->d.cache = (size_t)256 << 20;
     if (t->d.team.count < 1) t->d.team.count = 1;
     if (!dpoi_train_check(c, &t->d) || !dpoi_image_fits(c, "training", t->d.width, t->d.height)) return 0;
+    if (t->d.drop_encoders && !dpoi_has_latents(t))
+        return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
     sides = t->info.factor;               /* the UNet takes what is left of odd sides */
     if (t->d.width % sides || t->d.height % sides || t->d.bucket_step % sides)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: %dx%d pixels, buckets of %d: this model wants multiples of %d",
@@ -24323,23 +25070,57 @@ static int dpoi_train_is_held(const dpo_trainer *t, const dpoi_entry_of *e)
     return (double)(dpo_hash_end(&h).word[0] >> 11) / 9007199254740992.0 < (double)t->d.held_out;
 }
 
-/* Every entry's pictures into the list to train on, from the front, or into the held-out one, from the back. */
+/* 1 for a picture that was liked or chosen, -1 for the others. */
+static int dpoi_entry_liked(const dpoi_entry_of *e, int which)
+{
+    int liked = dpo_pairs_liked(e->p, e->i);
+    return liked ? liked : which ? -1 : 1;
+}
+
+/* Every entry's pictures into the list to train on, from the front, or into the held-out one, from the back; of KTO
+   those that were liked, then the others. */
 static void dpoi_train_items(dpo_trainer *t)
 {
+    int     kto = t->d.objective == DPO_KTO;
     int64_t back = t->room_items;
-    for (int64_t k = 0; k < t->entries; k++) {
+    for (int64_t i = 0; i < t->entries * (kto + 1); i++) {
+        int64_t        k = i % t->entries;
         dpoi_entry_of *e = &t->entry[k];
         int            held = dpoi_train_is_held(t, e);
-        int            n = t->d.objective == DPO_KTO && dpoi_duel_has(&e->p->pair[e->i], 1) ? 2 : 1;
+        int            n = kto && dpoi_duel_has(&e->p->pair[e->i], 1) ? 2 : 1;
         for (int which = 0; which < n; which++) {
-            dpoi_choice *x = held ? &t->item[--back] : &t->item[t->items++];
+            dpoi_choice *x;
+            if (kto && (dpoi_entry_liked(e, which) > 0) != (i < t->entries)) continue;
+            x = held ? &t->item[--back] : &t->item[t->items++];
             x->entry = (int32_t)k;
             x->which = which;
             if (!held) t->bucket[e->bucket].items++;
         }
+        if (i + 1 == t->entries) t->likes = t->items;
     }
     t->held = t->item + back;
     t->helds = t->room_items - back;
+}
+
+/* Liked pictures among the places of an epoch: as many as there are, or positive_ratio of the places. */
+static int64_t dpoi_train_liked_places(const dpo_trainer *t)
+{
+    int64_t n = (int64_t)((double)t->d.positive_ratio * (double)t->items + 0.5);
+    if (!(t->d.positive_ratio > 0)) return t->likes;
+    return n < 1 ? 1 : n < t->items ? n : t->items - 1;
+}
+
+/* The advice of KTO's authors, arXiv 2402.01306, section 4.2: n_d w_d / (n_u w_u) from 1 to 4/3. */
+static void dpoi_train_balance(const dpo_trainer *t)
+{
+    double d = (double)dpoi_train_liked_places(t), u = (double)t->items - d, ratio;
+    if (t->d.objective != DPO_KTO || d < 1 || u < 1 || t->buckets > 1) return;
+    ratio = d * (double)t->d.desirable_weight / (u * (double)t->d.undesirable_weight);
+    if (ratio < 0.999 || ratio > 1.334)
+        dpoi_log(t->c, DPO_LOG_WARNING, "training: pictures that were liked weigh %.3g times as much as the others; 1 to "
+                 "1.33 is advised, as with desirable_weight %.3g or undesirable_weight %.3g", ratio,
+                 (double)t->d.desirable_weight / ratio * (ratio < 1 ? 1 : 4.0 / 3),
+                 (double)t->d.undesirable_weight * ratio / (ratio < 1 ? 1 : 4.0 / 3));
 }
 
 /* Entries, their buckets, items.  Where there are several buckets a micro-batch stays inside one, and an epoch is cut
@@ -24367,6 +25148,7 @@ static int dpoi_train_pairs(dpo_trainer *t)
     if (!t->items) return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: all pairs are held out");
     for (int k = 0; k < t->buckets; k++) t->groups += (t->bucket[k].items + t->B - 1) / t->B;
     t->places = t->buckets > 1 ? t->groups * t->B : t->items;
+    dpoi_train_balance(t);
     return 1;
 }
 
@@ -24408,26 +25190,83 @@ static int dpoi_train_optimizer(dpo_trainer *t)
     return t->o != NULL;
 }
 
-/* The parameters to train, marked as such; the others need no gradient.
-   Gradients exist before the first step; `dry` counts them at the same moment. */
-static int dpoi_train_params(dpo_trainer *t)
+/* Fresh adapters, if some are asked for and the host has not loaded its own: then these are trained, whatever their
+   rank. */
+static int dpoi_train_adapters(dpo_trainer *t)
 {
-    dpo_net          *unet = dpo_model_unet(t->m), *text = t->d.train_text ? dpo_model_text(t->m, 0) : NULL;
-    dpo_adapter_desc  a;
-    dpo_tensor      **first, **second = NULL;
-    int               n = 0, more = 0;
+    dpo_net         *unet = dpo_model_unet(t->m);
+    dpo_adapter_desc a;
+    int              n = 0;
     dpo_adapter_params(unet, &n);
     a.rank = t->d.rank;
     a.alpha = t->d.alpha;
     a.targets = t->d.targets;
     a.seed = t->d.seed;
     if (t->d.rank && !n && !dpo_adapter_new(unet, &a)) return 0;
-    first = dpo_adapter_params(unet, &n);
+    dpo_adapter_params(unet, &n);
     t->d.rank = n > 0;                    /* from here on it says: are adapters trained? */
-    /* The host may have loaded adapters; then these are trained, whatever their rank. */
-    if (n && text) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: train_text, but the UNet has adapters");
+    if (n && t->d.train_text)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: train_text, but the UNet has adapters");
     if (n && t->d.ahead)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a reference ahead, but the UNet has adapters");
+    return 1;
+}
+
+enum { DPOI_PARCEL_LEAST = 1 << 14, DPOI_PARCEL_MOST = 1 << 22 };       /* numbers of a parcel, but for larger weights */
+
+/* Numbers that a parameter's gradient takes in a parcel: whole panels, and up to the next line of the caches. */
+static int64_t dpoi_parcel_numbers(const dpo_tensor *x)
+{
+    dpo_view v = dpoi_view(x);
+    v.dtype = DPO_F32;
+    return (int64_t)((dpoi_view_bytes(&v) / sizeof(float) + 15) / 16 * 16);
+}
+
+/* x's gradient as a part of a parcel, from number `at` on. */
+static int dpoi_parcel_part(dpo_tensor *x, const dpo_tensor *whole, int64_t at)
+{
+    dpo_tensor *g = dpoi_temp(x->ctx, DPO_F32, x->rank, x->shape, x->panel, whole->block);
+    if (!g) return 0;
+    if (x->grad) dpo_param_free(x->grad);
+    g->data = (float *)whole->data + at;
+    dpoi_persist(g);
+    x->grad = g;
+    return 1;
+}
+
+/* Gradients of a team: parcels of a sixteenth of all, within the limits above, filled from the last parameter to the
+   first, which is about the order in which backward is done with them. */
+static int dpoi_train_parcels(dpo_trainer *t)
+{
+    int64_t all = 0, size, n, at;
+    if (!(t->parcel = (dpoi_parcel *)dpoi_calloc(t->c, (size_t)t->count, sizeof *t->parcel))) return 0;
+    for (int i = 0; i < t->count; i++) all += dpoi_parcel_numbers(t->params[i]);
+    size = all / 16;
+    if (size < DPOI_PARCEL_LEAST) size = DPOI_PARCEL_LEAST;
+    if (size > DPOI_PARCEL_MOST) size = DPOI_PARCEL_MOST;
+    for (int last = t->count - 1, first; last >= 0; last = first - 1) {
+        dpoi_parcel *p = &t->parcel[t->parcels];
+        first = last;
+        n = dpoi_parcel_numbers(t->params[last]);
+        while (first > 0 && n + dpoi_parcel_numbers(t->params[first - 1]) <= size)
+            n += dpoi_parcel_numbers(t->params[--first]);
+        if (!(p->g = dpo_param_new(t->c, DPO_F32, 1, &n, NULL))) return 0;
+        t->parcels++;
+        at = 0;
+        for (int i = first; i <= last; at += dpoi_parcel_numbers(t->params[i++]))
+            if (!dpoi_parcel_part(t->params[i], p->g, at)) return 0;
+    }
+    return 1;
+}
+
+/* The parameters to train, marked as such; the others need no gradient.
+   Gradients exist before the first step; `dry` counts them at the same moment. */
+static int dpoi_train_params(dpo_trainer *t)
+{
+    dpo_net     *unet = dpo_model_unet(t->m), *text = t->d.train_text ? dpo_model_text(t->m, 0) : NULL;
+    dpo_tensor **first, **second = NULL;
+    int          n = 0, more = 0;
+    first = dpo_adapter_params(unet, &n);
     if (!n) first = dpo_net_params(unet, &n);
     if (text) second = dpo_net_params(text, &more);
     dpo_net_trainable(unet, 0);           /* a product whose weights are frozen does not even keep its input */
@@ -24437,9 +25276,9 @@ static int dpoi_train_params(dpo_trainer *t)
         dpo_tensor *x = t->params[i] = i < n ? first[i] : second[i - n];
         x->needs_grad = 1;
         /* Now rather than in the first backward: after the first step no step takes new memory. */
-        if (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL)) return 0;
+        if (t->d.team.count < 2 && (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL))) return 0;
     }
-    return dpoi_train_optimizer(t);
+    return (t->d.team.count < 2 || dpoi_train_parcels(t)) && dpoi_train_optimizer(t);
 }
 
 /* Averages start as the weights themselves.
@@ -24558,14 +25397,14 @@ static int dpoi_train_caches(dpo_trainer *t)
 
 static int dpoi_train_encode_all(dpo_trainer *t);
 
-/* In this order: what can be wrong with the request first, what costs memory last.  Full fine-tuning needs a reference
+/* In this order: what can be wrong with the request first, then what writes, what costs memory last.  Full fine-tuning needs a reference
    that stays as the policy was; adapters have theirs in the same weights. */
 static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 {
     if (!dpoi_train_settings(t, d) || !dpoi_train_pairs(t) || !dpoi_train_texts(t)) return 0;
-    if (!dpoi_train_noise(t) || !dpoi_train_caches(t) || !dpoi_train_buffers(t)) return 0;
+    if (!dpoi_train_noise(t) || !dpoi_train_adapters(t) || !dpoi_train_buffers(t) || !dpoi_train_caches(t)) return 0;
     if (t->d.beside && !(t->loader = dpo_loader_new(t->p, 2 * t->N, 1))) return 0;
-    if (t->d.drop_encoders && !dpoi_train_encode_all(t)) return 0;         /* before the optimizer needs its memory */
+    if (!dpoi_train_encode_all(t)) return 0;              /* before the optimizer needs its memory */
     if (!dpoi_train_params(t) || !dpoi_train_averages(t)) return 0;
     if (dpoi_has_reference(t->d.objective) && !t->d.rank && !t->d.reference && !t->d.ahead)
         return (t->d.reference = t->copy = dpo_net_copy(dpo_model_unet(t->m), DPO_F32)) != NULL;
@@ -24610,6 +25449,7 @@ DPO_DEF int dpo_train_end(dpo_trainer *t)
 DPO_DEF int64_t dpo_train_count(const dpo_trainer *t) { return t ? t->items : 0; }
 DPO_DEF int64_t dpo_train_done (const dpo_trainer *t) { return t ? t->steps_done : 0; }
 DPO_DEF int64_t dpo_train_sizes(const dpo_trainer *t) { return t ? t->buckets : 0; }
+DPO_DEF int     dpo_train_rests(const dpo_trainer *t) { return t ? t->rests : 0; }
 
 /* ------------------------------------------------------------------------------------------ the plan */
 
@@ -24643,6 +25483,22 @@ static void dpoi_train_group(dpo_trainer *t, int64_t epoch)
     dpoi_train_shuffle(t, epoch, 1, t->scratch, t->groups);
 }
 
+/* order, for KTO: place i of an epoch is a liked picture's where i L/items passes a whole number, so that L of them are
+   spread evenly.  Liked pictures and the others each go round in shuffled orders of their own, from epoch to epoch. */
+static void dpoi_train_mix(dpo_trainer *t, int64_t epoch)
+{
+    int64_t L = dpoi_train_liked_places(t);
+    for (int liked = 0; liked < 2; liked++) {
+        int64_t n = liked ? t->likes : t->items - t->likes, first = liked ? 0 : t->likes, round = -1;
+        int64_t g = epoch * (liked ? L : t->items - L);   /* draws of this kind before the epoch */
+        for (int64_t i = 0; i < t->items; i++) {
+            if (((i + 1) * L / t->items > i * L / t->items) != liked) continue;
+            if (g / n != round) dpoi_train_shuffle(t, round = g / n, 2 + (uint32_t)liked, t->scratch, n);
+            t->order[i] = first + t->scratch[g++ % n];
+        }
+    }
+}
+
 /* The item of slot b in micro-batch `number` of the whole run, counted over all processes. */
 static int64_t dpoi_train_pick(dpo_trainer *t, int64_t number, int b)
 {
@@ -24652,7 +25508,8 @@ static int64_t dpoi_train_pick(dpo_trainer *t, int64_t number, int b)
     if (g / length != t->epoch) {
         t->epoch = g / length;
         if (many) dpoi_train_group(t, t->epoch);
-        else      dpoi_train_shuffle(t, t->epoch, 0, t->order, t->items);
+        else if (t->likes && t->likes < t->items) dpoi_train_mix(t, t->epoch);
+        else dpoi_train_shuffle(t, t->epoch, 0, t->order, t->items);
     }
     return many ? t->order[t->scratch[g % length] * t->B + b] : t->order[g % length];
 }
@@ -25042,63 +25899,80 @@ static int dpoi_train_text_forward(dpo_trainer *t, const dpoi_lot *plan, dpo_dra
 
 /* ------------------------------------------------------------------------------------------ everything at once */
 
-/* Text i into memory or the folder. */
+/* Text i into memory or the folder; 0: an error, or no room. */
 static int dpoi_train_encode_text(dpo_trainer *t, int32_t i)
 {
     dpo_key key;
     if (t->text[i].emb) return 1;
     key = dpoi_train_text_key(t, t->text[i].prompt);
-    if (t->cache && dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    if (t->cache && dpo_cache_has(t->cache, &key)) return 1;
     t->missing[0] = i;
     if (!dpoi_train_encode(t, 0, 1)) return 0;
-    if (t->text[i].emb || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
-    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all texts");
+    return t->text[i].emb || (t->cache && dpo_cache_has(t->cache, &key));
 }
 
-/* One picture of an entry, mirrored or not, likewise. */
-static int dpoi_train_encode_picture(dpo_trainer *t, int32_t entry, int which, int flip)
+/* The slot's k-th picture, likewise. */
+static int dpoi_train_encode_picture(dpo_trainer *t, dpoi_seat *s, int k)
 {
-    const dpoi_sizes *b = &t->bucket[t->entry[entry].bucket];
-    dpoi_seat         s;
-    dpo_key           key;
-    int               k = t->each == 2 ? which : 0;
-    memset(&s, 0, sizeof s);
-    s.entry = entry;
-    s.which = which;
-    s.view[k].width = b->width;
-    s.view[k].height = b->height;
-    s.view[k].at_x = s.view[k].at_y = 0.5f;
-    s.view[k].flip = flip;
-    if (t->cache) {
-        if (!dpoi_train_latent_key(t, &s, k, &key)) return 0;
-        if (dpo_cache_has(t->cache, &key)) { t->cached++; return 1; }
+    void  **place = dpoi_train_place(t, s, k);
+    dpo_key key;
+    if (place && *place) return 1;
+    if (!place && !t->cache) return 0;
+    if (t->cache && !dpoi_train_latent_key(t, s, k, &key)) return 0;
+    if (t->cache && dpo_cache_has(t->cache, &key)) return 1;
+    if (!dpoi_train_picture(t, s, k, 0)) return 0;
+    return (place && *place) || (t->cache && dpo_cache_has(t->cache, &key));
+}
+
+static int dpoi_train_encode_plan(dpo_trainer *t, dpoi_lot *plan)
+{
+    for (int b = 0; b < plan->count; b++) {
+        if (!dpoi_train_encode_text(t, plan->slot[b].text)) return 0;
+        for (int k = 0; k < t->each; k++)
+            if (!dpoi_train_encode_picture(t, &plan->slot[b], k)) return 0;
     }
-    if (!dpoi_train_picture(t, &s, k, 0)) return 0;
-    if (*dpoi_train_place(t, &s, k) || (t->cache && dpo_cache_has(t->cache, &key))) return 1;
-    return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: the cache has no room for all "
-                     "pictures");
+    return 1;
+}
+
+static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int64_t step, int micro);
+static int       dpoi_held_plan(dpo_trainer *t, dpoi_lot *plan, int64_t first, int range);
+
+/* All plans of the run are known from its seed; held-out pictures are the same in every range. */
+static int dpoi_train_encode_plans(dpo_trainer *t)
+{
+    int64_t n = t->d.steps * t->d.accumulation;
+    double  told = dpo_seconds();
+    for (int64_t k = 0; k < n; k++) {
+        dpoi_lot *plan = dpoi_train_plans(t, k / t->d.accumulation, (int)(k % t->d.accumulation));
+        if (!plan || !dpoi_train_encode_plan(t, plan)) return 0;
+        if (dpo_seconds() - told < 10) continue;
+        told = dpo_seconds();
+        dpoi_log(t->c, DPO_LOG_INFO, "encoded for %lld of %lld micro-batches", (long long)k + 1, (long long)n);
+    }
+    for (int64_t i = 0; i < t->helds; i += t->plan[0].count) {
+        dpoi_held_plan(t, &t->plan[0], i, 0);
+        if (!dpoi_train_encode_plan(t, &t->plan[0])) return 0;
+    }
+    return 1;
 }
 
 /* What the run will ever ask of them, then the memory of the networks.  The model keeps their configurations. */
 static int dpoi_train_encode_all(dpo_trainer *t)
 {
     dpo_model *m = t->m;
-    double     told = dpo_seconds();
-    if (!dpoi_has_latents(t))
-        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: a model of pixels has no VAE to drop");
-    for (int64_t i = 0; i < t->texts; i++)
-        if (!dpoi_train_encode_text(t, (int32_t)i)) return 0;
-    for (int64_t i = 0; i < t->entries; i++) {
-        int both = dpoi_duel_has(&t->entry[i].p->pair[t->entry[i].i], 1) && t->d.objective != DPO_SFT;
-        for (int k = 0; k < 2 * (both + 1); k++)          /* each picture as it is, then mirrored */
-            if ((k % 2 == 0 || t->d.flip) && !dpoi_train_encode_picture(t, (int32_t)i, k / 2, k % 2)) return 0;
-        if (dpo_seconds() - told < 10) continue;
-        told = dpo_seconds();
-        dpoi_log(t->c, DPO_LOG_INFO, "encoded pictures of %lld of %lld pairs", (long long)i + 1, (long long)t->entries);
-    }
+    int        fits;
+    if (!t->d.drop_encoders && (!t->d.rest_encoders || !m->files || t->d.train_text || !dpoi_has_latents(t))) return 1;
+    fits = dpoi_train_encode_plans(t);
+    t->plan[0].step = t->plan[1].step = -1;
+    if (!dpoi_ok(t->c)) return 0;
+    if (!fits && !t->d.drop_encoders) return 1;
+    if (!fits)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: without a cache_folder there is no "
+                         "room for all texts and pictures");
+    t->rests = 1;
     for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
     dpoi_net_drop(m->vae);
-    return dpoi_ok(t->c);
+    return 1;
 }
 
 /* ------------------------------------------------------------------------------------------ one micro-batch */
@@ -25163,19 +26037,13 @@ static int dpoi_train_noises(dpo_trainer *t, const dpoi_lot *plan, const int64_t
     return d->noise && (!(t->d.input_perturbation > 0) || d->shown);
 }
 
-/* Weight of slot b: the pair's own, and for DPO_SFT that of its timestep. */
+/* Weight of slot b: the pair's own, for DPO_SFT that of its timestep, for DPO_KTO that of its kind. */
 static float dpoi_train_weight(const dpo_trainer *t, const dpoi_seat *s)
 {
     const dpoi_entry_of *e = &t->entry[s->entry];
-    return dpo_pairs_weight(e->p, e->i) * (t->weigh ? t->weigh[s->t] : 1);
-}
-
-/* 1 for a picture that was liked or chosen, -1 for the others. */
-static float dpoi_train_liked(const dpo_trainer *t, const dpoi_seat *s)
-{
-    const dpoi_entry_of *e = &t->entry[s->entry];
-    int                  liked = dpo_pairs_liked(e->p, e->i);
-    return liked ? (float)liked : s->which ? -1.0f : 1.0f;
+    float                w = dpo_pairs_weight(e->p, e->i) * (t->weigh ? t->weigh[s->t] : 1);
+    if (t->d.objective != DPO_KTO) return w;
+    return w * (dpoi_entry_liked(e, s->which) > 0 ? t->d.desirable_weight : t->d.undesirable_weight);
 }
 
 /* Everything that the loss needs of a micro-batch: x0, noise [N,h,w,C], t [N], text [N,T,D], weight [B].
@@ -25188,7 +26056,7 @@ static int dpoi_train_gather(dpo_trainer *t, dpoi_lot *plan, dpo_draw *d)
         const dpoi_seat *s = &plan->slot[i % plan->count];
         t->t[i] = s->t;
         t->key[i] = (int32_t)s->key;
-        t->liked[i] = dpoi_train_liked(t, s);
+        t->liked[i] = (float)dpoi_entry_liked(&t->entry[s->entry], s->which);
         if (i < plan->count) t->weight[i] = dpoi_train_weight(t, s);
     }
     if (!(d->x0 = dpoi_train_x0(t, plan, shape)) || !dpoi_train_noises(t, plan, shape, d)) return 0;
@@ -25365,16 +26233,58 @@ static int dpoi_train_note(dpo_trainer *t, int micro, const dpo_terms *terms, co
 }
 
 /* The plan of this micro-batch, whose pictures are asked for, and of the next one, whose are read meanwhile. */
-static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int micro)
+static dpoi_lot *dpoi_train_plans(dpo_trainer *t, int64_t step, int micro)
 {
-    int64_t next = micro + 1 < t->d.accumulation ? t->steps_done : t->steps_done + 1;
+    int64_t next = micro + 1 < t->d.accumulation ? step : step + 1;
     int     after = micro + 1 < t->d.accumulation ? micro + 1 : 0;
-    if (t->plan[t->now].step != t->steps_done || t->plan[t->now].micro != micro) t->now = !t->now;
-    dpoi_train_plan(t, &t->plan[t->now], t->steps_done, micro);
+    if (t->plan[t->now].step != step || t->plan[t->now].micro != micro) t->now = !t->now;
+    dpoi_train_plan(t, &t->plan[t->now], step, micro);
     if (!dpoi_train_ask(t, t->now)) return NULL;
     if (!t->loader || next >= t->d.steps) return &t->plan[t->now];
     dpoi_train_plan(t, &t->plan[!t->now], next, after);
     return dpoi_train_ask(t, !t->now) ? &t->plan[t->now] : NULL;
+}
+
+/* Parcels that no share is missing to, in their order, which is the same on all processes. */
+static int dpoi_train_send(dpo_trainer *t)
+{
+    for (; t->sent < t->parcels && t->parcel[t->sent].open <= 0; t->sent++) {
+        dpo_tensor *g = t->parcel[t->sent].g;
+        if (!dpoi_reduce_begin(t->c, &t->d.team, g->data, dpo_count(g), DPO_REDUCE_SUM)) return 0;
+    }
+    return 1;
+}
+
+/* A share of a gradient: counted in the first backward of a run, counted down in the last one of a step.  The tape of
+   every micro-batch has the same rows; one that had more would add to what is being summed. */
+static void dpoi_train_graded(void *user, dpo_tensor *x)
+{
+    dpo_trainer *t = (dpo_trainer *)user;
+    int          k = 0;
+    while (k < t->parcels && (!x->grad || t->parcel[k].g->block != x->grad->block)) k++;
+    if (k == t->parcels) return;          /* not trained */
+    if (!t->learned) t->parcel[k].uses++;
+    else if (k < t->sent)
+        dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: %s got a gradient after its sum had begun", x->name ? x->name : "");
+    else {
+        t->parcel[k].open--;
+        dpoi_train_send(t);
+    }
+}
+
+/* Backward; of a team's last micro-batch of a step with its sums beside it. */
+static int dpoi_train_backward(dpo_trainer *t, dpo_tensor *loss, int last)
+{
+    int ok, listens = t->parcel && (!t->learned || last);
+    if (listens) {
+        t->c->graded = dpoi_train_graded;
+        t->c->graded_user = t;
+    }
+    for (int k = 0; k < t->parcels; k++) t->parcel[k].open = t->parcel[k].uses;
+    ok = dpo_backward(loss);
+    t->c->graded = NULL;
+    t->learned |= listens;
+    return ok;
 }
 
 /* Forward and backward of one micro-batch; its gradients add to those of the ones before.  Dividing the loss by their
@@ -25390,7 +26300,7 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
     dpo_objective o = dpoi_train_objective(t);
     dpo_tensor   *loss = NULL;
     dpo_key      *keys = t->ref_key + (int64_t)micro * t->B;
-    dpoi_lot    *plan = dpoi_train_plans(t, micro);
+    dpoi_lot    *plan = dpoi_train_plans(t, t->steps_done, micro);
     memset(keys, 0, (size_t)t->B * sizeof *keys);
     if (plan && dpoi_train_gather(t, plan, &d)) {
         memcpy(t->signs + (int64_t)micro * t->N, t->liked, (size_t)t->N * sizeof *t->signs);
@@ -25400,20 +26310,17 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
     }
     ok = loss && dpoi_train_note(t, micro, &terms, loss);
     if (ok && parts > 1) loss = dpo_affine(t->c, loss, 1 / (float)parts, 0);
-    ok = ok && dpo_backward(loss);
+    ok = ok && dpoi_train_backward(t, loss, micro + 1 == t->d.accumulation);
     dpo_scope_end(t->c, scope, NULL);     /* all but the parameters' gradients and the figures is free again */
     return ok;
 }
 
-/* Sums over all processes of every gradient, a parameter at a time, in the same order everywhere. */
+/* The parcels that backward left, and the wait for all. */
 static int dpoi_train_reduce(dpo_trainer *t)
 {
-    for (int i = 0; i < t->count && t->d.team.count > 1; i++) {
-        dpo_tensor *g = t->params[i]->grad;
-        dpo_view    v = dpoi_view(g);
-        int64_t     n = (int64_t)(dpoi_view_bytes(&v) / sizeof(float));
-        if (!dpoi_reduce(t->c, &t->d.team, g->data, n, DPO_REDUCE_SUM)) return 0;
-    }
+    for (int k = t->sent; k < t->parcels; k++) t->parcel[k].open = 0;
+    if (!dpoi_train_send(t) || !dpoi_reduce_wait(t->c, &t->d.team)) return 0;
+    t->sent = 0;
     return 1;
 }
 
@@ -25516,6 +26423,8 @@ static int dpoi_train_ready(dpo_trainer *t)
     if (!t || !dpoi_ok(t->c)) return 0;
     if (t->phase == DPOI_UPDATE)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training stopped inside an update: load a checkpoint");
+    if (t->sent)
+        return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training stopped inside a sum over processes: begin anew");
     if (t->phase == DPOI_GRADIENTS && !dpo_optim_clear(t->o)) return 0;
     t->phase = DPOI_BETWEEN;
     return !t->stopped && t->steps_done < t->d.steps;
@@ -25651,7 +26560,7 @@ static void dpoi_held_count(const dpo_trainer *t, const dpoi_lot *plan, int rang
     for (int b = 0; b < n; b++) {
         double gain = (double)R[b] - L[b];
         if (t->each == 2) gain -= (double)R[n + b] - L[n + b];
-        else gain *= dpoi_train_liked(t, &plan->slot[b]);
+        else gain *= dpoi_entry_liked(&t->entry[plan->slot[b].entry], plan->slot[b].which);
         right[range] += gain > 0 ? 1 : gain == 0 ? 0.5 : 0;
         sum[0] += L[b];
         sum[2] += R[b];
@@ -25735,7 +26644,8 @@ static const dpoi_run_field dpoi_run_fields[] = {
     DPOI_RUN_FIELD('f', safeguard), DPOI_RUN_FIELD('f', noise_offset), DPOI_RUN_FIELD('f', input_perturbation),
     DPOI_RUN_FIELD('i', levels), DPOI_RUN_FIELD('i', t_limit), DPOI_RUN_FIELD('i', zero_snr),
     DPOI_RUN_FIELD('i', random_crop), DPOI_RUN_FIELD('i', apart), DPOI_RUN_FIELD('i', bucket_step),
-    DPOI_RUN_FIELD('i', real_sizes), DPOI_RUN_FIELD('f', held_out)
+    DPOI_RUN_FIELD('i', real_sizes), DPOI_RUN_FIELD('f', held_out), DPOI_RUN_FIELD('f', desirable_weight),
+    DPOI_RUN_FIELD('f', undesirable_weight), DPOI_RUN_FIELD('f', positive_ratio)
 };
 enum { DPOI_RUN_FIELDS = sizeof dpoi_run_fields / sizeof *dpoi_run_fields, DPOI_RUN_KEYS = DPOI_RUN_FIELDS + 4 };
 
