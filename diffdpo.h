@@ -7820,14 +7820,14 @@ typedef struct dpoi_rows {
     /* y[i] = f(a[i], b[i], c[i]; s) or, with add, y[i] += f; op is one of DPOI_MAP_, unused operands may be NULL */
     void   (*map)(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y, int add);
     double (*sum)(int op, int64_t n, const float *a, const float *b, const float *c, const float *s);
-    /* sum[j] = sum_i x[i][j], or of (x[i][j] - centre[j])^2; x [rows,C] */
-    void   (*columns)(int64_t rows, int64_t C, const float *x, const float *centre, float *sum);
+    /* sum[j] = sum_i x[i][j], or of (x[i][j] - centre[j])^2; x [rows,C]; type: F32 or BF16, of x and norm's y */
+    void   (*columns)(int type, int64_t rows, int64_t C, const void *x, const float *centre, float *sum);
     /* group norm; t is a dpoi_norm_table [DPOI_NORM_ROWS,C] */
-    void   (*norm)(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y);
-    void   (*norm_sums)(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
+    void   (*norm)(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu, void *y);
+    void   (*norm_sums)(int type, int64_t rows, int64_t C, const void *x, const float *dy, const float *t, int silu,
                         float *sums);
-    void   (*norm_back)(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu, float *dx,
-                        int add);
+    void   (*norm_back)(int type, int64_t rows, int64_t C, const void *x, const float *dy, const float *t, int silu,
+                        float *dx, int add);
     void   (*adamw)(int64_t n, const float *g, float *m, float *v, float *w, const float *s);
     void   (*widen)(int dtype, int64_t n, const void *x, float *y);
     void   (*narrow)(int dtype, int64_t n, const float *x, void *y);
@@ -7927,6 +7927,8 @@ enum { DPOI_NORM_MEAN, DPOI_NORM_SCALE, DPOI_NORM_BETA, DPOI_NORM_RS, DPOI_NORM_
 /* s of the loop adamw; `decay` = 1 - lr*wd, `rate` = lr/bias1, `root` = 1/sqrt(bias2). */
 enum { DPOI_ADAMW_FACTOR, DPOI_ADAMW_BETA1, DPOI_ADAMW_BETA2, DPOI_ADAMW_DECAY, DPOI_ADAMW_RATE, DPOI_ADAMW_ROOT,
        DPOI_ADAMW_EPS, DPOI_ADAMW_COUNT };
+
+#define DPOI_LOG2E 1.44269504f            /* 1/ln 2 */
 
 /* ----------------------------------------------------------------------------------------------- plain C */
 
@@ -8058,42 +8060,66 @@ static double dpoi_sum_plain(int op, int64_t n, const float *a, const float *b, 
     }
 }
 
+/* Number i of F32 or BF16.  The loops below are made once for each type, which is constant in them. */
+DPOI_INLINE float dpoi_take_one(const void *x, const int type, int64_t i)
+{
+    return type == DPO_F32 ? ((const float *)x)[i] : dpoi_bf16_to_f32(((const uint16_t *)x)[i]);
+}
+DPOI_INLINE void dpoi_put_one(void *y, const int type, int64_t i, float f)
+{
+    if (type == DPO_F32) ((float *)y)[i] = f;
+    else ((uint16_t *)y)[i] = dpoi_f32_to_bf16(f);
+}
+
 /* x [rows,C] -> sum [C]; rows are few enough for floats.
    centre NULL: plain sums; else squares about it, the second reading of a variance. */
-static void dpoi_columns_plain(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
+DPOI_INLINE void dpoi_columns_loop(const int type, int64_t rows, int64_t C, const void *x, const float *centre,
+                                   float *sum)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
-    for (int64_t i = 0; i < rows; i++, x += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c++) {
-            float d = centre ? x[c] - centre[c] : 0;
-            sum[c] += centre ? d*d : x[c];
+            float f = dpoi_take_one(x, type, i + c), d = centre ? f - centre[c] : 0;
+            sum[c] += centre ? d*d : f;
         }
+}
+static void dpoi_columns_plain(int type, int64_t rows, int64_t C, const void *x, const float *centre, float *sum)
+{
+    if (type == DPO_F32) dpoi_columns_loop(DPO_F32, rows, C, x, centre, sum);
+    else                 dpoi_columns_loop(DPO_BF16, rows, C, x, centre, sum);
 }
 
 /* y = act(z), x and y [rows,C], t [DPOI_NORM_ROWS,C].
    t's rows are [C] each, one after the other; scale = gamma rs is multiplied once a channel, not once
    a number. */
-static void dpoi_norm_plain(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
+DPOI_INLINE void dpoi_norm_loop(const int type, int64_t rows, int64_t C, const void *x, const float *t, int silu,
+                                void *y)
 {
     const float *mean = t + DPOI_NORM_MEAN*C, *scale = t + DPOI_NORM_SCALE*C, *beta = t + DPOI_NORM_BETA*C;
-    for (int64_t i = 0; i < rows; i++, x += C, y += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c++) {
-            float z = (x[c] - mean[c])*scale[c] + beta[c];
-            y[c] = silu ? z*dpoi_sigmoid(z) : z;
+            float z = (dpoi_take_one(x, type, i + c) - mean[c])*scale[c] + beta[c];
+            dpoi_put_one(y, type, i + c, silu ? z*dpoi_sigmoid(z) : z);
         }
+}
+static void dpoi_norm_plain(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu, void *y)
+{
+    if (type == DPO_F32) dpoi_norm_loop(DPO_F32, rows, C, x, t, silu, y);
+    else                 dpoi_norm_loop(DPO_BF16, rows, C, x, t, silu, y);
 }
 
 /* sums [2,C]: of dz = dy act'(z), and of dz h with h = (x - mean) rs.
    The caller flushes them into doubles after a few rows. */
-static void dpoi_norm_sums_plain(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
-                                 float *sums)
+static void dpoi_norm_sums_plain(int type, int64_t rows, int64_t C, const void *x, const float *dy, const float *t,
+                                 int silu, float *sums)
 {
     const float *mean = t + DPOI_NORM_MEAN*C, *scale = t + DPOI_NORM_SCALE*C, *beta = t + DPOI_NORM_BETA*C;
     const float *rs = t + DPOI_NORM_RS*C;
     memset(sums, 0, (size_t)C*2*sizeof *sums);
-    for (int64_t i = 0; i < rows; i++, x += C, dy += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c++) {
-            float d = x[c] - mean[c], z = d*scale[c] + beta[c], dz = silu ? dy[c]*dpoi_act_slope(DPO_SILU, z) : dy[c];
+            float d = dpoi_take_one(x, type, i + c) - mean[c], z = d*scale[c] + beta[c];
+            float dz = silu ? dy[i + c]*dpoi_act_slope(DPO_SILU, z) : dy[i + c];
             sums[c] += dz;
             sums[C + c] += dz*(d*rs[c]);
         }
@@ -8101,16 +8127,17 @@ static void dpoi_norm_sums_plain(int64_t rows, int64_t C, const float *x, const 
 
 /* dx = scale dz - k1 - (x - mean) k2
    z and act'(z) are made again from x: keeping them would cost as much memory as x. */
-static void dpoi_norm_back_plain(int64_t rows, int64_t C, const float *x, const float *dy, const float *t, int silu,
-                                 float *dx, int add)
+static void dpoi_norm_back_plain(int type, int64_t rows, int64_t C, const void *x, const float *dy, const float *t,
+                                 int silu, float *dx, int add)
 {
     const float *mean = t + DPOI_NORM_MEAN*C, *scale = t + DPOI_NORM_SCALE*C, *beta = t + DPOI_NORM_BETA*C;
     const float *k1 = t + DPOI_NORM_K1*C, *k2 = t + DPOI_NORM_K2*C;
-    for (int64_t i = 0; i < rows; i++, x += C, dy += C, dx += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c++) {
-            float d = x[c] - mean[c], z = d*scale[c] + beta[c], dz = silu ? dy[c]*dpoi_act_slope(DPO_SILU, z) : dy[c];
+            float d = dpoi_take_one(x, type, i + c) - mean[c], z = d*scale[c] + beta[c];
+            float dz = silu ? dy[i + c]*dpoi_act_slope(DPO_SILU, z) : dy[i + c];
             float f = scale[c]*dz - k1[c] - d*k2[c];
-            dx[c] = add ? dx[c] + f : f;
+            dx[i + c] = add ? dx[i + c] + f : f;
         }
 }
 
@@ -8149,7 +8176,6 @@ static dpoi_rows dpoi_rows_plain(void)
    right to a unit in the last place.  Beyond DPOI_EXP_LOW and _HIGH the result is 0 or infinite. */
 #define DPOI_EXP_LOW   -110.0f
 #define DPOI_EXP_HIGH  89.0f
-#define DPOI_LOG2E     1.44269504f
 #define DPOI_LN2_HIGH  0.693359375f
 #define DPOI_LN2_LOW   -2.12194440e-4f
 static const float dpoi_exp_p[6] = { 5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f,
@@ -8411,35 +8437,56 @@ DPOI_AVX2 static double dpoi_sum_avx2(int op, int64_t n, const float *a, const f
     }
 }
 
-/* What a column adds up: x, or (x - centre)^2. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const float *x, int64_t left, __m256 centre, int square)
+/* 8 numbers of F32 or BF16 from number i on, of which `left` exist; the others read 0. */
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_take_256(const void *x, const int type, int64_t i, int64_t left)
 {
-    __m256 d = dpoi_load_256(x, left);
+    uint16_t few[8] = { 0 };
+    if (type == DPO_F32) return dpoi_load_256((const float *)x + i, left);
+    if (left >= 8) return dpoi_widen_256(DPO_BF16, (const uint16_t *)x + i);
+    memcpy(few, (const uint16_t *)x + i, (size_t)left*2);
+    return dpoi_widen_256(DPO_BF16, few);
+}
+/* Writes as many. */
+DPOI_AVX2 DPOI_INLINE void dpoi_put_256(void *y, const int type, int64_t i, int64_t left, __m256 f)
+{
+    uint16_t few[8];
+    if (type == DPO_F32) { dpoi_store_256((float *)y + i, left, f);  return; }
+    if (left >= 8) { dpoi_narrow_256(DPO_BF16, f, (uint16_t *)y + i);  return; }
+    dpoi_narrow_256(DPO_BF16, f, few);
+    memcpy((uint16_t *)y + i, few, (size_t)left*2);
+}
+
+/* What a column adds up: x, or (x - centre)^2. */
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const void *x, const int type, int64_t i, int64_t left, __m256 centre, int square)
+{
+    __m256 d = dpoi_take_256(x, type, i, left);
     if (!square) return d;
     d = _mm256_sub_ps(d, centre);
     return _mm256_mul_ps(d, d);
 }
 
 /* x [rows,C] -> sum [C], four rows at a time, added in pairs: a quarter of the traffic to `sum`. */
-DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(int64_t rows, int64_t C, const float *x, const float *centre,
-                                                 float *sum, int square)
+DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(const int type, int64_t rows, int64_t C, const void *x,
+                                              const float *centre, float *sum, int square)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
-    for (int64_t i = 0; i < rows; i += 4, x += 4*C)
+    for (int64_t i = 0, at = 0; i < rows; i += 4, at += 4*C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 mid = square ? dpoi_load_256(centre + c, C - c) : _mm256_setzero_ps();
-            __m256 f = dpoi_column_256(x + c, C - c, mid, square), g = _mm256_setzero_ps();
-            if (i + 1 < rows) f = _mm256_add_ps(f, dpoi_column_256(x + C + c, C - c, mid, square));
-            if (i + 2 < rows) g = dpoi_column_256(x + 2*C + c, C - c, mid, square);
-            if (i + 3 < rows) g = _mm256_add_ps(g, dpoi_column_256(x + 3*C + c, C - c, mid, square));
+            __m256 mid = square ? dpoi_load_256(centre + c, C - c) : _mm256_setzero_ps(), g = _mm256_setzero_ps();
+            __m256 f = dpoi_column_256(x, type, at + c, C - c, mid, square);
+            if (i + 1 < rows) f = _mm256_add_ps(f, dpoi_column_256(x, type, at + C + c, C - c, mid, square));
+            if (i + 2 < rows) g = dpoi_column_256(x, type, at + 2*C + c, C - c, mid, square);
+            if (i + 3 < rows) g = _mm256_add_ps(g, dpoi_column_256(x, type, at + 3*C + c, C - c, mid, square));
             dpoi_store_256(sum + c, C - c, _mm256_add_ps(dpoi_load_256(sum + c, C - c), _mm256_add_ps(f, g)));
         }
 }
 /* dpoi_rows.columns */
-DPOI_AVX2 static void dpoi_columns_avx2(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
+DPOI_AVX2 static void dpoi_columns_avx2(int type, int64_t rows, int64_t C, const void *x, const float *centre, float *sum)
 {
-    if (centre) dpoi_columns_loop_256(rows, C, x, centre, sum, 1);
-    else        dpoi_columns_loop_256(rows, C, x, centre, sum, 0);
+    if (type == DPO_F32 && centre) dpoi_columns_loop_256(DPO_F32, rows, C, x, centre, sum, 1);
+    else if (type == DPO_F32)      dpoi_columns_loop_256(DPO_F32, rows, C, x, centre, sum, 0);
+    else if (centre)               dpoi_columns_loop_256(DPO_BF16, rows, C, x, centre, sum, 1);
+    else                           dpoi_columns_loop_256(DPO_BF16, rows, C, x, centre, sum, 0);
 }
 
 /* Of group norm's table [DPOI_NORM_ROWS,C], row `row` from channel c on. */
@@ -8448,39 +8495,42 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_row_256(const float *t, int64_t C, int ro
     return dpoi_load_256(t + row*C + c, C - c);
 }
 
-/* d = x - mean, and z = d scale + beta.
+/* d = x - mean, and z = d scale + beta; x is number `at`.
    The table's rows are loaded anew for each row of x; they stay in the first-level cache. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t c, const float *x, __m256 *d)
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t c, const void *x, const int type, int64_t at,
+                                      __m256 *d)
 {
-    *d = _mm256_sub_ps(dpoi_load_256(x + c, C - c), dpoi_norm_row_256(t, C, DPOI_NORM_MEAN, c));
+    *d = _mm256_sub_ps(dpoi_take_256(x, type, at, C - c), dpoi_norm_row_256(t, C, DPOI_NORM_MEAN, c));
     return _mm256_fmadd_ps(*d, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_256(t, C, DPOI_NORM_BETA, c));
 }
 
 /* y = act(z), x and y [rows,C]. */
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(int64_t rows, int64_t C, const float *x, const float *t, int silu,
-                                              float *y)
+DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(const int type, int64_t rows, int64_t C, const void *x, const float *t,
+                                           int silu, void *y)
 {
-    for (int64_t i = 0; i < rows; i++, x += C, y += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 d, z = dpoi_norm_z_256(t, C, c, x, &d);
-            dpoi_store_256(y + c, C - c, silu ? _mm256_mul_ps(z, dpoi_sigmoid_256(z)) : z);
+            __m256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d);
+            dpoi_put_256(y, type, i + c, C - c, silu ? _mm256_mul_ps(z, dpoi_sigmoid_256(z)) : z);
         }
 }
 /* dpoi_rows.norm */
-DPOI_AVX2 static void dpoi_norm_avx2(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
+DPOI_AVX2 static void dpoi_norm_avx2(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu, void *y)
 {
-    if (silu) dpoi_norm_loop_256(rows, C, x, t, 1, y);
-    else      dpoi_norm_loop_256(rows, C, x, t, 0, y);
+    if (type == DPO_F32 && silu) dpoi_norm_loop_256(DPO_F32, rows, C, x, t, 1, y);
+    else if (type == DPO_F32)    dpoi_norm_loop_256(DPO_F32, rows, C, x, t, 0, y);
+    else if (silu)               dpoi_norm_loop_256(DPO_BF16, rows, C, x, t, 1, y);
+    else                         dpoi_norm_loop_256(DPO_BF16, rows, C, x, t, 0, y);
 }
 
 /* dz = dy act'(z), h = d rs: sums [2,C] of dz and of dz h over the rows. */
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(int64_t rows, int64_t C, const float *x, const float *dy,
-                                                   const float *t, int silu, float *sums)
+DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(const int type, int64_t rows, int64_t C, const void *x,
+                                                const float *dy, const float *t, int silu, float *sums)
 {
     memset(sums, 0, (size_t)C*2*sizeof *sums);
-    for (int64_t i = 0; i < rows; i++, x += C, dy += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 d, z = dpoi_norm_z_256(t, C, c, x, &d), dz = dpoi_load_256(dy + c, C - c);
+            __m256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d), dz = dpoi_load_256(dy + i + c, C - c);
             __m256 h = _mm256_mul_ps(d, dpoi_norm_row_256(t, C, DPOI_NORM_RS, c));
             if (silu) dz = _mm256_mul_ps(dz, dpoi_silu_slope_256(z, 1));
             dpoi_store_256(sums + c, C - c, _mm256_add_ps(dpoi_load_256(sums + c, C - c), dz));
@@ -8488,34 +8538,38 @@ DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(int64_t rows, int64_t C, cons
         }
 }
 /* dpoi_rows.norm_sums */
-DPOI_AVX2 static void dpoi_norm_sums_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                          int silu, float *sums)
+DPOI_AVX2 static void dpoi_norm_sums_avx2(int type, int64_t rows, int64_t C, const void *x, const float *dy,
+                                        const float *t, int silu, float *sums)
 {
-    if (silu) dpoi_norm_sums_loop_256(rows, C, x, dy, t, 1, sums);
-    else      dpoi_norm_sums_loop_256(rows, C, x, dy, t, 0, sums);
+    if (type == DPO_F32 && silu) dpoi_norm_sums_loop_256(DPO_F32, rows, C, x, dy, t, 1, sums);
+    else if (type == DPO_F32)    dpoi_norm_sums_loop_256(DPO_F32, rows, C, x, dy, t, 0, sums);
+    else if (silu)               dpoi_norm_sums_loop_256(DPO_BF16, rows, C, x, dy, t, 1, sums);
+    else                         dpoi_norm_sums_loop_256(DPO_BF16, rows, C, x, dy, t, 0, sums);
 }
 
 /* dx = scale dz - k1 - d k2, all [rows,C].
    add is a constant in neither copy: the branch is the same for a whole call and predicted. */
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(int64_t rows, int64_t C, const float *x, const float *dy,
-                                                   const float *t, int silu, float *dx, int add)
+DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(const int type, int64_t rows, int64_t C, const void *x,
+                                                const float *dy, const float *t, int silu, float *dx, int add)
 {
-    for (int64_t i = 0; i < rows; i++, x += C, dy += C, dx += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 d, z = dpoi_norm_z_256(t, C, c, x, &d), f = dpoi_load_256(dy + c, C - c);
+            __m256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d), f = dpoi_load_256(dy + i + c, C - c);
             if (silu) f = _mm256_mul_ps(f, dpoi_silu_slope_256(z, 1));
             f = _mm256_mul_ps(f, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c));
             f = _mm256_sub_ps(f, dpoi_norm_row_256(t, C, DPOI_NORM_K1, c));
             f = _mm256_fnmadd_ps(d, dpoi_norm_row_256(t, C, DPOI_NORM_K2, c), f);
-            dpoi_store_256(dx + c, C - c, add ? _mm256_add_ps(dpoi_load_256(dx + c, C - c), f) : f);
+            dpoi_store_256(dx + i + c, C - c, add ? _mm256_add_ps(dpoi_load_256(dx + i + c, C - c), f) : f);
         }
 }
 /* dpoi_rows.norm_back */
-DPOI_AVX2 static void dpoi_norm_back_avx2(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                          int silu, float *dx, int add)
+DPOI_AVX2 static void dpoi_norm_back_avx2(int type, int64_t rows, int64_t C, const void *x, const float *dy,
+                                        const float *t, int silu, float *dx, int add)
 {
-    if (silu) dpoi_norm_back_loop_256(rows, C, x, dy, t, 1, dx, add);
-    else      dpoi_norm_back_loop_256(rows, C, x, dy, t, 0, dx, add);
+    if (type == DPO_F32 && silu) dpoi_norm_back_loop_256(DPO_F32, rows, C, x, dy, t, 1, dx, add);
+    else if (type == DPO_F32)    dpoi_norm_back_loop_256(DPO_F32, rows, C, x, dy, t, 0, dx, add);
+    else if (silu)               dpoi_norm_back_loop_256(DPO_BF16, rows, C, x, dy, t, 1, dx, add);
+    else                         dpoi_norm_back_loop_256(DPO_BF16, rows, C, x, dy, t, 0, dx, add);
 }
 
 /* dpoi_rows.adamw: four streams in, three out; memory is what it costs.
@@ -8640,19 +8694,40 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_512(__m512 x)
     return dpoi_scale_512(y, n);
 }
 
+/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 5 with the least relative error there, 1.5e-7
+   with the rounding of floats.  Half the instructions of dpoi_exp_512, for x whose own rounding does not matter. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp2_512(__m512 x)
+{
+    __m512 r = _mm512_reduce_ps(x, 9), e = _mm512_set1_ps(0.00187757809f);
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.00898934249f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.0558263101f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.240153626f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.693153083f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.99999994f));
+    return _mm512_scalef_ps(e, x);
+}
+
+/* 1/x: an estimate r of 14 bits and one step of Newton's, r + r (1 - x r), a third of the time of a division.  The
+   inverse of infinity is 0, for 1 - x r is finite there; min returns its second operand where one is NaN: it stays. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_inverse_512(__m512 x)
+{
+    __m512 r = _mm512_rcp14_ps(x), finite = _mm512_min_ps(_mm512_set1_ps(1e38f), x);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(finite, r, _mm512_set1_ps(1)), r, r);
+}
+
 /* 1/(1 + exp(-x)): for x << 0 the exponential is infinite and the result 0, as it should. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_sigmoid_512(__m512 x)
 {
-    __m512 one = _mm512_set1_ps(1), e = dpoi_exp_512(_mm512_sub_ps(_mm512_setzero_ps(), x));
-    return _mm512_div_ps(one, _mm512_add_ps(one, e));
+    __m512 e = dpoi_exp2_512(_mm512_mul_ps(x, _mm512_set1_ps(-DPOI_LOG2E)));
+    return dpoi_inverse_512(_mm512_add_ps(_mm512_set1_ps(1), e));
 }
 
 /* P(x), and its density exp(-x^2/2)/sqrt(2 pi), which shares the exponential.  P(x) = 1 - P(-x) for x > 0. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_normal_512(__m512 x, __m512 *density)
 {
     __m512 one = _mm512_set1_ps(1), u = dpoi_abs_512(x), q = _mm512_set1_ps(dpoi_normal_q[8]);
-    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(u, _mm512_set1_ps(DPOI_NORMAL_T), one));
-    __m512 e = dpoi_exp_512(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f)));
+    __m512 t = dpoi_inverse_512(_mm512_fmadd_ps(u, _mm512_set1_ps(DPOI_NORMAL_T), one));
+    __m512 e = dpoi_exp2_512(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f*DPOI_LOG2E)));
     for (int i = 7; i >= 0; i--) q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(dpoi_normal_q[i]));
     q = _mm512_mul_ps(q, e);
     *density = _mm512_mul_ps(e, _mm512_set1_ps(0.39894228f));
@@ -8789,35 +8864,56 @@ DPOI_AVX512 static double dpoi_sum_avx512(int op, int64_t n, const float *a, con
     }
 }
 
-/* What a column adds up: x, or (x - centre)^2. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_column_512(const float *x, int64_t left, __m512 centre, int square)
+/* 16 numbers of F32 or BF16 from number i on, of which `left` exist; the others read 0. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_take_512(const void *x, const int type, int64_t i, int64_t left)
 {
-    __m512 d = dpoi_load_512(x, left);
+    __m256i h;
+    if (type == DPO_F32) return dpoi_load_512((const float *)x + i, left);
+    if (left >= 16) return dpoi_widen_512(DPO_BF16, (const uint16_t *)x + i);
+    h = _mm256_maskz_loadu_epi16((__mmask16)((1u << left) - 1), (const uint16_t *)x + i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+/* Writes as many. */
+DPOI_AVX512 DPOI_INLINE void dpoi_put_512(void *y, const int type, int64_t i, int64_t left, __m512 f)
+{
+    uint16_t few[16];
+    if (type == DPO_F32) { dpoi_store_512((float *)y + i, left, f);  return; }
+    if (left >= 16) { dpoi_narrow_512(DPO_BF16, f, (uint16_t *)y + i);  return; }
+    dpoi_narrow_512(DPO_BF16, f, few);
+    memcpy((uint16_t *)y + i, few, (size_t)left*2);
+}
+
+/* What a column adds up: x, or (x - centre)^2. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_column_512(const void *x, const int type, int64_t i, int64_t left, __m512 centre, int square)
+{
+    __m512 d = dpoi_take_512(x, type, i, left);
     if (!square) return d;
     d = _mm512_sub_ps(d, centre);
     return _mm512_mul_ps(d, d);
 }
 
 /* x [rows,C] -> sum [C], four rows at a time, added in pairs: a quarter of the traffic to `sum`. */
-DPOI_AVX512 DPOI_INLINE void dpoi_columns_loop_512(int64_t rows, int64_t C, const float *x, const float *centre,
-                                                   float *sum, int square)
+DPOI_AVX512 DPOI_INLINE void dpoi_columns_loop_512(const int type, int64_t rows, int64_t C, const void *x,
+                                              const float *centre, float *sum, int square)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
-    for (int64_t i = 0; i < rows; i += 4, x += 4*C)
+    for (int64_t i = 0, at = 0; i < rows; i += 4, at += 4*C)
         for (int64_t c = 0; c < C; c += 16) {
-            __m512 mid = square ? dpoi_load_512(centre + c, C - c) : _mm512_setzero_ps();
-            __m512 f = dpoi_column_512(x + c, C - c, mid, square), g = _mm512_setzero_ps();
-            if (i + 1 < rows) f = _mm512_add_ps(f, dpoi_column_512(x + C + c, C - c, mid, square));
-            if (i + 2 < rows) g = dpoi_column_512(x + 2*C + c, C - c, mid, square);
-            if (i + 3 < rows) g = _mm512_add_ps(g, dpoi_column_512(x + 3*C + c, C - c, mid, square));
+            __m512 mid = square ? dpoi_load_512(centre + c, C - c) : _mm512_setzero_ps(), g = _mm512_setzero_ps();
+            __m512 f = dpoi_column_512(x, type, at + c, C - c, mid, square);
+            if (i + 1 < rows) f = _mm512_add_ps(f, dpoi_column_512(x, type, at + C + c, C - c, mid, square));
+            if (i + 2 < rows) g = dpoi_column_512(x, type, at + 2*C + c, C - c, mid, square);
+            if (i + 3 < rows) g = _mm512_add_ps(g, dpoi_column_512(x, type, at + 3*C + c, C - c, mid, square));
             dpoi_store_512(sum + c, C - c, _mm512_add_ps(dpoi_load_512(sum + c, C - c), _mm512_add_ps(f, g)));
         }
 }
 /* dpoi_rows.columns */
-DPOI_AVX512 static void dpoi_columns_avx512(int64_t rows, int64_t C, const float *x, const float *centre, float *sum)
+DPOI_AVX512 static void dpoi_columns_avx512(int type, int64_t rows, int64_t C, const void *x, const float *centre, float *sum)
 {
-    if (centre) dpoi_columns_loop_512(rows, C, x, centre, sum, 1);
-    else        dpoi_columns_loop_512(rows, C, x, centre, sum, 0);
+    if (type == DPO_F32 && centre) dpoi_columns_loop_512(DPO_F32, rows, C, x, centre, sum, 1);
+    else if (type == DPO_F32)      dpoi_columns_loop_512(DPO_F32, rows, C, x, centre, sum, 0);
+    else if (centre)               dpoi_columns_loop_512(DPO_BF16, rows, C, x, centre, sum, 1);
+    else                           dpoi_columns_loop_512(DPO_BF16, rows, C, x, centre, sum, 0);
 }
 
 /* Of group norm's table [DPOI_NORM_ROWS,C], row `row` from channel c on. */
@@ -8826,39 +8922,42 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_row_512(const float *t, int64_t C, int 
     return dpoi_load_512(t + row*C + c, C - c);
 }
 
-/* d = x - mean, and z = d scale + beta. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_z_512(const float *t, int64_t C, int64_t c, const float *x, __m512 *d)
+/* d = x - mean, and z = d scale + beta; x is number `at`.
+   The table's rows are loaded anew for each row of x; they stay in the first-level cache. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_z_512(const float *t, int64_t C, int64_t c, const void *x, const int type, int64_t at,
+                                      __m512 *d)
 {
-    *d = _mm512_sub_ps(dpoi_load_512(x + c, C - c), dpoi_norm_row_512(t, C, DPOI_NORM_MEAN, c));
+    *d = _mm512_sub_ps(dpoi_take_512(x, type, at, C - c), dpoi_norm_row_512(t, C, DPOI_NORM_MEAN, c));
     return _mm512_fmadd_ps(*d, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_512(t, C, DPOI_NORM_BETA, c));
 }
 
-/* y = act(z), x and y [rows,C].
-   C = 320, 640 and 1280 are multiples of 16: no masks there. */
-DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(int64_t rows, int64_t C, const float *x, const float *t, int silu,
-                                                float *y)
+/* y = act(z), x and y [rows,C]. */
+DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(const int type, int64_t rows, int64_t C, const void *x, const float *t,
+                                           int silu, void *y)
 {
-    for (int64_t i = 0; i < rows; i++, x += C, y += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 16) {
-            __m512 d, z = dpoi_norm_z_512(t, C, c, x, &d);
-            dpoi_store_512(y + c, C - c, silu ? _mm512_mul_ps(z, dpoi_sigmoid_512(z)) : z);
+            __m512 d, z = dpoi_norm_z_512(t, C, c, x, type, i + c, &d);
+            dpoi_put_512(y, type, i + c, C - c, silu ? _mm512_mul_ps(z, dpoi_sigmoid_512(z)) : z);
         }
 }
 /* dpoi_rows.norm */
-DPOI_AVX512 static void dpoi_norm_avx512(int64_t rows, int64_t C, const float *x, const float *t, int silu, float *y)
+DPOI_AVX512 static void dpoi_norm_avx512(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu, void *y)
 {
-    if (silu) dpoi_norm_loop_512(rows, C, x, t, 1, y);
-    else      dpoi_norm_loop_512(rows, C, x, t, 0, y);
+    if (type == DPO_F32 && silu) dpoi_norm_loop_512(DPO_F32, rows, C, x, t, 1, y);
+    else if (type == DPO_F32)    dpoi_norm_loop_512(DPO_F32, rows, C, x, t, 0, y);
+    else if (silu)               dpoi_norm_loop_512(DPO_BF16, rows, C, x, t, 1, y);
+    else                         dpoi_norm_loop_512(DPO_BF16, rows, C, x, t, 0, y);
 }
 
 /* dz = dy act'(z), h = d rs: sums [2,C] of dz and of dz h over the rows. */
-DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(int64_t rows, int64_t C, const float *x, const float *dy,
-                                                     const float *t, int silu, float *sums)
+DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(const int type, int64_t rows, int64_t C, const void *x,
+                                                const float *dy, const float *t, int silu, float *sums)
 {
     memset(sums, 0, (size_t)C*2*sizeof *sums);
-    for (int64_t i = 0; i < rows; i++, x += C, dy += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 16) {
-            __m512 d, z = dpoi_norm_z_512(t, C, c, x, &d), dz = dpoi_load_512(dy + c, C - c);
+            __m512 d, z = dpoi_norm_z_512(t, C, c, x, type, i + c, &d), dz = dpoi_load_512(dy + i + c, C - c);
             __m512 h = _mm512_mul_ps(d, dpoi_norm_row_512(t, C, DPOI_NORM_RS, c));
             if (silu) dz = _mm512_mul_ps(dz, dpoi_silu_slope_512(z, 1));
             dpoi_store_512(sums + c, C - c, _mm512_add_ps(dpoi_load_512(sums + c, C - c), dz));
@@ -8866,33 +8965,38 @@ DPOI_AVX512 DPOI_INLINE void dpoi_norm_sums_loop_512(int64_t rows, int64_t C, co
         }
 }
 /* dpoi_rows.norm_sums */
-DPOI_AVX512 static void dpoi_norm_sums_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                              int silu, float *sums)
+DPOI_AVX512 static void dpoi_norm_sums_avx512(int type, int64_t rows, int64_t C, const void *x, const float *dy,
+                                        const float *t, int silu, float *sums)
 {
-    if (silu) dpoi_norm_sums_loop_512(rows, C, x, dy, t, 1, sums);
-    else      dpoi_norm_sums_loop_512(rows, C, x, dy, t, 0, sums);
+    if (type == DPO_F32 && silu) dpoi_norm_sums_loop_512(DPO_F32, rows, C, x, dy, t, 1, sums);
+    else if (type == DPO_F32)    dpoi_norm_sums_loop_512(DPO_F32, rows, C, x, dy, t, 0, sums);
+    else if (silu)               dpoi_norm_sums_loop_512(DPO_BF16, rows, C, x, dy, t, 1, sums);
+    else                         dpoi_norm_sums_loop_512(DPO_BF16, rows, C, x, dy, t, 0, sums);
 }
 
-/* dx = scale dz - k1 - d k2, all [rows,C]. */
-DPOI_AVX512 DPOI_INLINE void dpoi_norm_back_loop_512(int64_t rows, int64_t C, const float *x, const float *dy,
-                                                     const float *t, int silu, float *dx, int add)
+/* dx = scale dz - k1 - d k2, all [rows,C].
+   add is a constant in neither copy: the branch is the same for a whole call and predicted. */
+DPOI_AVX512 DPOI_INLINE void dpoi_norm_back_loop_512(const int type, int64_t rows, int64_t C, const void *x,
+                                                const float *dy, const float *t, int silu, float *dx, int add)
 {
-    for (int64_t i = 0; i < rows; i++, x += C, dy += C, dx += C)
+    for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 16) {
-            __m512 d, z = dpoi_norm_z_512(t, C, c, x, &d), f = dpoi_load_512(dy + c, C - c);
+            __m512 d, z = dpoi_norm_z_512(t, C, c, x, type, i + c, &d), f = dpoi_load_512(dy + i + c, C - c);
             if (silu) f = _mm512_mul_ps(f, dpoi_silu_slope_512(z, 1));
             f = _mm512_mul_ps(f, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c));
             f = _mm512_sub_ps(f, dpoi_norm_row_512(t, C, DPOI_NORM_K1, c));
             f = _mm512_fnmadd_ps(d, dpoi_norm_row_512(t, C, DPOI_NORM_K2, c), f);
-            dpoi_store_512(dx + c, C - c, add ? _mm512_add_ps(dpoi_load_512(dx + c, C - c), f) : f);
+            dpoi_store_512(dx + i + c, C - c, add ? _mm512_add_ps(dpoi_load_512(dx + i + c, C - c), f) : f);
         }
 }
 /* dpoi_rows.norm_back */
-DPOI_AVX512 static void dpoi_norm_back_avx512(int64_t rows, int64_t C, const float *x, const float *dy, const float *t,
-                                              int silu, float *dx, int add)
+DPOI_AVX512 static void dpoi_norm_back_avx512(int type, int64_t rows, int64_t C, const void *x, const float *dy,
+                                        const float *t, int silu, float *dx, int add)
 {
-    if (silu) dpoi_norm_back_loop_512(rows, C, x, dy, t, 1, dx, add);
-    else      dpoi_norm_back_loop_512(rows, C, x, dy, t, 0, dx, add);
+    if (type == DPO_F32 && silu) dpoi_norm_back_loop_512(DPO_F32, rows, C, x, dy, t, 1, dx, add);
+    else if (type == DPO_F32)    dpoi_norm_back_loop_512(DPO_F32, rows, C, x, dy, t, 0, dx, add);
+    else if (silu)               dpoi_norm_back_loop_512(DPO_BF16, rows, C, x, dy, t, 1, dx, add);
+    else                         dpoi_norm_back_loop_512(DPO_BF16, rows, C, x, dy, t, 0, dx, add);
 }
 
 /* dpoi_rows.adamw: four streams in, three out; memory is what it costs.
@@ -9165,17 +9269,28 @@ static void dpoi_geglu_rows(const dpoi_job *j, int64_t from, int64_t to)
         j->cpu->rows.map(DPOI_MAP_GEGLU, D, x, x + D, NULL, NULL, dpoi_a_out(j->a) + r*D, 0);
     }
 }
-/* A row of dx [2D] is da and db side by side, both from b's half of x. */
+/* A row of dx [2D] is da and db side by side, both from b's half of x.
+   Pieces of a row, so that what one of them reads is at hand for the other; x is widened where it is narrow. */
 static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
+    const dpo_view *in = &j->a->in[0];
     int64_t D = dpoi_channels(&j->a->dout);
     int add = dpoi_a_adds(j->a, 0);
-    for (int64_t r = from; r < to; r++) {
-        const float *x = dpoi_a_in(j->a, 0) + r*2*D, *dy = dpoi_a_dout(j->a) + r*D;
-        float *dx = dpoi_a_din(j->a, 0) + r*2*D;
-        j->cpu->rows.map(DPOI_MAP_GEGLU, D, dy, x + D, NULL, NULL, dx, add);
-        j->cpu->rows.map(DPOI_MAP_GEGLU_BACK, D, x, x + D, dy, NULL, dx + D, add);
-    }
+    float tmp[2][1024];
+    for (int64_t r = from; r < to; r++)
+        for (int64_t i = 0; i < D; i += 1024) {
+            int64_t n = dpoi_least(1024, D - i);
+            const float *a = dpoi_a_in(j->a, 0) + r*2*D + i, *b = a + D, *dy = dpoi_a_dout(j->a) + r*D + i;
+            float *dx = dpoi_a_din(j->a, 0) + r*2*D + i;
+            if (in->dtype != DPO_F32) {
+                const uint16_t *x = (const uint16_t *)in->data + r*2*D + i;
+                j->cpu->rows.widen(in->dtype, n, x, tmp[0]);
+                j->cpu->rows.widen(in->dtype, n, x + D, tmp[1]);
+                a = tmp[0];  b = tmp[1];
+            }
+            j->cpu->rows.map(DPOI_MAP_GEGLU, n, dy, b, NULL, NULL, dx, add);
+            j->cpu->rows.map(DPOI_MAP_GEGLU_BACK, n, a, b, dy, NULL, dx + D, add);
+        }
 }
 /* A unit is one row of 2D floats. */
 static int dpoi_cpu_geglu(dpoi_cpu *cpu, const dpo_args *a)
@@ -9734,12 +9849,14 @@ static int dpoi_cpu_embed_backward(dpoi_cpu *cpu, const dpo_args *a)
 typedef struct dpoi_group_norm {
     const dpo_args *a;
     const dpoi_rows *rows;
-    const float *x, *dy, *gamma, *beta;   /* x [N,P,C] */
-    float  *y, *stat;                     /* y: dx in backward;  stat [N,groups,2] */
+    const char *x;                        /* [N,P,C], F32 or BF16, as y in forward */
+    const float *dy, *gamma, *beta;
+    char   *y;                            /* dx, F32, in backward */
+    float  *stat;                         /* [N,groups,2] */
     int64_t N, P, C, G, step, chunks;     /* step rows a chunk */
     double *partial, *total;              /* [N,chunks,2,C], [N,2,C] */
     float  *table, *scratch;              /* [N,DPOI_NORM_ROWS,C], [N,chunks,2,C] */
-    int     silu, add;
+    int     silu, add, type, size;        /* of x: its type, bytes of a number */
 } dpoi_group_norm;
 
 /* Splits work; returns the bytes.
@@ -9762,8 +9879,9 @@ static dpoi_group_norm dpoi_group_norm_of(const dpoi_cpu *cpu, const dpo_args *a
     dpoi_group_norm g;
     memset(&g, 0, sizeof g);
     g.a = a;  g.rows = &cpu->rows;
-    g.x = dpoi_a_in(a, 0);  g.gamma = dpoi_a_in(a, 1);  g.beta = dpoi_a_in(a, 2);  g.dy = dpoi_a_dout(a);
-    g.y = a->backward ? dpoi_a_din(a, 0) : dpoi_a_out(a);
+    g.x = (const char *)x->data;  g.gamma = dpoi_a_in(a, 1);  g.beta = dpoi_a_in(a, 2);  g.dy = dpoi_a_dout(a);
+    g.y = (char *)(a->backward ? a->din[0].data : a->out.data);
+    g.type = x->dtype;  g.size = (int)dpoi_dtype_size(x->dtype);
     g.stat = (float *)a->stat.data;
     g.N = x->shape[0];  g.C = dpoi_channels(x);  g.P = g.C ? dpoi_sample_size(x)/g.C : 0;  g.G = a->p.norm.groups;
     g.step = g.C < DPOI_PIECE ? DPOI_PIECE/(g.C > 0 ? g.C : 1) : 1;
@@ -9787,26 +9905,6 @@ static void dpoi_flush(int64_t n, const float *from, double *to)
     for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
-/* Of a chunk [count,C], for every channel: the sum, then the sum of squares about the chunk's own mean.  The second
-   reading finds the chunk in the cache.
-   Flushing every 64 rows keeps the error of a float sum near that of 64 additions, whatever P is. */
-static void dpoi_group_norm_stats_of(const dpoi_group_norm *g, int64_t u, int64_t count, const float *x)
-{
-    int64_t C = g->C;
-    double *sum = g->partial + u*2*C, *square = sum + C;
-    float *centre = g->scratch + u*2*C, *part = centre + C;
-    memset(sum, 0, (size_t)(2*C)*sizeof *sum);
-    for (int64_t i = 0; i < count; i += DPOI_FLUSH) {
-        g->rows->columns(dpoi_least(DPOI_FLUSH, count - i), C, x + i*C, NULL, part);
-        dpoi_flush(C, part, sum);
-    }
-    for (int64_t c = 0; c < C; c++) centre[c] = (float)(sum[c]/(double)count);
-    for (int64_t i = 0; i < count; i += DPOI_FLUSH) {
-        g->rows->columns(dpoi_least(DPOI_FLUSH, count - i), C, x + i*C, centre, part);
-        dpoi_flush(C, part, square);
-    }
-}
-
 /* Chunk u = (n, chunk) of x: where it starts in numbers; *count rows. */
 static int64_t dpoi_group_norm_at(const dpoi_group_norm *g, int64_t u, int64_t *count)
 {
@@ -9815,23 +9913,25 @@ static int64_t dpoi_group_norm_at(const dpoi_group_norm *g, int64_t u, int64_t *
     return (u/g->chunks*g->P + first)*g->C;
 }
 
-/* A chunk of narrow numbers is widened on the stack, 64 KiB at most: for its statistics, or for y. */
-static void dpoi_group_norm_narrow(const dpoi_group_norm *g, int64_t u, int apply)
-{
-    float tmp[DPOI_PIECE];
-    int64_t count, at = dpoi_group_norm_at(g, u, &count);
-    g->rows->widen(g->a->in[0].dtype, count*g->C, (const uint16_t *)g->a->in[0].data + at, tmp);
-    if (!apply) { dpoi_group_norm_stats_of(g, u, count, tmp);  return; }
-    g->rows->norm(count, g->C, tmp, g->table + u/g->chunks*DPOI_NORM_ROWS*g->C, g->silu, tmp);
-    g->rows->narrow(g->a->out.dtype, count*g->C, tmp, (uint16_t *)g->a->out.data + at);
-}
-
+/* Of a chunk [count,C], for every channel: the sum, then the sum of squares about the chunk's own mean.  The second
+   reading finds the chunk in the cache.
+   Flushing every 64 rows keeps the error of a float sum near that of 64 additions, whatever P is. */
 static void dpoi_group_norm_stats(void *arg, int64_t u)                     /* u = (n, chunk) */
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
-    int64_t count, at = dpoi_group_norm_at(g, u, &count);
-    if (g->a->in[0].dtype != DPO_F32) dpoi_group_norm_narrow(g, u, 0);
-    else dpoi_group_norm_stats_of(g, u, count, g->x + at);
+    int64_t C = g->C, count, at = dpoi_group_norm_at(g, u, &count);
+    double *sum = g->partial + u*2*C, *square = sum + C;
+    float *centre = g->scratch + u*2*C, *part = centre + C;
+    memset(sum, 0, (size_t)(2*C)*sizeof *sum);
+    for (int64_t i = 0; i < count; i += DPOI_FLUSH) {
+        g->rows->columns(g->type, dpoi_least(DPOI_FLUSH, count - i), C, g->x + (at + i*C)*g->size, NULL, part);
+        dpoi_flush(C, part, sum);
+    }
+    for (int64_t c = 0; c < C; c++) centre[c] = (float)(sum[c]/(double)count);
+    for (int64_t i = 0; i < count; i += DPOI_FLUSH) {
+        g->rows->columns(g->type, dpoi_least(DPOI_FLUSH, count - i), C, g->x + (at + i*C)*g->size, centre, part);
+        dpoi_flush(C, part, square);
+    }
 }
 
 /* What the loops want to know of the channels of one group, see DPOI_NORM_MEAN.
@@ -9877,8 +9977,8 @@ static void dpoi_group_norm_apply(void *arg, int64_t u)                     /* u
 {
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
     int64_t count, at = dpoi_group_norm_at(g, u, &count);
-    if (g->a->in[0].dtype != DPO_F32) dpoi_group_norm_narrow(g, u, 1);
-    else g->rows->norm(count, g->C, g->x + at, g->table + u/g->chunks*DPOI_NORM_ROWS*g->C, g->silu, g->y + at);
+    g->rows->norm(g->type, count, g->C, g->x + at*g->size, g->table + u/g->chunks*DPOI_NORM_ROWS*g->C, g->silu,
+                  g->y + at*g->size);
 }
 
 /* dz = dy act'(z), h = (x - mean) rs: sums of dz and dz h for every channel.
@@ -9892,7 +9992,7 @@ static void dpoi_group_norm_sums(void *arg, int64_t u)                      /* u
     float *part = g->scratch + u*2*C;
     memset(sum, 0, (size_t)(2*C)*sizeof *sum);
     for (int64_t i = 0; i < count; i += DPOI_FLUSH) {
-        g->rows->norm_sums(dpoi_least(DPOI_FLUSH, count - i), C, g->x + at + i*C, g->dy + at + i*C,
+        g->rows->norm_sums(g->type, dpoi_least(DPOI_FLUSH, count - i), C, g->x + (at + i*C)*g->size, g->dy + at + i*C,
                            g->table + n*DPOI_NORM_ROWS*C, g->silu, part);
         dpoi_flush(2*C, part, sum);
     }
@@ -9928,8 +10028,8 @@ static void dpoi_group_norm_apply_backward(void *arg, int64_t u)            /* u
     const dpoi_group_norm *g = (const dpoi_group_norm *)arg;
     int64_t n = u/g->chunks, first = u % g->chunks*g->step, at = (n*g->P + first)*g->C;
     if (!g->y) return;                    /* only the parameters' gradients are wanted */
-    g->rows->norm_back(dpoi_least(g->step, g->P - first), g->C, g->x + at, g->dy + at, g->table + n*DPOI_NORM_ROWS*g->C,
-                       g->silu, g->y + at, g->add);
+    g->rows->norm_back(g->type, dpoi_least(g->step, g->P - first), g->C, g->x + at*g->size, g->dy + at,
+                       g->table + n*DPOI_NORM_ROWS*g->C, g->silu, (float *)(void *)g->y + at, g->add);
 }
 
 /* A whole sample, for samples that stay in a core's cache between the readings; the same sums in the same order. */
@@ -10040,17 +10140,25 @@ static size_t dpoi_cpu_layer_norm_workspace(const dpoi_cpu *cpu, const dpo_args 
 /* Rows of narrow numbers up to this length are widened one by one; longer ones with the whole tensor. */
 enum { DPOI_NARROW_ROW = 4096 };
 
+/* Row r of x, in tmp if it is narrow. */
+static const float *dpoi_layer_norm_row(const dpoi_job *j, int64_t r, int64_t C, float *tmp)
+{
+    const dpo_view *in = &j->a->in[0];
+    if (in->dtype == DPO_F32) return (const float *)in->data + r*C;
+    j->cpu->rows.widen(in->dtype, C, (const uint16_t *)in->data + r*C, tmp);
+    return tmp;
+}
+
 /* A row is short enough to be read three times: mean, squares about it, result. */
 static void dpoi_layer_norm_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_layer_norm *g = (const dpoi_layer_norm *)j->more;
     const dpoi_rows *rows = &j->cpu->rows;
-    const dpo_view *in = &j->a->in[0], *out = &j->a->out;
+    const dpo_view *out = &j->a->out;
     float *stat = (float *)j->a->stat.data, s[2], tmp[DPOI_NARROW_ROW];
     int narrow = out->dtype != DPO_F32;
     for (int64_t r = from; r < to; r++) {
-        const float *x = narrow ? tmp : dpoi_a_in(j->a, 0) + r*g->C;
-        if (narrow) rows->widen(in->dtype, g->C, (const uint16_t *)in->data + r*g->C, tmp);
+        const float *x = dpoi_layer_norm_row(j, r, g->C, tmp);
         s[0] = (float)(rows->sum(DPO_NONE, g->C, x, NULL, NULL, NULL)/(double)g->C);
         s[1] = (float)(1/sqrt(rows->sum(DPOI_MAP_SQUARE, g->C, x, NULL, NULL, s)/(double)g->C + j->a->p.norm.eps));
         rows->map(DPOI_MAP_NORM, g->C, x, g->gamma, g->beta, s, narrow ? tmp : dpoi_a_out(j->a) + r*g->C, 0);
@@ -10069,10 +10177,10 @@ static int dpoi_cpu_layer_norm(dpoi_cpu *cpu, const dpo_args *a)
 
 /* dx = rs (gamma dy - <gamma dy> - h <gamma dy h>), <.> the mean over the row.
    dx = s1 (b c - s2 - (a - s0) s1 s3) with a = x, b = dy, c = gamma: DPOI_MAP_NORM_BACK. */
-static void dpoi_layer_norm_dx(const dpoi_job *j, const dpoi_layer_norm *g, int64_t r)
+static void dpoi_layer_norm_dx(const dpoi_job *j, const dpoi_layer_norm *g, int64_t r, const float *x)
 {
     const dpoi_rows *rows = &j->cpu->rows;
-    const float *x = dpoi_a_in(j->a, 0) + r*g->C, *dy = dpoi_a_dout(j->a) + r*g->C;
+    const float *dy = dpoi_a_dout(j->a) + r*g->C;
     const float *stat = (const float *)j->a->stat.data + r*2;
     float s[4];
     s[0] = stat[0];  s[1] = stat[1];
@@ -10090,11 +10198,11 @@ static void dpoi_layer_norm_rows_backward(const dpoi_job *j, int64_t from, int64
     const float *stat = (const float *)j->a->stat.data;
     int64_t C = g->C, chunk = from/g->step;
     double *sum = g->partial ? g->partial + chunk*2*C : NULL;
-    float *part = g->partial ? g->scratch + chunk*2*C : NULL;
+    float *part = g->partial ? g->scratch + chunk*2*C : NULL, tmp[DPOI_NARROW_ROW];
     if (g->partial) memset(sum, 0, (size_t)(2*C)*sizeof *sum);
     for (int64_t r = from; r < to; r++) {
-        const float *x = dpoi_a_in(j->a, 0) + r*C, *dy = dpoi_a_dout(j->a) + r*C;
-        if (j->a->din[0].data) dpoi_layer_norm_dx(j, g, r);
+        const float *dy = dpoi_a_dout(j->a) + r*C, *x = dpoi_layer_norm_row(j, r, C, tmp);
+        if (j->a->din[0].data) dpoi_layer_norm_dx(j, g, r, x);
         if (!g->partial) continue;
         j->cpu->rows.map(DPOI_MAP_NORM_DH, C, x, dy, NULL, stat + r*2, part, (r - from) % DPOI_FLUSH != 0);
         j->cpu->rows.map(DPO_NONE, C, dy, NULL, NULL, NULL, part + C, (r - from) % DPOI_FLUSH != 0);
@@ -13320,7 +13428,7 @@ static void dpoi_sums_task(void *arg, int64_t i)
 {
     const dpoi_sums *p = (const dpoi_sums *)arg;
     int64_t n = i/p->chunks, from = i % p->chunks*DPOI_SUMS, rows = dpoi_least(DPOI_SUMS, p->P - from);
-    p->cpu->rows.columns(rows, p->O, p->dy + (n*p->P + from)*p->O, NULL, p->sums + i*p->O);
+    p->cpu->rows.columns(DPO_F32, rows, p->O, p->dy + (n*p->P + from)*p->O, NULL, p->sums + i*p->O);
 }
 
 /* Chunks in order, then samples in order, in double. */
@@ -13527,6 +13635,7 @@ typedef struct dpoi_attention {
     const float *q, *k, *v, *o, *dout;
     float  *y, *lse, *work, *dq, *dk, *dv;
     float  *scratch, *delta;              /* in work: of the jobs, and delta [N,heads,T] */
+    const float *far[4];                  /* q, k, v and do by head [N,heads,T or S,d], those that go by */
     unsigned add;
     dpoi_cpu *cpu;
     int64_t length, jobs;                 /* length: of the axis that units are cut from */
@@ -13662,35 +13771,22 @@ static void dpoi_plain_dkv_task(void *arg, int64_t task)
 enum { DPOI_LANES = DPOI_TILE_PANELS*DPOI_PANEL, DPOI_FAR = 96 };
 
 /* One block of scores.  With causal, a lane sees row j if lane >= j + offset (lanes are queries) or lane <= j + offset.
-   In forward s becomes p = exp(s - most); most and sum run along over the blocks. */
+   In forward s becomes p = exp(s - most) = 2^(s log2 e - most); sum runs along over the blocks, and so does most, which
+   is the largest score up to a factor of 2^16: floats have the same digits at 2^16 as at 1, and what was summed seldom
+   has to shrink. */
 typedef struct dpoi_scores {
     int64_t rows, lanes, offset;          /* lanes: a multiple of 16 */
     int     causal;
     float   scale;
     float  *s, *ds;                       /* [rows][48] */
-    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_avx512 */
+    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_avx512; most over ln 2 */
     const float *lse, *delta;             /* backward: a lane each, or */
     int     by_row;                       /* a row each */
 } dpoi_scores;
 
 #ifdef DPOI_SIMD_X86
 
-/* exp(x) = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2, e^r by its Taylor series to r^6/720 in Horner's form: the
-   relative error stays below 3e-7.  ln 2 is taken off in two parts, the first of which is exact in n*ln 2. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_score_avx512(__m512 x)
-{
-    x = _mm512_max_ps(_mm512_set1_ps(-100), _mm512_min_ps(_mm512_set1_ps(88.7f), x));     /* in this order NaN stays */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), e = _mm512_set1_ps(1/720.0f);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/120.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/24.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1/6.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.5f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1));
-    return _mm512_scalef_ps(e, n);
-}
+enum { DPOI_SCORE_ROOM = 16 };            /* powers of two that a score may lie above `most` */
 
 /* The lanes o..o+15 that see row j.
    A mask instead of a score of minus infinity: masked lanes stay out of the maximum as well. */
@@ -13702,64 +13798,69 @@ DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_seen_avx512(const dpoi_scores *t, int64_t
     return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
 }
 
-/* most' = max(most, scale max s),  shrink = exp(most - most'),  sum' = sum shrink + sum_j exp(scale
-   s[j] - most'). The largest score is found before scaling, which is positive.  In the first block
-   most is minus infinity and shrink exp(-100), times a sum of 0. */
-DPOI_AVX512 static void dpoi_scores_forward_avx512(const dpoi_scores *t)
+/* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
+   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where they
+   are minus infinity: shrink is 0 there, times a sum of 0. */
+DPOI_AVX512 static int dpoi_scores_forward_avx512(const dpoi_scores *t)
 {
-    __m512 scale = _mm512_set1_ps(t->scale), low = _mm512_set1_ps(-INFINITY);
+    const __m512 scale = _mm512_set1_ps(t->scale*DPOI_LOG2E), one = _mm512_set1_ps(1);
+    __mmask16 any = 0;
     for (int64_t o = 0; o < t->lanes; o += 16) {
-        __m512 old = _mm512_loadu_ps(t->most + o), most = low, sum = _mm512_setzero_ps(), shrink;
-        for (int64_t j = 0; j < t->rows; j++) {
-            __mmask16 k = dpoi_seen_avx512(t, j, o, 1);
-            most = _mm512_mask_max_ps(most, k, most, _mm512_loadu_ps(t->s + j*DPOI_LANES + o));
-        }
-        most = _mm512_max_ps(old, _mm512_mul_ps(most, scale));
+        __m512 old = _mm512_loadu_ps(t->most + o), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), shrink;
+        __mmask16 far;
+        for (int64_t j = 0; j < t->rows; j++)
+            most = _mm512_mask_max_ps(most, dpoi_seen_avx512(t, j, o, 1), most,
+                                      _mm512_loadu_ps(t->s + j*DPOI_LANES + o));
+        most = _mm512_mul_ps(most, scale);              /* positive */
+        far = _mm512_cmp_ps_mask(most, _mm512_add_ps(old, _mm512_set1_ps(DPOI_SCORE_ROOM)), _CMP_GT_OQ);
+        most = _mm512_mask_mov_ps(old, far, most);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o;
-            __m512 p = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, most));
+            __m512 p = dpoi_exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, most));
             p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, 1), p);
             sum = _mm512_add_ps(sum, p);
             _mm512_storeu_ps(s, p);
         }
-        shrink = dpoi_exp_score_avx512(_mm512_sub_ps(old, most));
+        shrink = _mm512_mask_mov_ps(one, far, dpoi_exp2_512(_mm512_sub_ps(old, most)));
         _mm512_storeu_ps(t->shrink + o, shrink);
         _mm512_storeu_ps(t->most + o, most);
         _mm512_storeu_ps(t->sum + o, _mm512_fmadd_ps(_mm512_loadu_ps(t->sum + o), shrink, sum));
+        any |= far;
     }
+    return any != 0;
 }
 
 /* s becomes p, ds (which held do.v) becomes scale ds.
    lse makes the softmax known at once: no maximum, no second pass. */
 DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
 {
-    __m512 scale = _mm512_set1_ps(t->scale);
-    for (int64_t j = 0; j < t->rows; j++)
-        for (int64_t o = 0; o < t->lanes; o += 16) {
+    const __m512 scale = _mm512_set1_ps(t->scale), log2e = _mm512_set1_ps(DPOI_LOG2E), power = _mm512_mul_ps(scale, log2e);
+    for (int64_t o = 0; o < t->lanes; o += 16) {
+        __m512 lse = _mm512_setzero_ps(), delta = lse;
+        if (!t->by_row) { lse = _mm512_mul_ps(_mm512_loadu_ps(t->lse + o), log2e);  delta = _mm512_loadu_ps(t->delta + o); }
+        for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
-            __m512 lse   = t->by_row ? _mm512_set1_ps(t->lse[j])   : _mm512_loadu_ps(t->lse + o);
-            __m512 delta = t->by_row ? _mm512_set1_ps(t->delta[j]) : _mm512_loadu_ps(t->delta + o);
-            __m512 p = dpoi_exp_score_avx512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, lse));
+            __m512 p;
+            if (t->by_row) { lse = _mm512_set1_ps(t->lse[j]*DPOI_LOG2E);  delta = _mm512_set1_ps(t->delta[j]); }
+            p = dpoi_exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s), power, lse));
             p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, !t->by_row), p);
             _mm512_storeu_ps(s, p);
             _mm512_storeu_ps(ds, _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(_mm512_loadu_ps(ds), delta)));
         }
+    }
 }
 
-/* The same series; 2^n is put together from its bits, so that n must stay within -126..127, hence the
-   tighter bounds. */
+/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's; 2^n is put together from its bits, so
+   that n must stay within -126..127.  In this order of max and min a NaN stays. */
 DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_score_avx2(__m256 x)
 {
-    x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), x));
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), 8);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x), e = _mm256_set1_ps(1/720.0f);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1/120.0f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1/24.0f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1/6.0f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.5f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1));
+    x = _mm256_max_ps(_mm256_set1_ps(-126), _mm256_min_ps(_mm256_set1_ps(127), x));
+    __m256 n = _mm256_round_ps(x, 8), r = _mm256_sub_ps(x, n), e = _mm256_set1_ps(0.00132764818f);
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.00967554562f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.0555071346f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.240221202f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.693146944f));
+    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1.00000012f));
     __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(e, _mm256_castsi256_ps(power));
 }
@@ -13776,16 +13877,19 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_seen_avx2(const dpoi_scores *t, int64_t j, int
 }
 
 /* As for AVX-512, 8 lanes at a time, with masks as vectors. */
-DPOI_AVX2 static void dpoi_scores_forward_avx2(const dpoi_scores *t)
+DPOI_AVX2 static int dpoi_scores_forward_avx2(const dpoi_scores *t)
 {
-    __m256 scale = _mm256_set1_ps(t->scale), low = _mm256_set1_ps(-INFINITY);
+    const __m256 scale = _mm256_set1_ps(t->scale*DPOI_LOG2E), one = _mm256_set1_ps(1), low = _mm256_set1_ps(-INFINITY);
+    int any = 0;
     for (int64_t o = 0; o < t->lanes; o += 8) {
-        __m256 old = _mm256_loadu_ps(t->most + o), most = low, sum = _mm256_setzero_ps(), shrink;
+        __m256 old = _mm256_loadu_ps(t->most + o), most = low, sum = _mm256_setzero_ps(), shrink, far;
         for (int64_t j = 0; j < t->rows; j++) {
             __m256 k = dpoi_seen_avx2(t, j, o, 1);
             most = _mm256_max_ps(most, _mm256_blendv_ps(low, _mm256_loadu_ps(t->s + j*DPOI_LANES + o), k));
         }
-        most = _mm256_max_ps(old, _mm256_mul_ps(most, scale));
+        most = _mm256_mul_ps(most, scale);
+        far = _mm256_cmp_ps(most, _mm256_add_ps(old, _mm256_set1_ps(DPOI_SCORE_ROOM)), _CMP_GT_OQ);
+        most = _mm256_blendv_ps(old, most, far);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o;
             __m256 p = dpoi_exp_score_avx2(_mm256_fmsub_ps(_mm256_loadu_ps(s), scale, most));
@@ -13793,41 +13897,46 @@ DPOI_AVX2 static void dpoi_scores_forward_avx2(const dpoi_scores *t)
             sum = _mm256_add_ps(sum, p);
             _mm256_storeu_ps(s, p);
         }
-        shrink = dpoi_exp_score_avx2(_mm256_sub_ps(old, most));
+        shrink = _mm256_blendv_ps(one, dpoi_exp_score_avx2(_mm256_sub_ps(old, most)), far);
         _mm256_storeu_ps(t->shrink + o, shrink);
         _mm256_storeu_ps(t->most + o, most);
         _mm256_storeu_ps(t->sum + o, _mm256_fmadd_ps(_mm256_loadu_ps(t->sum + o), shrink, sum));
+        any |= _mm256_movemask_ps(far);
     }
+    return any;
 }
 
 /* As for AVX-512. */
 DPOI_AVX2 static void dpoi_scores_backward_avx2(const dpoi_scores *t)
 {
-    __m256 scale = _mm256_set1_ps(t->scale);
-    for (int64_t j = 0; j < t->rows; j++)
-        for (int64_t o = 0; o < t->lanes; o += 8) {
+    const __m256 scale = _mm256_set1_ps(t->scale), log2e = _mm256_set1_ps(DPOI_LOG2E), power = _mm256_mul_ps(scale, log2e);
+    for (int64_t o = 0; o < t->lanes; o += 8) {
+        __m256 lse = _mm256_setzero_ps(), delta = lse;
+        if (!t->by_row) { lse = _mm256_mul_ps(_mm256_loadu_ps(t->lse + o), log2e);  delta = _mm256_loadu_ps(t->delta + o); }
+        for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
-            __m256 lse   = t->by_row ? _mm256_set1_ps(t->lse[j])   : _mm256_loadu_ps(t->lse + o);
-            __m256 delta = t->by_row ? _mm256_set1_ps(t->delta[j]) : _mm256_loadu_ps(t->delta + o);
-            __m256 p = dpoi_exp_score_avx2(_mm256_fmsub_ps(_mm256_loadu_ps(s), scale, lse));
+            __m256 p;
+            if (t->by_row) { lse = _mm256_set1_ps(t->lse[j]*DPOI_LOG2E);  delta = _mm256_set1_ps(t->delta[j]); }
+            p = dpoi_exp_score_avx2(_mm256_fmsub_ps(_mm256_loadu_ps(s), power, lse));
             p = _mm256_and_ps(dpoi_seen_avx2(t, j, o, !t->by_row), p);
             _mm256_storeu_ps(s, p);
             _mm256_storeu_ps(ds, _mm256_mul_ps(_mm256_mul_ps(p, scale), _mm256_sub_ps(_mm256_loadu_ps(ds), delta)));
         }
+    }
 }
 #endif /* DPOI_SIMD_X86 */
 
-/* Plain C never comes here: it has functions of its own. */
-static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
+/* Plain C never comes here: it has functions of its own.  In forward, whether anything has to shrink. */
+static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
 {
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512 && backward) dpoi_scores_backward_avx512(t);
-    else if (cpu->isa >= DPO_ISA_AVX512)        dpoi_scores_forward_avx512(t);
-    else if (backward)                          dpoi_scores_backward_avx2(t);
-    else                                        dpoi_scores_forward_avx2(t);
+    if (!backward) return cpu->isa >= DPO_ISA_AVX512 ? dpoi_scores_forward_avx512(t) : dpoi_scores_forward_avx2(t);
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_scores_backward_avx512(t);
+    else                            dpoi_scores_backward_avx2(t);
 #else
     (void)cpu;  (void)t;  (void)backward;
 #endif
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------ units
@@ -13839,7 +13948,7 @@ static void dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backw
 /* wide is a multiple of 16; the lanes behind `lanes` compute on zeros and are not stored. */
 typedef struct dpoi_unit {
     int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
-    int64_t across_at, across;                /* offset of the other axis' first row, how many rows */
+    int64_t across_at;                    /* offset of the other axis' first row in far */
     float  *s, *ds;                       /* [96][48] */
     float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
 } dpoi_unit;
@@ -13855,8 +13964,7 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
     u.wide   = (panels*(i + 1)/units - panel)*DPOI_PANEL;
     u.lanes  = dpoi_least(u.wide, length - panel*DPOI_PANEL);
     u.at     = (n*length + panel*DPOI_PANEL)*g->D + slice;
-    u.across = across;
-    u.across_at = n*across*g->D + slice;
+    u.across_at = head*across*g->d;
     u.s = work;                          u.ds    = u.s + DPOI_FAR*DPOI_LANES;
     u.pack = u.ds + DPOI_FAR*DPOI_LANES; u.pack2 = u.pack + size;
     u.to = u.pack2 + size;               u.to2   = u.to + size;
@@ -13880,10 +13988,9 @@ static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const f
 {
     dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
     for (int64_t lane = 0; lane < u->lanes; lane++) {
-        const float *x = u->pack + lane*g->d;
-        float *row = y + u->at + lane*g->D, f = factor ? factor[lane] : 1;
-        if (add) for (int64_t c = 0; c < g->d; c++) row[c] += f*x[c];
-        else     for (int64_t c = 0; c < g->d; c++) row[c] = f*x[c];
+        float s[2];
+        s[0] = factor ? factor[lane] : 1;  s[1] = 0;
+        g->cpu->rows.map(DPOI_MAP_AFFINE, g->d, u->pack + lane*g->d, NULL, NULL, s, y + u->at + lane*g->D, add);
     }
 }
 
@@ -13892,9 +13999,9 @@ static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const 
                              int64_t from, int64_t rows, float *s)
 {
     dpoi_block_product p;
-    p.a = x + u->across_at + from*g->D;  p.b = pack;  p.from = NULL;  p.to = s;
+    p.a = x + u->across_at + from*g->d;  p.b = pack;  p.from = NULL;  p.to = s;
     p.rows = rows;  p.width = u->wide;  p.len = g->d;
-    p.a_row = g->D;  p.a_step = 1;  p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = DPOI_LANES;
+    p.a_row = g->d;  p.a_step = 1;  p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &p);
 }
 
@@ -13904,13 +14011,13 @@ static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const flo
                           int64_t rows, float *to, int add)
 {
     dpoi_block_product b;
-    b.a = x + u->across_at + from*g->D;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
+    b.a = x + u->across_at + from*g->d;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
     b.rows = g->d;  b.width = u->wide;  b.len = rows;
-    b.a_row = 1;  b.a_step = g->D;  b.b_step = DPOI_LANES;  b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
+    b.a_row = 1;  b.a_step = g->d;  b.b_step = DPOI_LANES;  b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &b);
 }
 
-/* One pass over the keys: whenever a block raises a query's largest score, what it has summed shrinks to match.
+/* One pass over the keys: where a block raises a query's largest score far, what it has summed shrinks to match.
    y = to / sum at the end.  causal: keys behind the unit's last query are not even looked at. */
 static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
@@ -13926,14 +14033,14 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->k, u.pack, k0, t.rows, u.s);
-        dpoi_scores_run(g->cpu, &t, 0);
-        for (int64_t c = 0; k0 && c < g->d; c++)
-            for (int64_t lane = 0; lane < DPOI_LANES; lane++) u.to[c*DPOI_LANES + lane] *= shrink[lane];
-        dpoi_unit_mix(g, &u, g->v, u.s, k0, t.rows, u.to, k0 > 0);
+        dpoi_unit_scores(g, &u, g->far[1], u.pack, k0, t.rows, u.s);
+        if (dpoi_scores_run(g->cpu, &t, 0) && k0)
+            for (float *to = u.to; to < u.to + g->d*DPOI_LANES; to += DPOI_LANES)
+                g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u.wide, to, shrink, NULL, NULL, to, 0);
+        dpoi_unit_mix(g, &u, g->far[2], u.s, k0, t.rows, u.to, k0 > 0);
     }
     for (int64_t lane = 0; lane < u.lanes; lane++) {
-        if (g->lse) g->lse[head*g->T + first + lane] = most[lane] + logf(sum[lane]);
+        if (g->lse) g->lse[head*g->T + first + lane] = most[lane]/DPOI_LOG2E + logf(sum[lane]);
         sum[lane] = 1/sum[lane];
     }
     dpoi_unit_store(g, &u, u.to, sum, g->y, 0);
@@ -13958,10 +14065,10 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->k, u.pack, k0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->v, u.pack2, k0, t.rows, u.ds);
+        dpoi_unit_scores(g, &u, g->far[1], u.pack, k0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->far[2], u.pack2, k0, t.rows, u.ds);
         dpoi_scores_run(g->cpu, &t, 1);
-        dpoi_unit_mix(g, &u, g->k, u.ds, k0, t.rows, u.to, k0 > 0);
+        dpoi_unit_mix(g, &u, g->far[1], u.ds, k0, t.rows, u.to, k0 > 0);
     }
     dpoi_unit_store(g, &u, u.to, NULL, g->dq, (int)(g->add & 1));
 }
@@ -13982,11 +14089,11 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
         t.rows = dpoi_least(DPOI_FAR, g->T - q0);
         t.offset = q0 - first;
         t.lse = g->lse + head*g->T + q0;  t.delta = g->delta + head*g->T + q0;
-        dpoi_unit_scores(g, &u, g->q, u.pack, q0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->dout, u.pack2, q0, t.rows, u.ds);
+        dpoi_unit_scores(g, &u, g->far[0], u.pack, q0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->far[3], u.pack2, q0, t.rows, u.ds);
         dpoi_scores_run(g->cpu, &t, 1);
-        if (g->dk) dpoi_unit_mix(g, &u, g->q, u.ds, q0, t.rows, u.to, q0 > start);
-        if (g->dv) dpoi_unit_mix(g, &u, g->dout, u.s, q0, t.rows, u.to2, q0 > start);
+        if (g->dk) dpoi_unit_mix(g, &u, g->far[0], u.ds, q0, t.rows, u.to, q0 > start);
+        if (g->dv) dpoi_unit_mix(g, &u, g->far[3], u.s, q0, t.rows, u.to2, q0 > start);
     }
     if (g->dk) dpoi_unit_store(g, &u, u.to, NULL, g->dk, (int)(g->add >> 1 & 1));
     if (g->dv) dpoi_unit_store(g, &u, u.to2, NULL, g->dv, (int)(g->add >> 2 & 1));
@@ -14044,7 +14151,7 @@ static void dpoi_attention_delta_task(void *arg, int64_t head)
     }
 }
 
-/* Floats of scratch: each job's, and for backward delta.
+/* Floats of scratch: each job's, copies of what goes by, and for backward delta.
    Jobs and scratch follow from the shapes. */
 static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 {
@@ -14052,8 +14159,45 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
     g->jobs = dpoi_attention_jobs(g);
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
+    for (int i = backward ? 0 : 1; i < (backward ? 4 : 3) && g->heads > 1; i++) {
+        if (g->work) g->far[i] = g->work + size;
+        size += g->N*(i == 1 || i == 2 ? g->S : g->T)*g->D;
+    }
     if (g->work && backward) g->delta = g->work + size;
     return size + (backward ? g->N*g->heads*g->T : 0);
+}
+
+/* Rows i.. of sample n of one tensor [N,length,D], by head: a head's rows lie D apart there, so that it would take a
+   page every few rows, and lines of which it uses a part. */
+enum { DPOI_FAR_ROWS = 64 };
+typedef struct dpoi_far {
+    const dpoi_attention *g;
+    const float *x;
+    float  *to;
+    int64_t length;
+} dpoi_far;
+static void dpoi_far_task(void *arg, int64_t task)
+{
+    const dpoi_far *f = (const dpoi_far *)arg;
+    const dpoi_attention *g = f->g;
+    int64_t blocks = dpoi_pieces(f->length, DPOI_FAR_ROWS), n = task/blocks, first = task % blocks*DPOI_FAR_ROWS;
+    for (int64_t i = first; i < dpoi_least(f->length, first + DPOI_FAR_ROWS); i++)
+        for (int64_t h = 0; h < g->heads; h++)
+            memcpy(f->to + ((n*g->heads + h)*f->length + i)*g->d, f->x + (n*f->length + i)*g->D + h*g->d,
+                   (size_t)g->d*sizeof(float));
+}
+
+/* Fills g->far; a single head lies there already. */
+static void dpoi_far_run(dpoi_attention *g)
+{
+    const float *x[4];
+    x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
+    for (int i = 0; i < 4; i++) {
+        dpoi_far f;
+        if (!g->far[i]) { g->far[i] = x[i];  continue; }
+        f.g = g;  f.x = x[i];  f.to = (float *)g->far[i];  f.length = i == 1 || i == 2 ? g->S : g->T;
+        dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, DPOI_FAR_ROWS), dpoi_far_task, &f);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
@@ -14690,6 +14834,7 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
         return DPO_OK;
     }
     dpoi_attention_layout(&g, 0);
+    dpoi_far_run(&g);
     dpoi_attention_run(&g, g.T, dpoi_attention_unit);
     return DPO_OK;
 }
@@ -14714,6 +14859,7 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
         return DPO_OK;
     }
     dpoi_attention_layout(&g, 1);
+    dpoi_far_run(&g);
     dpoi_parallel(cpu, heads, dpoi_attention_delta_task, &g);
     if (g.dq) dpoi_attention_run(&g, g.T, dpoi_attention_dq_unit);
     if (g.dk || g.dv) dpoi_attention_run(&g, g.S, dpoi_attention_dkv_unit);
@@ -14783,14 +14929,15 @@ static int dpoi_narrow_view(const dpo_view *v)
 static int dpoi_kept_narrow(const dpoi_cpu *cpu, const dpo_args *a, const dpo_args *w, const dpo_view *v)
 {
     int same = a->in[0].dtype == a->out.dtype && (!a->in[1].data || a->in[1].dtype == a->out.dtype);
+    if (a->op == DPO_OP_GEGLU && a->backward) return v == &w->in[0];
     if (a->op == DPO_OP_CONCAT || a->op == DPO_OP_SLICE || a->op == DPO_OP_UPSAMPLE || a->op == DPO_OP_GEGLU)
         return !a->backward && same;
-    if (a->op == DPO_OP_LAYER_NORM)
-        return !a->backward && a->in[0].dtype == a->out.dtype && dpoi_channels(&a->in[0]) <= DPOI_NARROW_ROW &&
-               (v == &w->in[0] || v == &w->out);
-    if (a->op == DPO_OP_GROUP_NORM)
-        return !a->backward && a->in[0].dtype == a->out.dtype && dpoi_channels(&a->in[0]) <= DPOI_PIECE &&
-               (v == &w->in[0] || v == &w->out);
+    if (a->op == DPO_OP_LAYER_NORM || a->op == DPO_OP_GROUP_NORM) {
+        int here = v == &w->in[0] || (v == &w->out && !a->backward);
+        if (a->op == DPO_OP_LAYER_NORM && dpoi_channels(&a->in[0]) > DPOI_NARROW_ROW) return 0;
+        if (a->op == DPO_OP_GROUP_NORM && a->in[0].dtype != DPO_BF16) return 0;
+        return here && (a->backward || a->in[0].dtype == a->out.dtype);
+    }
     if (a->op == DPO_OP_ATTENTION) return v->dtype == DPO_BF16 && dpoi_attention_rounds(cpu, a);
     return a->op == DPO_OP_CONV && v->dtype == DPO_BF16 && dpoi_conv_rounds(cpu, a) &&
            (v == &w->in[0] || v == &w->in[1] || v == &w->in[4] || (v == &w->out && !a->backward));
