@@ -11603,7 +11603,8 @@ enum {
     DPOI_TILE_SIZE = 512,                 /* numbers in a tile of BF16 */
     DPOI_AMX_ROWS  = 32,                  /* pixels of one block: two tiles */
     DPOI_AMX_WIDE  = 32,                  /* channels of one block: two panels */
-    DPOI_AMX_JOB   = 40000000             /* multiplications and additions that are worth a job */
+    DPOI_AMX_JOB   = 40000000,            /* multiplications and additions that are worth a job */
+    DPOI_AMX_SMALL = 6000000              /* and one whose weights wait in the cache */
 };
 
 /* Palette 1, all eight tiles 16 rows of 64 bytes.  Rows and columns that a block does not have are zeros. */
@@ -11876,9 +11877,10 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
         t->ranges = dpoi_pieces(steps, t->range);
         if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
     }
-    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
-    jobs = dpoi_least(DPOI_AMX_JOBS, worth);
+    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O;
+    jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_SMALL/1024) + 1);
     t->kept = tiles <= DPOI_AMX_WHOLE && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
+    if (!t->kept) jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_JOB/1024) + 1);
     most = dpoi_least(dpoi_most(DPOI_AMX_HELD/(t->range*2*DPOI_TILE_K*(t->f[0].way == DPOI_AMX_TILED ? s->kh*s->kw : 1)),
                       128), 512);
     t->blocks = t->kept ? jobs : dpoi_pieces(t->slots, most);
