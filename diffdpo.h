@@ -12251,7 +12251,8 @@ enum {
     DPOI_TILE_SIZE = 512,                 /* numbers in a tile of BF16 */
     DPOI_AMX_ROWS  = 32,                  /* pixels of one block: two tiles */
     DPOI_AMX_WIDE  = 32,                  /* channels of one block: two panels */
-    DPOI_AMX_JOB   = 40000000             /* multiplications and additions that are worth a job */
+    DPOI_AMX_JOB   = 40000000,            /* multiplications and additions that are worth a job */
+    DPOI_AMX_SMALL = 6000000              /* and one whose weights wait in the cache */
 };
 
 /* Palette 1, all eight tiles 16 rows of 64 bytes.  Rows and columns that a block does not have are zeros. */
@@ -12524,9 +12525,10 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
         t->ranges = dpoi_pieces(steps, t->range);
         if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
     }
-    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
-    jobs = dpoi_least(DPOI_AMX_JOBS, worth);
+    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O;
+    jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_SMALL/1024) + 1);
     t->kept = tiles <= DPOI_AMX_WHOLE && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
+    if (!t->kept) jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_JOB/1024) + 1);
     most = dpoi_least(dpoi_most(DPOI_AMX_HELD/(t->range*2*DPOI_TILE_K*(t->f[0].way == DPOI_AMX_TILED ? s->kh*s->kw : 1)),
                       128), 512);
     t->blocks = t->kept ? jobs : dpoi_pieces(t->slots, most);
@@ -13055,32 +13057,43 @@ DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int
     }
 }
 
-/* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile.  A
-   pair of o is one word of 32 bits in w's row of an i, so that turning words does it. */
+enum { DPOI_AMX_FLIPS = 4 };              /* panels of i a task: what it reads of a panel of w lies in one piece, 2 KiB */
+
+/* 16 channels o, from o on, of one place and of one panel of i (from: its first line in w), turned to `to`.  A pair of o
+   is one word of 32 bits in w's row of an i, so that turning words does it. */
+DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64_t ni, int64_t o, int stream, uint16_t *to)
+{
+    float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
+    const float *w = dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL);
+    if (ni < DPOI_PANEL) memset(words, 0, sizeof words);
+    dpoi_amx_flip_lines(p, w, ni, words);
+    dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
+    dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
+    if (!stream) memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
+    else for (int i = 0; i < 8; i++)
+        _mm512_stream_si512((__m512i *)(void *)(to + 32*i), _mm512_load_si512(turned + DPOI_PANEL*i));
+}
+
+/* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile. */
 DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
 {
     const dpoi_flip *p = (const dpoi_flip *)arg;
-    int64_t places = p->y.count*p->x.count, i0 = task/places*DPOI_PANEL, j = task % places;
-    int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride, K = places*p->O;
-    int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride;
-    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0), from = (ky*p->kw + kx)*p->I + i0;
-    uint16_t *panel = (uint16_t *)(void *)p->to + task/places*dpoi_amx_padded(K)*DPOI_PANEL;
-    float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
-    if (j == places - 1)
-        for (int64_t k = K; k < dpoi_amx_padded(K); k++)
-            for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
-    if (p->O % 2 || (p->paired && p->I % 2)) {
-        dpoi_amx_flip_slowly(p, from, j, ni, panel);
-        return;
+    int64_t places = p->y.count*p->x.count, j = task % places, K = places*p->O, size = dpoi_amx_padded(K)*DPOI_PANEL;
+    int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride;
+    int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride, from = (ky*p->kw + kx)*p->I;
+    int64_t first = task/places*DPOI_AMX_FLIPS, last = dpoi_least(first + DPOI_AMX_FLIPS, dpoi_pieces(p->I, DPOI_PANEL));
+    uint16_t *to = (uint16_t *)(void *)p->to;
+    int     slowly = p->O % 2 || (p->paired && p->I % 2);
+    int     stream = p->O % DPOI_PANEL == 0 && p->I*K*2 >= DPOI_AMX_LARGE && (uintptr_t)to % 64 == 0;
+    for (int64_t i = first; i < last; i++) {
+        if (j == places - 1) memset(to + i*size + K*DPOI_PANEL, 0, (size_t)(size - K*DPOI_PANEL)*2);
+        if (slowly) dpoi_amx_flip_slowly(p, from + i*DPOI_PANEL, j, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL), to + i*size);
     }
-    memset(words, 0, sizeof words);
-    for (int64_t o = 0; o < p->O; o += DPOI_PANEL) {
-        uint16_t *to = panel + (j*p->O + o)*DPOI_PANEL;
-        dpoi_amx_flip_lines(p, dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL), ni, words);
-        dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
-        dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
-        memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
-    }
+    for (int64_t o = 0; o < p->O && !slowly; o += DPOI_PANEL)
+        for (int64_t i = first; i < last; i++)
+            dpoi_amx_flip_block(p, from + i*DPOI_PANEL, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL), o, stream,
+                                to + i*size + (j*p->O + o)*DPOI_PANEL);
+    if (stream) _mm_sfence();
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of weights
@@ -13313,14 +13326,15 @@ static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_a
                           float *to)
 {
     void (*task)(void *arg, int64_t i) = dpoi_flip_task;
+    int64_t panel = DPOI_PANEL;
     dpoi_flip f;
 #ifdef DPOI_SIMD_AMX
-    if (g->amx) task = dpoi_amx_flip_task;
+    if (g->amx) { task = dpoi_amx_flip_task;  panel *= DPOI_AMX_FLIPS; }
 #endif
     f.w_type = w == g->w ? g->w_type : DPO_F32;
     f.paired = w == g->w && g->pairs;
     f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
-    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
+    dpoi_parallel(cpu, dpoi_pieces(g->I, panel)*y.count*x.count, task, &f);
 }
 
 /* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned. */
