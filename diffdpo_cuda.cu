@@ -39,7 +39,6 @@
 #ifdef DIFFDPO_CUDA_STAND_IN
 #include "tests/cuda_stand_in.h"
 #define DPOC_UNROLL
-#define DPOC_SHARED static                /* in templates, whose variables cannot lie in a section of their own */
 #define DPOC_START(kernel, grid, block, args, stream) stand_in_launch(grid, block, [=] { kernel args; })
 #else
 #include <cuda_runtime.h>
@@ -53,7 +52,6 @@
 #include <nccl.h>
 #endif
 #define DPOC_UNROLL _Pragma("unroll")
-#define DPOC_SHARED __shared__
 #define DPOC_START(kernel, grid, block, args, stream) kernel<<<grid, block, 0, stream>>> args
 #endif
 
@@ -63,19 +61,21 @@
 
 /* One step as it was noted, see >>steps. */
 typedef struct dpoc_recording dpoc_recording;
-enum { DPOC_RECORDINGS = 4, DPOC_STAGES = 2, DPOC_BATCH = 64 };
+enum { DPOC_RECORDINGS = 4, DPOC_STAGES = 2, DPOC_BATCH = 40, DPOC_WAITING = 2 };
 enum { DPOC_STAGE_BYTES = 4 << 20, DPOC_SCRATCH_BYTES = 32 << 20 };
 
 /* Tensors that one launch works on together, see >>optimizer. */
 typedef struct dpoc_one {
     const float *g;                       /* the gradient, or what is squared */
-    float *m, *v, *w;                     /* AdamW's moments and the weight; w alone: where a sum goes */
+    float  *m, *v, *w;                    /* moments, codes or factors, and the weight; w alone: where a sum goes */
+    float  *ms, *vs;                      /* scales of codes */
     int64_t n;                            /* numbers */
-    int aligned;                          /* all of them start on 16 bytes */
+    int     O, kh, kw, I;                 /* Adafactor: the weight's shape */
+    int     kind, aligned;                /* DPOC_WHOLE ...; g, m, v and w start on 16 bytes */
 } dpoc_one;
 
 typedef struct dpoc_pending {
-    int        op, count;                 /* DPO_OP_ADAMW or DPO_OP_SUM_SQUARES */
+    int        op, count;                 /* the op of all of them */
     dpo_params p;                         /* what they have in common, beside the record */
     const float *record;                  /* the step record */
     dpoc_one   one[DPOC_BATCH];
@@ -94,8 +94,8 @@ typedef struct dpoc {
     void        *blas, *dnn;              /* handles */
     void        *scratch;                 /* of cuBLASLt and cuDNN, DPOC_SCRATCH_BYTES */
     struct dpoc_plans *plans;             /* what cuBLASLt chose, by shape */
-    double      *sums;                    /* of dpoc_pending: [DPOC_BATCH][DPOC_PIECES] */
-    dpoc_pending pending;                 /* what waits for one launch */
+    double      *sums;                    /* of dpoc_pending: [DPOC_PARTS], and two a tensor */
+    dpoc_pending pending[DPOC_WAITING];   /* what waits for one launch: codes of 8 bits, and all else */
     dpoc_recording *steps;                /* >>steps */
     const char  *op;                      /* of the call that runs, for errors */
     char         text[320], about[320];   /* the last failure; the device in words */
@@ -140,16 +140,20 @@ static void *dpoc_carve(dpoc_run *r, size_t bytes)
    DPO_CUDA_SYNC waits for it here. */
 static void dpoc_launched(dpoc_run *r, const char *kernel)
 {
-    r->status = dpoc_check(r->d, cudaGetLastError(), kernel);
-    if (r->status == DPO_OK && r->d->options[DPO_CUDA_SYNC])
-        r->status = dpoc_check(r->d, cudaStreamSynchronize(r->d->stream), kernel);
+    char        call[128];
+    cudaError_t e = cudaGetLastError();
+    if (e == cudaSuccess && r->d->options[DPO_CUDA_SYNC]) e = cudaStreamSynchronize(r->d->stream);
+    if (e == cudaSuccess) return;
+    kernel += *kernel == '(';             /* names with a list of template arguments stand in brackets */
+    snprintf(call, sizeof call, "launch of %.*s", (int)strcspn(kernel, ")"), kernel);
+    r->status = dpoc_check(r->d, e, call);
 }
 
 /* Every kernel is launched here.  args: a list in brackets of local variables alone, for the stand-in copies them. */
 #define DPOC_LAUNCH(r, kernel, grid, block, args) do { \
     if (!(r)->counting && (r)->status == DPO_OK) { \
         DPOC_START(kernel, grid, block, args, (r)->d->stream); \
-        dpoc_launched(r, "launch of " #kernel); } } while (0)
+        dpoc_launched(r, #kernel); } } while (0)
 
 /* Threads of most kernels: 8 warps; a processor holds 8 such blocks, which hides the latency of memory. */
 enum { DPOC_THREADS = 256 };
@@ -190,7 +194,8 @@ static void *dpoc_alloc(void *self, size_t bytes)
     dpoc *d = (dpoc *)self;
     void *p = NULL;
     d->op = NULL;
-    if (!d->open || dpoc_step_stop(d) != DPO_OK) return NULL;
+    if (!d->open || dpoc_check(d, cudaSetDevice(d->device), "cudaSetDevice") != DPO_OK || dpoc_step_stop(d) != DPO_OK)
+        return NULL;
     if (dpoc_check(d, cudaMalloc(&p, bytes ? bytes : 1), "cudaMalloc") == DPO_OK) return p;
     (void)cudaGetLastError();             /* no memory is no reason to fail later calls */
     return NULL;
@@ -202,6 +207,7 @@ static void dpoc_release(void *self, void *data, size_t bytes)
     dpoc *d = (dpoc *)self;
     (void)bytes;
     if (!data) return;
+    (void)cudaSetDevice(d->device);
     (void)dpoc_step_stop(d);
     (void)cudaFree(data);                 /* waits for the kernels that use it */
 }
@@ -1721,12 +1727,15 @@ static cublasStatus_t dpoc_blas_choose(dpoc *d, const dpoc_gemm *g, dpoc_blas_ca
 {
     cublasLtMatmulHeuristicResult_t found;
     size_t         most = DPOC_SCRATCH_BYTES;
+    uint32_t       sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;          /* parts of a sum are F32, never y's type */
     uint32_t       la = dpoc_blas_line(g->B), lb = dpoc_blas_line(g->A), ld = dpoc_blas_line(g->C),
         lc = dpoc_blas_line(g->D ? g->D : g->C);
     int            n = 0;
     cublasStatus_t s = cublasLtMatmulPreferenceCreate(&k->pref);
     if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most,
                                                      sizeof most);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &sums,
+                                                     sizeof sums);
     if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &la,
                                                      sizeof la);
     if (!s) s = cublasLtMatmulPreferenceSetAttribute(k->pref, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &lb,
@@ -1746,8 +1755,11 @@ static cublasStatus_t dpoc_blas_choose(dpoc *d, const dpoc_gemm *g, dpoc_blas_ca
    there. */
 static dpoc_plan *dpoc_blas_plan(dpoc *d, const dpoc_gemm *g)
 {
-    dpoc_gemm key = *g;
+    dpoc_gemm key;
     uint64_t  h = 1469598103934665603u;
+    memset(&key, 0, sizeof key);          /* bytes are compared, and what lies between fields counts */
+    key.m = g->m;  key.n = g->n;  key.k = g->k;  key.ta = g->ta;  key.tb = g->tb;  key.type = g->type;
+    key.ctype = g->ctype;  key.beta = g->beta;  key.tf32 = g->tf32;
     /* FNV-1a over the key, then the next free place */
     key.A = (const void *)(uintptr_t)dpoc_blas_line(g->A);
     key.B = (const void *)(uintptr_t)dpoc_blas_line(g->B);
@@ -1829,13 +1841,17 @@ typedef struct dpoc_finish {
     int     ytype, btype, vtype, rtype, act;
 } dpoc_finish;
 
-/* One number of y from the sum of its product. */
-static __device__ __forceinline__ float dpoc_finish_one(const dpoc_finish &g, int64_t m, int64_t o, float sum)
+/* One number of y from the sum of its product; n: the pixel's sample, if there is a vec. */
+static __device__ __forceinline__ float dpoc_finish_at(const dpoc_finish &g, int64_t m, int64_t n, int64_t o, float sum)
 {
     if (g.bias)     sum += dpoc_get(g.bias, g.btype, o);
-    if (g.vec)      sum += dpoc_get(g.vec, g.vtype, dpoc_div(m, g.P)*g.O + o);
+    if (g.vec)      sum += dpoc_get(g.vec, g.vtype, n*g.O + o);
     if (g.residual) sum += dpoc_get(g.residual, g.rtype, m*g.O + o);
     return dpoc_act(g.act, sum);
+}
+static __device__ __forceinline__ float dpoc_finish_one(const dpoc_finish &g, int64_t m, int64_t o, float sum)
+{
+    return dpoc_finish_at(g, m, g.vec ? dpoc_div(m, g.P) : 0, o, sum);
 }
 /* Four channels a thread. */
 static __global__ void dpoc_finish_kernel(dpoc_finish g, int quads)
@@ -1890,7 +1906,7 @@ enum { DPOC_FROM_X, DPOC_FROM_DYT, DPOC_FROM_DY, DPOC_FROM_W, DPOC_FROM_WT };
 
 typedef struct dpoc_tiles {
     int     mode, type, add, splits;      /* DPOC_Y ...; of both factors; out is added to; parts of depth */
-    int     wide[2];                      /* eight numbers of a factor can be loaded at once */
+    int     wide[2], pairs;               /* 16 bytes of a factor can be loaded at once; two numbers of y or out stored */
     int     H, W, I, Y, X, O, kh, kw, stride, top, left;  /* of the convolution */
     int64_t rows, cols, depth, span;      /* of the product; span: depth of a part, a multiple of DPOC_DEPTH */
     const void *a, *b;                    /* the two arrays that factors are fetched from */
@@ -1937,7 +1953,7 @@ static __host__ __device__ __forceinline__ int dpoc_from(int mode, int second)
     return second ? DPOC_FROM_X : DPOC_FROM_DY;
 }
 /* 0: depth is a factor's minor axis, numbers follow one another along it. */
-static __device__ __forceinline__ int dpoc_deep(int mode, int second)
+static __host__ __device__ __forceinline__ int dpoc_deep(int mode, int second)
 {
     return mode == DPOC_DW || (mode == DPOC_DX && second);
 }
@@ -1970,7 +1986,7 @@ static __device__ __forceinline__ void dpoc_store(const dpoc_tiles &g, int64_t s
 
 /* Plain: a block computes 64 x 64 numbers, 4 x 4 a thread, from slices of 16 of the depth: 8 KB of shared memory, and
    each number fetched is used 64 times. */
-enum { DPOC_SIDE = 64, DPOC_SLICE = 16, DPOC_DEPTH = 32 };
+enum { DPOC_SIDE = 64, DPOC_SLICE = 16, DPOC_DEPTH = 32 };  /* parts of a depth are whole DPOC_DEPTHs */
 
 /* Sums run through the depth in one order, a part of it a block. */
 static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_kernel(dpoc_tiles g)
@@ -2015,22 +2031,30 @@ static __global__ void dpoc_parts_kernel(dpoc_tiles g)
 
 /* ------------------------------------------------------------------------------------------ tensor cores
 
-   mma.sync.m16n8k16: d [16][8] += a [16][16] b [16][8], factors of 16 bits, sums in F32, shared out over a warp.  With
-   g = lane/4 and t = lane%4 (PTX manual, warp-level matrix fragments):
-     a[0..3] are pairs (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8)     b[0..1] pairs (2t, g), (2t+8, g)
-     d[0..3] are (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1) */
+   mma.sync m16n8: d [16][8] += a [16][k] b [k][8], shared out over a warp, sums in F32; k is 16 for factors of 16 bits
+   and 8 for TF32.  With g = lane/4 and t = lane%4 (PTX manual, warp-level matrix fragments), in units of a register:
+     a[0..3] are (g, t), (g+8, t), (g, t+4), (g+8, t+4)     b[0..1] are (t, g), (t+4, g)
+     d[0..3] are (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)
+   where register t holds the numbers 2t, 2t+1 of 16 bits, or number t of TF32.  ldmatrix fetches four pieces of eight
+   rows of 16 bytes each in just this order, whichever of the two they are. */
 template<int type> static __device__ __forceinline__ void dpoc_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
 {
 #ifdef DIFFDPO_CUDA_STAND_IN
-    stand_in_mma(d, a, b, type == DPO_BF16 ? dpoc_of_bf16 : dpoc_of_f16);
+    if (type == DPO_F32) stand_in_mma_tf32(d, a, b);
+    else stand_in_mma(d, a, b, type == DPO_BF16 ? dpoc_of_bf16 : dpoc_of_f16);
 #else
     if (type == DPO_BF16)
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-    else
+    else if (type == DPO_F16)
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
                      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -2044,131 +2068,391 @@ template<int type> static __device__ __forceinline__ uint32_t dpoc_pair(float x,
     return dpoc_to_f16(x) | (uint32_t)dpoc_to_f16(y) << 16;
 }
 
+/* Shared memory of a kernel on tensor cores, in units of 16 bytes; at most the 48 KB that need no request.  One block of
+   it in the stand-in, since its templates cannot share. */
+enum { DPOC_POOL = 3072 };
+#ifdef DIFFDPO_CUDA_STAND_IN
+__shared__ uint4 dpoc_pool_all[DPOC_POOL];
+template<int units> static uint4 *dpoc_pool(void)
+{
+    static_assert(units <= DPOC_POOL, "48 KB");
+    return dpoc_pool_all;
+}
+static void dpoc_fetch16(uint4 *to, const void *from, int really) { stand_in_fetch16(to, from, really); }
+static void dpoc_fetch_commit(void)                               { stand_in_fetch_commit(); }
+template<int late> static void dpoc_fetch_wait(void)              { stand_in_fetch_wait(late); }
+static void dpoc_load4(uint32_t f[4], const uint4 *at, int turned) { stand_in_ldmatrix(f, at, turned); }
+static uint32_t dpoc_to_tf32(uint32_t x)                          { return stand_in_to_tf32(x); }
+#else
+template<int units> static __device__ __forceinline__ uint4 *dpoc_pool(void)
+{
+    static_assert(units <= DPOC_POOL, "48 KB");
+    __shared__ uint4 pool[units];
+    return pool;
+}
+/* 16 bytes from memory to shared memory past the registers, or zeros; `from` is an address even where nothing is read.
+   Fetches between two commits are one group, and come to stand when all but the `late` newest groups are there. */
+static __device__ __forceinline__ void dpoc_fetch16(uint4 *to, const void *from, int really)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(really ? 16 : 0) : "memory");
+}
+static __device__ __forceinline__ void dpoc_fetch_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template<int late> static __device__ __forceinline__ void dpoc_fetch_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(late) : "memory");
+}
+/* Four pieces of 8 rows of 16 bytes; lane l gives the address of row l%8 of piece l/8.  Turned: (2t, g), (2t+1, g) in
+   place of (g, 2t), (g, 2t+1). */
+static __device__ __forceinline__ void dpoc_load4(uint32_t f[4], const uint4 *at, int turned)
+{
+    uint32_t p = (uint32_t)__cvta_generic_to_shared(at);
+    if (turned) asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(p) : "memory");
+    else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                      : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(p) : "memory");
+}
+/* To nearest; the instruction alone would cut off. */
+static __device__ __forceinline__ uint32_t dpoc_to_tf32(uint32_t x)
+{
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(x)));
+    return y;
+}
+#endif
+
 /* wgmma and tcgen05, which reach further on sm_90 and sm_100, would each want a kernel of their own that nobody could
    test without the device; mma.sync runs on all of them, and the stand-in knows what it computes. */
 
-/* A block computes 128 x 64 numbers from slices of 32 of the depth; each of its 8 warps 32 x 32 of them: 16 products of
-   16x8x16 a slice for 8 loads of four words, which is what shared memory can feed.  Two slices take turns: the next one
-   is fetched into registers while this one is multiplied.  Rows are 40 halves apart: the eight rows that a warp reads
-   at once then lie in different banks, and begin on 16 bytes.  30 KB of shared memory and 80 registers: three blocks a
-   processor (what ptxas says for sm_90). */
-enum { DPOC_HIGH = 128, DPOC_PITCH = DPOC_DEPTH + 8 };
+/* A block of 8 warps computes 128 x `wide` numbers, 128 or 64 of them, from slices of the depth of 64 bytes: 32 numbers of
+   16 bits or 16 of 32.  Slices are fetched by cp.async, three or four in turn, 48 KB of them: two are under way while one
+   is multiplied, and one barrier a slice is enough, since what is overwritten was read before it.  A warp has 64 x 32
+   numbers (32 x 32 where `wide` is 64): 6 loads of four pieces feed 16 products of 16x8.  At most 128 registers a
+   thread, hence two blocks a processor.
 
-typedef struct dpoc_conv_shared {
-    alignas(16) uint16_t a[2][DPOC_HIGH][DPOC_PITCH];
-    alignas(16) uint16_t b[2][DPOC_SIDE][DPOC_PITCH];
-} dpoc_conv_shared;
+   A slice lies as its factor does in memory, in units of 16 bytes, so that each is fetched as one:
+     depth along a row     [lines][4 units]           unit u of a line at u ^ (line/2)%4
+     depth down the rows   [depth][lines/E units]     unit u of a row  at u ^ row%8, or for TF32 u ^ (row%4)*2
+   With these places the eight rows of a piece, and eight neighbours that are stored, lie in different banks. */
+enum { DPOC_HIGH = 128 };
 
-/* Eight numbers of a factor: (line, k..k+7), or where depth is the major axis (line..line+7, k).  Wide: they lie side
-   by side, on 16 bytes. */
-static __device__ __forceinline__ uint4 dpoc_eight(const dpoc_tiles &g, int second, int64_t line, int64_t k,
-                                                   int64_t lines, int64_t end)
+template<int E> static __device__ __forceinline__ int dpoc_unit_along(int line, int u) { return line*4 + (u ^ line/2%4); }
+template<int E, int lines> static __device__ __forceinline__ int dpoc_unit_down(int row, int u)
 {
-    const uint16_t *p = (const uint16_t *)(second ? g.b : g.a);
-    int      deep = dpoc_deep(g.mode, second), from = dpoc_from(g.mode, second);
-    uint32_t h[4] = { 0, 0, 0, 0 };
-    if (g.wide[second]) {
-        int64_t at = line < lines && k < end ? dpoc_place(g, from, deep ? k : line, deep ? line : k) : -1;
-        uint4   zero = { 0, 0, 0, 0 };
-        return at < 0 ? zero : *(const uint4 *)(p + at);
+    return row*(lines/E) + (u ^ (E == 8 ? row%8 : row%4*2));
+}
+
+/* A number in three digits: pixels as (sample, y, x), depth or columns as (ky, kx, channel), or all of it in `lo`. */
+typedef struct dpoc_digits { int hi, mid, lo; } dpoc_digits;
+enum { DPOC_LINEAR, DPOC_OUTPUT, DPOC_INPUT, DPOC_TAP_I, DPOC_TAP_O };
+
+/* What the two axes of a factor are: the one that stays with a thread, and the depth, along which it walks. */
+static __device__ __forceinline__ int dpoc_axis(int mode, int second, int depth)
+{
+    if (mode == DPOC_Y)  return second ? DPOC_LINEAR : depth ? DPOC_TAP_I : DPOC_OUTPUT;
+    if (mode == DPOC_DX) return depth ? DPOC_TAP_O : second ? DPOC_LINEAR : DPOC_INPUT;
+    return !second ? DPOC_LINEAR : depth ? DPOC_OUTPUT : DPOC_TAP_I;
+}
+/* How many values the lower digits have. */
+static __device__ __forceinline__ int dpoc_radix(const dpoc_tiles &g, int axis, int lowest)
+{
+    if (axis == DPOC_OUTPUT) return lowest ? g.X : g.Y;
+    if (axis == DPOC_INPUT)  return lowest ? g.W : g.H;
+    return !lowest ? g.kw : axis == DPOC_TAP_I ? g.I : g.O;
+}
+/* The only divisions; the loop over slices adds. */
+static __device__ __forceinline__ dpoc_digits dpoc_split(const dpoc_tiles &g, int axis, int v)
+{
+    dpoc_digits d = { 0, 0, v };
+    if (axis == DPOC_LINEAR) return d;
+    d.mid = v/dpoc_radix(g, axis, 1);
+    d.lo = v - d.mid*dpoc_radix(g, axis, 1);
+    d.hi = d.mid/dpoc_radix(g, axis, 0);
+    d.mid -= d.hi*dpoc_radix(g, axis, 0);
+    return d;
+}
+static __device__ __forceinline__ void dpoc_walk(const dpoc_tiles &g, int axis, dpoc_digits *d, const dpoc_digits &step)
+{
+    d->lo += step.lo;
+    if (axis == DPOC_LINEAR) return;
+    d->mid += step.mid;
+    d->hi += step.hi;
+    if (d->lo >= dpoc_radix(g, axis, 1))  { d->lo -= dpoc_radix(g, axis, 1);  d->mid++; }
+    if (d->mid >= dpoc_radix(g, axis, 0)) { d->mid -= dpoc_radix(g, axis, 0);  d->hi++; }
+}
+
+/* As dpoc_place, from digits.  p: the pixel, W: the row, WT: the depth;  k: place under the kernel, WT: the column. */
+static __device__ __forceinline__ int64_t dpoc_spot(const dpoc_tiles &g, int from, const dpoc_digits &p,
+                                                    const dpoc_digits &k)
+{
+    int y, x;
+    switch (from) {
+    case DPOC_FROM_X:
+        y = p.mid*g.stride - g.top + k.hi;
+        x = p.lo*g.stride - g.left + k.mid;
+        if ((unsigned)y >= (unsigned)g.H || (unsigned)x >= (unsigned)g.W) return -1;
+        return (((int64_t)p.hi*g.H + y)*g.W + x)*g.I + k.lo;
+    case DPOC_FROM_DYT:
+        y = p.mid + g.top - k.hi;
+        x = p.lo + g.left - k.mid;
+        if (y < 0 || x < 0) return -1;
+        if (g.stride > 1) {
+            if (y % g.stride || x % g.stride) return -1;
+            y /= g.stride;  x /= g.stride;
+        }
+        if (y >= g.Y || x >= g.X) return -1;
+        return (((int64_t)p.hi*g.Y + y)*g.X + x)*g.O + k.lo;
+    case DPOC_FROM_DY: return (int64_t)p.lo*g.O + k.lo;
+    case DPOC_FROM_W:  return (int64_t)p.lo*g.kh*g.kw*g.I + k.lo;
+    default:           return ((int64_t)p.lo*g.kh*g.kw + p.hi*g.kw + p.mid)*g.I + k.lo;
     }
+}
+
+/* What a thread fetches of one factor: one or two units of each slice. */
+typedef struct dpoc_feed {
+    dpoc_digits line[2], depth[2], step;  /* step: a slice's depth */
+    int     first[2], k[2];               /* the first number: its line and its depth, as numbers */
+    int     lines, end;                   /* both end before these */
+} dpoc_feed;
+
+template<int mode, int second, int E, int lines>
+static __device__ __forceinline__ void dpoc_feed_open(const dpoc_tiles &g, dpoc_feed *f, int64_t line, int64_t k0,
+                                                      int64_t end)
+{
+    int down = dpoc_deep(mode, second);
+    f->lines = (int)(second ? g.cols : g.rows);
+    f->end = (int)end;
+    f->step = dpoc_split(g, dpoc_axis(mode, second, 1), 4*E);
     DPOC_UNROLL
-    for (int e = 0; e < 8; e++) {
-        int64_t l = deep ? line + e : line, kk = deep ? k : k + e;
+    for (int e = 0; e < lines/64; e++) {
+        int v = (int)threadIdx.x + e*DPOC_THREADS;
+        f->first[e] = (int)line + (down ? v % (lines/E)*E : v/4);
+        f->k[e] = (int)k0 + (down ? v/(lines/E) : v % 4*E);
+        f->line[e] = dpoc_split(g, dpoc_axis(mode, second, 0), f->first[e]);
+        f->depth[e] = dpoc_split(g, dpoc_axis(mode, second, 1), f->k[e]);
+    }
+}
+
+/* A unit whose numbers do not lie side by side on 16 bytes: channels not in eights, as at both ends of a UNet. */
+template<int type>
+static __device__ uint4 dpoc_feed_slow(const dpoc_tiles &g, int second, int line, int k, int lines, int end)
+{
+    int      deep = dpoc_deep(g.mode, second), from = dpoc_from(g.mode, second), E = type == DPO_F32 ? 4 : 8;
+    uint32_t h[4] = { 0, 0, 0, 0 };
+    const void *p = second ? g.b : g.a;
+    DPOC_UNROLL
+    for (int e = 0; e < E; e++) {
+        int     l = deep ? line + e : line, kk = deep ? k : k + e;
         int64_t at = l < lines && kk < end ? dpoc_place(g, from, deep ? kk : l, deep ? l : kk) : -1;
-        if (at >= 0) h[e/2] |= (uint32_t)p[at] << e % 2*16;
+        if (at < 0) continue;
+        if (type == DPO_F32) h[e] = ((const uint32_t *)p)[at];
+        else h[e/2] |= (uint32_t)((const uint16_t *)p)[at] << e % 2*16;
     }
     uint4 v = { h[0], h[1], h[2], h[3] };
     return v;
 }
 
-/* Eight u of a slice of `lines` lines: where it lies, and into shared memory, where k always runs along a row. */
-static __device__ __forceinline__ void dpoc_eight_at(int deep, int lines, int u, int *line, int *k)
+/* The thread's units of the next slice, to where it lies; every call goes one slice on. */
+template<int type, int mode, int second, int lines>
+static __device__ __forceinline__ void dpoc_feed_next(const dpoc_tiles &g, dpoc_feed *f, uint4 *to)
 {
-    *line = deep ? u % (lines/8)*8 : u/(DPOC_DEPTH/8);
-    *k    = deep ? u/(lines/8) : u % (DPOC_DEPTH/8)*8;
-}
-/* Turned where depth is the major axis: eight stores of two bytes instead of one of sixteen. */
-static __device__ __forceinline__ void dpoc_eight_put(uint16_t (*to)[DPOC_PITCH], int deep, int line, int k, uint4 v)
-{
-    uint32_t h[4] = { v.x, v.y, v.z, v.w };
-    if (!deep) { *(uint4 *)&to[line][k] = v;  return; }
+    enum { E = type == DPO_F32 ? 4 : 8 };
+    int         down = dpoc_deep(mode, second), tap = mode == DPOC_Y || (mode == DPOC_DX && !second);
+    int         from = dpoc_from(mode, second);
+    const char *p = (const char *)(second ? g.b : g.a);
     DPOC_UNROLL
-    for (int e = 0; e < 8; e++) to[line + e][k] = (uint16_t)(h[e/2] >> e % 2*16);
+    for (int e = 0; e < lines/64; e++) {
+        int    v = (int)threadIdx.x + e*DPOC_THREADS;
+        uint4 *u = to + (down ? dpoc_unit_down<E, lines>(v/(lines/E), v % (lines/E)) : dpoc_unit_along<E>(v/4, v % 4));
+        if (g.wide[second]) {
+            int     in = f->first[e] < f->lines && f->k[e] < f->end;
+            int64_t at = in ? dpoc_spot(g, from, tap ? f->line[e] : f->depth[e], tap ? f->depth[e] : f->line[e]) : -1;
+            dpoc_fetch16(u, p + (at < 0 ? 0 : at)*(16/E), at >= 0);
+        } else *u = dpoc_feed_slow<type>(g, second, f->first[e], f->k[e], f->lines, f->end);
+        f->k[e] += 4*E;
+        dpoc_walk(g, dpoc_axis(mode, second, 1), &f->depth[e], f->step);
+    }
 }
 
-/* Two neighbours of shared memory at once. */
-static __device__ __forceinline__ uint32_t dpoc_word(const uint16_t *p) { return *(const uint32_t *)p; }
-
-/* A warp's 32 x 32 numbers of one slice. */
-template<int type>
-static __device__ __forceinline__ void dpoc_slice(uint16_t (*a)[DPOC_PITCH], uint16_t (*b)[DPOC_PITCH],
-                                                  float sum[2][4][4])
+/* One register of a factor whose depth runs down the rows, for TF32: ldmatrix turns numbers of 16 bits only. */
+template<int lines> static __device__ __forceinline__ uint32_t dpoc_tf32_down(const uint4 *s, int row, int line)
 {
+    return dpoc_to_tf32(((const uint32_t *)(s + dpoc_unit_down<4, lines>(row, line/4)))[line%4]);
+}
+
+/* a: 16 lines from `line` on, half `half` of the slice's depth. */
+template<int type, int down, int lines>
+static __device__ __forceinline__ void dpoc_first_of(uint32_t a[4], const uint4 *s, int line, int half)
+{
+    enum { E = type == DPO_F32 ? 4 : 8 };
     int lane = (int)threadIdx.x % 32, g = lane/4, t = lane % 4;
+    if (!down) dpoc_load4(a, s + dpoc_unit_along<E>(line + lane%16, 2*half + lane/16), 0);
+    else if (type != DPO_F32)
+        dpoc_load4(a, s + dpoc_unit_down<E, lines>(16*half + lane%8 + lane/16*8, line/8 + lane/8%2), 1);
     DPOC_UNROLL
-    for (int k = 2*t; k < DPOC_DEPTH; k += 16) {
-        uint32_t fa[2][4], fb[4][2];      /* two blocks of 16 rows, four of 8 columns */
+    for (int e = 0; e < 4 && type == DPO_F32; e++)
+        a[e] = down ? dpoc_tf32_down<lines>(s, 8*half + t + e/2*4, line + g + e%2*8) : dpoc_to_tf32(a[e]);
+}
+/* b: two blocks of 8 lines from `line` on, two registers each. */
+template<int type, int down, int lines>
+static __device__ __forceinline__ void dpoc_second_of(uint32_t b[4], const uint4 *s, int line, int half)
+{
+    enum { E = type == DPO_F32 ? 4 : 8 };
+    int lane = (int)threadIdx.x % 32, g = lane/4, t = lane % 4;
+    if (!down) dpoc_load4(b, s + dpoc_unit_along<E>(line + lane%8 + lane/16*8, 2*half + lane/8%2), 0);
+    else if (type != DPO_F32) dpoc_load4(b, s + dpoc_unit_down<E, lines>(16*half + lane%16, line/8 + lane/16), 1);
+    DPOC_UNROLL
+    for (int e = 0; e < 4 && type == DPO_F32; e++)
+        b[e] = down ? dpoc_tf32_down<lines>(s, 8*half + t + e%2*4, line + g + e/2*8) : dpoc_to_tf32(b[e]);
+}
+
+/* A warp's numbers of one slice: M blocks of 16 rows, four of 8 columns. */
+template<int type, int mode, int wide, int M>
+static __device__ __forceinline__ void dpoc_slice(const uint4 *a, const uint4 *b, int high, int across,
+                                                  float sum[M][4][4])
+{
+    DPOC_UNROLL
+    for (int half = 0; half < 2; half++) {
+        uint32_t fa[M][4], fb[2][4];
         DPOC_UNROLL
-        for (int i = 0; i < 2; i++) {
-            fa[i][0] = dpoc_word(&a[16*i + g][k]);      fa[i][1] = dpoc_word(&a[16*i + g + 8][k]);
-            fa[i][2] = dpoc_word(&a[16*i + g][k + 8]);  fa[i][3] = dpoc_word(&a[16*i + g + 8][k + 8]);
-        }
+        for (int i = 0; i < M; i++) dpoc_first_of<type, mode == DPOC_DW, DPOC_HIGH>(fa[i], a, high + 16*i, half);
         DPOC_UNROLL
-        for (int j = 0; j < 4; j++) { fb[j][0] = dpoc_word(&b[8*j + g][k]);  fb[j][1] = dpoc_word(&b[8*j + g][k + 8]); }
+        for (int j = 0; j < 2; j++) dpoc_second_of<type, mode != DPOC_Y, wide>(fb[j], b, across + 16*j, half);
         DPOC_UNROLL
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < M; i++) {
             DPOC_UNROLL
-            for (int j = 0; j < 4; j++) dpoc_mma<type>(sum[i][j], fa[i], fb[j]);
+            for (int j = 0; j < 4; j++) dpoc_mma<type>(sum[i][j], fa[i], &fb[j/2][j%2*2]);
         }
     }
 }
 
-/* va and vb are the slice to come, on their way from memory while this one is multiplied. */
-template<int type> static __device__ void dpoc_conv_tensor(const dpoc_tiles &g, dpoc_conv_shared &s)
+/* Two neighbours of a row of the result, stored as one where rows have an even number of them. */
+static __device__ __forceinline__ void dpoc_store2(const dpoc_tiles &g, int64_t split, int64_t row, int64_t n, int64_t col,
+                                                   const float sum[2])
 {
-    /* warps stand four high and two wide; a slice is 512 eights of the first factor and 256 of the second */
-    int     t = (int)threadIdx.x, warp = t/32, lane = t % 32, deep[2] = { dpoc_deep(g.mode, 0), dpoc_deep(g.mode, 1) };
-    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*DPOC_SIDE;
-    int64_t k0 = blockIdx.z*g.span, end = k0 + g.span < g.depth ? k0 + g.span : g.depth;
-    int     la[2], ka[2], lb, kb, turn = 0, high = warp/2*32, wide = warp % 2*32;
-    float   sum[2][4][4] = { { { 0 } } };
-    uint4   va[2], vb;
-    for (int e = 0; e < 2; e++) dpoc_eight_at(deep[0], DPOC_HIGH, t + e*DPOC_THREADS, &la[e], &ka[e]);
-    dpoc_eight_at(deep[1], DPOC_SIDE, t, &lb, &kb);
-    for (int e = 0; e < 2; e++) va[e] = dpoc_eight(g, 0, row + la[e], k0 + ka[e], g.rows, end);
-    vb = dpoc_eight(g, 1, col + lb, k0 + kb, g.cols, end);
-    for (; k0 < end; k0 += DPOC_DEPTH, turn ^= 1) {
-        for (int e = 0; e < 2; e++) dpoc_eight_put(s.a[turn], deep[0], la[e], ka[e], va[e]);
-        dpoc_eight_put(s.b[turn], deep[1], lb, kb, vb);
-        __syncthreads();                  /* one a slice: the other slice was read before the last one */
-        if (k0 + DPOC_DEPTH < end) {
-            for (int e = 0; e < 2; e++) va[e] = dpoc_eight(g, 0, row + la[e], k0 + DPOC_DEPTH + ka[e], g.rows, end);
-            vb = dpoc_eight(g, 1, col + lb, k0 + DPOC_DEPTH + kb, g.cols, end);
+    int64_t at = row*g.cols + col;
+    float   x[2] = { sum[0], sum[1] }, *to = g.splits > 1 ? g.part + split*g.rows*g.cols : g.out;
+    if (!g.pairs || col + 1 >= g.cols) {
+        for (int e = 0; e < 2; e++) dpoc_store(g, split, row, col + e, sum[e]);
+        return;
+    }
+    if (g.mode == DPOC_Y && g.splits == 1) {
+        for (int e = 0; e < 2; e++) x[e] = dpoc_finish_at(g.f, row, n, col + e, sum[e]);
+        if (g.f.ytype == DPO_F32) to = (float *)g.f.y;
+        else {
+            ((uint32_t *)g.f.y)[at/2] = g.f.ytype == DPO_BF16 ? dpoc_pair<DPO_BF16>(x[0], x[1])
+                : dpoc_pair<DPO_F16>(x[0], x[1]);
+            return;
         }
-        dpoc_slice<type>(&s.a[turn][high], &s.b[turn][wide], sum);
+    }
+    if (g.add && g.splits == 1) { float2 old = ((const float2 *)to)[at/2];  x[0] += old.x;  x[1] += old.y; }
+    float2 v = { x[0], x[1] };
+    ((float2 *)to)[at/2] = v;
+}
+
+/* Fetching runs `stages` - 1 slices ahead of multiplying. */
+template<int type, int mode, int wide> static __device__ __forceinline__ void dpoc_conv_tensor(const dpoc_tiles &g)
+{
+    enum { E = type == DPO_F32 ? 4 : 8, stages = wide == 128 ? 3 : 4, units = (DPOC_HIGH + wide)*4, M = wide/32 };
+    uint4  *pool = dpoc_pool<stages*units>();
+    int     warp = (int)threadIdx.x/32, lane = (int)threadIdx.x % 32;
+    int     high = wide == 128 ? warp/4*64 : warp/2*32, across = wide == 128 ? warp%4*32 : warp%2*32;
+    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*wide;
+    int64_t k0 = blockIdx.z*g.span, end = dpoc_min(k0 + g.span, g.depth);
+    int     slices = (int)((end - k0 + 4*E - 1)/(4*E));
+    float   sum[M][4][4];
+    dpoc_feed a, b;
+    DPOC_UNROLL
+    for (int i = 0; i < M; i++) for (int j = 0; j < 4; j++) for (int e = 0; e < 4; e++) sum[i][j][e] = 0;
+    dpoc_feed_open<mode, 0, E, DPOC_HIGH>(g, &a, row, k0, end);
+    dpoc_feed_open<mode, 1, E, wide>(g, &b, col, k0, end);
+    for (int next = 0, s = 1 - stages; s < slices; s++) {
+        if (s >= 0) {                     /* the first rounds only fetch */
+            dpoc_fetch_wait<stages - 2>();
+            __syncthreads();              /* all threads' parts of slice s are there, and slice s - 1 was read */
+        }
+        if (s + stages - 1 < slices) {
+            dpoc_feed_next<type, mode, 0, DPOC_HIGH>(g, &a, pool + next*units);
+            dpoc_feed_next<type, mode, 1, wide>(g, &b, pool + next*units + DPOC_HIGH*4);
+        }
+        dpoc_fetch_commit();              /* empty ones too, so that waiting can count */
+        next = next + 1 == stages ? 0 : next + 1;
+        if (s >= 0) dpoc_slice<type, mode, wide, M>(pool + next*units, pool + next*units + DPOC_HIGH*4, high, across, sum);
     }
     DPOC_UNROLL
-    for (int i = 0; i < 2; i++) {
+    for (int e = 0; e < 2*M; e++) {
+        int64_t m = row + high + e*8 + lane/4, n = mode == DPOC_Y && g.f.vec ? dpoc_div(m, g.f.P) : 0;
         DPOC_UNROLL
-        for (int j = 0; j < 4; j++) {
-            DPOC_UNROLL
-            for (int e = 0; e < 4; e++)
-                dpoc_store(g, blockIdx.z, row + high + 16*i + lane/4 + e/2*8, col + wide + 8*j + lane % 4*2 + e % 2,
-                           sum[i][j][e]);
-        }
+        for (int j = 0; j < 4; j++)
+            if (m < g.rows) dpoc_store2(g, blockIdx.z, m, n, col + across + 8*j + lane % 4*2, &sum[e/2][j][e%2*2]);
     }
 }
-/* Two kernels rather than one with a type: shared memory of templates cannot be told apart in the stand-in. */
-static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_bf16_kernel(dpoc_tiles g)
+
+/* One kernel for each use, so that everything that a mode decides is decided by the compiler. */
+template<int type, int mode, int wide>
+static __global__ void __launch_bounds__(DPOC_THREADS, 2) dpoc_conv_tensor_kernel(dpoc_tiles g)
 {
-    __shared__ dpoc_conv_shared s;
-    dpoc_conv_tensor<DPO_BF16>(g, s);
+    dpoc_conv_tensor<type, mode, wide>(g);
 }
-static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_f16_kernel(dpoc_tiles g)
+
+/* F32 without rounding: the same slices, multiplied by ordinary instructions.  A block computes 128 x 64 numbers, a thread
+   8 x 4 of them: 12 loads of 16 bytes feed 128 multiplications.  Along the depth a thread's lines stand 16 apart, across it
+   four side by side: either way eight neighbouring threads load from different banks, or the same place. */
+template<int down> static __device__ __forceinline__ int dpoc_float_line(int t, int e)
 {
-    __shared__ dpoc_conv_shared s;
-    dpoc_conv_tensor<DPO_F16>(g, s);
+    return down ? t*4 + e%4 + e/4*64 : t + 16*e;
+}
+/* Four steps of the depth, from k on, for `count` lines: x[line][step]. */
+template<int down, int lines, int count>
+static __device__ __forceinline__ void dpoc_float_load(const uint4 *s, int t, int k, float (*x)[4])
+{
+    DPOC_UNROLL
+    for (int e = 0; e < count; e++) {
+        int   i = down ? e/4*4 : 0, line = dpoc_float_line<down>(t, down ? i : e);
+        const float4 *p = (const float4 *)(s + (down ? dpoc_unit_down<4, lines>(k + e%4, line/4) : dpoc_unit_along<4>(line, k/4)));
+        float  v[4] = { p->x, p->y, p->z, p->w };
+        DPOC_UNROLL
+        for (int c = 0; c < 4; c++) *(down ? &x[i + c][e%4] : &x[e][c]) = v[c];
+    }
+}
+
+template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS, 2) dpoc_conv_float_kernel(dpoc_tiles g)
+{
+    enum { wide = DPOC_SIDE, stages = 4, units = (DPOC_HIGH + wide)*4, da = mode == DPOC_DW, db = mode != DPOC_Y };
+    uint4  *pool = dpoc_pool<stages*units>();
+    int     ti = (int)threadIdx.x/16, tj = (int)threadIdx.x % 16;
+    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*wide;
+    int64_t k0 = blockIdx.z*g.span, end = dpoc_min(k0 + g.span, g.depth);
+    int     slices = (int)((end - k0 + DPOC_SLICE - 1)/DPOC_SLICE);
+    float   sum[8][4];
+    dpoc_feed a, b;
+    for (int i = 0; i < 8; i++) for (int j = 0; j < 4; j++) sum[i][j] = 0;
+    dpoc_feed_open<mode, 0, 4, DPOC_HIGH>(g, &a, row, k0, end);
+    dpoc_feed_open<mode, 1, 4, wide>(g, &b, col, k0, end);
+    for (int next = 0, s = 1 - stages; s < slices; s++) {  /* as above */
+        const uint4 *now;
+        if (s >= 0) { dpoc_fetch_wait<stages - 2>();  __syncthreads(); }
+        if (s + stages - 1 < slices) {
+            dpoc_feed_next<DPO_F32, mode, 0, DPOC_HIGH>(g, &a, pool + next*units);
+            dpoc_feed_next<DPO_F32, mode, 1, wide>(g, &b, pool + next*units + DPOC_HIGH*4);
+        }
+        dpoc_fetch_commit();
+        next = next + 1 == stages ? 0 : next + 1;
+        now = pool + next*units;
+        for (int k = 0; k < DPOC_SLICE && s >= 0; k += 4) {
+            float x[8][4], y[4][4];
+            dpoc_float_load<da, DPOC_HIGH, 8>(now, ti, k, x);
+            dpoc_float_load<db, wide, 4>(now + DPOC_HIGH*4, tj, k, y);
+            DPOC_UNROLL
+            for (int u = 0; u < 4; u++) {
+                DPOC_UNROLL
+                for (int e = 0; e < 32; e++) sum[e/4][e%4] += x[e/4][u]*y[e%4][u];
+            }
+        }
+    }
+    DPOC_UNROLL
+    for (int e = 0; e < 32; e++)
+        dpoc_store(g, blockIdx.z, row + dpoc_float_line<da>(ti, e/4), col + dpoc_float_line<db>(tj, e%4), sum[e/4][e%4]);
 }
 
 /* ------------------------------------------------------------------------------------------ cuDNN, where it was asked
@@ -2366,25 +2650,58 @@ static dpoc_tiles dpoc_tiles_of(const dpoc_conv *g, const dpo_args *a, int mode,
     return t;
 }
 
-/* Can eight numbers of a factor be loaded at once?  They must not cross from one tap's channels into the next's: I or O
-   is a multiple of 8. */
+/* Can 16 bytes of a factor be loaded at once?  They must not cross from one tap's channels into the next's: I or O is a
+   multiple of 8, or for F32 of 4. */
 static int dpoc_wide(const dpoc_tiles *g, int second)
 {
     int from = dpoc_from(g->mode, second);
     int channels = from == DPOC_FROM_X || from == DPOC_FROM_W || from == DPOC_FROM_WT ? g->I : g->O;
-    return channels % 8 == 0 && (uintptr_t)(second ? g->b : g->a) % 16 == 0;
+    return channels % (g->type == DPO_F32 ? 4 : 8) == 0 && (uintptr_t)(second ? g->b : g->a) % 16 == 0;
+}
+
+/* Can two neighbours of a row of the result be stored as one? */
+static int dpoc_paired(const dpoc_tiles *g)
+{
+    uintptr_t to = g->splits > 1 ? (uintptr_t)g->part : g->mode == DPOC_Y ? (uintptr_t)g->f.y : (uintptr_t)g->out;
+    return g->cols % 2 == 0 && to % 8 == 0;
+}
+
+/* The kernel of a type and a width, for each mode; F16 has no backward here. */
+template<int type, int wide> static void dpoc_tiles_launch(dpoc_run *r, dpoc_tiles g, dim3 grid)
+{
+    enum { back = type == DPO_F16 ? DPO_BF16 : type };
+    if (g.mode == DPOC_Y)
+        DPOC_LAUNCH(r, (dpoc_conv_tensor_kernel<type, DPOC_Y, wide>), grid, DPOC_THREADS, (g));
+    else if (g.mode == DPOC_DX)
+        DPOC_LAUNCH(r, (dpoc_conv_tensor_kernel<back, DPOC_DX, wide>), grid, DPOC_THREADS, (g));
+    else
+        DPOC_LAUNCH(r, (dpoc_conv_tensor_kernel<back, DPOC_DW, wide>), grid, DPOC_THREADS, (g));
+}
+/* 128 columns a block, or 64 where that leaves less of the last one empty: 320 channels are five times 64. */
+static void dpoc_tiles_tensor(dpoc_run *r, dpoc_tiles g, dim3 grid, int wide)
+{
+    if (g.type == DPO_BF16) {
+        if (wide == 128) dpoc_tiles_launch<DPO_BF16, 128>(r, g, grid); else dpoc_tiles_launch<DPO_BF16, 64>(r, g, grid);
+    } else if (g.type == DPO_F16) {
+        if (wide == 128) dpoc_tiles_launch<DPO_F16, 128>(r, g, grid); else dpoc_tiles_launch<DPO_F16, 64>(r, g, grid);
+    } else {
+        if (wide == 128) dpoc_tiles_launch<DPO_F32, 128>(r, g, grid); else dpoc_tiles_launch<DPO_F32, 64>(r, g, grid);
+    }
 }
 
 /* Few tiles of a great depth would leave most processors idle: the depth is cut so that there are about 256 blocks,
    which is two a processor on the largest devices.  Counted a sample where samples are rows: no sample's sums depend on
-   the others; and not by this device's processors: all devices give the same bits. */
+   the others; and not by this device's processors: all devices give the same bits.  F32 goes to tensor cores as TF32,
+   and only where DPO_CUDA_TF32 asks for it. */
 static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
 {
-    int     tensor = g.type != DPO_F32 && r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN];
-    int64_t high = tensor ? (int)DPOC_HIGH : (int)DPOC_SIDE, rows = g.mode == DPOC_DW ? g.rows : g.rows/samples;
-    int64_t tiles = dpoc_pieces(rows, high)*dpoc_pieces(g.cols, DPOC_SIDE), most = dpoc_pieces(g.depth, 512);
-    int64_t splits = dpoc_least(dpoc_least(256/tiles < 1 ? 1 : 256/tiles, most), 64);
-    if (g.rows > INT32_MAX || g.cols > INT32_MAX || g.depth > INT32_MAX || dpoc_pieces(g.cols, DPOC_SIDE) > 65535) {
+    const int *options = r->d->options;
+    int     plain = r->d->major < 8 || options[DPO_CUDA_PLAIN], tensor = !plain && (g.type != DPO_F32 || options[DPO_CUDA_TF32]);
+    int     wide = tensor && (g.cols % 128 == 0 || g.cols % 128 > 64) ? 128 : (int)DPOC_SIDE;
+    int64_t high = plain ? (int)DPOC_SIDE : (int)DPOC_HIGH, rows = g.mode == DPOC_DW ? g.rows : g.rows/samples;
+    int64_t tiles = dpoc_pieces(rows, high)*dpoc_pieces(g.cols, wide), most = dpoc_pieces(g.depth, 512);
+    int64_t splits = dpoc_least(dpoc_least(256/tiles < 1 ? 1 : 256/tiles, most), 64), limit = INT32_MAX - 256;
+    if (g.rows > limit || g.cols > limit || g.depth > limit || dpoc_pieces(g.cols, DPOC_SIDE) > 65535) {
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "convolution", "more than 2^31 pixels");
         return;
     }
@@ -2392,11 +2709,14 @@ static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
     g.span = dpoc_pieces(dpoc_pieces(g.depth, splits), DPOC_DEPTH)*DPOC_DEPTH;
     g.splits = (int)dpoc_pieces(g.depth, g.span);
     if (g.splits > 1) g.part = (float *)dpoc_carve(r, (size_t)(g.splits*g.rows*g.cols)*sizeof(float));
-    dim3 grid((unsigned)dpoc_pieces(g.rows, high), (unsigned)dpoc_pieces(g.cols, DPOC_SIDE), (unsigned)g.splits);
+    dim3 grid((unsigned)dpoc_pieces(g.rows, high), (unsigned)dpoc_pieces(g.cols, wide), (unsigned)g.splits);
     for (int w = 0; w < 2; w++) g.wide[w] = dpoc_wide(&g, w);
-    if (!tensor)                  DPOC_LAUNCH(r, dpoc_conv_kernel, grid, DPOC_THREADS, (g));
-    else if (g.type == DPO_BF16)  DPOC_LAUNCH(r, dpoc_conv_bf16_kernel, grid, DPOC_THREADS, (g));
-    else                          DPOC_LAUNCH(r, dpoc_conv_f16_kernel, grid, DPOC_THREADS, (g));
+    g.pairs = dpoc_paired(&g);
+    if (plain)                    DPOC_LAUNCH(r, dpoc_conv_kernel, grid, DPOC_THREADS, (g));
+    else if (tensor)              dpoc_tiles_tensor(r, g, grid, wide);
+    else if (g.mode == DPOC_Y)    DPOC_LAUNCH(r, (dpoc_conv_float_kernel<DPOC_Y>), grid, DPOC_THREADS, (g));
+    else if (g.mode == DPOC_DX)   DPOC_LAUNCH(r, (dpoc_conv_float_kernel<DPOC_DX>), grid, DPOC_THREADS, (g));
+    else                          DPOC_LAUNCH(r, (dpoc_conv_float_kernel<DPOC_DW>), grid, DPOC_THREADS, (g));
     if (g.splits > 1) DPOC_LAUNCH(r, dpoc_parts_kernel, dpoc_grid(g.rows*g.cols), DPOC_THREADS, (g));
 }
 
@@ -2768,20 +3088,20 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dkv_kernel(dpoc_atte
 
 /* ------------------------------------------------------------------------------------------ on tensor cores
 
-   The same with factors of 16 bits.  A warp owns 16 rows (queries, or in dk and dv keys) and walks the other axis 32
-   rows at a time: its scores are 4 tiles of 16 x 8, which after the exponential are, register for register, the first
+   The same with factors of 16 bits.  A warp owns 16 rows (queries, or in dk and dv keys) and walks the other axis R rows
+   at a time, 32 or 64: its scores are tiles of 16 x 8, which after the exponential are, register for register, the first
    factor of the next product; they never leave the registers.  Four warps share what they walk over, in shared memory:
-   as it lies for scores, and turned for sums over it.  chunks: channels of a head in sixteens, a constant, so that
-   everything stays in registers: at 64 channels some 120 of them, four blocks a processor. */
-enum { DPOC_QUERIES = 64, DPOC_FOUR_WARPS = 128, DPOC_TURNED = DPOC_TILE + 8 };
+   two stages of it, one under way while the other is used, as it lies in memory; ldmatrix turns it for sums over rows.
+   A row is 2*chunks + 1 units of 16 bytes, an odd number, so that eight rows lie in different banks.  chunks: channels of
+   a head in sixteens, a constant, so that everything stays in registers: some 100 of them at 64 channels, 210 at 160. */
+enum { DPOC_QUERIES = 64, DPOC_FOUR_WARPS = 128 };
 
 #define DPOC_LOG2E 1.44269504f
 
 /* Rows of a slice, 16 of which a warp owns: the pairs that lane (g,t) holds of the first factor. */
 template<int chunks>
 static __device__ __forceinline__ void dpoc_own_rows(const uint16_t *x, int64_t at, int64_t left,
-                                                     const dpoc_attention &g,
-                                                                          uint32_t f[chunks][4])
+                                                     const dpoc_attention &g, uint32_t f[chunks][4])
 {
     int row = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
     DPOC_UNROLL
@@ -2794,76 +3114,80 @@ static __device__ __forceinline__ void dpoc_own_rows(const uint16_t *x, int64_t 
     }
 }
 
-/* 32 rows of a slice into shared memory, as they lie and turned; NULL: not wanted.  Zeros behind the last row and
-   channel. */
-template<int chunks>
+/* R rows of a slice on their way into shared memory; zeros behind the last row and channel.  Sixteen bytes a thread:
+   heads are eights of channels here. */
+template<int chunks, int R>
 static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_t at, int64_t left,
-                                                       const dpoc_attention &g,
-                                                                            uint16_t (*straight)[16*chunks + 8],
-                                                                                    uint16_t (*turned)[DPOC_TURNED])
+                                                       const dpoc_attention &g, uint4 *to)
 {
-    for (int u = (int)threadIdx.x; u < DPOC_TILE*2*chunks; u += DPOC_FOUR_WARPS) {
-        int   i = u/(2*chunks), c = u % (2*chunks)*8;
-        uint4 v = { 0, 0, 0, 0 };
-        /* sixteen bytes a thread: heads are eights of channels here */
-        if (i < left && c < g.d) v = *(const uint4 *)(x + at + i*g.D + c);
-        uint32_t h[4] = { v.x, v.y, v.z, v.w };
-        if (straight) *(uint4 *)&straight[i][c] = v;
-        DPOC_UNROLL
-        for (int e = 0; e < 8; e++) if (turned) turned[c + e][i] = (uint16_t)(h[e/2] >> e % 2*16);
+    for (int v = (int)threadIdx.x; v < R*2*chunks; v += DPOC_FOUR_WARPS) {
+        int i = v/(2*chunks), u = v % (2*chunks), in = i < left && 8*u < g.d;
+        dpoc_fetch16(to + i*(2*chunks + 1) + u, in ? x + at + i*g.D + 8*u : x, in);
     }
 }
 
-/* s [16][32] = own rows times 32 shared rows. */
-template<int type, int chunks>
-static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], uint16_t (*b)[16*chunks + 8],
-                                                   float s[4][4])
+/* s [16][R] = own rows times R shared rows. */
+template<int type, int chunks, int R>
+static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], const uint4 *b, float s[R/8][4])
 {
-    int g = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
+    int lane = (int)threadIdx.x % 32;
+    b += (lane%8 + lane/16*8)*(2*chunks + 1) + lane/8%2;
     DPOC_UNROLL
-    for (int j = 0; j < 4; j++) {
-        s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+    for (int j = 0; j < R/16; j++) {
+        DPOC_UNROLL
+        for (int e = 0; e < 8; e++) s[2*j + e/4][e%4] = 0;
         DPOC_UNROLL
         for (int c = 0; c < chunks; c++) {
-            uint32_t fb[2] = { dpoc_word(&b[8*j + g][16*c + 2*t]), dpoc_word(&b[8*j + g][16*c + 2*t + 8]) };
-            dpoc_mma<type>(s[j], f[c], fb);
+            uint32_t fb[4];
+            dpoc_load4(fb, b + 16*j*(2*chunks + 1) + 2*c, 0);
+            dpoc_mma<type>(s[2*j], f[c], fb);
+            dpoc_mma<type>(s[2*j + 1], f[c], fb + 2);
         }
     }
 }
 
-/* sum [16][16*chunks] += p [16][32] times 32 shared rows, turned. */
-template<int type, int chunks>
-static __device__ __forceinline__ void dpoc_gather_rows(const float p[4][4], uint16_t (*b)[DPOC_TURNED],
-                                                        float sum[2*chunks][4])
+/* sum [16][16*chunks] += p [16][R] times R shared rows. */
+template<int type, int chunks, int R>
+static __device__ __forceinline__ void dpoc_gather_rows(const float p[R/8][4], const uint4 *b, float sum[2*chunks][4])
 {
-    int g = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
+    int lane = (int)threadIdx.x % 32;
+    b += lane%16*(2*chunks + 1) + lane/16;
     DPOC_UNROLL
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < R/16; k++) {
         uint32_t fa[4] = { dpoc_pair<type>(p[2*k][0], p[2*k][1]), dpoc_pair<type>(p[2*k][2], p[2*k][3]),
                            dpoc_pair<type>(p[2*k + 1][0], p[2*k + 1][1]),
-                               dpoc_pair<type>(p[2*k + 1][2], p[2*k + 1][3]) };
+                           dpoc_pair<type>(p[2*k + 1][2], p[2*k + 1][3]) };
         DPOC_UNROLL
-        for (int n = 0; n < 2*chunks; n++) {
-            uint32_t fb[2] = { dpoc_word(&b[8*n + g][16*k + 2*t]), dpoc_word(&b[8*n + g][16*k + 2*t + 8]) };
-            dpoc_mma<type>(sum[n], fa, fb);
+        for (int n = 0; n < chunks; n++) {
+            uint32_t fb[4];
+            dpoc_load4(fb, b + 16*k*(2*chunks + 1) + 2*n, 1);
+            dpoc_mma<type>(sum[2*n], fa, fb);
+            dpoc_mma<type>(sum[2*n + 1], fa, fb + 2);
         }
     }
 }
 
-/* A warp's sums, times a factor a row, to rows of y. */
+/* A warp's sums, times a factor a row, to rows of y; neighbours as one store where they may be. */
 template<int chunks>
 static __device__ __forceinline__ void dpoc_spill_rows(const float sum[2*chunks][4], const float factor[2],
-                                                       const dpoc_attention &g, void *y,
-                                                                            int type, int64_t at, int64_t left, int add)
+                                                       const dpoc_attention &g, void *y, int type, int64_t at,
+                                                       int64_t left, int add)
 {
     int row = (int)threadIdx.x % 32/4, t = (int)threadIdx.x % 4;
     DPOC_UNROLL
     for (int n = 0; n < 2*chunks; n++) {
         DPOC_UNROLL
-        for (int e = 0; e < 4; e++) {
-            int     i = row + e/2*8, c = 8*n + 2*t + e % 2;
+        for (int h = 0; h < 2; h++) {
+            int     i = row + 8*h, c = 8*n + 2*t;     /* both of a pair are there: d is a multiple of 8 */
             int64_t to = at + i*g.D + c;
-            if (i < left && c < g.d) dpoc_put(y, type, to, factor[e/2]*sum[n][e] + (add ? dpoc_get(y, type, to) : 0));
+            float   x[2] = { factor[h]*sum[n][2*h], factor[h]*sum[n][2*h + 1] };
+            if (i >= left || c >= g.d) continue;
+            if (type == DPO_F32) {
+                float2 *p = (float2 *)((float *)y + to), v = { x[0], x[1] };
+                if (add) { float2 old = *p;  v.x += old.x;  v.y += old.y; }
+                *p = v;
+            } else *(uint32_t *)((uint16_t *)y + to) = type == DPO_BF16 ? dpoc_pair<DPO_BF16>(x[0], x[1])
+                : dpoc_pair<DPO_F16>(x[0], x[1]);
         }
     }
 }
@@ -2876,52 +3200,71 @@ static __device__ __forceinline__ int64_t dpoc_block_rows(int64_t length, int64_
     return u;
 }
 
-template<int type, int chunks>
+/* The running maximum `most` and sum `total` of a row meet R new scores, which become exp(s - most) in s; `shrink` is
+   what older sums are worth now.  In units of log 2, for exp2 is one instruction.  i: the first row's query. */
+template<int R>
+static __device__ __forceinline__ void dpoc_soften(const dpoc_attention &g, float s[R/8][4], int64_t i, int64_t j0,
+                                                   float most[2], float total[2], float shrink[2])
+{
+    float high[2] = { most[0], most[1] }, part[2] = { 0, 0 };
+    DPOC_UNROLL
+    for (int e = 0; e < R/2; e++) {
+        int64_t j = j0 + e/4*8 + (int)threadIdx.x % 4*2 + e % 2;
+        s[e/4][e % 4] = j < g.S && (!g.causal || j <= i + e % 4/2*8) ? s[e/4][e % 4]*(g.scale*DPOC_LOG2E) : -FLT_MAX;
+        high[e % 4/2] = fmaxf(high[e % 4/2], s[e/4][e % 4]);
+    }
+    DPOC_UNROLL
+    for (int h = 0; h < 2; h++) {         /* four lanes share a row */
+        high[h] = fmaxf(high[h], __shfl_xor_sync(~0u, high[h], 1));
+        high[h] = fmaxf(high[h], __shfl_xor_sync(~0u, high[h], 2));
+    }
+    DPOC_UNROLL
+    for (int e = 0; e < R/2; e++) {
+        float x = s[e/4][e % 4];
+        x = x == -FLT_MAX ? 0 : exp2f(x - high[e % 4/2]);
+        s[e/4][e % 4] = x;
+        part[e % 4/2] += x;
+    }
+    DPOC_UNROLL
+    for (int h = 0; h < 2; h++) {
+        shrink[h] = exp2f(most[h] - high[h]);
+        total[h] = total[h]*shrink[h] + part[h];
+        most[h] = high[h];
+    }
+}
+
+template<int type, int chunks, int R>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
 {
-    alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vt[16*chunks][DPOC_TURNED];
+    enum { units = R*(2*chunks + 1) };
+    uint4   *pool = dpoc_pool<4*units>();             /* keys and values, twice */
     int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = dpoc_keys(g, row + DPOC_QUERIES);
     int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
-    int      lane = (int)threadIdx.x % 32;
-    float    sum[2*chunks][4], most[2] = { -FLT_MAX, -FLT_MAX }, total[2] = { 0, 0 }, s[4][4];
+    int      lane = (int)threadIdx.x % 32, turn = 0;
+    float    sum[2*chunks][4], most[2] = { -FLT_MAX, -FLT_MAX }, total[2] = { 0, 0 }, shrink[2], s[R/8][4];
     uint32_t f[chunks][4];
     DPOC_UNROLL
     for (int n = 0; n < 2*chunks; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
     dpoc_own_rows<chunks>((const uint16_t *)g.q, q, g.T - own, g, f);
-    for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
-        float high[2] = { most[0], most[1] }, part[2] = { 0, 0 };
-        dpoc_share_rows<chunks>((const uint16_t *)g.k, k + j0*g.D, g.S - j0, g, ks, (uint16_t (*)[DPOC_TURNED])NULL);
-        dpoc_share_rows<chunks>((const uint16_t *)g.v, k + j0*g.D, g.S - j0, g, (uint16_t (*)[16*chunks + 8])NULL, vt);
+    for (int64_t j0 = -R; j0 < keys; j0 += R, turn ^= 1) {
+        uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
+        if (j0 + R < keys) {              /* the first round only fetches */
+            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + (j0 + R)*g.D, g.S - j0 - R, g, next);
+            dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + (j0 + R)*g.D, g.S - j0 - R, g, next + units);
+        }
+        dpoc_fetch_commit();
+        if (j0 < 0) continue;
+        dpoc_fetch_wait<1>();
         __syncthreads();
-        dpoc_scores<type, chunks>(f, ks, s);
+        dpoc_scores<type, chunks, R>(f, now, s);
+        dpoc_soften<R>(g, s, own + lane/4, j0, most, total, shrink);
         DPOC_UNROLL
-        for (int e = 0; e < 16; e++) {    /* in units of log 2, for exp2 is one instruction */
-            int64_t j = j0 + e/4*8 + lane % 4*2 + e % 2, i = own + lane/4 + e % 4/2*8;
-            s[e/4][e % 4] = j < g.S && (!g.causal || j <= i) ? s[e/4][e % 4]*(g.scale*DPOC_LOG2E) : -FLT_MAX;
-            high[e % 4/2] = fmaxf(high[e % 4/2], s[e/4][e % 4]);
-        }
-        DPOC_UNROLL
-        for (int h = 0; h < 2; h++) {     /* four lanes share a row */
-            high[h] = fmaxf(high[h], __shfl_xor_sync(~0u, high[h], 1));
-            high[h] = fmaxf(high[h], __shfl_xor_sync(~0u, high[h], 2));
-        }
-        DPOC_UNROLL
-        for (int e = 0; e < 16; e++) {
-            float x = s[e/4][e % 4];
-            x = x == -FLT_MAX ? 0 : exp2f(x - high[e % 4/2]);
-            s[e/4][e % 4] = x;
-            part[e % 4/2] += x;
-        }
-        DPOC_UNROLL
-        for (int h = 0; h < 2; h++) {
-            float shrink = exp2f(most[h] - high[h]);
-            total[h] = total[h]*shrink + part[h];
-            most[h] = high[h];
+        for (int n = 0; n < 2*chunks; n++) {
             DPOC_UNROLL
-            for (int n = 0; n < 2*chunks; n++) { sum[n][2*h] *= shrink;  sum[n][2*h + 1] *= shrink; }
+            for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e/2];
         }
-        dpoc_gather_rows<type, chunks>(s, vt, sum);
-        __syncthreads();                  /* the next keys come to the same place */
+        dpoc_gather_rows<type, chunks, R>(s, now + units, sum);
+        __syncthreads();                  /* the keys after the next come to the same place */
     }
     DPOC_UNROLL
     for (int h = 0; h < 2; h++) {
@@ -2935,106 +3278,134 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
 }
 
 /* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
-static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g, float s[4][4], float dp[4][4], int e,
-                                                        int seen, float lse, float delta)
+static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g, float *s, float *dp, int seen, float lse,
+                                                        float delta)
 {
-    float p = seen ? exp2f((s[e/4][e % 4]*g.scale - lse)*DPOC_LOG2E) : 0;
-    s[e/4][e % 4] = p;
-    dp[e/4][e % 4] = seen ? p*(dp[e/4][e % 4] - delta) : 0;
+    float p = seen ? exp2f((*s*g.scale - lse)*DPOC_LOG2E) : 0;
+    *s = p;
+    *dp = seen ? p*(*dp - delta) : 0;
 }
 
 /* 64 queries a block.  dout is `o` here: rounded like the other factors. */
-template<int type, int chunks>
+template<int chunks>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(dpoc_attention g)
 {
-    alignas(16) DPOC_SHARED uint16_t ks[DPOC_TILE][16*chunks + 8], vs[DPOC_TILE][16*chunks + 8],
-        kt[16*chunks][DPOC_TURNED];
+    enum { R = 32, units = R*(2*chunks + 1), type = DPO_BF16 };
+    uint4   *pool = dpoc_pool<4*units>();
     int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = dpoc_keys(g, row + DPOC_QUERIES);
     int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
-    int      lane = (int)threadIdx.x % 32;
-    float    sum[2*chunks][4], s[4][4], dp[4][4], lse[2] = { 0, 0 }, delta[2] = { 0, 0 }, factor[2] = { g.scale,
-            g.scale };
+    int      lane = (int)threadIdx.x % 32, turn = 0;
+    float    sum[2*chunks][4], s[R/8][4], dp[R/8][4], lse[2] = { 0, 0 }, delta[2] = { 0, 0 };
+    float    factor[2] = { g.scale, g.scale };
     uint32_t f[chunks][4], d[chunks][4];
     DPOC_UNROLL
     for (int n = 0; n < 2*chunks; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
     dpoc_own_rows<chunks>((const uint16_t *)g.q, q, g.T - own, g, f);
     dpoc_own_rows<chunks>((const uint16_t *)g.o, q, g.T - own, g, d);
-    for (int h = 0; h < 2; h++)
-        if (own + lane/4 + 8*h < g.T) { lse[h] = g.lse[u*g.T + own + lane/4 + 8*h];
-            delta[h] = g.delta[u*g.T + own + lane/4 + 8*h]; }
-    for (int64_t j0 = 0; j0 < keys; j0 += DPOC_TILE) {
-        dpoc_share_rows<chunks>((const uint16_t *)g.k, k + j0*g.D, g.S - j0, g, ks, kt);
-        dpoc_share_rows<chunks>((const uint16_t *)g.v, k + j0*g.D, g.S - j0, g, vs, (uint16_t (*)[DPOC_TURNED])NULL);
-        __syncthreads();
-        dpoc_scores<type, chunks>(f, ks, s);
-        dpoc_scores<type, chunks>(d, vs, dp);
-        DPOC_UNROLL
-        for (int e = 0; e < 16; e++) {
-            int64_t j = j0 + e/4*8 + lane % 4*2 + e % 2, i = own + lane/4 + e % 4/2*8;
-            dpoc_tile_slopes(g, s, dp, e, i < g.T && j < g.S && (!g.causal || j <= i), lse[e % 4/2], delta[e % 4/2]);
+    DPOC_UNROLL
+    for (int h = 0; h < 2; h++) {
+        int64_t i = own + lane/4 + 8*h;
+        if (i < g.T) { lse[h] = g.lse[u*g.T + i];  delta[h] = g.delta[u*g.T + i]; }
+    }
+    for (int64_t j0 = -R; j0 < keys; j0 += R, turn ^= 1) {
+        uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
+        if (j0 + R < keys) {
+            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + (j0 + R)*g.D, g.S - j0 - R, g, next);
+            dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + (j0 + R)*g.D, g.S - j0 - R, g, next + units);
         }
-        dpoc_gather_rows<type, chunks>(dp, kt, sum);           /* dq += ds k */
+        dpoc_fetch_commit();
+        if (j0 < 0) continue;
+        dpoc_fetch_wait<1>();
+        __syncthreads();
+        dpoc_scores<type, chunks, R>(f, now, s);
+        dpoc_scores<type, chunks, R>(d, now + units, dp);
+        DPOC_UNROLL
+        for (int e = 0; e < R/2; e++) {
+            int64_t j = j0 + e/4*8 + lane % 4*2 + e % 2, i = own + lane/4 + e % 4/2*8;
+            dpoc_tile_slopes(g, &s[e/4][e % 4], &dp[e/4][e % 4], i < g.T && j < g.S && (!g.causal || j <= i),
+                             lse[e % 4/2], delta[e % 4/2]);
+        }
+        dpoc_gather_rows<type, chunks, R>(dp, now, sum);       /* dq += ds k */
         __syncthreads();
     }
     dpoc_spill_rows<chunks>(sum, factor, g, g.dq, DPO_F32, q, g.T - own, g.add[0]);
 }
 
-/* 64 keys a block against all queries that see them. */
-template<int type, int chunks>
-static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel(dpoc_attention g)
+/* What a round of dk and dv walks over: R queries and rows of dout, with their lse and delta. */
+template<int chunks, int R>
+static __device__ __forceinline__ void dpoc_share_queries(const dpoc_attention &g, int64_t u, int64_t q, int64_t i0,
+                                                          uint4 *to, float *lse)
 {
-    alignas(16) DPOC_SHARED uint16_t qs[DPOC_TILE][16*chunks + 8], os[DPOC_TILE][16*chunks + 8],
-        qt[16*chunks][DPOC_TURNED], ot[16*chunks][DPOC_TURNED];
-    DPOC_SHARED float lse[DPOC_TILE], delta[DPOC_TILE];
-    int64_t  row, u = dpoc_block_rows(g.S, &row), q = dpoc_head(g, u, g.T);
-    int64_t  own = row + (int)threadIdx.x/32*16, k = dpoc_head(g, u, g.S) + own*g.D;
-    int      lane = (int)threadIdx.x % 32;
-    float    dk[2*chunks][4], dv[2*chunks][4], s[4][4], dp[4][4], factor[2] = { g.scale, g.scale }, one[2] = { 1, 1 };
-    uint32_t fk[chunks][4], fv[chunks][4];
-    DPOC_UNROLL
-    for (int n = 0; n < 2*chunks; n++) for (int e = 0; e < 4; e++) dk[n][e] = dv[n][e] = 0;
-    dpoc_own_rows<chunks>((const uint16_t *)g.k, k, g.S - own, g, fk);
-    dpoc_own_rows<chunks>((const uint16_t *)g.v, k, g.S - own, g, fv);
-    for (int64_t i0 = g.causal ? row : 0; i0 < g.T; i0 += DPOC_TILE) {
-        dpoc_share_rows<chunks>((const uint16_t *)g.q, q + i0*g.D, g.T - i0, g, qs, qt);
-        dpoc_share_rows<chunks>((const uint16_t *)g.o, q + i0*g.D, g.T - i0, g, os, ot);
-        if (threadIdx.x < DPOC_TILE && i0 + (int)threadIdx.x < g.T) {
-            lse[threadIdx.x] = g.lse[u*g.T + i0 + threadIdx.x];
-            delta[threadIdx.x] = g.delta[u*g.T + i0 + threadIdx.x];
-        }
-        __syncthreads();
-        dpoc_scores<type, chunks>(fk, qs, s);
-        dpoc_scores<type, chunks>(fv, os, dp);
-        DPOC_UNROLL
-        for (int e = 0; e < 16; e++) {
-            int     col = e/4*8 + lane % 4*2 + e % 2;
-            int64_t i = i0 + col, j = own + lane/4 + e % 4/2*8;
-            dpoc_tile_slopes(g, s, dp, e, i < g.T && j < g.S && (!g.causal || j <= i), lse[col], delta[col]);
-        }
-        dpoc_gather_rows<type, chunks>(dp, qt, dk);            /* dk += ds^T q */
-        dpoc_gather_rows<type, chunks>(s, ot, dv);             /* dv += p^T do */
-        __syncthreads();
+    dpoc_share_rows<chunks, R>((const uint16_t *)g.q, q + i0*g.D, g.T - i0, g, to);
+    dpoc_share_rows<chunks, R>((const uint16_t *)g.o, q + i0*g.D, g.T - i0, g, to + R*(2*chunks + 1));
+    if (threadIdx.x < R) {
+        int in = i0 + (int)threadIdx.x < g.T;
+        lse[threadIdx.x] = in ? g.lse[u*g.T + i0 + threadIdx.x] : 0;
+        lse[R + threadIdx.x] = in ? g.delta[u*g.T + i0 + threadIdx.x] : 0;
     }
-    if (g.dk) dpoc_spill_rows<chunks>(dk, factor, g, g.dk, DPO_F32, k, g.S - own, g.add[1]);
-    if (g.dv) dpoc_spill_rows<chunks>(dv, one, g, g.dv, DPO_F32, k, g.S - own, g.add[2]);
 }
 
-/* One width of heads: forward, or both kernels of backward. */
+/* 64 keys a block against all queries that see them; parts: 1 dk, 2 dv, 3 both. */
+template<int chunks, int parts>
+static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel(dpoc_attention g)
+{
+    enum { R = 32, units = R*(2*chunks + 1), type = DPO_BF16 };
+    uint4   *pool = dpoc_pool<4*units + R>();         /* queries and dout, lse and delta, twice */
+    float   *stat = (float *)(pool + 4*units);
+    int64_t  row, u = dpoc_block_rows(g.S, &row), q = dpoc_head(g, u, g.T);
+    int64_t  own = row + (int)threadIdx.x/32*16, k = dpoc_head(g, u, g.S) + own*g.D, begin = g.causal ? row : 0;
+    int      lane = (int)threadIdx.x % 32, turn = 0;
+    float    dk[2*chunks][4], dv[2*chunks][4], s[R/8][4], dp[R/8][4], factor[2] = { g.scale, g.scale }, one[2] = { 1, 1 };
+    uint32_t fk[chunks][4], fv[chunks][4];
+    DPOC_UNROLL
+    for (int n = 0; n < 2*chunks; n++) { DPOC_UNROLL for (int e = 0; e < 4; e++) dk[n][e] = dv[n][e] = 0; }
+    dpoc_own_rows<chunks>((const uint16_t *)g.k, k, g.S - own, g, fk);
+    if (parts & 1) dpoc_own_rows<chunks>((const uint16_t *)g.v, k, g.S - own, g, fv);
+    for (int64_t i0 = begin - R; i0 < g.T; i0 += R, turn ^= 1) {
+        uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
+        if (i0 + R < g.T) dpoc_share_queries<chunks, R>(g, u, q, i0 + R, next, stat + (turn ^ 1)*2*R);
+        dpoc_fetch_commit();
+        if (i0 < begin) continue;
+        dpoc_fetch_wait<1>();
+        __syncthreads();
+        dpoc_scores<type, chunks, R>(fk, now, s);
+        if (parts & 1) dpoc_scores<type, chunks, R>(fv, now + units, dp);
+        DPOC_UNROLL
+        for (int e = 0; e < R/2; e++) {
+            int     col = e/4*8 + lane % 4*2 + e % 2;
+            int64_t i = i0 + col, j = own + lane/4 + e % 4/2*8;
+            float   none = 0;
+            dpoc_tile_slopes(g, &s[e/4][e % 4], parts & 1 ? &dp[e/4][e % 4] : &none,
+                             i < g.T && j < g.S && (!g.causal || j <= i), stat[turn*2*R + col], stat[turn*2*R + R + col]);
+        }
+        if (parts & 1) dpoc_gather_rows<type, chunks, R>(dp, now, dk);           /* dk += ds^T q */
+        if (parts & 2) dpoc_gather_rows<type, chunks, R>(s, now + units, dv);    /* dv += p^T do */
+        __syncthreads();
+    }
+    if ((parts & 1) && g.dk) dpoc_spill_rows<chunks>(dk, factor, g, g.dk, DPO_F32, k, g.S - own, g.add[1]);
+    if ((parts & 2) && g.dv) dpoc_spill_rows<chunks>(dv, one, g, g.dv, DPO_F32, k, g.S - own, g.add[2]);
+}
+
+/* One width of heads.  64 keys a round where two stages of them fit into 48 KB. */
 template<int type, int chunks> static void dpoc_attention_wide(dpoc_run *r, dpoc_attention g)
 {
     unsigned slices = (unsigned)(g.N*g.heads);
     dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices);
-    DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks>), queries, DPOC_FOUR_WARPS, (g));
+    DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks, (chunks <= 5 ? 64 : 32)>), queries, DPOC_FOUR_WARPS, (g));
 }
 /* dk and dv share their scores, and dq makes them again: 7 products instead of 5, but no block adds to another's rows.
-   */
+   Heads of more than 80 channels have no room for the sums of both in registers: dk and dv are launches of their own,
+   8 products; such heads stand where pictures are small. */
 template<int chunks> static void dpoc_attention_back(dpoc_run *r, dpoc_attention g)
 {
+    enum { both = chunks <= 5 };
     unsigned slices = (unsigned)(g.N*g.heads);
     dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices),
         keys((unsigned)dpoc_pieces(g.S, DPOC_QUERIES)*slices);
-    if (g.dq)         DPOC_LAUNCH(r, (dpoc_dq_tensor_kernel<DPO_BF16, chunks>), queries, DPOC_FOUR_WARPS, (g));
-    if (g.dk || g.dv) DPOC_LAUNCH(r, (dpoc_dkv_tensor_kernel<DPO_BF16, chunks>), keys, DPOC_FOUR_WARPS, (g));
+    if (g.dq) DPOC_LAUNCH(r, (dpoc_dq_tensor_kernel<chunks>), queries, DPOC_FOUR_WARPS, (g));
+    if (both ? g.dk || g.dv : g.dk != NULL)
+        DPOC_LAUNCH(r, (dpoc_dkv_tensor_kernel<chunks, (both ? 3 : 1)>), keys, DPOC_FOUR_WARPS, (g));
+    if (!both && g.dv) DPOC_LAUNCH(r, (dpoc_dkv_tensor_kernel<chunks, (both ? 3 : 2)>), keys, DPOC_FOUR_WARPS, (g));
 }
 /* The narrowest width that holds a head; 40 channels as 48 waste a sixth. */
 template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_attention *g)
@@ -3046,13 +3417,11 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else                  dpoc_attention_wide<type, 10>(r, *g);
 }
 
-/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Can tensor cores take them, if
-   the numbers have 16 bits?  Forward up to 160 channels, backward up to 80, above which its sums no longer fit in
-   registers. Decided by shape and options, never by what was there before. */
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Tensor cores take them up to 160
+   channels, if the numbers have 16 bits.  Decided by shape and options, never by what was there before. */
 static int dpoc_attention_fits(const dpoc_run *r, const dpoc_attention *g)
 {
-    if (r->d->major < 8 || r->d->options[DPO_CUDA_PLAIN] || g->d % 8) return 0;
-    return g->d <= (r->a->backward ? 80 : 160);
+    return r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g->d % 8 == 0 && g->d <= 160;
 }
 
 /* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain. */
@@ -3060,7 +3429,8 @@ static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = *attention;
-    int             lines = ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v) % 16 == 0;
+    int             lines = ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v | (uintptr_t)g.y | (uintptr_t)g.dq |
+                             (uintptr_t)g.dk | (uintptr_t)g.dv) % 16 == 0;
     if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && g.type != DPO_BF16)) return 0;
     if (!a->backward) {
         if (g.type == DPO_BF16) dpoc_attention_forward<DPO_BF16>(r, &g);
@@ -3068,9 +3438,11 @@ static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
         return 1;
     }
     g.o = dpoc_as(r, &a->dout, DPO_BF16); /* o itself is in delta already */
-    if (g.d <= 48)      dpoc_attention_back<3>(r, g);
-    else if (g.d <= 64) dpoc_attention_back<4>(r, g);
-    else                dpoc_attention_back<5>(r, g);
+    if (g.d <= 48)       dpoc_attention_back<3>(r, g);
+    else if (g.d <= 64)  dpoc_attention_back<4>(r, g);
+    else if (g.d <= 80)  dpoc_attention_back<5>(r, g);
+    else if (g.d <= 128) dpoc_attention_back<8>(r, g);
+    else                 dpoc_attention_back<10>(r, g);
     return 1;
 }
 
@@ -3236,16 +3608,105 @@ static void dpoc_op_mapo(dpoc_run *r)
     else if (g.d)     DPOC_LAUNCH(r, dpoc_mapo_back_kernel, 1, DPOC_THREADS, (g));
 }
 
+/* record.factor = min(1, max_norm/(norm + 1e-6)), 0 and one more skip for a norm that is not a number. */
+typedef struct dpoc_clip {
+    int64_t n;                            /* gradients */
+    const void *sums;                     /* [n]: the sum of squares of each */
+    int type;
+    float most;                           /* the norm that is allowed; 0: any */
+    float *record;                        /* the step record */
+} dpoc_clip;
+/* A sum of squares beyond the range of float is infinite, and skips the step as well. */
+static __global__ void dpoc_clip_kernel(dpoc_clip g)
+{
+    double sum = 0, norm, factor = 1;
+    for (int64_t i = threadIdx.x; i < g.n; i += DPOC_THREADS) sum += dpoc_get(g.sums, g.type, i);
+    sum = dpoc_block_sum(sum);
+    norm = sqrt(sum);
+    if (threadIdx.x) return;
+    if (g.most > 0 && norm + 1e-6 > g.most) factor = g.most/(norm + 1e-6);
+    if (!(sum <= DBL_MAX)) { factor = 0;  g.record[DPO_REC_SKIPPED] += 1; }
+    g.record[DPO_REC_FACTOR] = (float)factor;
+    g.record[DPO_REC_NORM] = (float)norm;
+}
+/* sums [P] -> the step record, which the optimizer's kernels read: nothing goes to the host. */
+static void dpoc_op_clip(dpoc_run *r)
+{
+    const dpo_args *a = r->a;
+    dpoc_clip g;
+    memset(&g, 0, sizeof g);
+    g.n = dpoc_count(&a->in[0]);  g.sums = a->in[0].data;  g.type = a->in[0].dtype;  g.most = a->p.clip.max_norm;
+    g.record = (float *)a->out.data;
+    DPOC_LAUNCH(r, dpoc_clip_kernel, 1, DPOC_THREADS, (g));
+}
+
+/* ------------------------------------------------------------------------------------------ many tensors a launch
+
+   The optimizers and the squares of gradients come as one call a tensor, hundreds in a row.  They are gathered, up to
+   DPOC_BATCH, and run as one launch (Adafactor: as six) when another call, a copy or the end of the step comes: see
+   dpoc_flush.  A tensor has a number of blocks that its shape and the pass decide, and a block finds its tensor in a list
+   of their sums: 40 comparisons beside the 16384 numbers of a piece. */
+enum { DPOC_PIECES, DPOC_ROW_PASS, DPOC_COLUMN_PASS };
+enum { DPOC_WHOLE, DPOC_MATRIX, DPOC_KERNEL };
+
+/* Passed by value: 40 tensors are 3.4 KB of the 4 KB that a kernel's arguments may have, and what is passed by value a
+   graph keeps without further ado. */
+typedef struct dpoc_many {
+    int     count, first[DPOC_BATCH + 1]; /* tensors; the first block of each, and how many there are */
+    float   beta1, beta2, eps, decay, clip;           /* as in dpo_params */
+    const float *record;                  /* the step record, but for SUM_SQUARES */
+    double *part, *total;                 /* [all pieces]; of Adafactor [count][2]: mean of row, sum of u^2 */
+    dpoc_one one[DPOC_BATCH];
+} dpoc_many;
+static_assert(sizeof(dpoc_many) <= 4096, "what a kernel's arguments may have");
+
+/* Which tensor a block belongs to, and which of its blocks it is. */
+static __device__ __forceinline__ int dpoc_find(const dpoc_many &g, int *block)
+{
+    int at = 0;
+    while (at + 1 < g.count && (int)blockIdx.x >= g.first[at + 1]) at++;
+    *block = (int)blockIdx.x - g.first[at];
+    return at;
+}
+/* First and last number of a piece. */
+static __device__ __forceinline__ int64_t dpoc_piece(const dpoc_one &one, int block, int64_t *end)
+{
+    *end = dpoc_min(((int64_t)block + 1)*DPOC_PIECE, one.n);
+    return (int64_t)block*DPOC_PIECE;
+}
+
+/* m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- decay w - rate m / (root sqrt(v) + eps).  arXiv 1711.05101. */
+static __global__ void dpoc_adamw_kernel(dpoc_many g)
+{
+    int     block, at = dpoc_find(g, &block);
+    int64_t end, first = dpoc_piece(g.one[at], block, &end);
+    float   factor = g.record[DPO_REC_FACTOR], lr = g.record[DPO_REC_LR];
+    float   decay = (float)(1 - (double)lr*g.decay), rate = lr/g.record[DPO_REC_BIAS1],
+        root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
+    /* the factors that all numbers share are formed in double, once a thread */
+    if (factor == 0) return;              /* a skipped step leaves all as it is */
+    const dpoc_one &one = g.one[at];
+    int quads = one.n % 4 == 0 && one.aligned, wide = quads ? 4 : 1;
+    for (int64_t i = first + (int64_t)threadIdx.x*wide; i < end; i += DPOC_THREADS*wide) {
+        float d[4], m[4], v[4], w[4];
+        dpoc_take(one.g, DPO_F32, i, quads, d);
+        dpoc_take(one.m, DPO_F32, i, quads, m);
+        dpoc_take(one.v, DPO_F32, i, quads, v);
+        dpoc_take(one.w, DPO_F32, i, quads, w);
+        DPOC_EACH(k, quads) {
+            d[k] *= factor;
+            m[k] = g.beta1*m[k] + (1 - g.beta1)*d[k];
+            v[k] = g.beta2*v[k] + (1 - g.beta2)*d[k]*d[k];
+            w[k] = decay*w[k] - rate*m[k]/(root*sqrtf(v[k]) + g.eps);
+        }
+        dpoc_give(one.m, DPO_F32, i, quads, m);
+        dpoc_give(one.v, DPO_F32, i, quads, v);
+        dpoc_give(one.w, DPO_F32, i, quads, w);
+    }
+}
+
 /* AdamW with moments of 8 bits, see >>impl optim of diffdpo.h: a code is one of 256 levels times the largest of its
    block of 256 numbers, which a block of threads takes at a time, one each. */
-typedef struct dpoc_adamw8 {
-    int64_t n;
-    float beta1, beta2, eps, decay;
-    const float *g, *record;
-    unsigned char *m, *v;                 /* codes [n] */
-    float *ms, *vs, *w;                   /* scales [ceil(n/256)], weights [n] */
-} dpoc_adamw8;
-
 enum { DPOC_LEVELS = 256 };
 
 /* Level k of a moment with a sign (129 of them, from 0 on) or without (256). */
@@ -3283,370 +3744,321 @@ static __device__ float dpoc_block_most(float *part, float x)
     __syncthreads();
     return part[0];
 }
-/* The levels are made anew in shared memory by each block, one a thread; a block then walks many blocks of numbers. */
-static __global__ void dpoc_adamw8_kernel(dpoc_adamw8 g)
+/* The levels are made anew in shared memory by each block, one a thread; it then walks the 64 blocks of its piece. */
+static __global__ void dpoc_adamw8_kernel(dpoc_many g)
 {
     __shared__ float lm[DPOC_LEVELS], lv[DPOC_LEVELS], part[DPOC_THREADS];
+    int     block, at = dpoc_find(g, &block);
+    int64_t end, first = dpoc_piece(g.one[at], block, &end);
     float   factor = g.record[DPO_REC_FACTOR], lr = g.record[DPO_REC_LR], rate = lr/g.record[DPO_REC_BIAS1];
     float   keep = (float)(1 - (double)lr*g.decay), root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
+    const dpoc_one &one = g.one[at];
+    unsigned char  *mc = (unsigned char *)one.m, *vc = (unsigned char *)one.v;
     if (factor == 0) return;              /* a skipped step leaves all as it is */
     lm[threadIdx.x] = dpoc_level(threadIdx.x < 129 ? (int)threadIdx.x : 128, 1);
     lv[threadIdx.x] = dpoc_level((int)threadIdx.x, 0);
     __syncthreads();
-    for (int64_t u = blockIdx.x; u*DPOC_THREADS < g.n; u += gridDim.x) {
-        int64_t i = u*DPOC_THREADS + threadIdx.x;
+    for (; first < end; first += DPOC_THREADS) {
+        int64_t i = first + threadIdx.x, u = first/DPOC_THREADS;
         float   m = 0, v = 0, top, a;
-        if (i < g.n) {
-            int   c = g.m[i];
-            float d = factor*g.g[i];
-            m = g.ms[u]*(c >= 127 ? lm[c - 127] : -lm[127 - c]);
+        if (i < end) {
+            int   c = mc[i];
+            float d = factor*one.g[i];
+            m = one.ms[u]*(c >= 127 ? lm[c - 127] : -lm[127 - c]);
             m = g.beta1*m + (1 - g.beta1)*d;
-            v = g.beta2*g.vs[u]*lv[g.v[i]] + (1 - g.beta2)*d*d;
-            g.w[i] = keep*g.w[i] - rate*m/(root*sqrtf(v) + g.eps);
+            v = g.beta2*one.vs[u]*lv[vc[i]] + (1 - g.beta2)*d*d;
+            one.w[i] = keep*one.w[i] - rate*m/(root*sqrtf(v) + g.eps);
         }
         top = dpoc_block_most(part, fabsf(m));
         a = top > 0 ? fabsf(m)/top : 0;
-        if (i < g.n) {
+        if (i < end) {
             int k = dpoc_level_near(lm, 129, a);
-            g.m[i] = (unsigned char)(m >= 0 ? 127 + k : 127 - (k < 127 ? k : 127));
+            mc[i] = (unsigned char)(m >= 0 ? 127 + k : 127 - (k < 127 ? k : 127));
         }
-        if (threadIdx.x == 0) g.ms[u] = top;
+        if (threadIdx.x == 0) one.ms[u] = top;
         top = dpoc_block_most(part, v);
         a = top > 0 ? v/top : 0;
-        if (i < g.n) {                    /* what is not 0 keeps the lowest level, or a step would have no bounds */
+        if (i < end) {                    /* what is not 0 keeps the lowest level, or a step would have no bounds */
             int k = dpoc_level_near(lv, DPOC_LEVELS, a);
-            g.v[i] = (unsigned char)(k || v == 0 ? k : 1);
+            vc[i] = (unsigned char)(k || v == 0 ? k : 1);
         }
-        if (threadIdx.x == 0) g.vs[u] = top;
-    }
-}
-/* A launch a tensor: its codes and scales do not fit the list of the others. */
-static void dpoc_op_adamw8(dpoc_run *r)
-{
-    const dpo_args *a = r->a;
-    dpoc_adamw8 g;
-    memset(&g, 0, sizeof g);
-    g.n = dpoc_count(&a->out);
-    g.beta1 = a->p.adamw.beta1;  g.beta2 = a->p.adamw.beta2;  g.eps = a->p.adamw.eps;  g.decay = a->p.adamw.weight_decay;
-    g.g = (const float *)a->in[0].data;  g.record = (const float *)a->in[3].data;
-    g.m = (unsigned char *)a->in[1].data;  g.v = (unsigned char *)a->in[2].data;
-    g.ms = (float *)a->in[4].data;  g.vs = (float *)a->in[5].data;  g.w = (float *)a->out.data;
-    DPOC_LAUNCH(r, dpoc_adamw8_kernel, dpoc_grid(g.n), DPOC_THREADS, (g));
-}
-
-/* record.factor = min(1, max_norm/(norm + 1e-6)), 0 and one more skip for a norm that is not a number. */
-typedef struct dpoc_clip {
-    int64_t n;                            /* gradients */
-    const void *sums;                     /* [n]: the sum of squares of each */
-    int type;
-    float most;                           /* the norm that is allowed; 0: any */
-    float *record;                        /* the step record */
-} dpoc_clip;
-/* A sum of squares beyond the range of float is infinite, and skips the step as well. */
-static __global__ void dpoc_clip_kernel(dpoc_clip g)
-{
-    double sum = 0, norm, factor = 1;
-    for (int64_t i = threadIdx.x; i < g.n; i += DPOC_THREADS) sum += dpoc_get(g.sums, g.type, i);
-    sum = dpoc_block_sum(sum);
-    norm = sqrt(sum);
-    if (threadIdx.x) return;
-    if (g.most > 0 && norm + 1e-6 > g.most) factor = g.most/(norm + 1e-6);
-    if (!(sum <= DBL_MAX)) { factor = 0;  g.record[DPO_REC_SKIPPED] += 1; }
-    g.record[DPO_REC_FACTOR] = (float)factor;
-    g.record[DPO_REC_NORM] = (float)norm;
-}
-/* sums [P] -> the step record, which the optimizer's kernels read: nothing goes to the host. */
-static void dpoc_op_clip(dpoc_run *r)
-{
-    const dpo_args *a = r->a;
-    dpoc_clip g;
-    memset(&g, 0, sizeof g);
-    g.n = dpoc_count(&a->in[0]);  g.sums = a->in[0].data;  g.type = a->in[0].dtype;  g.most = a->p.clip.max_norm;
-    g.record = (float *)a->out.data;
-    DPOC_LAUNCH(r, dpoc_clip_kernel, 1, DPOC_THREADS, (g));
-}
-
-/* ------------------------------------------------------------------------------------------ many tensors a launch
-
-   AdamW and squares of gradients come as one call a tensor, hundreds in a row.  They are gathered, up to 64, and run as
-   one launch when another call, a copy or the end of the step comes: see dpoc_flush.  A block takes a piece of
-   DPOC_PIECE numbers, and finds its tensor by walking the sums of pieces: 64 steps beside 16384 numbers. */
-/* Passed by value: 64 tensors are 3 KB of the 4 KB that a kernel's arguments may have, and what is passed by value a
-   graph keeps without further ado. */
-typedef struct dpoc_many {
-    int     count, op;                    /* tensors */
-    float   beta1, beta2, eps, decay;     /* of AdamW */
-    const float *record;                  /* of AdamW: the step record */
-    double *part;                         /* SUM_SQUARES: [all pieces] */
-    dpoc_one one[DPOC_BATCH];
-} dpoc_many;
-
-/* Which tensor a piece belongs to, and where in it the piece starts; -1 behind the last. */
-static __device__ __forceinline__ int dpoc_find(const dpoc_many &g, int64_t piece, int64_t *first)
-{
-    for (int i = 0; i < g.count; i++) {
-        int64_t pieces = (g.one[i].n + DPOC_PIECE - 1)/DPOC_PIECE;
-        if (piece < pieces) { *first = piece*DPOC_PIECE;  return i; }
-        piece -= pieces;
-    }
-    return -1;
-}
-
-/* m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- decay w - rate m / (root sqrt(v) + eps).  arXiv 1711.05101. */
-static __global__ void dpoc_adamw_kernel(dpoc_many g)
-{
-    int64_t first = 0;
-    int     at = dpoc_find(g, blockIdx.x, &first);
-    float   factor = g.record[DPO_REC_FACTOR], lr = g.record[DPO_REC_LR];
-    float   decay = (float)(1 - (double)lr*g.decay), rate = lr/g.record[DPO_REC_BIAS1],
-        root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
-    /* the factors that all numbers share are formed in double, once a thread */
-    if (at < 0 || factor == 0) return;    /* a skipped step leaves all as it is */
-    dpoc_one one = g.one[at];
-    int64_t  end = first + DPOC_PIECE < one.n ? first + DPOC_PIECE : one.n;
-    int quads = one.n % 4 == 0 && one.aligned, wide = quads ? 4 : 1;
-    for (int64_t i = first + (int64_t)threadIdx.x*wide; i < end; i += DPOC_THREADS*wide) {
-        float d[4], m[4], v[4], w[4];
-        dpoc_take(one.g, DPO_F32, i, quads, d);
-        dpoc_take(one.m, DPO_F32, i, quads, m);
-        dpoc_take(one.v, DPO_F32, i, quads, v);
-        dpoc_take(one.w, DPO_F32, i, quads, w);
-        DPOC_EACH(k, quads) {
-            d[k] *= factor;
-            m[k] = g.beta1*m[k] + (1 - g.beta1)*d[k];
-            v[k] = g.beta2*v[k] + (1 - g.beta2)*d[k]*d[k];
-            w[k] = decay*w[k] - rate*m[k]/(root*sqrtf(v[k]) + g.eps);
-        }
-        dpoc_give(one.m, DPO_F32, i, quads, m);
-        dpoc_give(one.v, DPO_F32, i, quads, v);
-        dpoc_give(one.w, DPO_F32, i, quads, w);
+        if (threadIdx.x == 0) one.vs[u] = top;
     }
 }
 
 /* A block a piece, as in >>sums. */
 static __global__ void dpoc_squares_kernel(dpoc_many g)
 {
-    int64_t first = 0;
-    int     at = dpoc_find(g, blockIdx.x, &first);
+    int     block, at = dpoc_find(g, &block);
+    int64_t end, first = dpoc_piece(g.one[at], block, &end);
     double  sum = 0;
-    if (at < 0) return;
-    dpoc_one one = g.one[at];
-    int64_t  end = first + DPOC_PIECE < one.n ? first + DPOC_PIECE : one.n;
-    for (int64_t i = first + threadIdx.x; i < end; i += DPOC_THREADS) sum += (double)one.g[i]*one.g[i];
+    for (int64_t i = first + threadIdx.x; i < end; i += DPOC_THREADS) sum += (double)g.one[at].g[i]*g.one[at].g[i];
     sum = dpoc_block_sum(sum);
     if (threadIdx.x == 0) g.part[blockIdx.x] = sum;
 }
-/* A block a tensor adds its pieces. */
+/* The sum of a tensor's pieces, for all threads of a block. */
+static __device__ double dpoc_pieces_sum(const dpoc_many &g, int at)
+{
+    double sum = 0;
+    for (int k = g.first[at] + (int)threadIdx.x; k < g.first[at + 1]; k += DPOC_THREADS) sum += g.part[k];
+    return dpoc_block_sum(sum);
+}
+/* A block a tensor. */
 static __global__ void dpoc_squares_fold_kernel(dpoc_many g)
 {
-    int64_t from = 0, pieces = (g.one[blockIdx.x].n + DPOC_PIECE - 1)/DPOC_PIECE;
-    double  sum = 0;
-    for (unsigned i = 0; i < blockIdx.x; i++) from += (g.one[i].n + DPOC_PIECE - 1)/DPOC_PIECE;
-    for (int64_t k = threadIdx.x; k < pieces; k += DPOC_THREADS) sum += g.part[from + k];
-    sum = dpoc_block_sum(sum);
+    double sum = dpoc_pieces_sum(g, (int)blockIdx.x);
     if (threadIdx.x == 0) g.one[blockIdx.x].w[0] = (float)sum;
 }
+
+/* ------------------------------------------------------------------------------------------ Adafactor
+
+   arXiv 1804.04235, algorithm 4 with a given step size; the formula stands in >>impl optim of diffdpo.h.  m is row, v col:
+     whole    col as the weight: every square for itself
+     matrix   row [O] means over i, col [I] means over o
+     kernel   row [O,kh,1,I] means over x, col [O,1,kw,I] means over y
+   Six passes: rows; columns; the mean of row; the pieces' sums of u^2; their sum; the step.  Every one of them looks at
+   the record first, so that a skipped step changes nothing. */
+
+/* y <- (1 - share) y + share (mean + eps) */
+static __device__ __forceinline__ void dpoc_adafactor_blend(const dpoc_many &g, float *y, double mean)
+{
+    float share = g.record[DPO_REC_BIAS2];
+    *y = (1 - share)* *y + share*((float)mean + g.eps);
+}
+/* The square of a clipped gradient. */
+static __device__ __forceinline__ double dpoc_adafactor_square(const dpoc_many &g, const dpoc_one &one, int64_t at)
+{
+    double d = (double)g.record[DPO_REC_FACTOR]*one.g[at];
+    return d*d;
+}
+/* A factor of a kernel, a thread each.  row: (o*kh + y)*I + i, over x;  col: (o*kw + x)*I + i, over y. */
+static __device__ void dpoc_adafactor_kernel_factor(const dpoc_many &g, const dpoc_one &one, int64_t u, int column)
+{
+    int64_t q = dpoc_div(u, one.I), i = u - q*one.I, per = column ? one.kw : one.kh, o = dpoc_div(q, per), rest = q - o*per;
+    int64_t at = o*one.kh*one.kw*one.I + (column ? rest*one.I : rest*one.kw*one.I) + i;
+    int64_t step = column ? (int64_t)one.kw*one.I : one.I;
+    int     along = column ? one.kh : one.kw;
+    double  sum = 0;
+    if (o >= one.O) return;
+    for (int k = 0; k < along; k++) sum += dpoc_adafactor_square(g, one, at + k*step);
+    dpoc_adafactor_blend(g, (column ? one.v : one.m) + u, sum/along);
+}
+/* A warp a row of a matrix. */
+static __global__ void dpoc_adafactor_rows_kernel(dpoc_many g)
+{
+    int     block, at = dpoc_find(g, &block), lane = (int)threadIdx.x % 32;
+    const dpoc_one &one = g.one[at];
+    int64_t o = (int64_t)block*DPOC_WARPS + (int)threadIdx.x/32;
+    double  sum = 0;
+    if (g.record[DPO_REC_FACTOR] == 0) return;
+    if (one.kind == DPOC_KERNEL) dpoc_adafactor_kernel_factor(g, one, (int64_t)block*DPOC_THREADS + threadIdx.x, 0);
+    if (one.kind != DPOC_MATRIX || o >= one.O) return;
+    for (int64_t i = lane; i < one.I; i += 32) sum += dpoc_adafactor_square(g, one, o*one.I + i);
+    sum = dpoc_warp_sum(sum);
+    if (lane == 0) dpoc_adafactor_blend(g, one.m + o, sum/one.I);
+}
+/* 32 columns of a matrix a block, whose warps take every eighth row. */
+static __global__ void dpoc_adafactor_columns_kernel(dpoc_many g)
+{
+    __shared__ double part[DPOC_WARPS][DPOC_COLUMNS];
+    int     block, at = dpoc_find(g, &block), lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x/32;
+    const dpoc_one &one = g.one[at];
+    int64_t end, first = dpoc_piece(one, block, &end), i = (int64_t)block*DPOC_COLUMNS + lane;
+    double  sum = 0;
+    if (g.record[DPO_REC_FACTOR] == 0) return;
+    if (one.kind == DPOC_KERNEL) dpoc_adafactor_kernel_factor(g, one, (int64_t)block*DPOC_THREADS + threadIdx.x, 1);
+    if (one.kind == DPOC_WHOLE)
+        for (first += threadIdx.x; first < end; first += DPOC_THREADS)
+            dpoc_adafactor_blend(g, one.v + first, dpoc_adafactor_square(g, one, first));
+    if (one.kind != DPOC_MATRIX) return;
+    for (int64_t o = warp; o < one.O && i < one.I; o += DPOC_WARPS) sum += dpoc_adafactor_square(g, one, o*one.I + i);
+    part[warp][lane] = sum;
+    __syncthreads();
+    if (warp || i >= one.I) return;
+    for (int k = 1; k < DPOC_WARPS; k++) sum += part[k][lane];
+    dpoc_adafactor_blend(g, one.v + i, sum/one.O);
+}
+/* total[at][0] = mean of row, a block a tensor. */
+static __global__ void dpoc_adafactor_mean_kernel(dpoc_many g)
+{
+    const dpoc_one &one = g.one[blockIdx.x];
+    double sum = 0;
+    if (one.kind != DPOC_MATRIX) return;
+    for (int o = (int)threadIdx.x; o < one.O; o += DPOC_THREADS) sum += one.m[o];
+    sum = dpoc_block_sum(sum);
+    if (threadIdx.x == 0) g.total[2*blockIdx.x] = sum/one.O;
+}
+/* u of number `at`: the gradient over the root of what the factors say of its square. */
+static __device__ float dpoc_adafactor_u(const dpoc_many &g, const dpoc_one &one, float row_mean, int64_t at)
+{
+    float   d = g.record[DPO_REC_FACTOR]*one.g[at], mean = 0;
+    if (one.kind == DPOC_WHOLE)  return 1/sqrtf(one.v[at])*d;
+    int64_t q = dpoc_div(at, one.I), i = at - q*one.I;
+    if (one.kind == DPOC_MATRIX) return 1/sqrtf(one.m[q]/row_mean)/sqrtf(one.v[i])*d;
+    int64_t p = dpoc_div(q, one.kw), x = q - p*one.kw, o = dpoc_div(p, one.kh), y = p - o*one.kh;
+    for (int k = 0; k < one.kh; k++) mean += one.m[(o*one.kh + k)*one.I + i];
+    mean /= (float)one.kh;
+    return 1/sqrtf(one.m[(o*one.kh + y)*one.I + i]/mean)/sqrtf(one.v[(o*one.kw + x)*one.I + i])*d;
+}
+/* part[piece] = sum of u^2, with the factors of this step. */
+static __global__ void dpoc_adafactor_norm_kernel(dpoc_many g)
+{
+    int     block, at = dpoc_find(g, &block);
+    int64_t end, first = dpoc_piece(g.one[at], block, &end);
+    float   mean = (float)g.total[2*at];
+    double  sum = 0;
+    if (g.record[DPO_REC_FACTOR] == 0) return;
+    for (int64_t i = first + threadIdx.x; i < end; i += DPOC_THREADS) {
+        float u = dpoc_adafactor_u(g, g.one[at], mean, i);
+        sum += (double)u*u;
+    }
+    sum = dpoc_block_sum(sum);
+    if (threadIdx.x == 0) g.part[blockIdx.x] = sum;
+}
+/* total[at][1] = the sum of all pieces. */
+static __global__ void dpoc_adafactor_total_kernel(dpoc_many g)
+{
+    double sum;
+    if (g.record[DPO_REC_FACTOR] == 0) return;
+    sum = dpoc_pieces_sum(g, (int)blockIdx.x);
+    if (threadIdx.x == 0) g.total[2*blockIdx.x + 1] = sum;
+}
+/* w <- keep w - rate u, rate = lr / max(1, rms(u)/clip) */
+static __global__ void dpoc_adafactor_step_kernel(dpoc_many g)
+{
+    int     block, at = dpoc_find(g, &block);
+    int64_t end, first = dpoc_piece(g.one[at], block, &end);
+    double  lr = g.record[DPO_REC_LR], rms = sqrt(g.total[2*at + 1]/(double)g.one[at].n)/g.clip;
+    float   keep = (float)(1 - lr*g.decay), rate = (float)(lr/(rms > 1 ? rms : 1)), mean = (float)g.total[2*at];
+    if (g.record[DPO_REC_FACTOR] == 0 || rate == 0) return;
+    for (int64_t i = first + threadIdx.x; i < end; i += DPOC_THREADS)
+        g.one[at].w[i] = keep*g.one[at].w[i] - rate*dpoc_adafactor_u(g, g.one[at], mean, i);
+}
+
+/* ------------------------------------------------------------------------------------------ gathering */
 
 enum { DPOC_PARTS = 1 << 18 };            /* pieces of one launch: 2^32 numbers */
 
 /* A launch may read gradients long after the call that handed them over; nothing can have changed them, since whatever
    could comes through this backend and runs what waits first. */
 
-/* Runs what was gathered. */
-static int dpoc_flush(dpoc *d)
+/* Blocks that a tensor has in a pass, see the kernels. */
+static int64_t dpoc_one_blocks(const dpoc_one *o, int pass)
 {
-    dpoc_pending *p = &d->pending;
+    if (pass == DPOC_PIECES || (pass == DPOC_COLUMN_PASS && o->kind == DPOC_WHOLE)) return dpoc_pieces(o->n, DPOC_PIECE);
+    if (o->kind == DPOC_KERNEL)
+        return dpoc_pieces((int64_t)o->O*(pass == DPOC_ROW_PASS ? o->kh : o->kw)*o->I, DPOC_THREADS);
+    if (o->kind == DPOC_WHOLE) return 0;
+    return pass == DPOC_ROW_PASS ? dpoc_pieces(o->O, DPOC_WARPS) : dpoc_pieces(o->I, DPOC_COLUMNS);
+}
+/* The list of blocks for a pass; their number. */
+static unsigned dpoc_many_blocks(dpoc_many *g, int pass)
+{
+    int64_t all = 0;
+    for (int i = 0; i < g->count; i++) { g->first[i] = (int)all;  all += dpoc_one_blocks(&g->one[i], pass); }
+    g->first[g->count] = (int)all;
+    return (unsigned)all;
+}
+
+/* Six launches, whatever the number of tensors. */
+static void dpoc_adafactor_run(dpoc_run *r, dpoc_many *many)
+{
+    unsigned  blocks = dpoc_many_blocks(many, DPOC_ROW_PASS), count = (unsigned)many->count;
+    dpoc_many g = *many;
+    if (blocks) DPOC_LAUNCH(r, dpoc_adafactor_rows_kernel, dim3(blocks), DPOC_THREADS, (g));
+    blocks = dpoc_many_blocks(&g, DPOC_COLUMN_PASS);
+    DPOC_LAUNCH(r, dpoc_adafactor_columns_kernel, dim3(blocks), DPOC_THREADS, (g));
+    DPOC_LAUNCH(r, dpoc_adafactor_mean_kernel, dim3(count), DPOC_THREADS, (g));
+    blocks = dpoc_many_blocks(&g, DPOC_PIECES);
+    DPOC_LAUNCH(r, dpoc_adafactor_norm_kernel, dim3(blocks), DPOC_THREADS, (g));
+    DPOC_LAUNCH(r, dpoc_adafactor_total_kernel, dim3(count), DPOC_THREADS, (g));
+    DPOC_LAUNCH(r, dpoc_adafactor_step_kernel, dim3(blocks), DPOC_THREADS, (g));
+}
+
+/* Runs what was gathered in one list. */
+static int dpoc_flush_one(dpoc *d, dpoc_pending *p)
+{
     dpoc_run      r;
     dpoc_many     g;
-    int64_t       pieces = 0;
     const char   *op = d->op;
     if (!p->count) return DPO_OK;
     memset(&r, 0, sizeof r);
     memset(&g, 0, sizeof g);
     r.d = d;
     d->op = dpoc_names[p->op];
-    for (int i = 0; i < p->count; i++) { g.one[i] = p->one[i];  pieces += dpoc_pieces(p->one[i].n, DPOC_PIECE); }
-    g.count = p->count;  g.op = p->op;  g.record = p->record;  g.part = d->sums;
+    memcpy(g.one, p->one, sizeof g.one);
+    g.count = p->count;  g.record = p->record;  g.part = d->sums;  g.total = d->sums + DPOC_PARTS;
     p->count = 0;                         /* whatever happens now, it is not tried twice */
-    if (p->op == DPO_OP_ADAMW) {
+    unsigned pieces = dpoc_many_blocks(&g, DPOC_PIECES), count = (unsigned)g.count;
+    if (p->op == DPO_OP_ADAFACTOR) {
+        g.eps = p->p.adafactor.eps;  g.clip = p->p.adafactor.clip;  g.decay = p->p.adafactor.weight_decay;
+        dpoc_adafactor_run(&r, &g);
+    } else if (p->op == DPO_OP_SUM_SQUARES) {
+        DPOC_LAUNCH(&r, dpoc_squares_kernel, dim3(pieces), DPOC_THREADS, (g));
+        DPOC_LAUNCH(&r, dpoc_squares_fold_kernel, dim3(count), DPOC_THREADS, (g));
+    } else {
         g.beta1 = p->p.adamw.beta1;  g.beta2 = p->p.adamw.beta2;  g.eps = p->p.adamw.eps;
         g.decay = p->p.adamw.weight_decay;
-        DPOC_LAUNCH(&r, dpoc_adamw_kernel, dim3((unsigned)pieces), DPOC_THREADS, (g));
-    } else {
-        DPOC_LAUNCH(&r, dpoc_squares_kernel, dim3((unsigned)pieces), DPOC_THREADS, (g));
-        DPOC_LAUNCH(&r, dpoc_squares_fold_kernel, dim3((unsigned)g.count), DPOC_THREADS, (g));
+        if (p->op == DPO_OP_ADAMW) DPOC_LAUNCH(&r, dpoc_adamw_kernel, dim3(pieces), DPOC_THREADS, (g));
+        else                       DPOC_LAUNCH(&r, dpoc_adamw8_kernel, dim3(pieces), DPOC_THREADS, (g));
     }
     d->op = op;
     return r.status;
+}
+/* Runs what was gathered.  Small tensors have moments in floats beside codes of 8 bits, and take turns with them. */
+static int dpoc_flush(dpoc *d)
+{
+    int status = dpoc_flush_one(d, &d->pending[0]), second = dpoc_flush_one(d, &d->pending[1]);
+    return status == DPO_OK ? second : status;
 }
 
 /* May this call be gathered with those that wait? */
 static int dpoc_gathers(const dpoc_pending *p, const dpo_args *a)
 {
-    int64_t pieces = dpoc_pieces(dpoc_count(&a->in[0]), DPOC_PIECE);
+    int64_t pieces = dpoc_pieces(dpoc_count(&a->out), DPOC_PIECE);
+    if (a->op == DPO_OP_SUM_SQUARES) pieces = dpoc_pieces(dpoc_count(&a->in[0]), DPOC_PIECE);
     if (a->op != p->op || p->count == DPOC_BATCH) return 0;
-    if (a->op == DPO_OP_ADAMW && (memcmp(&p->p.adamw, &a->p.adamw, sizeof a->p.adamw) ||
-                                  p->record != (const float *)a->in[3].data)) return 0;
+    if (a->op != DPO_OP_SUM_SQUARES && p->record != (const float *)a->in[3].data) return 0;
+    if (a->op == DPO_OP_ADAFACTOR && memcmp(&p->p.adafactor, &a->p.adafactor, sizeof a->p.adafactor)) return 0;
+    if ((a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAMW8) && memcmp(&p->p.adamw, &a->p.adamw, sizeof a->p.adamw)) return 0;
     for (int i = 0; i < p->count; i++) pieces += dpoc_pieces(p->one[i].n, DPOC_PIECE);
     return pieces <= DPOC_PARTS;
+}
+
+/* What Adafactor wants to know of a weight's shape. */
+static void dpoc_one_shape(dpoc_one *one, const dpo_args *a)
+{
+    const dpo_view *w = &a->out;
+    one->kind = !one->m ? DPOC_WHOLE : a->in[1].rank == 1 ? DPOC_MATRIX : DPOC_KERNEL;
+    one->O = (int)(w->rank > 1 ? w->shape[0] : 1);
+    one->kh = one->kind == DPOC_KERNEL ? (int)w->shape[1] : 1;
+    one->kw = one->kind == DPOC_KERNEL ? (int)w->shape[2] : 1;
+    one->I = (int)(one->n/((int64_t)one->O*one->kh*one->kw));
 }
 
 /* One more tensor for the launch to come. */
 static void dpoc_op_gather(dpoc_run *r)
 {
     const dpo_args *a = r->a;
-    dpoc_pending   *p = &r->d->pending;
+    dpoc_pending   *p = &r->d->pending[a->op == DPO_OP_ADAMW8];
     dpoc_one       *one;
+    int64_t         n = dpoc_count(a->op == DPO_OP_SUM_SQUARES ? &a->in[0] : &a->out);
+    int             codes = a->op == DPO_OP_ADAMW8;
     if (r->counting) return;
-    if (a->in[0].dtype != DPO_F32 || a->out.dtype != DPO_F32 ||
-        dpoc_count(&a->in[0]) > (int64_t)DPOC_PARTS*DPOC_PIECE ||
-        (a->op == DPO_OP_ADAMW && (a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32))) {
+    if (a->in[0].dtype != DPO_F32 || a->out.dtype != DPO_F32 || n >= INT32_MAX ||
+        (!codes && ((a->in[1].data && a->in[1].dtype != DPO_F32) || (a->in[2].data && a->in[2].dtype != DPO_F32)))) {
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "optimizer", "weights, gradients and moments must be F32");
         return;
     }
-    if (p->count && !dpoc_gathers(p, a)) r->status = dpoc_flush(r->d);
+    if (p->count && !dpoc_gathers(p, a)) r->status = dpoc_flush_one(r->d, p);
     one = &p->one[p->count++];
+    memset(one, 0, sizeof *one);
     p->op = a->op;  p->p = a->p;  p->record = (const float *)a->in[3].data;
-    one->g = (const float *)a->in[0].data;  one->n = dpoc_count(&a->in[0]);
+    one->g = (const float *)a->in[0].data;  one->n = n;
     one->m = (float *)a->in[1].data;  one->v = (float *)a->in[2].data;  one->w = (float *)a->out.data;
+    if (codes) { one->ms = (float *)a->in[4].data;  one->vs = (float *)a->in[5].data; }
+    if (a->op == DPO_OP_ADAFACTOR) dpoc_one_shape(one, a);
     one->aligned = ((uintptr_t)one->g | (uintptr_t)one->m | (uintptr_t)one->v | (uintptr_t)one->w) % 16 == 0;
-}
-
-/* ------------------------------------------------------------------------------------------ Adafactor
-
-   arXiv 1804.04235, algorithm 4 with a given step size; the formula stands in >>impl optim of diffdpo.h.
-     whole    col as the weight: every square for itself
-     matrix   row [O] means over i, col [I] means over o
-     kernel   row [O,kh,1,I] means over x, col [O,1,kw,I] means over y
-   Four passes: factors; the mean of row; the sum of u^2; the step. */
-enum { DPOC_WHOLE, DPOC_MATRIX, DPOC_KERNEL };
-
-typedef struct dpoc_adafactor {
-    const float *g, *record;              /* as the weight; the step record */
-    float  *row, *col, *w;                /* factors as above; the weight */
-    int     kind, col_pass;               /* DPOC_WHOLE ...; of a kernel: columns, not rows */
-    int64_t O, kh, kw, I, K, pieces;      /* K = kh*kw*I */
-    float   eps, clip, decay;             /* as in dpo_params */
-    double *part, *total;                 /* of u^2 [pieces]; total: [0] mean of row, [1] sum of u^2 */
-} dpoc_adafactor;
-
-/* y <- (1 - share) y + share (mean + eps): one factor each thread, or a row of a matrix each block. */
-static __device__ __forceinline__ void dpoc_adafactor_blend(const dpoc_adafactor &g, float *y, double mean)
-{
-    float share = g.record[DPO_REC_BIAS2];
-    *y = (1 - share)* *y + share*((float)mean + g.eps);
-}
-/* The square of a clipped gradient. */
-static __device__ __forceinline__ double dpoc_adafactor_square(const dpoc_adafactor &g, int64_t at)
-{
-    double d = (double)g.record[DPO_REC_FACTOR]*g.g[at];
-    return d*d;
-}
-static __global__ void dpoc_adafactor_rows_kernel(dpoc_adafactor g)      /* of a matrix */
-{
-    if (g.record[DPO_REC_FACTOR] == 0) return;
-    for (int64_t o = blockIdx.x; o < g.O; o += gridDim.x) {
-        double sum = 0;
-        for (int64_t i = threadIdx.x; i < g.I; i += DPOC_THREADS) sum += dpoc_adafactor_square(g, o*g.I + i);
-        sum = dpoc_block_sum(sum);
-        if (threadIdx.x == 0) dpoc_adafactor_blend(g, g.row + o, sum/(double)g.I);
-    }
-}
-/* Columns of a matrix, squares of a whole one, rows and (col_pass) columns of kernels: a thread a factor. */
-static __global__ void dpoc_adafactor_factors_kernel(dpoc_adafactor g)
-{
-    int64_t along = g.kind == DPOC_WHOLE ? 1 : g.kind == DPOC_MATRIX ? g.O : g.col_pass ? g.kh : g.kw;
-    int64_t n = g.kind == DPOC_WHOLE ? g.O*g.K : g.kind == DPOC_MATRIX ? g.I : g.O*g.K/along;
-    if (g.record[DPO_REC_FACTOR] == 0) return;
-    for (int64_t u = dpoc_unit(); u < n; u += dpoc_units()) {
-        int64_t at = u, step = g.kind == DPOC_MATRIX ? g.I : 0;
-        float  *y = g.kind == DPOC_KERNEL && !g.col_pass ? g.row + u : g.col + u;
-        double  sum = 0;
-        if (g.kind == DPOC_KERNEL) {      /* row: (o*kh + y)*I + i, over x; col: (o*kw + x)*I + i, over y */
-            int64_t q = u/g.I, i = u - q*g.I, per = g.col_pass ? g.kw : g.kh, o = q/per, rest = q - o*per;
-            at = o*g.K + (g.col_pass ? rest*g.I : rest*g.kw*g.I) + i;
-            step = g.col_pass ? g.kw*g.I : g.I;
-        }
-        for (int64_t k = 0; k < along; k++) sum += dpoc_adafactor_square(g, at + k*step);
-        dpoc_adafactor_blend(g, y, sum/(double)along);
-    }
-}
-/* total[0] = mean of row. */
-static __global__ void dpoc_adafactor_mean_kernel(dpoc_adafactor g)
-{
-    double sum = 0;
-    for (int64_t o = threadIdx.x; o < g.O; o += DPOC_THREADS) sum += g.row[o];
-    sum = dpoc_block_sum(sum);
-    if (threadIdx.x == 0) g.total[0] = sum/(double)g.O;
-}
-/* u of number `at`: the gradient over the root of what the factors say of its square. */
-static __device__ float dpoc_adafactor_u(const dpoc_adafactor &g, int64_t at)
-{
-    int64_t o = at/g.K, k = at - o*g.K, i = k % g.I, x = k/g.I % g.kw, y = k/g.I/g.kw;
-    float   d = g.record[DPO_REC_FACTOR]*g.g[at], mean = 0;
-    if (g.kind == DPOC_WHOLE)  return 1/sqrtf(g.col[at])*d;
-    if (g.kind == DPOC_MATRIX) return 1/sqrtf(g.row[o]/(float)g.total[0])/sqrtf(g.col[i])*d;
-    for (int64_t v = 0; v < g.kh; v++) mean += g.row[(o*g.kh + v)*g.I + i];
-    mean /= (float)g.kh;
-    return 1/sqrtf(g.row[(o*g.kh + y)*g.I + i]/mean)/sqrtf(g.col[(o*g.kw + x)*g.I + i])*d;
-}
-/* part[piece] = sum of u^2, with the factors of this step. */
-static __global__ void dpoc_adafactor_norm_kernel(dpoc_adafactor g)
-{
-    int64_t first = (int64_t)blockIdx.x*DPOC_PIECE, end = first + DPOC_PIECE < g.O*g.K ? first + DPOC_PIECE : g.O*g.K;
-    double  sum = 0;
-    if (g.record[DPO_REC_FACTOR] == 0) return;
-    for (int64_t at = first + threadIdx.x; at < end; at += DPOC_THREADS) {
-        float u = dpoc_adafactor_u(g, at);
-        sum += (double)u*u;
-    }
-    sum = dpoc_block_sum(sum);
-    if (threadIdx.x == 0) g.part[blockIdx.x] = sum;
-}
-/* total[1] = the sum of all pieces. */
-static __global__ void dpoc_adafactor_total_kernel(dpoc_adafactor g)
-{
-    double sum = 0;
-    for (int64_t k = threadIdx.x; k < g.pieces; k += DPOC_THREADS) sum += g.part[k];
-    sum = dpoc_block_sum(sum);
-    if (threadIdx.x == 0) g.total[1] = sum;
-}
-/* w <- keep w - rate u, rate = lr / max(1, rms(u)/clip) */
-static __global__ void dpoc_adafactor_step_kernel(dpoc_adafactor g)
-{
-    double lr = g.record[DPO_REC_LR], rms = sqrt(g.total[1]/(double)(g.O*g.K))/g.clip;
-    float  keep = (float)(1 - lr*g.decay), rate = (float)(lr/(rms > 1 ? rms : 1));
-    if (g.record[DPO_REC_FACTOR] == 0 || rate == 0) return;
-    for (int64_t at = dpoc_unit(); at < g.O*g.K; at += dpoc_units()) g.w[at] =
-        keep*g.w[at] - rate*dpoc_adafactor_u(g, at);
-}
-
-/* Six launches a weight at most.  Every one of them looks at the record first, so that a skipped step changes nothing.
-   */
-static void dpoc_op_adafactor(dpoc_run *r)
-{
-    const dpo_args *a = r->a;
-    const dpo_view *w = &a->out;
-    dpoc_adafactor  g;
-    memset(&g, 0, sizeof g);
-    g.g = (const float *)a->in[0].data;  g.row = (float *)a->in[1].data;  g.col = (float *)a->in[2].data;
-    g.record = (const float *)a->in[3].data;  g.w = (float *)w->data;
-    g.kind = !g.row ? DPOC_WHOLE : a->in[1].rank == 1 ? DPOC_MATRIX : DPOC_KERNEL;
-    g.O = w->rank > 1 ? w->shape[0] : 1;  g.K = dpoc_count(w)/g.O;  g.kh = g.kw = 1;
-    if (g.kind == DPOC_KERNEL) { g.kh = w->shape[1];  g.kw = w->shape[2]; }
-    g.I = g.K/(g.kh*g.kw);  g.pieces = dpoc_pieces(g.O*g.K, DPOC_PIECE);
-    g.eps = a->p.adafactor.eps;  g.clip = a->p.adafactor.clip;  g.decay = a->p.adafactor.weight_decay;
-    g.part = (double *)dpoc_carve(r, (size_t)g.pieces*sizeof(double));
-    g.total = (double *)dpoc_carve(r, 2*sizeof(double));
-    if (g.kind == DPOC_MATRIX) DPOC_LAUNCH(r, dpoc_adafactor_rows_kernel, dim3((unsigned)dpoc_least(g.O, 1 << 20)),
-                                           DPOC_THREADS, (g));
-    DPOC_LAUNCH(r, dpoc_adafactor_factors_kernel, dpoc_grid(g.kind == DPOC_MATRIX ? g.I : g.O*g.K), DPOC_THREADS, (g));
-    g.col_pass = 1;
-    if (g.kind == DPOC_KERNEL) DPOC_LAUNCH(r, dpoc_adafactor_factors_kernel, dpoc_grid(g.O*g.K), DPOC_THREADS, (g));
-    if (g.kind == DPOC_MATRIX) DPOC_LAUNCH(r, dpoc_adafactor_mean_kernel, 1, DPOC_THREADS, (g));
-    DPOC_LAUNCH(r, dpoc_adafactor_norm_kernel, dim3((unsigned)g.pieces), DPOC_THREADS, (g));
-    DPOC_LAUNCH(r, dpoc_adafactor_total_kernel, 1, DPOC_THREADS, (g));
-    DPOC_LAUNCH(r, dpoc_adafactor_step_kernel, dpoc_grid(g.O*g.K), DPOC_THREADS, (g));
 }
 
 /* ==========================================================================================================
@@ -3896,7 +4308,7 @@ static int dpoc_step_capture(dpoc *d, dpoc_known *k)
     if (status == DPO_OK) {
         int ended;
         status = dpoc_list_run(d, &k->calls, k->calls.count, 1);
-        d->pending.count = 0;             /* of a run that failed half-way */
+        for (int i = 0; i < DPOC_WAITING; i++) d->pending[i].count = 0;           /* of a run that failed half-way */
         ended = dpoc_check(d, cudaStreamEndCapture(d->stream, &graph), "cudaStreamEndCapture");
         if (status == DPO_OK) status = ended;
     }
@@ -4024,8 +4436,8 @@ static const dpoc_op dpoc_ops[] = {        /* in the order of DPO_OPS; the last 
     { dpoc_op_gather,     0 },
     { dpoc_op_clip,       0 },
     { dpoc_op_gather,     0 },
-    { dpoc_op_adamw8,     0 },
-    { dpoc_op_adafactor,  0 },
+    { dpoc_op_gather,     0 },
+    { dpoc_op_gather,     0 },
     { dpoc_op_lerp,       0 },
     { dpoc_op_none,       0 }
 };
@@ -4053,11 +4465,11 @@ static size_t dpoc_workspace(void *self, const dpo_args *a)
     return r.at;
 }
 
-/* Runs a call at once.  AdamW and squares are gathered; anything else runs what was gathered first. */
+/* Runs a call at once.  Optimizers and squares are gathered; anything else runs what was gathered first. */
 static int dpoc_execute(dpoc *d, const dpo_args *a)
 {
     dpoc_run r;
-    int      gathered = a->op == DPO_OP_ADAMW || a->op == DPO_OP_SUM_SQUARES;
+    int      gathered = dpoc_op_of(a)->run == dpoc_op_gather;
     memset(&r, 0, sizeof r);
     r.d = d;
     r.a = a;
@@ -4151,6 +4563,7 @@ static const char *dpoc_explain(void *self) { return ((dpoc *)self)->text[0] ? (
 static void dpoc_close(void *self)
 {
     dpoc *d = (dpoc *)self;
+    if (d->stream) (void)cudaSetDevice(d->device);
     if (d->stream) (void)cudaStreamSynchronize(d->stream); /* nothing may be in use that is freed now */
     dpoc_steps_close(d);
     dpoc_blas_close(d);
@@ -4199,7 +4612,7 @@ static int dpoc_open_rest(dpoc *d)
                                                   "cudaEventCreateWithFlags");
     }
     if (status == DPO_OK) status = dpoc_check(d, cudaMalloc(&d->scratch, DPOC_SCRATCH_BYTES), "cudaMalloc");
-    if (status == DPO_OK) status = dpoc_check(d, cudaMalloc((void **)&d->sums, DPOC_PARTS*sizeof(double)),
+    if (status == DPO_OK) status = dpoc_check(d, cudaMalloc((void **)&d->sums, (DPOC_PARTS + 2*DPOC_BATCH)*sizeof(double)),
                                               "cudaMalloc");
     if (status == DPO_OK) status = dpoc_blas_open(d);
     if (status == DPO_OK) status = dpoc_steps_open(d);

@@ -2,7 +2,7 @@
    type against the CPU.
 
    build   sh tests/test_cuda.sh builds it: with the stand-in (-DSTAND_IN), or with nvcc for the GPU that is there
-   run     build/cuda/checks [seed]     from the project's folder                                                      */
+   run     build/cuda/checks [seed [rounds]]     from the project's folder                                                      */
 #define main tiny_model_main
 #include "../tiny_model.c"
 #undef main
@@ -13,9 +13,9 @@
 
 #ifdef STAND_IN
 typedef struct stand_in_control {         /* as in cuda_stand_in.h */
-    int    devices, driver, major, minor, backwards, deny_alloc, deny_launch, deny_product, no_products;
+    int    devices, driver, major, minor, order, deny_alloc, deny_launch, deny_product, deny_call, no_products;
     size_t memory, used;
-    int    allocs, launches, graphs;
+    int    allocs, launches, graphs, events;
 } stand_in_control;
 extern stand_in_control *stand_in(void);
 #endif
@@ -329,21 +329,24 @@ static dpo_ctx *open_on(dpo_backend *b)
 /* Against the CPU's plain C; with and without tensor cores; and with the stand-in in both orders of threads, bit for bit. */
 static void check_types(uint64_t seed, int rounds)
 {
-    dpo_backend *b = open_cuda(0), *plain = open_cuda(0), *rounding = open_cuda(0);
+    dpo_backend *b = open_cuda(0), *plain = open_cuda(0), *rounding = open_cuda(0), *tf32 = open_cuda(0);
     dpo_ctx     *cpu = open_on(NULL), *cuda = open_on(b), *simple = open_on(plain), *rounded = open_on(rounding);
+    dpo_ctx     *fast = open_on(tf32);
     dpo_cuda_set(plain, DPO_CUDA_PLAIN, 1);
     dpo_cuda_set(rounding, DPO_CUDA_PRODUCTS, DPO_BF16);
+    dpo_cuda_set(tf32, DPO_CUDA_TF32, 1);
     for (int k = 0; k < rounds; k++) {
         int   kind = k % 34;
-        probe p[5];
+        probe p[6];
+        int   probes = k/34 % 3 == DPO_F32 && kind < 6 ? 6 : 5;        /* TF32 is for convolutions of F32 */
         memset(p, 0, sizeof p);
-        for (int i = 0; i < 5; i++) {
-            p[i].c = i == 0 ? cpu : i == 2 ? simple : i == 4 ? rounded : cuda;
+        for (int i = 0; i < probes; i++) {
+            p[i].c = i == 0 ? cpu : i == 2 ? simple : i == 4 ? rounded : i == 5 ? fast : cuda;
             p[i].seed = seed + (uint64_t)k;
             p[i].dtype = k/34 % 3;
             p[i].exact = 1;
 #ifdef STAND_IN
-            stand_in()->backwards = i == 3;
+            stand_in()->order = i != 3 ? 0 : k % 3 ? k : -1;
             stand_in()->no_products = i == 2;
 #endif
             run_probe(&p[i], kind);
@@ -356,14 +359,18 @@ static void check_types(uint64_t seed, int rounds)
         for (int i = 0; i < 9; i++)
             if (p[1].out[i]) CHECK(p[1].n[i] == p[3].n[i] && !memcmp(p[1].out[i], p[3].out[i], (size_t)p[1].n[i] * 4),
                                    "%s: other bits the second time", p[1].name);
-        for (int i = 0; i < 5; i++) free_probe(&p[i]);
+        p[5].dtype = DPO_F16;             /* as many bits as TF32 keeps */
+        p[5].exact = 0;
+        if (probes > 5) compare_probes(&p[5], &p[0], "as TF32, against the CPU");
+        for (int i = 0; i < 6; i++) free_probe(&p[i]);
     }
     dpo_close(cpu);
     dpo_close(cuda);
     dpo_close(simple);
     dpo_close(rounded);
+    dpo_close(fast);
 #ifdef STAND_IN
-    stand_in()->backwards = stand_in()->no_products = 0;
+    stand_in()->order = stand_in()->no_products = 0;
 #endif
 }
 
@@ -376,7 +383,8 @@ static void check_error(dpo_ctx *c, const char *what, const char *first, const c
     CHECK(text && strstr(text, first) && strstr(text, second), "%s: the error is \"%s\"", what, text ? text : "none");
     dpo_close(c);
 #ifdef STAND_IN
-    CHECK(stand_in()->used == 0, "%s: %zu bytes of the device were not given back", what, stand_in()->used);
+    CHECK(stand_in()->used == 0 && stand_in()->events == 0, "%s: %zu bytes of the device and %d events were not given back",
+          what, stand_in()->used, stand_in()->events);
 #endif
 }
 
@@ -413,6 +421,15 @@ static void check_opening(void)
         check_error(open_device(0, DIFFDPO_VERSION), "no memory while opening", "cudaMalloc", "out of memory");
     }
     stand_in()->deny_alloc = -1;
+    for (int k = 0, fired = 1; fired; k++) {
+        dpo_ctx *c;
+        stand_in()->deny_call = k;
+        c = open_device(0, DIFFDPO_VERSION);
+        fired = stand_in()->deny_call < 0;
+        stand_in()->deny_call = -1;
+        if (fired) check_error(c, "a call fails while opening", "cuda", "unknown error");
+        else dpo_close(c);
+    }
 #endif
 }
 
@@ -474,46 +491,86 @@ static void check_dry(void)
     model->close(model->self);
 }
 
-/* Ten steps of AdamW with 8-bit moments from one start; weights [700]: blocks of 256, and a rest. */
-static void optimize8(dpo_backend *b, float *w)
+/* Six steps of an optimizer on 90 weights of all shapes, more than one launch takes: vectors, matrices, kernels; sizes beside
+   the borders of blocks and pieces; and one step in between whose gradients are not finite.  w: all weights. */
+enum { OPTIM_WEIGHTS = 90, OPTIM_NUMBERS = 400000 };
+static int64_t optimize(dpo_backend *b, int kind, float *w, int *launches)
 {
-    int64_t n = 700;
-    dpo_ctx *c = open_on(b);
-    dpo_adamw_desc d = { 0 };
-    dpo_tensor *p;
-    dpo_optim  *o;
-    for (int64_t i = 0; i < n; i++) w[i] = (float)sin((double)i);
-    p = dpo_param_new(c, DPO_F32, 1, &n, "w");
-    dpo_write(p, w);
-    p->needs_grad = 1;
-    d.weight_decay = 0.01f;
-    o = dpo_adamw8_new(c, &p, 1, &d);
-    for (int k = 0; k < 10 && !dpo_error(c); k++) {
-        int64_t scope = dpo_scope(c);
-        dpo_tensor *y = dpo_affine(c, p, 1, -0.3f*(float)k);
-        dpo_backward(dpo_mean(c, dpo_binary(c, DPO_MUL, y, dpo_binary(c, DPO_MUL, y, y)), -1));
+    static const int64_t shapes[6][4] = { { 5 }, { 40, 33 }, { 6, 3, 3, 17 }, { 300, 70 }, { 9, 3, 3, 64 }, { 4100 } };
+    static const int     ranks[6] = { 1, 2, 4, 2, 4, 1 };
+    dpo_ctx       *c = open_on(b);
+    dpo_tensor    *p[OPTIM_WEIGHTS];
+    dpo_optim     *o;
+    dpo_adamw_desc d;
+    dpo_adafactor_desc f;
+    int64_t        n = 0;
+    uint64_t       seed = 9;
+    memset(&d, 0, sizeof d);
+    memset(&f, 0, sizeof f);
+    for (int i = 0; i < OPTIM_WEIGHTS; i++) {
+        int64_t shape[4] = { 1, 1, 1, 1 };
+        memcpy(shape, shapes[i % 6], (size_t)ranks[i % 6] * sizeof *shape);
+        p[i] = dpo_weight_new(c, DPO_F32, ranks[i % 6], shape, "w");
+        for (int64_t e = 0; e < dpo_count(p[i]); e++) w[e] = (float)test_normal(&seed);
+        dpo_write(p[i], w);
+        if (p[i]) p[i]->needs_grad = 1;
+    }
+    d.weight_decay = f.weight_decay = 0.01f;
+    o = kind == DPO_ADAFACTOR ? dpo_adafactor_new(c, p, OPTIM_WEIGHTS, &f) : kind == DPO_ADAMW8 ? dpo_adamw8_new(c, p, OPTIM_WEIGHTS, &d)
+        : dpo_adamw_new(c, p, OPTIM_WEIGHTS, &d);
+    for (int k = 0; k < 6 && !dpo_error(c); k++) {
+        int64_t     scope = dpo_scope(c);
+        dpo_tensor *sum = NULL;
+        for (int i = 0; i < OPTIM_WEIGHTS; i++) {
+            dpo_tensor *y = dpo_affine(c, p[i], 1, -0.3f * (float)(k + i % 5));
+            y = dpo_mean(c, dpo_binary(c, DPO_MUL, y, dpo_binary(c, DPO_MUL, y, y)), -1);
+            sum = sum ? dpo_binary(c, DPO_ADD, sum, y) : y;
+        }
+        dpo_backward(k == 3 ? dpo_affine(c, sum, INFINITY, 0) : sum);
+#ifdef STAND_IN
+        *launches = stand_in()->launches;
+#endif
         dpo_optim_step(o, 1e-2f);
+        dpo_read(p[0], w);                /* what waits is launched */
+#ifdef STAND_IN
+        *launches = stand_in()->launches - *launches;
+#endif
         dpo_scope_end(c, scope, NULL);
     }
-    dpo_read(p, w);
-    CHECK(!dpo_error(c), "8-bit moments: %s", why(c));
+    for (int i = 0; i < OPTIM_WEIGHTS; n += dpo_count(p[i++])) dpo_read(p[i], w + n);
+    CHECK(!dpo_error(c) && n <= OPTIM_NUMBERS, "optimizer %d: %s", kind, why(c));
     dpo_close(c);
+    return n;
 }
-static void check_adamw8(void)
+static void check_optimizers(void)
 {
-    float a[700], b[700], worst = 0, moved = 0;
-    optimize8(dpo_cpu_open(NULL), a);
-    optimize8(open_cuda(0), b);
-    for (int i = 0; i < 700; i++) {
-        worst = fmaxf(worst, fabsf(a[i] - b[i]));
-        moved = fmaxf(moved, fabsf(b[i] - (float)sin((double)i)));
+    float *w[3];
+    for (int i = 0; i < 3; i++) w[i] = (float *)malloc(OPTIM_NUMBERS * sizeof(float));
+    for (int kind = DPO_ADAMW; kind <= DPO_ADAMW8; kind++) {
+        double  worst = 0;
+        int     launches = 0;
+        int64_t n = optimize(dpo_cpu_open(NULL), kind, w[0], &launches);
+        optimize(open_cuda(0), kind, w[1], &launches);
+#ifdef STAND_IN
+        /* squares in 3 launches of two kernels, clip; AdamW in 3, Adafactor in 3 times six, codes beside AdamW in 2 and 1 */
+        CHECK(launches <= 7 + (kind == DPO_ADAFACTOR ? 18 : 3), "optimizer %d: %d launches for 90 weights", kind, launches);
+        stand_in()->order = 5;
+#endif
+        optimize(open_cuda(0), kind, w[2], &launches);
+#ifdef STAND_IN
+        stand_in()->order = 0;
+#endif
+        for (int64_t i = 0; i < n; i++) worst = fmax(worst, fabs((double)w[0][i] - w[1][i]));
+        /* a number between two codes may fall to either side, which moves a step by a few per cent of 1e-2 */
+        CHECK(worst < (kind == DPO_ADAMW8 ? 2e-3 : 2e-5), "optimizer %d: weights differ from the CPU's by %g", kind, worst);
+        CHECK(!memcmp(w[1], w[2], (size_t)n * sizeof(float)), "optimizer %d: other bits the second time", kind);
     }
-    /* a number between two codes may fall to either side, which moves a step by a few per cent of 1e-2 */
-    CHECK(moved > 0.05f && worst < 2e-3f, "8-bit moments: %g off, %g moved", (double)worst, (double)moved);
+    for (int i = 0; i < 3; i++) free(w[i]);
 }
 
 #ifdef STAND_IN
-/* A small graph of several ops and an optimizer's step, where one thing fails; the error of the context. */
+/* A small graph of several ops and an optimizer's step, where one thing fails; the error of the context.  failed_at: -1 if it did. */
+static int failed_at;
 static dpo_ctx *fail_at(int *what, int after)
 {
     dpo_ctx    *c = open_on(open_cuda(1));
@@ -537,6 +594,7 @@ static dpo_ctx *fail_at(int *what, int after)
         dpo_scope_end(c, scope, NULL);
         dpoi_device_step(c, 0);
     }
+    failed_at = *what;
     *what = -1;
     return c;
 }
@@ -544,7 +602,7 @@ static dpo_ctx *fail_at(int *what, int after)
 /* Each launch, product and allocation fails once: always an error that names the call, never a crash, nothing left over. */
 static void check_failures(void)
 {
-    int ops = 0, done = 0;
+    int ops = 0, done = 0, errors = 0;
     for (int after = 0; after < 400 && !done; after += after < 60 ? 1 : 13) {
         dpo_ctx *c = fail_at(&stand_in()->deny_launch, after);
         done = !dpo_error(c);
@@ -568,6 +626,17 @@ static void check_failures(void)
         else check_error(c, "no memory", "memory", "");
     }
     CHECK(done, "failing allocations: no end");
+    /* copies, events, streams, graphs: a capture that fails is no error, the step runs without */
+    for (int after = 0, fired = 1; fired && after < 5000; after += after < 30 ? 1 : 11) {
+        dpo_ctx *c = fail_at(&stand_in()->deny_call, after);
+        fired = failed_at < 0;
+        errors += dpo_error(c) != NULL;
+        if (dpo_error(c)) check_error(c, "a call fails", "cuda", "unknown error");
+        else dpo_close(c);
+        CHECK(stand_in()->used == 0 && stand_in()->events == 0, "call %d fails: %zu bytes, %d events left", after,
+              stand_in()->used, stand_in()->events);
+    }
+    CHECK(errors > 20, "failing calls: %d errors", errors);
 }
 #endif
 
@@ -576,17 +645,18 @@ int main(int argc, char **argv)
     char *make[2];
     make[0] = (char *)"tiny_model";
     make[1] = (char *)TINY;
+    setvbuf(stdout, NULL, _IOLBF, 0);
     if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
     check_opening();
     check_reduce();
     check_check();
     check_dry();
     check_sampling();
-    check_adamw8();
+    check_optimizers();
 #ifdef STAND_IN
     check_failures();
 #endif
-    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, 34*3*2);
+    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, argc > 2 ? atoi(argv[2]) : 34*3*2);
     check_replay(0, 0);
     check_replay(4, 0.9f);
     return test_report();
