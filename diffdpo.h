@@ -11320,7 +11320,8 @@ enum {
     DPOI_TAPS    = 32,                    /* places of the kernel in one chunk, */
     DPOI_EXTRA   = 16,                    /* and of the second source, if it shares the last chunk */
     DPOI_CACHED  = 1 << 18,               /* floats of weights that a job keeps in its second-level cache */
-    DPOI_JOB     = 4000000                /* multiplications and additions that are worth a job: some 40 us */
+    DPOI_JOB     = 4000000,               /* multiplications and additions that are worth a job: some 40 us */
+    DPOI_JOBS    = 48                     /* jobs wanted */
 };
 
 /* The pixels of one tile. */
@@ -11451,7 +11452,7 @@ static void dpoi_product_task(void *arg, int64_t i)
 }
 
 /* Panels go into groups as wide as the registers, of even sizes.  A job takes as many groups as leave their weights in
-   the cache, and as many pixels as make it worth its while.
+   the cache and jobs enough, and as many pixels as make it worth its while.
    The numbers come from shapes and constants alone, so that sums are the same for any number of
    threads. */
 static void dpoi_product_run(dpoi_cpu_product *p)
@@ -11462,12 +11463,13 @@ static void dpoi_product_run(dpoi_cpu_product *p)
     if (!p->M) return;
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
     p->groups = dpoi_tile_groups(p->O);
-    p->span   = dpoi_least(p->groups, DPOI_JOB/(2*all*wide*4*rows) + 1);
-    p->span   = dpoi_least(p->span, DPOI_CACHED/(all*wide) + 1);
+    p->span   = dpoi_least(p->groups, DPOI_CACHED/(all*wide) + 1);         /* x is read once a span */
+    while (p->span > 1 && dpoi_pieces(p->M, 4*rows)*dpoi_pieces(p->groups, p->span) < DPOI_JOBS) p->span--;
     p->span   = dpoi_pieces(p->groups, dpoi_pieces(p->groups, p->span));
     worth     = DPOI_JOB/(2*all*wide*p->span) + 1;
     if (worth < 4*rows) worth = 4*rows;   /* fewer would read the weights too often */
-    p->block = dpoi_pieces(dpoi_least(worth, p->M), rows)*rows;
+    p->blocks = dpoi_pieces(p->M, worth);
+    p->block  = dpoi_pieces(dpoi_pieces(p->M, p->blocks), rows)*rows;
     p->blocks = dpoi_pieces(p->M, p->block);
     dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->groups, p->span), dpoi_product_task, p);
 }

@@ -458,6 +458,61 @@ static void test_conv(uint64_t *seed)
     check_case(&t, seed);
 }
 
+/* 3x3 kernels of stride 1 that are done tile by tile: more tiles, channels and panels than one job takes, channels and
+   pixels that end within a tile.  The oracle sums in double; `exact` is what F32 and the transforms may cost, relative to
+   the largest result. */
+static void test_winograd(uint64_t *seed)
+{
+    static const int shape[][6] = {       /* N, H, W, I, O, padding */
+        { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 }
+    };
+    const int *s = shape[test_int(seed, 0, 3)];
+    int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4], Y = H + 2*s[5] - 2, X = W + 2*s[5] - 2;
+    const double exact = 4e-6;
+    unsigned wanted = 1;
+    test_case t;
+    test_result o, g, r;
+    float *dout;
+    char text[64];
+    snprintf(text, sizeof text, "%dx%dx%dx%d -> %d, in tiles", (int)N, (int)H, (int)W, (int)I, (int)O);
+    start(&t, DPO_OP_CONV, text);
+    input(&t, 0, view(4, N, H, W, I), seed);
+    t.a.in[1] = view(4, O, 3, 3, I);
+    t.a.in[1].panel = ways[0]->panel;
+    fill(&t.a.in[1], seed);
+    input(&t, 2, view(1, O, 1, 1, 1), seed);
+    if (test_int(seed, 0, 1)) input(&t, 3, view(2, N, O, 1, 1), seed);
+    if (test_int(seed, 0, 1)) input(&t, 4, view(4, N, Y, X, O), seed);
+    t.a.p.conv.stride = 1;  t.a.p.conv.scale = 1;
+    t.a.p.conv.pad_top = t.a.p.conv.pad_left = s[5];
+    t.a.p.conv.act = test_int(seed, 0, 1) ? DPO_SILU : DPO_NONE;
+    t.a.out = view(4, N, Y, X, O);
+    o = forward(ways[0], &t);
+    for (int w = 1; w < WAYS; w++) {
+        if (!ways[w]) continue;
+        r = forward(ways[w], &t);
+        snprintf(text, sizeof text, "forward, %s, %d threads", isa_names[w/2], w % 2 ? 3 : 1);
+        compare(&t, text, &r, &o, exact);
+        free_result(&r);
+    }
+    check_batch(&t, 0x19);
+    t.a.p.conv.act = DPO_NONE;
+    dout = (float *)malloc(o.count[0]*4 + 1);
+    for (size_t i = 0; i < o.count[0]; i++) dout[i] = test_float(seed);
+    g = backward(ways[0], &t, &o, dout, wanted, 0);
+    for (int w = 1; w < WAYS; w++) {
+        if (!ways[w]) continue;
+        r = backward(ways[w], &t, &o, dout, wanted, 0);
+        snprintf(text, sizeof text, "backward, %s, %d threads", isa_names[w/2], w % 2 ? 3 : 1);
+        compare(&t, text, &r, &g, exact);
+        free_result(&r);
+    }
+    free_result(&g);
+    free_result(&o);
+    free(dout);
+    finish(&t);
+}
+
 /* ------------------------------------------------------------------------------------------ products of BF16
 
    Where products may round their factors: plain C of factors that are BF16 already, which leaves F32's rounding of the
@@ -1252,6 +1307,7 @@ int main(int argc, char **argv)
     }
     for (int act = DPO_NONE; act < DPO_ACTS; act++) test_act(&seed, act);
     test_act_limits();
+    for (int i = 0; i < 8; i++) test_winograd(&seed);
     test_group_norm(&seed, DPO_SILU, 2500, 0);            /* many chunks */
     test_group_norm(&seed, DPO_NONE, 3001, 40);
     test_group_norm_exact(&seed);
