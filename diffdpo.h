@@ -10434,28 +10434,25 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
    A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are a
    dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
    10^(i-7) ... 10^(i-6), so that small numbers keep an exponent and large ones their digits; 0 and 1 are codes, too. */
-enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*16 };
+enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*64 };
+
+enum { DPOI_LEVEL_STEPS = 2 };            /* no bin has more levels */
 
 typedef struct dpoi_levels {
     float   value[DPOI_CODES];            /* ascending from 0 to 1, */
+    float   half[DPOI_CODES + DPOI_LEVEL_STEPS];           /* half way to the next one; infinity behind the last */
+    float   of_code[DPOI_CODES];
     int     count, sign;                  /* so many; sign 1: code 127 is 0, those below are negative */
-    uint8_t first[DPOI_CODE_BINS];        /* the level nearest to the low end of each 16th of an octave from 2^-24 on */
+    uint8_t first[DPOI_CODE_BINS];        /* the level nearest to the low end of each 64th of an octave from 2^-24 on */
 } dpoi_levels;
 
 typedef struct dpoi_adamw8 { dpoi_levels m, v; float s[DPOI_ADAMW_COUNT]; } dpoi_adamw8;
 
-/* Bits 19 and up of a float of 2^-24 to 1, counted from 2^-24. */
+/* Bits 17 and up of a float of 2^-24 to 1, counted from 2^-24. */
 static int dpoi_level_bin(float a)
 {
-    int k = (int)(dpoi_bits_of(a) >> 19) - 103*16;
+    int k = (int)(dpoi_bits_of(a) >> 17) - 103*64;
     return k < 0 ? 0 : k < DPOI_CODE_BINS ? k : DPOI_CODE_BINS - 1;
-}
-
-/* The nearest level, counted up from `k`, which is not above it. */
-static int dpoi_level_from(const dpoi_levels *q, float a, int k)
-{
-    while (k + 1 < q->count && a > 0.5f*(q->value[k] + q->value[k + 1])) k++;
-    return k;
 }
 
 static void dpoi_levels_fill(dpoi_levels *q, int sign)
@@ -10470,37 +10467,49 @@ static void dpoi_levels_fill(dpoi_levels *q, int sign)
     }
     q->value[n++] = 1;
     q->count = n;
-    for (int b = 0; b < DPOI_CODE_BINS; b++)
-        q->first[b] = (uint8_t)(b ? dpoi_level_from(q, dpoi_float_of((uint32_t)(b + 103*16) << 19), 0) : 0);
+    for (int k = 0; k < DPOI_CODES + DPOI_LEVEL_STEPS; k++)
+        q->half[k] = k + 1 < n ? 0.5f*(q->value[k] + q->value[k + 1]) : INFINITY;
+    for (int k = 0; k < DPOI_CODES; k++)
+        q->of_code[k] = !sign ? q->value[k] : k >= 127 ? q->value[k - 127] : -q->value[127 - k];
+    for (int b = 1, k = 0; b < DPOI_CODE_BINS; b++) {
+        float low = dpoi_float_of((uint32_t)(b + 103*64) << 17);
+        while (low > q->half[k]) k++;
+        q->first[b] = (uint8_t)k;
+    }
+    q->first[0] = 0;
 }
 
-/* x as the code nearest to it, in units of `most`.  What is not 0 without a sign keeps at least the lowest level: a second
-   moment of 0 under a first one that is not would make a step without bounds. */
-static int dpoi_level_code(const dpoi_levels *q, float x, float most)
+/* a in 0 ... 1 as its nearest level: up from that of its bin, without a branch, for there is nothing to foresee. */
+static int dpoi_level_near(const dpoi_levels *q, float a)
 {
-    float a = most > 0 ? fabsf(x)/most : 0;
-    int   k = dpoi_level_from(q, a, q->first[dpoi_level_bin(a)]);
-    if (!q->sign) return k || x == 0 ? k : 1;
-    return x >= 0 ? 127 + k : 127 - (k < 127 ? k : 127);
-}
-
-static float dpoi_level_value(const dpoi_levels *q, int code)
-{
-    if (!q->sign) return q->value[code];
-    return code >= 127 ? q->value[code - 127] : -q->value[127 - code];
+    int k = q->first[dpoi_level_bin(a)];
+    for (int step = 0; step < DPOI_LEVEL_STEPS; step++) k += a > q->half[k];
+    return k;
 }
 
 /* n codes of a block as numbers, and back with a new scale. */
 static void dpoi_levels_read(const dpoi_levels *q, const uint8_t *code, float most, float *x, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) x[i] = most*dpoi_level_value(q, code[i]);
+    for (int64_t i = 0; i < n; i++) x[i] = most*q->of_code[code[i]];
 }
 static void dpoi_levels_write(const dpoi_levels *q, uint8_t *code, float *most, const float *x, int64_t n)
 {
     float top = 0;
-    for (int64_t i = 0; i < n; i++) if (fabsf(x[i]) > top) top = fabsf(x[i]);
-    for (int64_t i = 0; i < n; i++) code[i] = (uint8_t)dpoi_level_code(q, x[i], top);
+    for (int64_t i = 0; i < n; i++) { float a = fabsf(x[i]);  top = a > top ? a : top; }
     *most = top;
+    if (!(top > 0)) memset(code, q->sign ? 127 : 0, (size_t)n);
+    else if (q->sign)
+        for (int64_t i = 0; i < n; i++) {
+            int k = dpoi_level_near(q, fabsf(x[i])/top), below = k < 127 ? k : 127;
+            code[i] = (uint8_t)(127 + (x[i] >= 0 ? k : -below));
+        }
+    else
+        /* What is not 0 keeps at least the lowest level: a second moment of 0 under a first one that is not would make a
+           step without bounds. */
+        for (int64_t i = 0; i < n; i++) {
+            int k = dpoi_level_near(q, x[i]/top), least = x[i] != 0;
+            code[i] = (uint8_t)(k > least ? k : least);
+        }
 }
 
 /* Blocks from..to-1: the moments as floats, AdamW's own loop, the moments as codes.  The step is made of the moments
@@ -10551,6 +10560,7 @@ static size_t dpoi_cpu_adamw8_workspace(const dpoi_cpu *cpu, const dpo_args *a)
      kernel   row [O,kh,1,I] means over x, col [O,1,kw,I] means over y, in the weight's panels */
 enum { DPOI_WHOLE, DPOI_MATRIX, DPOI_KERNEL };
 enum { DPOI_WIDEST = 64 };                /* no panel has more channels */
+enum { DPOI_KERNEL_SIDE = 16 };           /* kernels that are wider are not done */
 
 typedef struct dpoi_adafactor {
     const float *g;
@@ -10607,6 +10617,29 @@ static void dpoi_adafactor_mean(const dpoi_adafactor *f, int64_t p, int64_t firs
     for (int64_t l = 0; l < lanes; l++) dpoi_adafactor_blend(f, y + l, sum[l]/(double)n);
 }
 
+/* Rows and columns of the kernels (p,i) at once: their squares are formed a single time.  sum: [kw][P], of columns. */
+static void dpoi_adafactor_kernel(const dpoi_adafactor *f, int64_t p, int64_t i, double *sum)
+{
+    int64_t lanes = dpoi_adafactor_lanes(f, p);
+    memset(sum, 0, (size_t)(f->kw*f->P) * sizeof *sum);
+    for (int64_t y = 0; y < f->kh; y++) {
+        double of_row[DPOI_WIDEST] = { 0 };
+        for (int64_t x = 0; x < f->kw; x++) {
+            const float *g = f->g + (p*f->K + (y*f->kw + x)*f->I + i)*f->P;
+            for (int64_t l = 0; l < lanes; l++) {
+                double d = (double)f->factor*g[l];
+                of_row[l] += d*d;
+                sum[x*f->P + l] += d*d;
+            }
+        }
+        for (int64_t l = 0; l < lanes; l++)
+            dpoi_adafactor_blend(f, f->row + ((p*f->kh + y)*f->I + i)*f->P + l, of_row[l]/(double)f->kw);
+    }
+    for (int64_t x = 0; x < f->kw; x++)
+        for (int64_t l = 0; l < lanes; l++)
+            dpoi_adafactor_blend(f, f->col + ((p*f->kw + x)*f->I + i)*f->P + l, sum[x*f->P + l]/(double)f->kh);
+}
+
 /* The factors of panels from..to-1; of a matrix the rows alone. */
 static void dpoi_adafactor_rows(const dpoi_job *j, int64_t from, int64_t to)
 {
@@ -10616,10 +10649,8 @@ static void dpoi_adafactor_rows(const dpoi_job *j, int64_t from, int64_t to)
         if (f->kind == DPOI_WHOLE)
             for (int64_t k = 0; k < f->K; k++) dpoi_adafactor_mean(f, p, k, 1, 1, f->col + (p*f->K + k)*f->P);
         for (int64_t i = 0; i < f->I && f->kind == DPOI_KERNEL; i++) {
-            for (int64_t y = 0; y < f->kh; y++)
-                dpoi_adafactor_mean(f, p, y*f->kw*f->I + i, f->kw, f->I, f->row + ((p*f->kh + y)*f->I + i)*f->P);
-            for (int64_t x = 0; x < f->kw; x++)
-                dpoi_adafactor_mean(f, p, x*f->I + i, f->kh, f->kw*f->I, f->col + ((p*f->kw + x)*f->I + i)*f->P);
+            double sum[DPOI_KERNEL_SIDE*DPOI_WIDEST];
+            dpoi_adafactor_kernel(f, p, i, sum);
         }
     }
 }
@@ -10642,40 +10673,60 @@ static void dpoi_adafactor_columns(const dpoi_job *j, int64_t from, int64_t to)
     }
 }
 
-/* u [P] of line k of panel p: the gradient over the root of what the factors say of its square. */
-static void dpoi_adafactor_line(const dpoi_adafactor *f, int64_t p, int64_t k, float *u)
+/* r [P] = 1/sqrt(row/mean(row)) of row y of the kernels (p,i), of a matrix's rows, or 1. */
+static void dpoi_adafactor_row(const dpoi_adafactor *f, int64_t p, int64_t y, int64_t i, float *r)
 {
-    int64_t lanes = dpoi_adafactor_lanes(f, p), at = (p*f->K + k)*f->P;
-    int64_t i = k % f->I, x = k/f->I % f->kw, y = k/f->I/f->kw;
-    const float *row = f->row, *col = f->col;
-    if (f->kind == DPOI_WHOLE)  col += at;
-    if (f->kind == DPOI_MATRIX) { row += p*f->P;  col += i; }
-    if (f->kind == DPOI_KERNEL) { row += ((p*f->kh + y)*f->I + i)*f->P;  col += ((p*f->kw + x)*f->I + i)*f->P; }
+    int64_t      lanes = dpoi_adafactor_lanes(f, p);
+    const float *row = f->row;
+    if (f->kind == DPOI_MATRIX) row += p*f->P;
+    if (f->kind == DPOI_KERNEL) row += ((p*f->kh + y)*f->I + i)*f->P;
     for (int64_t l = 0; l < lanes; l++) {
-        float r = 1, mean = f->mean;
+        float mean = f->mean;
+        if (f->kind == DPOI_WHOLE) { r[l] = 1;  continue; }
         if (f->kind == DPOI_KERNEL) {     /* of this kernel's rows */
             mean = 0;
             for (int64_t v = 0; v < f->kh; v++) mean += f->row[((p*f->kh + v)*f->I + i)*f->P + l];
             mean /= (float)f->kh;
         }
-        if (f->kind != DPOI_WHOLE) r = 1/sqrtf(row[l]/mean);
-        u[l] = r/sqrtf(col[f->kind == DPOI_MATRIX ? 0 : l])*(f->factor*f->g[at + l]);
+        r[l] = 1/sqrtf(row[l]/mean);
     }
 }
 
-/* Sums of u^2, and with a rate the step itself. */
+/* u = r/root * factor g of the numbers at..at+lanes-1: the sum of u^2, or with a rate the step itself. */
+static double dpoi_adafactor_line(const dpoi_adafactor *f, int64_t at, int64_t lanes, const float *r, const float *root)
+{
+    const float *g = f->g + at;
+    float       *w = f->w + at;
+    double       sum = 0;
+    for (int64_t l = 0; l < lanes; l++) {
+        float u = r[l]/root[l]*(f->factor*g[l]);
+        if (f->rate == 0) sum += (double)u*u;
+        else w[l] = f->keep*w[l] - f->rate*u;
+    }
+    return sum;
+}
+
+/* Place by place of the kernels (p,i), i after i; a matrix and a table have kernels of one place. */
 static void dpoi_adafactor_panels(const dpoi_job *j, int64_t from, int64_t to)
 {
     const dpoi_adafactor *f = (const dpoi_adafactor *)j->more;
     for (int64_t p = from; p < to; p++) {
         int64_t lanes = dpoi_adafactor_lanes(f, p);
-        double sum = 0;
-        for (int64_t k = 0; k < f->K; k++) {
-            float u[DPOI_WIDEST], *w = f->w + (p*f->K + k)*f->P;
-            dpoi_adafactor_line(f, p, k, u);
-            if (f->rate == 0) for (int64_t l = 0; l < lanes; l++) sum += (double)u[l]*u[l];
-            else for (int64_t l = 0; l < lanes; l++) w[l] = f->keep*w[l] - f->rate*u[l];
-        }
+        double  sum = 0;
+        float   r[DPOI_WIDEST], root[DPOI_WIDEST];
+        for (int64_t i = 0; i < f->I; i++)
+            for (int64_t y = 0; y < f->kh; y++) {
+                if (!i || f->kind == DPOI_KERNEL) dpoi_adafactor_row(f, p, y, i, r);
+                for (int64_t x = 0; x < f->kw; x++) {
+                    int64_t      at = (p*f->K + (y*f->kw + x)*f->I + i)*f->P;
+                    const float *col = f->col;
+                    float        one = f->kind == DPOI_MATRIX ? sqrtf(f->col[i]) : 0;
+                    if (f->kind == DPOI_WHOLE)  col += at;
+                    if (f->kind == DPOI_KERNEL) col += ((p*f->kw + x)*f->I + i)*f->P;
+                    for (int64_t l = 0; l < lanes; l++) root[l] = f->kind == DPOI_MATRIX ? one : sqrtf(col[l]);
+                    sum += dpoi_adafactor_line(f, at, lanes, r, root);
+                }
+            }
         f->sum[p] = sum;
     }
 }
@@ -10689,7 +10740,7 @@ static int dpoi_cpu_adafactor(dpoi_cpu *cpu, const dpo_args *a)
     double sum = 0, rms, lr = record[DPO_REC_LR];
     f.factor = record[DPO_REC_FACTOR];
     f.share = record[DPO_REC_BIAS2];
-    if (f.factor == 0 || f.P > DPOI_WIDEST) return f.factor == 0 ? DPO_OK : DPO_UNSUPPORTED;
+    if (f.factor == 0 || f.P > DPOI_WIDEST || f.kw > DPOI_KERNEL_SIDE) return f.factor == 0 ? DPO_OK : DPO_UNSUPPORTED;
     dpoi_cut(cpu, a, panels, f.K*f.P, &f, dpoi_adafactor_rows);
     if (f.kind == DPOI_MATRIX) {
         dpoi_cut(cpu, a, dpoi_pieces(f.I, DPOI_TILE), f.O*DPOI_TILE, &f, dpoi_adafactor_columns);
@@ -12200,7 +12251,8 @@ enum {
     DPOI_TILE_SIZE = 512,                 /* numbers in a tile of BF16 */
     DPOI_AMX_ROWS  = 32,                  /* pixels of one block: two tiles */
     DPOI_AMX_WIDE  = 32,                  /* channels of one block: two panels */
-    DPOI_AMX_JOB   = 40000000             /* multiplications and additions that are worth a job */
+    DPOI_AMX_JOB   = 40000000,            /* multiplications and additions that are worth a job */
+    DPOI_AMX_SMALL = 6000000              /* and one whose weights wait in the cache */
 };
 
 /* Palette 1, all eight tiles 16 rows of 64 bytes.  Rows and columns that a block does not have are zeros. */
@@ -12473,9 +12525,10 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
         t->ranges = dpoi_pieces(steps, t->range);
         if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
     }
-    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O/(DPOI_AMX_JOB/1024) + 1;
-    jobs = dpoi_least(DPOI_AMX_JOBS, worth);
+    worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O;
+    jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_SMALL/1024) + 1);
     t->kept = tiles <= DPOI_AMX_WHOLE && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
+    if (!t->kept) jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_JOB/1024) + 1);
     most = dpoi_least(dpoi_most(DPOI_AMX_HELD/(t->range*2*DPOI_TILE_K*(t->f[0].way == DPOI_AMX_TILED ? s->kh*s->kw : 1)),
                       128), 512);
     t->blocks = t->kept ? jobs : dpoi_pieces(t->slots, most);
@@ -13004,32 +13057,43 @@ DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int
     }
 }
 
-/* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile.  A
-   pair of o is one word of 32 bits in w's row of an i, so that turning words does it. */
+enum { DPOI_AMX_FLIPS = 4 };              /* panels of i a task: what it reads of a panel of w lies in one piece, 2 KiB */
+
+/* 16 channels o, from o on, of one place and of one panel of i (from: its first line in w), turned to `to`.  A pair of o
+   is one word of 32 bits in w's row of an i, so that turning words does it. */
+DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64_t ni, int64_t o, int stream, uint16_t *to)
+{
+    float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
+    const float *w = dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL);
+    if (ni < DPOI_PANEL) memset(words, 0, sizeof words);
+    dpoi_amx_flip_lines(p, w, ni, words);
+    dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
+    dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
+    if (!stream) memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
+    else for (int i = 0; i < 8; i++)
+        _mm512_stream_si512((__m512i *)(void *)(to + 32*i), _mm512_load_si512(turned + DPOI_PANEL*i));
+}
+
+/* dpoi_flip_task with pairs for a result: [ceil(I/16)][places*O/2][16][2], zeros up to the end of the last tile. */
 DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
 {
     const dpoi_flip *p = (const dpoi_flip *)arg;
-    int64_t places = p->y.count*p->x.count, i0 = task/places*DPOI_PANEL, j = task % places;
-    int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride, K = places*p->O;
-    int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride;
-    int64_t ni = dpoi_least(DPOI_PANEL, p->I - i0), from = (ky*p->kw + kx)*p->I + i0;
-    uint16_t *panel = (uint16_t *)(void *)p->to + task/places*dpoi_amx_padded(K)*DPOI_PANEL;
-    float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
-    if (j == places - 1)
-        for (int64_t k = K; k < dpoi_amx_padded(K); k++)
-            for (int i = 0; i < DPOI_PANEL; i++) panel[(k/2*DPOI_PANEL + i)*2 + k % 2] = 0;
-    if (p->O % 2 || (p->paired && p->I % 2)) {
-        dpoi_amx_flip_slowly(p, from, j, ni, panel);
-        return;
+    int64_t places = p->y.count*p->x.count, j = task % places, K = places*p->O, size = dpoi_amx_padded(K)*DPOI_PANEL;
+    int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride;
+    int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride, from = (ky*p->kw + kx)*p->I;
+    int64_t first = task/places*DPOI_AMX_FLIPS, last = dpoi_least(first + DPOI_AMX_FLIPS, dpoi_pieces(p->I, DPOI_PANEL));
+    uint16_t *to = (uint16_t *)(void *)p->to;
+    int     slowly = p->O % 2 || (p->paired && p->I % 2);
+    int     stream = p->O % DPOI_PANEL == 0 && p->I*K*2 >= DPOI_AMX_LARGE && (uintptr_t)to % 64 == 0;
+    for (int64_t i = first; i < last; i++) {
+        if (j == places - 1) memset(to + i*size + K*DPOI_PANEL, 0, (size_t)(size - K*DPOI_PANEL)*2);
+        if (slowly) dpoi_amx_flip_slowly(p, from + i*DPOI_PANEL, j, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL), to + i*size);
     }
-    memset(words, 0, sizeof words);
-    for (int64_t o = 0; o < p->O; o += DPOI_PANEL) {
-        uint16_t *to = panel + (j*p->O + o)*DPOI_PANEL;
-        dpoi_amx_flip_lines(p, dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL), ni, words);
-        dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
-        dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
-        memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
-    }
+    for (int64_t o = 0; o < p->O && !slowly; o += DPOI_PANEL)
+        for (int64_t i = first; i < last; i++)
+            dpoi_amx_flip_block(p, from + i*DPOI_PANEL, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL), o, stream,
+                                to + i*size + (j*p->O + o)*DPOI_PANEL);
+    if (stream) _mm_sfence();
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of weights
@@ -13262,14 +13326,15 @@ static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_a
                           float *to)
 {
     void (*task)(void *arg, int64_t i) = dpoi_flip_task;
+    int64_t panel = DPOI_PANEL;
     dpoi_flip f;
 #ifdef DPOI_SIMD_AMX
-    if (g->amx) task = dpoi_amx_flip_task;
+    if (g->amx) { task = dpoi_amx_flip_task;  panel *= DPOI_AMX_FLIPS; }
 #endif
     f.w_type = w == g->w ? g->w_type : DPO_F32;
     f.paired = w == g->w && g->pairs;
     f.w = w;  f.to = to;  f.O = O;  f.I = g->I;  f.kw = g->kw;  f.K = g->K;  f.stride = g->stride;  f.y = y;  f.x = x;
-    dpoi_parallel(cpu, dpoi_pieces(g->I, DPOI_PANEL)*y.count*x.count, task, &f);
+    dpoi_parallel(cpu, dpoi_pieces(g->I, panel)*y.count*x.count, task, &f);
 }
 
 /* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned. */
@@ -26011,6 +26076,8 @@ static int dpoi_train_encode_all(dpo_trainer *t)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: without a cache_folder there is no "
                          "room for all texts and pictures");
     t->rests = 1;
+    dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text encoders "
+             "and VAE rest", (long long)t->encoded);
     for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
     dpoi_net_drop(m->vae);
     return 1;

@@ -119,6 +119,8 @@ works  'cropped anywhere' "$work/r" --resolution 16 --random_crop --drop_encoder
 works  'and anew'         "$work/q" --resolution 16 --random_crop --cache_dir none
 equal  'cropped anywhere' "$work/r/adapter.safetensors" "$work/q/adapter.safetensors"
 equal  'latents, cached' "$work/l/adapter.safetensors" "$work/k/adapter.safetensors"
+works  'latents, all cached' "$work/s" --resolution 16 --noise_offset 0.1 --cache_dir "$work/l/cache"
+says   'latents, all cached' "$work/out" "^0 texts and pictures were encoded, the run's others are in the caches"
 m=$work/model
 "$build/train" --check_data --train_data_dir "$work/pairs" >"$work/out" 2>"$work/err" && says 'data' "$work/out" '12 pairs' || bad "data: $(cat "$work/err")"
 "$build/train" --help >"$work/out" && says 'help' "$work/out" '--beta_dpo N'
