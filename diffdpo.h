@@ -14131,7 +14131,7 @@ static int64_t dpoi_attention_scratch(const dpoi_attention *g)
 static int64_t dpoi_attention_jobs(const dpoi_attention *g)
 {
     int64_t units = g->N*g->heads*dpoi_tile_groups(g->T > g->S ? g->T : g->S);
-    int64_t worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D + 1;
+    int64_t worth = 4*g->N*g->T*g->S/64*g->D/(DPOI_JOB/64) + 1;
     return dpoi_least(dpoi_least(units, worth), DPOI_ATTENTION_JOBS);
 }
 
@@ -14241,7 +14241,8 @@ static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 enum {
     DPOI_AMX_BLOCKS = 8,                  /* of 32 rows between two visits to the results */
     DPOI_AMX_TURN   = 2,                  /* of which scores are made at a time */
-    DPOI_AMX_SCORES = 4*256               /* floats of scores: 2 tiles of rows by 2 of lanes */
+    DPOI_AMX_SCORES = 4*256,              /* floats of scores: 2 tiles of rows by 2 of lanes */
+    DPOI_AMX_UNITS  = 4                   /* that go along together in backward */
 };
 
 /* x [N,length,D] of one tensor, packed by head and 32 rows, zeros where length or d end: as rows that meet lanes
@@ -14275,10 +14276,25 @@ static int64_t dpoi_amx_side_of(dpoi_amx_side *s, const dpoi_attention *g, const
     return at;
 }
 
-/* y[c][r] = x[r][c] of 16 by 16. */
+/* y[c][r] = x[r][c] of 16 by 16: four columns at a time, whose rows i, i+4, i+8, i+12 come to lie in one register, so
+   that four by four change places in each quarter. */
 DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
 {
-    for (int k = 0; k < 4; k++) dpoi_transpose_avx2(x + k/2*128 + k % 2*8, 16, y + k % 2*128 + k/2*8, 16);
+    for (int c = 0; c < 16; c += 4) {
+        __m512 r[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(x + i*16 + c));
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 4)*16 + c), 1);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
+        }
+        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+        _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
+        _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
+        _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
+        _mm512_storeu_pd(y + c*16 + 48, _mm512_unpackhi_pd(b, e));
+    }
 }
 
 /* Where row `row` of a head starts in x. */
@@ -14436,7 +14452,7 @@ static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
 /* A job's share of work: lanes first..first+lanes-1 of one head, packed a and a2, scores s and t [2] of a block each, p
    and ds [block][2][16][32], results o and o2 [d/16][2][16][16]. */
 typedef struct dpoi_amx_unit {
-    int64_t head, first, lanes;
+    int64_t head, first, lanes, from, to; /* from, to: the blocks that it meets */
     uint16_t *a, *a2, *p, *ds;
     float  *s, *t, *o, *o2;
     float   most[32], sum[32];            /* a lane each; most in powers of two */
@@ -14453,25 +14469,33 @@ typedef struct dpoi_amx_attention {
     float  *scratch;
 } dpoi_amx_attention;
 
-/* Floats a job. */
-static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+/* Units of a job that share what goes by; wide heads have it in use for longer. */
+static int64_t dpoi_amx_together(const dpoi_amx_attention *t)
 {
-    return t->kinds*((t->side->deep + t->side->wide + DPOI_AMX_BLOCKS)*DPOI_TILE_SIZE + DPOI_AMX_TURN*DPOI_AMX_SCORES);
+    return t->kinds > 1 && t->side->deep <= 5 ? DPOI_AMX_UNITS : 1;
 }
 
-static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job)
+/* Floats a job: what its units share, and what each has. */
+static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
+{
+    int64_t own = (t->side->deep + t->side->wide)*DPOI_TILE_SIZE*dpoi_amx_together(t);
+    return t->kinds*(own + DPOI_AMX_BLOCKS*DPOI_TILE_SIZE + DPOI_AMX_TURN*DPOI_AMX_SCORES);
+}
+
+/* Unit `number` of a job's. */
+static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job, int64_t number)
 {
     int64_t p = DPOI_AMX_BLOCKS*2*DPOI_TILE_SIZE, o = t->side->wide*512, s = DPOI_AMX_TURN*DPOI_AMX_SCORES;
-    int64_t second = t->kinds > 1;
+    int64_t second = t->kinds > 1, own = (t->side->deep + t->side->wide)*DPOI_TILE_SIZE*t->kinds;
     dpoi_amx_unit u;
     memset(&u, 0, sizeof u);
     u.s  = t->scratch + job*dpoi_amx_attention_scratch(t);
     u.t  = u.s + second*s;
-    u.o  = u.t + s;
-    u.o2 = u.o + second*o;
-    u.p  = (uint16_t *)(void *)(u.o2 + o);
+    u.p  = (uint16_t *)(void *)(u.t + s);
     u.ds = u.p + second*p;
-    u.a  = u.ds + p;
+    u.o  = (float *)(void *)(u.ds + p) + number*own;
+    u.o2 = u.o + second*o;
+    u.a  = (uint16_t *)(void *)(u.o2 + o);
     u.a2 = u.a + second*t->side->deep*2*DPOI_TILE_SIZE;
     return u;
 }
@@ -14480,7 +14504,7 @@ static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job)
 static void dpoi_amx_attention_split(dpoi_amx_attention *t, int64_t length)
 {
     const dpoi_attention *g = &t->g;
-    int64_t worth = 4*g->N*g->T*g->S/DPOI_JOB*g->D/4 + 1;
+    int64_t worth = 4*g->N*g->T*g->S/64*g->D/(DPOI_JOB/64*4) + 1;
     t->blocks = dpoi_pieces(length, 32);
     t->units = g->N*g->heads*t->blocks;
     t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
@@ -14670,12 +14694,12 @@ DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_a
     dpoi_amx_attention_end(t, u);
 }
 
-/* p and ds/scale of block `at` of those at hand from s and t; lse (in powers of two) and delta are a lane's or, by key,
-   a row's.  by_key and full are constants where this is inlined. */
+/* p and ds/scale number `at` from s and t number `turn`; lse (in powers of two) and delta are a lane's or, by key, a
+   row's.  by_key and full are constants where this is inlined. */
 DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block,
-                                          int64_t at, const int by_key, const int full)
+                                          int64_t at, int64_t turn, const int by_key, const int full)
 {
-    const float *s = u->s + at % DPOI_AMX_TURN*DPOI_AMX_SCORES, *o = u->t + at % DPOI_AMX_TURN*DPOI_AMX_SCORES;
+    const float *s = u->s + turn*DPOI_AMX_SCORES, *o = u->t + turn*DPOI_AMX_SCORES;
     const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
     uint16_t *p = u->p + at*2*DPOI_TILE_SIZE, *ds = u->ds + at*2*DPOI_TILE_SIZE;
     int64_t length = by_key ? t->g.T : t->g.S;
@@ -14698,13 +14722,14 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpo
         }
     }
 }
-DPOI_AMX static void dpoi_amx_slopes_run(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block, int64_t at)
+DPOI_AMX static void dpoi_amx_slopes_run(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block, int64_t at,
+                                         int64_t turn)
 {
     int full = dpoi_amx_full(t, u, t->by_key ? t->g.T : t->g.S, block);
-    if (t->by_key && full) dpoi_amx_slopes(t, u, block, at, 1, 1);
-    else if (t->by_key)    dpoi_amx_slopes(t, u, block, at, 1, 0);
-    else if (full)         dpoi_amx_slopes(t, u, block, at, 0, 1);
-    else                   dpoi_amx_slopes(t, u, block, at, 0, 0);
+    if (t->by_key && full) dpoi_amx_slopes(t, u, block, at, turn, 1, 1);
+    else if (t->by_key)    dpoi_amx_slopes(t, u, block, at, turn, 1, 0);
+    else if (full)         dpoi_amx_slopes(t, u, block, at, turn, 0, 1);
+    else                   dpoi_amx_slopes(t, u, block, at, turn, 0, 0);
 }
 
 /* The unit's rows of a gradient [N,length,D] = scale o, or += . */
@@ -14725,48 +14750,64 @@ DPOI_AMX static void dpoi_amx_unit_store(const dpoi_amx_side *s, const dpoi_amx_
         }
 }
 
-/* Lanes first.. of one head, led along the other axis' rows: sides b, which meets a, and b2, which meets a2. */
-DPOI_AMX static void dpoi_amx_back_unit(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+/* A unit meets the other axis' blocks from..to-1: sides b, which meets a, and b2, which meets a2. */
+DPOI_AMX static void dpoi_amx_back_strip(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t from, int64_t to)
+{
+    const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
+    for (int64_t k = from; k < to; k += DPOI_AMX_TURN) {
+        int64_t turn = dpoi_least(to, k + DPOI_AMX_TURN);
+        DPOI_AMX_READY();
+        dpoi_amx_scores(b, u->head, k, turn, u->a, u->s);
+        dpoi_amx_scores(b2, u->head, k, turn, u->a2, u->t);
+        DPOI_AMX_READY();
+        for (int64_t i = k; i < turn; i++) dpoi_amx_slopes_run(t, u, i, i - from, i - k);
+    }
+    DPOI_AMX_READY();
+    if (!t->by_key || t->g.dk) dpoi_amx_gather(b, u->head, from, to, u->ds, u->o);
+    if (t->by_key && t->g.dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, u->o2);
+    DPOI_AMX_READY();
+}
+
+/* `count` units of one head, led along the other axis together: what it has to say is more than a second-level cache
+   holds beside anything else, and is called from the third once for all of them. */
+DPOI_AMX static void dpoi_amx_back_units(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t count)
 {
     const dpoi_attention *g = &t->g;
     const dpoi_amx_side *a = &t->side[t->by_key ? 1 : 0], *a2 = &t->side[t->by_key ? 2 : 3];
-    const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
-    int64_t end = g->causal && !t->by_key ? dpoi_least(u->first + u->lanes, b->length) : b->length;
-    int64_t from = g->causal && t->by_key ? u->first/32 : 0, tiles = dpoi_pieces(end, 32), to;
-    memset(u->o, 0, (size_t)(a->wide*512)*sizeof(float));
-    memset(u->o2, 0, (size_t)(a->wide*512)*sizeof(float));
-    dpoi_amx_lanes(a, u->head, u->first, u->a);
-    dpoi_amx_lanes(a2, u->head, u->first, u->a2);
-    for (; from < tiles; from = to) {
-        to = dpoi_least(tiles, from + DPOI_AMX_BLOCKS);
-        for (int64_t k = from; k < to; k += DPOI_AMX_TURN) {
-            int64_t turn = dpoi_least(to, k + DPOI_AMX_TURN);
-            DPOI_AMX_READY();
-            dpoi_amx_scores(b, u->head, k, turn, u->a, u->s);
-            dpoi_amx_scores(b2, u->head, k, turn, u->a2, u->t);
-            DPOI_AMX_READY();
-            for (int64_t i = k; i < turn; i++) dpoi_amx_slopes_run(t, u, i, i - from);
-        }
-        DPOI_AMX_READY();
-        if (!t->by_key || g->dk) dpoi_amx_gather(b, u->head, from, to, u->ds, u->o);
-        if (t->by_key && g->dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, u->o2);
+    int64_t length = t->by_key ? g->T : g->S, blocks = dpoi_pieces(length, 32);
+    for (int64_t i = 0; i < count; i++) {
+        u[i].from = g->causal && t->by_key ? u[i].first/32 : 0;
+        u[i].to = g->causal && !t->by_key ? dpoi_least(u[i].first/32 + 1, blocks) : blocks;
+        memset(u[i].o, 0, (size_t)(2*a->wide*512)*sizeof(float));
+        dpoi_amx_lanes(a, u[i].head, u[i].first, u[i].a);
+        dpoi_amx_lanes(a2, u[i].head, u[i].first, u[i].a2);
     }
-    DPOI_AMX_READY();
-    dpoi_amx_unit_store(a, u, u->o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
-    if (t->by_key) dpoi_amx_unit_store(a, u, u->o2, 1, g->dv, (int)(g->add >> 2 & 1));
+    for (int64_t k = 0; k < blocks; k += DPOI_AMX_BLOCKS)
+        for (int64_t i = 0; i < count; i++) {
+            int64_t from = dpoi_most(k, u[i].from), to = dpoi_least(k + DPOI_AMX_BLOCKS, u[i].to);
+            if (from < to) dpoi_amx_back_strip(t, u + i, from, to);
+        }
+    for (int64_t i = 0; i < count; i++) {
+        dpoi_amx_unit_store(a, u + i, u[i].o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
+        if (t->by_key) dpoi_amx_unit_store(a, u + i, u[i].o2, 1, g->dv, (int)(g->add >> 2 & 1));
+    }
 }
 
-/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
+/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task; those of one head together. */
 DPOI_AMX static void dpoi_amx_attention_jobs(const dpoi_amx_attention *t, int64_t job, int back)
 {
-    dpoi_amx_unit u = dpoi_amx_unit_of(t, job);
-    int64_t length = t->by_key ? t->g.S : t->g.T;
+    dpoi_amx_unit u[DPOI_AMX_UNITS];
+    int64_t length = t->by_key ? t->g.S : t->g.T, most = dpoi_amx_together(t), end = t->units*(job + 1)/t->jobs, count;
+    for (int64_t k = 0; k < most; k++) u[k] = dpoi_amx_unit_of(t, job, k);
     dpoi_amx_begin();
-    for (int64_t i = t->units*job/t->jobs; i < t->units*(job + 1)/t->jobs; i++) {
-        u.head = i/t->blocks;  u.first = i % t->blocks*32;
-        u.lanes = dpoi_least(32, length - u.first);
-        if (back) dpoi_amx_back_unit(t, &u);
-        else      dpoi_amx_attention_unit(t, &u);
+    for (int64_t i = t->units*job/t->jobs; i < end; i += count) {
+        count = dpoi_least(dpoi_least(most, end - i), t->blocks - i % t->blocks);
+        for (int64_t k = 0; k < count; k++) {
+            u[k].head = i/t->blocks;  u[k].first = (i % t->blocks + k)*32;
+            u[k].lanes = dpoi_least(32, length - u[k].first);
+        }
+        if (back) dpoi_amx_back_units(t, u, count);
+        else      dpoi_amx_attention_unit(t, u);
     }
     dpoi_amx_end();
 }
