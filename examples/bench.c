@@ -2,7 +2,7 @@
 
    build   cc -O2 examples/bench.c -o bench -lm -lpthread
    run     ./bench WORK [--dtype f32|bf16] [--device cpu|cuda] [--isa plain|avx2|avx512|amx] [--threads N] [--batch N]
-                        [--repeat 3] [--checkpoint] [--profile] [--products f32|bf16]
+                        [--size N] [--repeat 3] [--checkpoint] [--profile] [--products f32|bf16]
            ./bench peak [--dtype f32|bf16] [--isa NAME] [--threads N]       what the machine could do: arithmetic, memory
            ./bench --check DIR [options]                 the step that pytorch_peer.py --save DIR took, and the differences
    WORK    MODEL_TASK, random weights, new random inputs every step:
@@ -11,6 +11,7 @@
            dpo_lora   one Diffusion-DPO step on that batch as pairs: rank 16 on the attention layers, reference = adapters
                       off, backward, clip to 1, AdamW
            dpo_full   the same for all weights, with a frozen copy as reference; sd15 and sdxl recompute their blocks
+   --size  the picture's side as the UNet sees it; if not given, 64 (sd15), 128 (sdxl), 32 (small)
    result  one line of JSON: seconds is the best step of --repeat after one to warm up, peak_bytes the most memory that the
            process held (cuda: the context, on the device), tflop the arithmetic of the products and attentions of one step,
            recomputation included                                                                                       */
@@ -38,7 +39,7 @@ static const char *const isa_names[]  = { "best", "plain", "avx2", "avx512", "am
 
 typedef struct options {
     const char *work, *check, *device;
-    int         dtype, isa, threads, batch, repeat, checkpoint, profile, products;
+    int         dtype, isa, threads, batch, size, repeat, checkpoint, profile, products;
 } options;
 
 /* ----------------------------------------------------------------------------------------------- models */
@@ -323,7 +324,8 @@ static dpo_tensor *timesteps(bench *b)
 static step_in draw(bench *b)
 {
     const model_kind *k = b->kind;
-    int64_t picture[3] = { k->size, k->size, k->channels }, text[2] = { k->tokens, k->width }, pooled[1] = { k->pooled };
+    int64_t size = b->o->size ? b->o->size : k->size, picture[3] = { size, size, k->channels };
+    int64_t text[2] = { k->tokens, k->width }, pooled[1] = { k->pooled };
     int64_t ids[2] = { b->N, 6 };
     float   sizes[6 * 1024];
     step_in in;
@@ -812,8 +814,8 @@ static int run_peak(const options *o)
 static int usage(void)
 {
     fprintf(stderr, "usage: bench MODEL_TASK | peak | --check DIR  [--dtype f32|bf16] [--device cpu|cuda]\n"
-                    "             [--isa plain|avx2|avx512|amx] [--products f32|bf16] [--threads N] [--batch N] [--repeat N]\n"
-                    "             [--checkpoint] [--profile]\n"
+                    "             [--isa plain|avx2|avx512|amx] [--products f32|bf16] [--threads N] [--batch N] [--size N]\n"
+                    "             [--repeat N] [--checkpoint] [--profile]\n"
                     "       MODEL sd15, sdxl, small; TASK forward, dpo_lora, dpo_full\n");
     return 2;
 }
@@ -836,6 +838,7 @@ static int set_option(options *o, const char *name, const char *value)
     if (strcmp(name, "--isa") == 0)     { o->isa = choose(value, isa_names, 5); return o->isa >= 0; }
     if (strcmp(name, "--threads") == 0) { o->threads = atoi(value); return o->threads > 0; }
     if (strcmp(name, "--batch") == 0)   { o->batch = atoi(value); return o->batch > 0 && o->batch <= 1024; }
+    if (strcmp(name, "--size") == 0)    { o->size = atoi(value); return o->size > 0 && o->size <= 1024; }
     if (strcmp(name, "--repeat") == 0)  { o->repeat = atoi(value); return o->repeat > 0 && o->repeat <= 100; }
     return 0;
 }

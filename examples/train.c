@@ -78,6 +78,7 @@ typedef struct {
     double      start, told;
     float       best;                   /* held-out accuracy of OUT/best; -1: none */
     int         failed, warned;
+    int64_t     trained;                /* pairs that are trained on */
     int64_t     held_at;                /* step of the last line of held-out pairs; -1: none */
     int64_t     stop_at;                /* step of --stop_when_degrading, or 0 */
 } run;
@@ -103,15 +104,13 @@ static int check_settings(run *r)
         return fail("--use_adafactor, --use_8bit_adam and --optimizer name different optimizers");
     if (s->adafactor) s->optimizer = DPO_ADAFACTOR;
     if (s->adam8) s->optimizer = DPO_ADAMW8;
-    if (s->precision == 2) return fail("--mixed_precision fp16 is not done on a CPU: bf16 does that work");
+    if (s->drop && s->keep_encoders) return fail("--drop_encoders contradicts --keep_encoders");
     if (s->held_share > 0 && s->held_data) return fail("--validation_pairs and --validation_data_dir: one of the two");
     if (s->schedule == 5) s->schedule = DPO_LR_CONSTANT;
     else if (s->schedule == DPO_LR_CONSTANT && s->warmup && !s->preset)
         return fail("--lr_scheduler constant has no warm-up: take constant_with_warmup");
     if (s->convention && s->objective != DPO_DPO) return fail("--beta_convention is about dpo alone");
     if (s->stop_degrading && !(s->limit > 0)) return fail("--stop_when_degrading needs --degrading_limit above 0");
-    if (s->drop && s->prompt_count) return fail("--drop_encoders leaves nothing to draw --validation_prompts with");
-    if (s->drop && s->random_crop) return fail("--drop_encoders and --random_crop: each step would crop anew");
     if (s->lora && s->rank == 0) return fail("--lora starts adapters, --rank 0 trains all weights");
     r->beta = s->convention ? 2 * s->beta : s->beta;
     if (!s->resolution) return 1;
@@ -277,32 +276,39 @@ static int measure(run *r, int64_t step)
                        plain(h.reference_l), (double)time(NULL));
 }
 
+/* --validation_prompts on a model, to be freed with the scope; NULL: not done. */
+static uint8_t *draw_prompts(const run *r, dpo_model *m, dpo_ctx *c, int sampler_steps)
+{
+    const settings *s = &r->s;
+    dpo_sample_desc d;
+    int             n = s->prompt_count * s->images;
+    const char    **prompts = (const char **)dpo_scope_alloc(c, (size_t)n * sizeof *prompts);
+    uint8_t        *rgb = (uint8_t *)dpo_scope_alloc(c, (size_t)n * (size_t)r->width * (size_t)r->height * 3);
+    memset(&d, 0, sizeof d);
+    d.width = r->width;
+    d.height = r->height;
+    for (int i = 0; prompts && i < n; i++) prompts[i] = s->prompts[i / s->images];
+    d.n = n;
+    d.prompts = prompts;
+    d.steps = sampler_steps;
+    d.guidance = (float)s->guidance;
+    d.seed = (uint64_t)s->seed;
+    d.batch = s->batch;
+    return rgb && prompts && dpo_sample(m, &d, rgb) ? rgb : NULL;
+}
+
 /* OUT/samples/step-000100-0-0.png: prompt and picture.  The same noise at every step. */
 static int draw(run *r, int64_t step)
 {
     const settings *s = &r->s;
-    dpo_sample_desc d;
     char            name[64], path[PATHS];
-    int             n = s->prompt_count * s->images, size, ok;
-    const char    **prompts;
+    int             n = s->prompt_count * s->images, size = r->width * r->height * 3, ok;
     uint8_t        *rgb;
     int64_t         scope;
     if (!n || r->team.index) return 1;
     scope = dpo_scope(r->c);
-    memset(&d, 0, sizeof d);
-    d.width = r->width;
-    d.height = r->height;
-    size = r->width * r->height * 3;
-    prompts = (const char **)dpo_scope_alloc(r->c, (size_t)n * sizeof *prompts);
-    rgb = (uint8_t *)dpo_scope_alloc(r->c, (size_t)n * (size_t)size);
-    for (int i = 0; prompts && i < n; i++) prompts[i] = s->prompts[i / s->images];
-    d.n = n;
-    d.prompts = prompts;
-    d.steps = s->sample_steps;
-    d.guidance = (float)s->guidance;
-    d.seed = (uint64_t)s->seed;
-    d.batch = s->batch;
-    ok = rgb && prompts && dpo_sample(r->m, &d, rgb);
+    rgb = draw_prompts(r, r->m, r->c, s->sample_steps);
+    ok = rgb && (!dpo_train_rests(r->t) || dpo_model_rest(r->m));
     for (int i = 0; ok && i < n; i++) {
         dpo_image x = { 0, 0, NULL };
         x.width = r->width;
@@ -364,6 +370,10 @@ static dpo_train_desc describe(const run *r)
     d.bucket_step = s->buckets ? s->bucket_step : 0;
     d.real_sizes = s->real_sizes;
     d.ahead = s->rank == 0 && !s->no_ahead && (s->objective == DPO_DPO || s->objective == DPO_KTO);
+    d.rest_encoders = !s->keep_encoders;
+    d.desirable_weight = (float)s->desirable;
+    d.undesirable_weight = (float)s->undesirable;
+    d.positive_ratio = (float)s->positive;
     d.drop_encoders = s->drop;
     d.degrading_limit = (float)s->limit;
     d.team = r->team;
@@ -420,7 +430,8 @@ static dpo_backend *open_device(const run *r)
     return NULL;
 }
 
-/* One step of the same run on a backend that computes nothing and counts: bytes at most, 0 where it failed. */
+/* One step of the same run, and one of its pictures, on a backend that computes nothing and counts: bytes at most, 0
+   where it failed. */
 static size_t estimate(const run *r, const dpo_desc *desc)
 {
     dpo_desc       dry = *desc;
@@ -429,8 +440,10 @@ static size_t estimate(const run *r, const dpo_desc *desc)
     dpo_model     *m;
     dpo_pairs     *p;
     dpo_image      x;
+    dpo_trainer   *t;
     dpo_train_desc d = describe(r);
     size_t         bytes = 0;
+    int            ok;
     if (!model) model = dpo_cpu_open(desc);
     dry.backend = dpo_dry_open(model);
     dry.log = NULL;
@@ -439,13 +452,17 @@ static size_t estimate(const run *r, const dpo_desc *desc)
     p = dpo_pairs_new(c);
     d.steps = 1;
     d.accumulation = 1;
+    d.random_crop = 0;                    /* views are kept in a folder, which this run has not */
     memset(&d.team, 0, sizeof d.team);
     if (dpo_image_new(c, r->width, r->height, &x)) {
         if (d.objective == DPO_KTO) dpo_pairs_add_single(p, "", &x, 1, 1);
         else dpo_pairs_add(p, "", &x, &x, 1);
         dpo_image_free(c, &x);
     }
-    if (dpo_train(m, p, &d)) bytes = dpo_memory_peak(c, 0);
+    t = dpo_train_begin(m, p, &d);
+    ok = dpo_train_step(t, NULL);
+    if (r->s.prompt_count) ok = ok && draw_prompts(r, m, c, 1);
+    if (ok) bytes = dpo_memory_peak(c, 0);
     dpo_close(c);
     if (model) model->close(model->self);
     return bytes;
@@ -556,11 +573,13 @@ static int save_result(run *r)
     memset(&f, 0, sizeof f);
     f.dtype = DPO_F16;
     f.naming = r->s.naming ? DPO_PEFT : DPO_KOHYA;
-    path_of(r, path, r->s.rank ? "adapter.safetensors" : r->s.drop ? "unet" : "model");
-    if (r->s.rank) ok = dpo_model_adapter_save(r->m, path, &f);
-    else ok = r->s.drop ? dpo_net_save(dpo_model_unet(r->m), path, DPO_F16) : dpo_model_save(r->m, path, DPO_F16);
+    path_of(r, path, r->s.rank ? "adapter.safetensors" : "model");
+    ok = dpo_train_end(r->t);             /* gradients and moments make room for text encoders and VAE */
+    r->t = NULL;
+    if (!ok) return 0;
+    ok = r->s.rank ? dpo_model_adapter_save(r->m, path, &f) : dpo_model_save(r->m, path, DPO_F16);
     if (ok) printf("%s\n", path);
-    return (!r->s.ema || dpo_train_average(r->t)) && ok;
+    return ok;
 }
 
 static int train(run *r, const dpo_desc *desc)
@@ -582,6 +601,7 @@ static int train(run *r, const dpo_desc *desc)
     if (!r->team.index) announce(r, &d, r->s.no_estimate ? 0 : estimate(r, desc));
     if (r->s.estimate) return 1;
     if (!(r->t = dpo_train_begin(r->m, r->pairs, &d))) return 0;
+    r->trained = dpo_train_count(r->t);
     path_of(r, path, "samples");          /* now: a run that is refused leaves nothing */
     if (!dpo_make_folder(r->c, r->s.out) || (r->s.prompt_count && !dpo_make_folder(r->c, path))) return 0;
     if (dpo_train_done(r->t)) printf("resumed after step %lld\n", (long long)dpo_train_done(r->t));
@@ -605,25 +625,48 @@ static int survey(run *r)
 /* ---- Several processes ------------------------------------------------------------------------------------------ */
 
 #ifdef DIFFDPO_MPI
-/* Sums of 2^24 numbers at a time: MPI counts in int, and the sum's order must not hang on how it is cut. */
+/* Sums that were begun and not waited for. */
+typedef struct { MPI_Request *open; int count, room; } errands;
+
+/* Begin a sum, 2^24 numbers at a time: MPI counts in int, and the sum's order must not hang on how it is cut.  MPI works
+   on what was begun only while it is called: hence the test, which lets it go on with the earlier ones. */
 static int reduce(void *user, void *data, int64_t count, int dtype, int op)
 {
-    (void)user;
+    errands *e = (errands *)user;
+    int      done;
     if (dtype != DPO_F32) return 0;
     for (int64_t at = 0; at < count; at += 1 << 24) {
         int n = count - at < 1 << 24 ? (int)(count - at) : 1 << 24;
-        if (MPI_Allreduce(MPI_IN_PLACE, (float *)data + at, n, MPI_FLOAT, op == DPO_REDUCE_MAX ? MPI_MAX : MPI_SUM,
-                          MPI_COMM_WORLD) != MPI_SUCCESS) return 0;
+        if (e->count == e->room) {
+            MPI_Request *more = (MPI_Request *)realloc(e->open, (size_t)(e->room + 64) * sizeof *more);
+            if (!more) return 0;
+            e->open = more;
+            e->room += 64;
+        }
+        if (MPI_Iallreduce(MPI_IN_PLACE, (float *)data + at, n, MPI_FLOAT, op == DPO_REDUCE_MAX ? MPI_MAX : MPI_SUM,
+                           MPI_COMM_WORLD, &e->open[e->count]) != MPI_SUCCESS) return 0;
+        e->count++;
     }
-    return 1;
+    return MPI_Testall(e->count, e->open, &done, MPI_STATUSES_IGNORE) == MPI_SUCCESS;
+}
+
+static int settle(void *user)
+{
+    errands *e = (errands *)user;
+    int      ok = MPI_Waitall(e->count, e->open, MPI_STATUSES_IGNORE) == MPI_SUCCESS;
+    e->count = 0;
+    return ok;
 }
 
 static void join_team(run *r)
 {
+    static errands e;
     MPI_Init(NULL, NULL);
     MPI_Comm_size(MPI_COMM_WORLD, &r->team.count);
     MPI_Comm_rank(MPI_COMM_WORLD, &r->team.index);
     r->team.reduce = reduce;
+    r->team.wait = settle;
+    r->team.user = &e;
 }
 
 /* One that failed takes the others along: they would wait for its numbers for ever. */
@@ -651,7 +694,11 @@ int main(int argc, char **argv)
     ok = read_options(&r.s, argc, argv, "preset") && (!r.s.preset || apply_preset(&r.s));
     ok = ok && read_options(&r.s, argc, argv, NULL) && check_settings(&r);
     if (!ok) { leave_team(0); return 1; }
-    if (r.s.ignored) printf("--%s has no meaning here\n", r.s.ignored);
+    for (int i = 0; i < r.s.ignored_count && !r.team.index; i++)
+        printf("--%s has no meaning here\n", r.s.ignored[i]);
+    if (r.s.precision == 2 && !r.team.index)
+        puts("fp16       is taken as bf16: as small and as fast, and its range needs no loss scaling");
+    if (r.s.precision == 2) r.s.precision = 1;
     memset(&desc, 0, sizeof desc);
     desc.threads = r.s.threads;
     desc.isa = r.s.isa;

@@ -14,7 +14,7 @@ typedef struct {
     double      lr, lr_cycles, lr_power;
     int         scale_lr, schedule, warmup;
     int         objective, sft, kind, convention;
-    double      beta, smoothing, snr_gamma, safeguard;
+    double      beta, smoothing, snr_gamma, safeguard, desirable, undesirable, positive;
     int         rank;
     double      alpha;
     const char *targets;
@@ -30,8 +30,9 @@ typedef struct {
     const char *prompts[PROMPTS];
     int         prompt_count, images, sample_steps, naming;
     double      guidance, limit;
-    int         drop, no_ahead, no_estimate, estimate, threads, isa, device;
-    const char *ignored;
+    int         drop, keep_encoders, no_ahead, no_estimate, estimate, threads, isa, device;
+    const char *ignored[16];
+    int         ignored_count;
 } settings;
 
 /* ---- Options ---------------------------------------------------------------------------------------------------- */
@@ -85,6 +86,10 @@ static const option options[] = {
     { "snr_gamma", 'f', O(snr_gamma), 0, 1000, 0, "min-SNR weights for sft; 5 is usual" },
     { "sdpo_mu", 'f', O(safeguard), 0, 1, 0,
       "the winner's safeguard of Diffusion-SDPO; 0.9 for SD1.5, 0.6 for SDXL; 0: off" },
+    { "desirable_weight", 'f', O(desirable), 0, 1e5, 0, "kto: of pictures that were liked; default 1" },
+    { "undesirable_weight", 'f', O(undesirable), 0, 1e5, 0, "kto: of pictures that were not; default 1" },
+    { "positive_ratio", 'f', O(positive), 0, 0.999, 0,
+      "kto: share of liked pictures in what is drawn; default: as many as there are" },
     { "rank", 'i', O(rank), 0, 4096, 0, "of the adapters; 0: train all weights" },
     { "lora_alpha", 'f', O(alpha), 0, 1e6, 0, "default: rank" },
     { "lora_target_modules", 's', O(targets), 0, 0, 0, "endings of layer names, separated by commas" },
@@ -98,7 +103,7 @@ static const option options[] = {
     { "use_ema", 'b', O(ema), 0, 0, 0, "save a moving average of the weights" },
     { "ema_decay", 'f', O(ema_decay), 0, 0.99999999, 0, "" },
     { "mixed_precision", 'c', O(precision), 0, 0, 0,
-      "no|bf16|fp16  bf16: products round their factors; fp16 is not done here" },
+      "no|bf16|fp16  bf16: frozen weights and the factors of products are rounded to it; fp16: the same" },
     { "gradient_checkpointing", 'b', O(checkpointing), 0, 0, 0, "less memory, a third more time" },
     { "seed", 'l', O(seed), 0, 9e15, 0, "of everything" },
     { "proportion_empty_prompts", 'f', O(empty), 0, 1, 0, "share of captions that are left out" },
@@ -125,7 +130,9 @@ static const option options[] = {
     { "guidance_scale", 'f', O(guidance), 0, 100, 1, "of these pictures" },
     { "adapter_format", 'c', O(naming), 0, 0, 1, "kohya|peft  names in the adapter's file" },
     { "drop_encoders", 'b', O(drop), 0, 0, 1,
-      "encode all before the first step and free text encoders and VAE: less memory, no sample pictures" },
+      "stop if the caches have no room for all texts and pictures, so that text encoders and VAE can leave memory" },
+    { "keep_encoders", 'b', O(keep_encoders), 0, 0, 1,
+      "encode what is new at each step, not all before the first one: text encoders and VAE stay in memory" },
     { "no_reference_ahead", 'b', O(no_ahead), 0, 0, 1,
       "all weights: keep a second model, not its errors computed ahead" },
     { "no_estimate", 'b', O(no_estimate), 0, 0, 1, "do not work out the memory of a step before it" },
@@ -137,6 +144,10 @@ static const option options[] = {
     { "set_grads_to_none", 'x', 0, 0, 0, 1, "" }, { "push_to_hub", 'x', 0, 0, 0, 1, "" },
     { "dataloader_num_workers", 'X', 0, 0, 0, 1, "" }, { "report_to", 'X', 0, 0, 0, 1, "" },
     { "logging_dir", 'X', 0, 0, 0, 1, "" }, { "tracker_project_name", 'X', 0, 0, 0, 1, "" },
+    { "tracker_name", 'X', 0, 0, 0, 1, "" }, { "sdxl", 'x', 0, 0, 0, 1, "" }, { "hard_skip_resume", 'x', 0, 0, 0, 1, "" },
+    { "local_rank", 'X', 0, 0, 0, 1, "" }, { "variant", 'X', 0, 0, 0, 1, "" }, { "revision", 'X', 0, 0, 0, 1, "" },
+    { "vae_encode_batch_size", 'X', 0, 0, 0, 1, "" }, { "hub_model_id", 'X', 0, 0, 0, 1, "" },
+    { "hub_token", 'X', 0, 0, 0, 1, "" }, { "center_crop", 'x', 0, 0, 0, 1, "" },
 };
 enum { OPTIONS = sizeof options / sizeof *options };
 
@@ -187,6 +198,11 @@ static int choice_of(const option *o, const char *text)
     }
 }
 
+static void ignore_option(settings *s, const option *o)
+{
+    if (s->ignored_count < (int)(sizeof s->ignored / sizeof *s->ignored)) s->ignored[s->ignored_count++] = o->name;
+}
+
 /* One value into its place. */
 static int set_option(settings *s, const option *o, const char *value)
 {
@@ -204,7 +220,7 @@ static int set_option(settings *s, const option *o, const char *value)
             return fail("--%s wants one of %.*s, not %.60s", o->name, (int)strcspn(o->help, " "), o->help, value);
         *int_of(s, o) = k;
         return 1;
-    case 'X': s->ignored = o->name; return 1;
+    case 'X': ignore_option(s, o); return 1;
     default:
         x = strtod(value, &end);
         if (end == value || *end || !(x >= o->low && x <= o->high) || (o->type != 'f' && x != floor(x)))
@@ -230,7 +246,7 @@ static int read_options(settings *s, int argc, char **argv, const char *only)
         if (!(o = find_option(name))) return 0;
         if (o->type == 'b' || o->type == 'x') {
             if (equals) return fail("--%s is a flag: it takes no value", o->name);
-            if (o->type == 'x') s->ignored = o->name;
+            if (o->type == 'x' && !only) ignore_option(s, o);
             else if (!only) *int_of(s, o) = 1;
             continue;
         }

@@ -248,7 +248,7 @@ static void put_report(run *r, FILE *f, double seconds)
           "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n"
           "<title>Training on preferences</title>\n", f);
     fprintf(f, "<style>\n%s</style></head>\n<body>\n<h1>Training on preferences</h1>\n<p>%lld pairs, %d steps, %.0f s.",
-            STYLE, (long long)dpo_train_count(r->t), r->s.steps, seconds);
+            STYLE, (long long)r->trained, r->s.steps, seconds);
     if (r->best >= 0) fprintf(f, " The best held-out accuracy is <b>%.3f</b>; its checkpoint is in best/.", r->best);
     fputs("</p>\n<h2>Curves</h2>\n<p>For Diffusion-DPO the loss starts at ln&nbsp;2&nbsp;=&nbsp;0.69 and stays near "
           "it for long. Watch the share of pairs that are ranked right, and that the error on chosen pictures does not "

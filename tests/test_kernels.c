@@ -705,6 +705,29 @@ static void test_attention(uint64_t *seed)
     check_case(&t, seed);
 }
 
+/* Scores that grow along the keys, by hundreds: the largest of the first keys is far too small for the last. */
+static void test_attention_growing(uint64_t *seed, int most)
+{
+    test_case t = attention_case(seed, 40, most);
+    test_result f;
+    int64_t D = t.a.in[1].shape[2], S = t.a.in[1].shape[1];
+    float *q = (float *)t.a.in[0].data, *k = (float *)t.a.in[1].data;
+    for (size_t i = 0; i < stored(&t.a.in[1]); i++) k[i] *= 1 + 200.0f*(float)((int64_t)i/D % S)/(float)S;
+    for (int i = 0; i < 3; i++) round_off((float *)t.a.in[i].data, stored(&t.a.in[i]));
+    for (size_t i = 0; i < stored(&t.a.in[0]); i++) q[i] *= 4;
+    f = forward(ways[0], &t);
+    for (int w = 1; w < WAYS; w++) {
+        test_result g;
+        if (!ways[w]) continue;
+        g = forward(ways[w], &t);
+        compare(&t, "growing scores", &g, &f, 1e-3);
+        free_result(&g);
+    }
+    check_rounding(&t, 8e-3, &f, NULL, 0);
+    free_result(&f);
+    finish(&t);
+}
+
 /* Numbers of BF16, of which only the probabilities and their slopes are rounded: 2^-9 of what they weigh. */
 static void test_attention_rounding(uint64_t *seed, int deep, int most)
 {
@@ -1240,6 +1263,7 @@ int main(int argc, char **argv)
         test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 4 != 3);
         test_stripes(&seed);
         test_attention_rounding(&seed, i % 4 ? 40 : 170, i % 4 ? 50 : 600);
+        test_attention_growing(&seed, 600);
     }
     for (int w = 0; w < 2; w++) if (rounding[w]) rounding[w]->close(rounding[w]->self);
     if (exact_amx) exact_amx->close(exact_amx->self);

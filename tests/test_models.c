@@ -7,6 +7,7 @@
 #include "tiny_model.c"
 #undef main
 #include "dpo_test.h"
+#include "test_context.h"
 #include "failing_alloc.h"
 
 #define FOLDER "build/models"
@@ -16,51 +17,6 @@ static const char ALL_LAYERS[] = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.ne
     "conv_shortcut,time_emb_proj,downsamplers.0.conv,upsamplers.0.conv,conv_in,conv_out,linear_1,linear_2";
 
 /* ---- helpers ---------------------------------------------------------------------------------------------------- */
-
-static char logged[8192];                 /* all that contexts of open_plain logged */
-
-static void keep_log(void *user, int level, const char *text)
-{
-    size_t n = strlen(logged);
-    (void)user; (void)level;
-    snprintf(logged + n, sizeof logged - n, "%s\n", text);
-}
-
-static dpo_ctx *open_plain(void)
-{
-    dpo_desc d;
-    memset(&d, 0, sizeof d);
-    d.threads = 1;
-    d.log = keep_log;
-    logged[0] = 0;
-    return dpo_open(&d);
-}
-
-static const char *why(dpo_ctx *c) { return dpo_error(c) ? dpo_error(c) : "no error"; }
-
-static float *floats_of(dpo_tensor *x)
-{
-    float *v = (float *)calloc((size_t)dpo_count(x) + 1, sizeof *v);
-    if (x && !dpo_read(x, v)) v[0] = (float)NAN;
-    return v;
-}
-
-/* max|a-b| / max|b|; NaN if shapes differ. */
-static double difference(dpo_tensor *a, dpo_tensor *b)
-{
-    double worst = 0, most = 0;
-    float *x, *y;
-    if (!a || !b || dpo_count(a) != dpo_count(b)) return NAN;
-    x = floats_of(a);
-    y = floats_of(b);
-    for (int64_t i = 0; i < dpo_count(a); i++) {
-        if (!(fabs((double)x[i] - y[i]) <= worst)) worst = fabs((double)x[i] - y[i]);
-        if (fabs((double)y[i]) > most) most = fabs((double)y[i]);
-    }
-    free(x);
-    free(y);
-    return most > 0 ? worst / most : worst;
-}
 
 static void write_numbers(dpo_tensor *x, uint64_t seed, double scale)
 {
@@ -526,6 +482,6 @@ int main(int argc, char **argv)
     test_misfits();
     test_misuse();
     test_checkpoint();
-    test_failing(all_of_it, argc > 1 && strcmp(argv[1], "every") == 0);
+    test_failing(all_of_it, argc > 1 && strcmp(argv[1], "every") == 0, 60);
     return test_report();
 }

@@ -8,6 +8,7 @@
 #include "tiny_model.c"
 #undef main
 #include "dpo_test.h"
+#include "failing_alloc.h"
 
 #define FOLDER "build/test_samplers.tmp"
 #define TINY   FOLDER "/tiny"
@@ -559,21 +560,8 @@ static void test_adafactor(void)
 
 /* ---- failing allocations ---------------------------------------------------------------------------------------------- */
 
-static long allocations, failing, living;
-
-static void *failing_alloc(void *user, void *old, size_t old_size, size_t size)
-{
-    void *p;
-    (void)user; (void)old_size;
-    if (!size) { living -= old != NULL; free(old); return NULL; }
-    if (++allocations == failing) return NULL;
-    p = realloc(old, size);
-    living += p && !old;
-    return p;
-}
-
-/* Everything of this file once; *begun: the count of allocations once the model is there. */
-static void all_of_it(dpo_ctx *c, long *begun)
+/* Everything of this file once. */
+static void all_of_it(dpo_ctx *c)
 {
     static uint8_t     image[2*BYTES], mask[2*SIDE*SIDE], rgb[2*BYTES];
     static double      g[WIDEST];
@@ -583,7 +571,7 @@ static void all_of_it(dpo_ctx *c, long *begun)
     dpo_tensor        *x[WEIGHTS];
     dpo_optim         *o;
     dpo_image          picture = { SIDE, SIDE, rgb };
-    if (begun) *begun = allocations;
+    if (!failing) failing_from = allocations;         /* a model's creation is let fail in test_models */
     memset(&a, 0, sizeof a);
     memset(mask, 200, sizeof mask);
     d.image = image;
@@ -605,30 +593,6 @@ static void all_of_it(dpo_ctx *c, long *begun)
     if (dpo_optim_step(o, 0.1f)) dpo_optim_save(o, FOLDER "/oom.safetensors");
 }
 
-static void test_allocations(int every)
-{
-    long     total = 0, begun = 0, bad = 0;
-    dpo_desc d;
-    memset(&d, 0, sizeof d);
-    d.threads = 1;
-    d.alloc = failing_alloc;
-    for (failing = 0; failing <= total; failing += !failing ? begun : every || failing % 2 ? 1 : 2) {
-        dpo_ctx *c;
-        allocations = 0;
-        c = dpo_open(&d);
-        if (c) all_of_it(c, failing ? NULL : &begun);
-        if (!failing) {
-            CHECK(c && !dpo_error(c), "%s", why(c));
-            total = allocations;
-            if (every) begun = 1;
-        } else if (c && dpo_error(c) && dpo_status(c) != DPO_OUT_OF_MEMORY && bad++ < 3)
-            CHECK(0, "allocation %ld of %ld: %s", failing, total, why(c));
-        dpo_close(c);
-        if (living) { CHECK(0, "allocation %ld of %ld: %ld blocks leak", failing, total, living); living = 0; }
-    }
-    CHECK(total - begun > 100 && !bad, "%ld allocations failed in turn", total - begun);
-}
-
 int main(int argc, char **argv)
 {
     dpo_ctx   *c = open_threads(2);
@@ -648,6 +612,6 @@ int main(int argc, char **argv)
     CHECK(!dpo_error(c), "%s", why(c));
     dpo_close(c);
     test_adafactor();
-    test_allocations(argc > 1 && !strcmp(argv[1], "every"));
+    test_failing(all_of_it, argc > 1 && !strcmp(argv[1], "every"), 600);
     return test_report();
 }

@@ -781,7 +781,18 @@ static void test_latents(void)
         free(w[k].v);
     }
     d.drop_encoders = 0;
-    d.beside = 0;
+    d.rest_encoders = 1;
+    e[1] = run_on(LATENTS, d, 0, &w[1]);
+    CHECK(e[1].loss == e[0].loss && e[1].memory < e[0].memory, "encoders at rest: loss %g, not %g; %zu bytes, not below %zu", e[1].loss,
+          e[0].loss, e[1].memory, e[0].memory);
+    free(w[1].v);
+    d.cache = 1;                          /* no room for anything: they stay, and each step encodes anew */
+    e[2] = run_on(LATENTS, d, 0, &w[2]);
+    CHECK(e[2].loss == e[0].loss && e[2].encoded > e[1].encoded, "without room: loss %g, not %g; %d encoded, %d with room", e[2].loss, e[0].loss,
+          (int)e[2].encoded, (int)e[1].encoded);
+    free(w[2].v);
+    d.cache = 0;
+    d.rest_encoders = d.beside = 0;
     e[1] = run_on(LATENTS, d, 0, &w[1]);
     CHECK(e[1].loss == e[0].loss, "the thread beside the step changed the loss");
     free(w[1].v);
@@ -972,10 +983,15 @@ static void test_left_out(void)
     dpo_close(c);
 }
 
-/* A team of two contexts in two threads, whose sums meet here. */
+/* A team of two contexts in two threads, whose sums meet here.  later: sums are only noted, with a copy of what they were
+   given, and done by the wait, in whose time nobody may have touched the numbers. */
 #ifdef DPOI_THREADS
-typedef struct { dpoi_lock lock; dpoi_cond cond; const float *first; float sum[1 << 16]; int came, round, failed; } meeting;
-typedef struct { dpo_train_desc d; numbers w; dpo_progress last; meeting *at; } member;
+enum { NOTES = 64 };
+typedef struct { dpoi_lock lock; dpoi_cond cond; float sum[1 << 16]; int came, round, failed; } meeting;
+typedef struct { float *data, *copy; int64_t count; } note;
+typedef struct {
+    dpo_train_desc d; numbers w; dpo_progress last; meeting *at;
+    dpo_trainer *t; note later[NOTES]; int notes, most, beside, touched; } member;
 
 static int meet(void *user, void *data, int64_t count, int dtype, int op)
 {
@@ -990,7 +1006,6 @@ static int meet(void *user, void *data, int64_t count, int dtype, int op)
     if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
     else while (a->round == round) dpoi_cond_wait(&a->cond, &a->lock);
     memcpy(x, a->sum, (size_t)count * sizeof *x);
-    a->first = NULL;
     /* the sum must not be overwritten before both have it: a second meeting */
     round = a->round;
     if (++a->came == 2) { a->came = 0; a->round++; dpoi_cond_wake(&a->cond); }
@@ -999,11 +1014,47 @@ static int meet(void *user, void *data, int64_t count, int dtype, int op)
     return 1;
 }
 
+/* beside: backward was still on its way. */
+static int meet_later(void *user, void *data, int64_t count, int dtype, int op)
+{
+    member *m = (member *)user;
+    note   *n = &m->later[m->notes];
+    if (m->notes == NOTES || dtype != DPO_F32 || op != DPO_REDUCE_SUM) return 0;
+    m->notes++;
+    n->data = (float *)data;
+    n->count = count;
+    n->copy = (float *)malloc((size_t)count * sizeof(float));
+    memcpy(n->copy, data, (size_t)count * sizeof(float));
+    m->beside += m->t && m->t->c->row_count > 0;
+    if (m->notes > m->most) m->most = m->notes;
+    return 1;
+}
+
+static int meet_wait(void *user)
+{
+    member *m = (member *)user;
+    int     ok = 1;
+    for (int i = 0; i < m->notes; i++) {
+        note *n = &m->later[i];
+        m->touched += memcmp(n->data, n->copy, (size_t)n->count * sizeof(float)) != 0;
+        free(n->copy);
+        ok = ok && meet(user, n->data, n->count, DPO_F32, DPO_REDUCE_SUM);
+    }
+    m->notes = 0;
+    return ok;
+}
+
 static void member_run(void *arg)
 {
-    member *m = (member *)arg;
+    member    *m = (member *)arg;
+    dpo_ctx   *c = open_threads(1);
+    dpo_model *model = dpo_model_load(c, TINY, DPO_F32);
     m->d.team.user = m;
-    m->last = run_on(TINY, m->d, m->d.objective == DPO_KTO, &m->w);
+    m->t = dpo_train_begin(model, shaped_pairs(c, 9, m->d.objective == DPO_KTO), &m->d);
+    while (dpo_train_step(m->t, &m->last)) { }
+    CHECK(dpo_train_end(m->t), "a team: %s", why(c));
+    m->w = weights_of(model);
+    dpo_close(c);
 }
 #endif
 
@@ -1011,7 +1062,8 @@ static void member_run(void *arg)
 static void test_team(void)
 {
 #ifdef DPOI_THREADS
-    for (int kto = 0; kto < 2; kto++) {
+    for (int k = 0; k < 4; k++) {
+        int               kto = k & 1, later = k >> 1;
         static meeting    a;
         static member     m[2];
         dpoi_thread_start s[2];
@@ -1024,12 +1076,14 @@ static void test_team(void)
         else d.lr = 1e-4f;
         e = run_on(TINY, d, kto, &alone);
         memset(&a, 0, sizeof a);
+        memset(m, 0, sizeof m);
         dpoi_lock_open(&a.lock);
         dpoi_cond_open(&a.cond);
         if (kto) d.batch = 2;
         else d.accumulation = 1;
         d.team.count = 2;
-        d.team.reduce = meet;
+        d.team.reduce = later ? meet_later : meet;
+        d.team.wait = later ? meet_wait : NULL;
         for (int i = 0; i < 2; i++) {
             m[i].d = d;
             m[i].d.team.index = i;
@@ -1041,6 +1095,9 @@ static void test_team(void)
         dpoi_thread_open(&th[1], &s[1]);
         for (int i = 0; i < 2; i++) dpoi_thread_join(&th[i]);
         CHECK(same(m[0].w, m[1].w), "two processes hold different weights");
+        for (int i = 0; i < 2 && later; i++)
+            CHECK(!m[i].touched && (kto || (m[i].most > 1 && m[i].beside >= (int)d.steps - 1)), "sums later: %d at once, %d beside "
+                  "backward, %d touched before the wait", m[i].most, m[i].beside, m[i].touched);
         for (int64_t i = 0; i < alone.n && m[0].w.n == alone.n; i++) { off += fabs(alone.v[i] - m[0].w.v[i]); size += fabs(alone.v[i]); }
         CHECK(m[0].w.n == alone.n && off < 1e-4*size, "kto %d: two processes are %g off, of %g", kto, off, size);
         CHECK(fabs(e.loss - m[0].last.loss) < 1e-3*fabs(e.loss) && m[0].last.loss == m[1].last.loss && m[1].last.pairs == e.pairs &&
@@ -1061,9 +1118,9 @@ static void test_refused(void)
     dpo_ctx *c = open_threads(1);
     dpo_model *m = dpo_model_load(c, TINY, DPO_F32);
     dpo_train_desc d = small_run(2);
-    for (int k = 0; k < 10; k++) {
-        static const char *const words[10] = { "safeguard", "min-SNR", "label smoothing", "reference ahead", "levels", "multiples of",
-                                               "team", "held out", "out of range", "timesteps" };
+    for (int k = 0; k < 12; k++) {
+        static const char *const words[12] = { "safeguard", "min-SNR", "label smoothing", "reference ahead", "levels", "multiples of",
+                                               "team", "held out", "out of range", "KTO alone", "no VAE", "timesteps" };
         dpo_train_desc x = d;
         dpo_model     *of = m;
         switch (k) {
@@ -1076,6 +1133,8 @@ static void test_refused(void)
         case 6: x.team.count = 2; break;
         case 7: x.held_out = 0.9999f; x.rank = 0; break;
         case 8: x.noise_offset = NAN; break;
+        case 9: x.desirable_weight = 2; break;
+        case 10: x.drop_encoders = 1; break;
         default: x.t_limit = 5000; break;
         }
         CHECK(!dpo_train_begin(of, some_pairs(c, 4), &x) && strstr(why(c), words[k]), "refusal %d: %s", k, why(c));
@@ -1096,6 +1155,56 @@ static void test_refused(void)
         dpo_clear_error(c);
     }
     dpo_close(c);
+}
+
+/* KTO's batches have both kinds; an epoch has each picture once, or the share that was asked for. */
+static void test_mix(void)
+{
+    for (int share = 0; share < 2; share++) {
+        dpo_ctx       *c = open_threads(1);
+        dpo_model     *m = dpo_model_load(c, TINY, DPO_F32);
+        dpo_pairs     *p = dpo_pairs_new(c);
+        dpo_train_desc d = small_run(2);
+        dpo_trainer   *t;
+        dpo_image      x;
+        int            times[20], liked = 0, least = 99;
+        d.objective = DPO_KTO;
+        d.batch = 5;
+        d.desirable_weight = 0.5f;
+        d.undesirable_weight = 2;
+        d.positive_ratio = share ? 0.6f : 0;
+        for (int i = 0; i < 20 && dpo_image_new(c, 8, 8, &x); i++) {      /* 16 liked, 4 not */
+            fill_picture(&x, i, i % 5 == 2);
+            dpo_pairs_add_single(p, "x", &x, i % 5 != 2, 1);
+            dpo_image_free(c, &x);
+        }
+        t = dpo_train_begin(m, p, &d);
+        CHECK(t && t->items == 20 && t->likes == 16, "%s", why(c));
+        for (int epoch = 0; epoch < 3 && t; epoch++) {
+            memset(times, 0, sizeof times);
+            liked = 0;
+            for (int b = 0; b < 4; b++) {
+                int here = 0;
+                for (int k = 0; k < 5; k++) {
+                    int64_t i = dpoi_train_pick(t, epoch*4 + b, k);
+                    times[i]++;
+                    here += i < 16;
+                }
+                liked += here;
+                if (5 - here < least) least = 5 - here;
+            }
+            CHECK(liked == (share ? 12 : 16) && least >= 1, "share %d: %d liked of 20, %d others in a batch at least", share, liked, least);
+            for (int i = 0; i < 20 && !share; i++) CHECK(times[i] == 1, "picture %d comes %d times", i, times[i]);
+            for (int i = 0; i < 20 && share; i++) CHECK(times[i] <= 2 && (i < 16 || times[i]), "picture %d comes %d times", i, times[i]);
+        }
+        dpoi_train_plan(t, &t->plan[0], 0, 0);
+        for (int b = 0; b < 5; b++) {
+            const dpoi_seat *s = &t->plan[0].slot[b];
+            CHECK(dpoi_train_weight(t, s) == (dpoi_entry_liked(&t->entry[s->entry], s->which) > 0 ? 0.5f : 2.0f), "weight of slot %d", b);
+        }
+        dpo_train_end(t);
+        dpo_close(c);
+    }
 }
 
 /* Only the last two checkpoints stay, and what a kill left goes. */
@@ -1312,6 +1421,7 @@ static int short_latents(allocator *a, const char *folder)
     dpo_ctx       *c;
     dpo_train_desc t = small_run(0);
     dpo_trainer   *r;
+    dpo_model     *m;
     dpo_held       held;
     int            status;
     memset(&d, 0, sizeof d);
@@ -1330,9 +1440,11 @@ static int short_latents(allocator *a, const char *folder)
     t.output = folder;
     t.keep = 1;
     t.note = "a note";
-    r = dpo_train_begin(dpo_model_load(c, LATENTS, DPO_F32), shaped_pairs(c, 6, 0), &t);
+    t.rest_encoders = 1;
+    m = dpo_model_load(c, LATENTS, DPO_F32);
+    r = dpo_train_begin(m, shaped_pairs(c, 6, 0), &t);
     if (dpo_train_step(r, NULL)) dpo_train_held(r, &held);
-    dpo_train_end(r);
+    if (dpo_train_end(r)) dpo_model_vae(m);               /* which reads it again */
     status = dpo_status(c);
     dpo_close(c);
     return status;
@@ -1394,6 +1506,7 @@ int main(int argc, char **argv)
     test_draws();
     test_left_out();
     test_team();
+    test_mix();
     test_refused();
     test_keep();
     test_memory();

@@ -77,6 +77,12 @@ says   'batch'      "$work/out" '^step  *2 pairs = 2 a batch x 1 accumulated x 1
 says   'beta'       "$work/out" "beta 2000 as the authors write it (diffusers' script for SD: 1000)"
 says   'page'       "$work/a/report.html" 'a &lt;b> &amp; &quot;c&quot;'
 [ "$(grep -c '"loss"' "$work/a/metrics.jsonl")" = 12 ] && ok || bad 'not a line a step in metrics.jsonl'
+if command -v python3 >/dev/null && python3 -c '' 2>/dev/null; then
+    python3 "$root/tests/events.py" "$work/a" >"$work/out" 2>&1 && says 'TensorBoard' "$work/out" '^16 events' || bad "TensorBoard: $(cat "$work/out")"
+else
+    echo 'SKIPPED test_trainer: the TensorBoard file: no python3'
+    skipped=$((skipped + 1))
+fi
 [ "$(grep -c held_accuracy "$work/a/metrics.jsonl")" = 3 ] && ok || bad 'held-out pairs were not measured three times'
 "$build/sample" "$m" "thing 1" --lora "$work/a/adapter.safetensors" --steps 1 -o "$work/s.png" >"$work/out" 2>&1 && ok || bad "the adapter: $(cat "$work/out")"
 works  'again, from the manifest, by = and -' "$work/b" --validation-pairs=0.3 --train-data-dir="$work/pairs.jsonl" --threads=2
@@ -87,6 +93,15 @@ exists 'a model'         "$work/f/model/unet/diffusion_pytorch_model.safetensors
 works  'objectives: sft' "$work/g" --sft --snr_gamma 5
 works  'mapo'            "$work/h" --objective mapo --beta_dpo 0.1
 works  'kto'             "$work/i" --objective kto --beta_dpo 1000
+works  'kto, weighed'    "$work/i2" --objective kto --beta_dpo 1000 --desirable_weight 3
+says   'kto, weighed'    "$work/err" 'weigh 3 times as much as the others; 1 to 1.33 is advised, as with desirable_weight 1.33 or undesirable_weight 2.25'
+differ 'kto, weighed'    "$work/i/adapter.safetensors" "$work/i2/adapter.safetensors"
+works  'kto, a share'    "$work/i3" --objective kto --beta_dpo 1000 --positive_ratio 0.75
+differ 'kto, a share'    "$work/i/adapter.safetensors" "$work/i3/adapter.safetensors"
+works  'bf16'            "$work/h1" --mixed_precision bf16
+works  'fp16'            "$work/h2" --mixed_precision fp16
+says   'fp16'            "$work/out" 'fp16  *is taken as bf16'
+equal  'fp16'            "$work/h1/adapter.safetensors" "$work/h2/adapter.safetensors"
 works  'buckets'         "$work/j" --enable_bucket --bucket_reso_steps 8 --random_crop --separate_views
 train "$work/w" --learning_rate 3 --max_grad_norm 0 --degrading_limit 0.02 --stop_when_degrading >"$work/out" 2>"$work/err" && ok || bad "degrading: $(cat "$work/err")"
 says   'degrading'       "$work/err" 'warning: step .*both errors are more than 2% above'
@@ -97,8 +112,15 @@ works  'latents, cached' "$work/k" --resolution 16 --noise_offset 0.1 --cache_di
 works  'no encoders'     "$work/m" --resolution 16 --noise_offset 0.1 --drop_encoders
 equal  'no encoders'     "$work/l/adapter.safetensors" "$work/m/adapter.safetensors"
 works  'no encoders, all weights' "$work/n" --resolution 16 --drop_encoders --rank 0 --learning_rate 1e-5
-exists 'a UNet'          "$work/n/unet/diffusion_pytorch_model.safetensors"
+exists 'a VAE again'     "$work/n/model/vae/diffusion_pytorch_model.safetensors"
+works  'drawn meanwhile' "$work/o" --resolution 16 --noise_offset 0.1 --validation_prompts "thing 1" --validation_steps 6 --validation_sampler_steps 1
+equal  'drawn meanwhile' "$work/l/adapter.safetensors" "$work/o/adapter.safetensors"
+works  'cropped anywhere' "$work/r" --resolution 16 --random_crop --drop_encoders
+works  'and anew'         "$work/q" --resolution 16 --random_crop --cache_dir none
+equal  'cropped anywhere' "$work/r/adapter.safetensors" "$work/q/adapter.safetensors"
 equal  'latents, cached' "$work/l/adapter.safetensors" "$work/k/adapter.safetensors"
+works  'latents, all cached' "$work/s" --resolution 16 --noise_offset 0.1 --cache_dir "$work/l/cache"
+says   'latents, all cached' "$work/out" "^0 texts and pictures were encoded, the run's others are in the caches"
 m=$work/model
 "$build/train" --check_data --train_data_dir "$work/pairs" >"$work/out" 2>"$work/err" && says 'data' "$work/out" '12 pairs' || bad "data: $(cat "$work/err")"
 "$build/train" --help >"$work/out" && says 'help' "$work/out" '--beta_dpo N'
@@ -117,12 +139,18 @@ refuse 'no model'        "$work/nowhere"                       --pretrained_mode
 refuse 'no pairs'        "$work/nowhere"                       --train_data_dir "$work/nowhere"
 refuse 'two objectives'  'contradicts'                         --sft --objective kto
 refuse 'two optimizers'  'different optimizers'                --use_adafactor --use_8bit_adam
-refuse 'fp16'            'bf16'                                --mixed_precision fp16
+refuse 'encoders'        'contradicts --keep_encoders'         --drop_encoders --keep_encoders
+refuse 'weights of kto'  'about KTO alone'                     --desirable_weight 2
 refuse 'two held sets'   'one of the two'                      --validation_pairs 0.1 --validation_data_dir "$work/pairs"
 refuse 'smoothing'       'label smoothing'                     --loss_type hinge --label_smoothing 0.1
 refuse 'min-SNR'         'min-SNR'                             --snr_gamma 5
 refuse 'safeguard'       'safeguard'                           --sft --sdpo_mu 0.5
-refuse 'no encoders'     'leaves nothing to draw'              --drop_encoders --validation_prompts "a b"
+refuse 'no encoders'     'has no VAE'                          --drop_encoders
+refuse 'no such layers'  'no layer of UNet2DConditionModel'    --lora_target_modules to_z
+echo x >"$work/file"
+refuse 'a file there'    'a file has that name'                --output_dir "$work/file"
+: >"$work/empty.jsonl"
+refuse 'empty data'      'no pairs in it'                      --train_data_dir "$work/empty.jsonl"
 refuse 'resolution'      '--resolution wants'                  --resolution big
 refuse 'no checkpoint'   "$work/nowhere"                       --resume_from_checkpoint "$work/nowhere"
 cp "$work/pairs.jsonl" "$work/broken.jsonl"

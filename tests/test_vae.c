@@ -7,6 +7,8 @@
 #include "tiny_model.c"
 #undef main
 #include "dpo_test.h"
+#include "test_context.h"
+#include "failing_alloc.h"
 
 #define FOLDER "build/vae"
 #define TINY   FOLDER "/tiny"
@@ -33,56 +35,6 @@ static const char SD_VAE[] = "{\"_class_name\": \"AutoencoderKL\", \"_diffusers_
     "\"UpDecoderBlock2D\"]}\n";
 
 /* ---- helpers ---------------------------------------------------------------------------------------------------- */
-
-static char logged[8192];                 /* all that contexts of open_with logged */
-
-static void keep_log(void *user, int level, const char *text)
-{
-    size_t n = strlen(logged);
-    (void)user; (void)level;
-    snprintf(logged + n, sizeof logged - n, "%s\n", text);
-}
-
-static dpo_ctx *open_with(int threads)
-{
-    dpo_desc d;
-    memset(&d, 0, sizeof d);
-    d.threads = threads;
-    d.log = keep_log;
-    logged[0] = 0;
-    return dpo_open(&d);
-}
-
-static dpo_ctx *open_plain(void) { return open_with(1); }
-
-static const char *why(dpo_ctx *c) { return dpo_error(c) ? dpo_error(c) : "no error"; }
-
-static float *floats_of(dpo_tensor *x)
-{
-    float *v = (float *)calloc((size_t)dpo_count(x) + 1, sizeof *v);
-    if (x && !dpo_read(x, v)) v[0] = (float)NAN;
-    return v;
-}
-
-/* max|a-b| / max|b| of n numbers; frees both. */
-static double difference_of(float *a, float *b, int64_t n)
-{
-    double worst = 0, most = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (!(fabs((double)a[i] - b[i]) <= worst)) worst = fabs((double)a[i] - b[i]);
-        if (fabs((double)b[i]) > most) most = fabs((double)b[i]);
-    }
-    free(a);
-    free(b);
-    return most > 0 ? worst / most : worst;
-}
-
-/* NaN if shapes differ. */
-static double difference(dpo_tensor *a, dpo_tensor *b)
-{
-    if (!a || !b || a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0) return NAN;
-    return difference_of(floats_of(a), floats_of(b), dpo_count(a));
-}
 
 static dpo_tensor *numbers(dpo_ctx *c, int64_t n, int64_t h, int64_t w, int64_t channels, uint64_t seed)
 {
@@ -624,19 +576,6 @@ static void test_wide_attention(void)
 
 /* ---- allocations that fail -------------------------------------------------------------------------------------- */
 
-static long allocations, failing, living;
-
-static void *failing_alloc(void *user, void *old, size_t old_size, size_t size)
-{
-    void *p;
-    (void)user; (void)old_size;
-    if (!size) { living -= old != NULL; free(old); return NULL; }
-    if (++allocations == failing) return NULL;
-    p = realloc(old, size);
-    living += p && !old;
-    return p;
-}
-
 /* Everything once: loading, both halves in tiles and whole, recorded and not, saving. */
 static void all_of_it(dpo_ctx *c)
 {
@@ -658,29 +597,10 @@ static void all_of_it(dpo_ctx *c)
 
 static void test_allocations(int every)
 {
-    long     total = 0, step = 1, bad = 0;
-    dpo_desc d;
     dpo_ctx *first = open_plain();
     CHECK(dpo_model_save(make_model(first, FOLDER "/oom", NULL), FOLDER "/oom", DPO_F32), "%s", why(first));
     dpo_close(first);
-    memset(&d, 0, sizeof d);
-    d.threads = 1;
-    d.alloc = failing_alloc;
-    for (failing = 0; failing <= total; failing = failing ? failing + step : 1) {
-        dpo_ctx *c;
-        allocations = 0;
-        c = dpo_open(&d);
-        if (c) all_of_it(c);
-        if (!failing) {
-            CHECK(!dpo_error(c), "%s", why(c));
-            total = allocations;
-            step = every ? 1 : total / 60 + 1;
-        } else if (c && dpo_error(c) && dpo_status(c) != DPO_OUT_OF_MEMORY && bad++ < 3)
-            CHECK(0, "allocation %ld of %ld: %s", failing, total, why(c));
-        dpo_close(c);
-        if (living) { CHECK(0, "allocation %ld of %ld: %ld blocks leak", failing, total, living); living = 0; }
-    }
-    CHECK(total > 500 && !bad, "%ld allocations failed in turn", total);
+    test_failing(all_of_it, every, 60);
 }
 
 int main(int argc, char **argv)

@@ -11,16 +11,16 @@
 
 static const char *tokenizers = "../shared/golden/sdxl/pipeline";
 
-typedef struct { const char *what, *family; int dtype, rank, optimizer, checkpoint, size, drop; double limit; } setup;
+typedef struct { const char *what, *family; int dtype, rank, optimizer, checkpoint, size, keep; double limit; } setup;
 static const setup setups[] = {
     { "SD1.5 512, adapters of rank 16, BF16, checkpointing", "sd15", DPO_BF16, 16, DPO_ADAMW, 1, 512, 0, 3 },
     { "SD1.5 512, adapters of rank 16, BF16",                "sd15", DPO_BF16, 16, DPO_ADAMW, 0, 512, 0, 0 },
     { "SD1.5 512, all weights, AdamW, checkpointing",        "sd15", DPO_F32, 0, DPO_ADAMW, 1, 512, 0, 16 },
     { "SD1.5 512, all weights, AdamW 8 bit, checkpointing",  "sd15", DPO_F32, 0, DPO_ADAMW8, 1, 512, 0, 10.5 },
-    { "SD1.5 512, all weights, Adafactor, checkpointing",    "sd15", DPO_F32, 0, DPO_ADAFACTOR, 1, 512, 0, 0 },
-    { "SD1.5 512, the same, without encoders",               "sd15", DPO_F32, 0, DPO_ADAFACTOR, 1, 512, 1, 10 },
-    { "SDXL 1024, adapters of rank 16, BF16, checkpointing", "sdxl", DPO_BF16, 16, DPO_ADAMW, 1, 1024, 0, 0 },
-    { "SDXL 1024, the same, without encoders",               "sdxl", DPO_BF16, 16, DPO_ADAMW, 1, 1024, 1, 9 },
+    { "SD1.5 512, all weights, Adafactor, checkpointing",    "sd15", DPO_F32, 0, DPO_ADAFACTOR, 1, 512, 0, 10 },
+    { "SD1.5 512, the same, text encoder and VAE kept",      "sd15", DPO_F32, 0, DPO_ADAFACTOR, 1, 512, 1, 0 },
+    { "SDXL 1024, adapters of rank 16, BF16, checkpointing", "sdxl", DPO_BF16, 16, DPO_ADAMW, 1, 1024, 0, 9 },
+    { "SDXL 1024, the same, text encoders and VAE kept",     "sdxl", DPO_BF16, 16, DPO_ADAMW, 1, 1024, 1, 0 },
 };
 
 /* The family's model with weights of zeros: planned, as its configurations say, then realised. */
@@ -40,6 +40,7 @@ static dpo_model *model_of(dpo_ctx *c, const setup *s)
         m->tokens[i] = dpoi_strdup(c, path);
         if (!(m->tokenizer[i] = dpo_tokenizer_load(c, path))) return NULL;
     }
+    m->files = 1;                         /* as if: nothing here asks for them again */
     return m;
 }
 
@@ -73,7 +74,7 @@ static void measure(const setup *s)
     t.checkpoint = s->checkpoint;
     t.width = t.height = s->size;
     t.ahead = !s->rank;
-    t.drop_encoders = s->drop;
+    t.rest_encoders = !s->keep;
     CHECK(dpo_train(m, p, &t), "%s: %s", s->what, dpo_error(c));
     gb = (double)dpo_memory_peak(c, 0) / 1e9;
     printf("%-56s %6.2f GB, of it %.2f weights", s->what, gb, weights);

@@ -21,14 +21,16 @@ for i in 1 2 3 4 5 6 7 8 9 10 11 12; do
     echo "{\"prompt\": \"thing $i\", \"chosen\": \"p-$i.png\", \"rejected\": \"p-$((i + 12)).png\"}" >>"$work/pairs.jsonl"
 done
 passed=0 failed=0
-for objective in dpo kto; do
+for objective in dpo kto full; do
     for n in 1 2 4; do
         # kto's mean is over a micro-batch of all processes: there the batch is cut, for pairs the accumulation
         batch=1 acc=$((4 / n))
+        name=$objective rank=2
         [ $objective = kto ] && batch=$((4 / n)) acc=1
+        [ $objective = full ] && name=dpo rank=0      # several parcels of gradients: their sums overlap backward
         mpirun --allow-run-as-root --oversubscribe -np $n "$build/train-mpi" --pretrained_model_name_or_path "$work/model" \
-            --train_data_dir "$work/pairs.jsonl" --output_dir "$work/$objective-$n" --preset small --max_train_steps 20 --rank 2 --threads 1 \
-            --objective $objective --beta_dpo 1000 --train_batch_size $batch --gradient_accumulation_steps $acc --no_estimate \
+            --train_data_dir "$work/pairs.jsonl" --output_dir "$work/$objective-$n" --preset small --max_train_steps 20 --rank $rank --threads 1 \
+            --objective $name --beta_dpo 1000 --learning_rate $([ $rank = 0 ] && echo 1e-4 || echo 1e-3) --train_batch_size $batch --gradient_accumulation_steps $acc --no_estimate \
             --validation_pairs 0.2 --validation_steps 10 --checkpointing_steps 10 >"$work/out" 2>&1 || { cat "$work/out"; exit 1; }
     done
     for n in 2 4; do
