@@ -39,6 +39,7 @@
 #ifdef DIFFDPO_CUDA_STAND_IN
 #include "tests/cuda_stand_in.h"
 #define DPOC_UNROLL
+#define DPOC_ROLLED
 #define DPOC_START(kernel, grid, block, args, stream) stand_in_launch(grid, block, [=] { kernel args; })
 #else
 #include <cuda_runtime.h>
@@ -52,6 +53,7 @@
 #include <nccl.h>
 #endif
 #define DPOC_UNROLL _Pragma("unroll")
+#define DPOC_ROLLED _Pragma("unroll 1")
 #define DPOC_START(kernel, grid, block, args, stream) kernel<<<grid, block, 0, stream>>> args
 #endif
 
@@ -1906,7 +1908,7 @@ enum { DPOC_FROM_X, DPOC_FROM_DYT, DPOC_FROM_DY, DPOC_FROM_W, DPOC_FROM_WT };
 
 typedef struct dpoc_tiles {
     int     mode, type, add, splits;      /* DPOC_Y ...; of both factors; out is added to; parts of depth */
-    int     wide[2], pairs;               /* 16 bytes of a factor can be loaded at once; two numbers of y or out stored */
+    int     wide[2], pairs;               /* can 16 bytes of a factor be loaded, two numbers of the result stored */
     int     H, W, I, Y, X, O, kh, kw, stride, top, left;  /* of the convolution */
     int64_t rows, cols, depth, span;      /* of the product; span: depth of a part, a multiple of DPOC_DEPTH */
     const void *a, *b;                    /* the two arrays that factors are fetched from */
@@ -2068,8 +2070,8 @@ template<int type> static __device__ __forceinline__ uint32_t dpoc_pair(float x,
     return dpoc_to_f16(x) | (uint32_t)dpoc_to_f16(y) << 16;
 }
 
-/* Shared memory of a kernel on tensor cores, in units of 16 bytes; at most the 48 KB that need no request.  One block of
-   it in the stand-in, since its templates cannot share. */
+/* Shared memory of a kernel on tensor cores, in units of 16 bytes; at most the 48 KB that need no request.  One block
+   of it in the stand-in, since its templates cannot share. */
 enum { DPOC_POOL = 3072 };
 #ifdef DIFFDPO_CUDA_STAND_IN
 __shared__ uint4 dpoc_pool_all[DPOC_POOL];
@@ -2078,6 +2080,7 @@ template<int units> static uint4 *dpoc_pool(void)
     static_assert(units <= DPOC_POOL, "48 KB");
     return dpoc_pool_all;
 }
+/* What these compute stands beside their other selves below. */
 static void dpoc_fetch16(uint4 *to, const void *from, int really) { stand_in_fetch16(to, from, really); }
 static void dpoc_fetch_commit(void)                               { stand_in_fetch_commit(); }
 template<int late> static void dpoc_fetch_wait(void)              { stand_in_fetch_wait(late); }
@@ -2124,11 +2127,11 @@ static __device__ __forceinline__ uint32_t dpoc_to_tf32(uint32_t x)
 /* wgmma and tcgen05, which reach further on sm_90 and sm_100, would each want a kernel of their own that nobody could
    test without the device; mma.sync runs on all of them, and the stand-in knows what it computes. */
 
-/* A block of 8 warps computes 128 x `wide` numbers, 128 or 64 of them, from slices of the depth of 64 bytes: 32 numbers of
-   16 bits or 16 of 32.  Slices are fetched by cp.async, three or four in turn, 48 KB of them: two are under way while one
-   is multiplied, and one barrier a slice is enough, since what is overwritten was read before it.  A warp has 64 x 32
-   numbers (32 x 32 where `wide` is 64): 6 loads of four pieces feed 16 products of 16x8.  At most 128 registers a
-   thread, hence two blocks a processor.
+/* A block of 8 warps computes 128 x `wide` numbers, 128 or 64 of them, from slices of the depth of 64 bytes: 32 numbers
+   of 16 bits or 16 of 32.  Slices are fetched by cp.async, three or four in turn, 48 KB in all: two are under way when
+   one is multiplied, and one barrier a slice is enough, since what is overwritten was read before it.  A warp has
+   64 x 32 numbers (32 x 32 where `wide` is 64): 6 loads of four pieces feed 16 products of 16x8.  At most 128 registers
+   a thread, hence two blocks a processor.
 
    A slice lies as its factor does in memory, in units of 16 bytes, so that each is fetched as one:
      depth along a row     [lines][4 units]           unit u of a line at u ^ (line/2)%4
@@ -2136,141 +2139,177 @@ static __device__ __forceinline__ uint32_t dpoc_to_tf32(uint32_t x)
    With these places the eight rows of a piece, and eight neighbours that are stored, lie in different banks. */
 enum { DPOC_HIGH = 128 };
 
-template<int E> static __device__ __forceinline__ int dpoc_unit_along(int line, int u) { return line*4 + (u ^ line/2%4); }
+template<int E> static __device__ __forceinline__ int dpoc_unit_along(int line, int u)
+{
+    return line*4 + (u ^ line/2%4);
+}
 template<int E, int lines> static __device__ __forceinline__ int dpoc_unit_down(int row, int u)
 {
     return row*(lines/E) + (u ^ (E == 8 ? row%8 : row%4*2));
 }
 
-/* A number in three digits: pixels as (sample, y, x), depth or columns as (ky, kx, channel), or all of it in `lo`. */
-typedef struct dpoc_digits { int hi, mid, lo; } dpoc_digits;
-enum { DPOC_LINEAR, DPOC_OUTPUT, DPOC_INPUT, DPOC_TAP_I, DPOC_TAP_O };
+/* Where a number of a factor lies depends on a pixel and a place under the kernel, which divisions would find: twenty
+   instructions each, several for every 16 bytes, more than the products take.  So each thread divides once, at its
+   first unit, and counts from there, as a clock does; what stays with it is kept as one offset.
 
-/* What the two axes of a factor are: the one that stays with a thread, and the depth, along which it walks. */
-static __device__ __forceinline__ int dpoc_axis(int mode, int second, int depth)
+   A number in three digits: pixels as (sample, y, x), a place under the kernel as (ky, kx, channel), rows of WT as
+   (0, tap, o), all else in `lo`. */
+typedef struct dpoc_digits { int hi, mid, lo; } dpoc_digits;
+
+/* How many values a digit of a depth has, the lowest one or the middle one; 0: it has no end. */
+static __device__ __forceinline__ int dpoc_radix(const dpoc_tiles &g, int from, int deep, int lowest)
 {
-    if (mode == DPOC_Y)  return second ? DPOC_LINEAR : depth ? DPOC_TAP_I : DPOC_OUTPUT;
-    if (mode == DPOC_DX) return depth ? DPOC_TAP_O : second ? DPOC_LINEAR : DPOC_INPUT;
-    return !second ? DPOC_LINEAR : depth ? DPOC_OUTPUT : DPOC_TAP_I;
+    if (from == DPOC_FROM_W || from == DPOC_FROM_DY) return 0;
+    if (from == DPOC_FROM_X) return deep ? lowest ? g.X : g.Y : lowest ? g.I : g.kw;
+    return lowest ? g.O : from == DPOC_FROM_DYT ? g.kw : 0;
 }
-/* How many values the lower digits have. */
-static __device__ __forceinline__ int dpoc_radix(const dpoc_tiles &g, int axis, int lowest)
-{
-    if (axis == DPOC_OUTPUT) return lowest ? g.X : g.Y;
-    if (axis == DPOC_INPUT)  return lowest ? g.W : g.H;
-    return !lowest ? g.kw : axis == DPOC_TAP_I ? g.I : g.O;
-}
-/* The only divisions; the loop over slices adds. */
-static __device__ __forceinline__ dpoc_digits dpoc_split(const dpoc_tiles &g, int axis, int v)
+static __device__ __forceinline__ dpoc_digits dpoc_split(int v, int mid, int lo)
 {
     dpoc_digits d = { 0, 0, v };
-    if (axis == DPOC_LINEAR) return d;
-    d.mid = v/dpoc_radix(g, axis, 1);
-    d.lo = v - d.mid*dpoc_radix(g, axis, 1);
-    d.hi = d.mid/dpoc_radix(g, axis, 0);
-    d.mid -= d.hi*dpoc_radix(g, axis, 0);
+    if (lo)  { d.mid = v/lo;  d.lo = v - d.mid*lo; }
+    if (mid) { d.hi = d.mid/mid;  d.mid -= d.hi*mid; }
     return d;
 }
-static __device__ __forceinline__ void dpoc_walk(const dpoc_tiles &g, int axis, dpoc_digits *d, const dpoc_digits &step)
+/* d += step, both in digits: a carry at most each, for a digit of a step is below its radix. */
+static __device__ __forceinline__ void dpoc_walk(dpoc_digits *d, const dpoc_digits &step, int mid, int lo)
 {
     d->lo += step.lo;
-    if (axis == DPOC_LINEAR) return;
+    if (!lo) return;
     d->mid += step.mid;
+    if (d->lo >= lo) { d->lo -= lo;  d->mid++; }
+    if (!mid) return;
     d->hi += step.hi;
-    if (d->lo >= dpoc_radix(g, axis, 1))  { d->lo -= dpoc_radix(g, axis, 1);  d->mid++; }
-    if (d->mid >= dpoc_radix(g, axis, 0)) { d->mid -= dpoc_radix(g, axis, 0);  d->hi++; }
+    if (d->mid >= mid) { d->mid -= mid;  d->hi++; }
 }
 
-/* As dpoc_place, from digits.  p: the pixel, W: the row, WT: the depth;  k: place under the kernel, WT: the column. */
-static __device__ __forceinline__ int64_t dpoc_spot(const dpoc_tiles &g, int from, const dpoc_digits &p,
-                                                    const dpoc_digits &k)
-{
-    int y, x;
-    switch (from) {
-    case DPOC_FROM_X:
-        y = p.mid*g.stride - g.top + k.hi;
-        x = p.lo*g.stride - g.left + k.mid;
-        if ((unsigned)y >= (unsigned)g.H || (unsigned)x >= (unsigned)g.W) return -1;
-        return (((int64_t)p.hi*g.H + y)*g.W + x)*g.I + k.lo;
-    case DPOC_FROM_DYT:
-        y = p.mid + g.top - k.hi;
-        x = p.lo + g.left - k.mid;
-        if (y < 0 || x < 0) return -1;
-        if (g.stride > 1) {
-            if (y % g.stride || x % g.stride) return -1;
-            y /= g.stride;  x /= g.stride;
-        }
-        if (y >= g.Y || x >= g.X) return -1;
-        return (((int64_t)p.hi*g.Y + y)*g.X + x)*g.O + k.lo;
-    case DPOC_FROM_DY: return (int64_t)p.lo*g.O + k.lo;
-    case DPOC_FROM_W:  return (int64_t)p.lo*g.kh*g.kw*g.I + k.lo;
-    default:           return ((int64_t)p.lo*g.kh*g.kw + p.hi*g.kw + p.mid)*g.I + k.lo;
-    }
-}
-
-/* What a thread fetches of one factor: one or two units of each slice. */
+/* What a thread fetches of one factor: one or two units of each slice.  Where depth runs along a line both have the
+   same depth, else both have the same line: the first of `depth` and k, or of the others, then stands for both. */
 typedef struct dpoc_feed {
-    dpoc_digits line[2], depth[2], step;  /* step: a slice's depth */
-    int     first[2], k[2];               /* the first number: its line and its depth, as numbers */
+    dpoc_digits depth[2], step;           /* step: a slice's depth */
+    int64_t base[2];                      /* the part of the offset that stays */
+    int     y[2], x[2];                   /* X, DYT: the part of the place in the picture that stays */
+    int     first[2], k[2];               /* the first number: its line and its depth */
     int     lines, end;                   /* both end before these */
 } dpoc_feed;
 
+/* The parts of a line that stay.  X as rows: the pixel's corner of the kernel; X as columns: tap and channel. */
+static __device__ __forceinline__ void dpoc_feed_line(const dpoc_tiles &g, int from, int deep, dpoc_feed *f, int e)
+{
+    int line = f->first[e];
+    dpoc_digits d;
+    if (from == DPOC_FROM_X && !deep) {
+        d = dpoc_split(line, g.Y, g.X);
+        f->y[e] = d.mid*g.stride - g.top;
+        f->x[e] = d.lo*g.stride - g.left;
+        f->base[e] = (((int64_t)d.hi*g.H + f->y[e])*g.W + f->x[e])*g.I;
+    } else if (from == DPOC_FROM_X) {
+        d = dpoc_split(line, g.kw, g.I);
+        f->y[e] = d.hi - g.top;
+        f->x[e] = d.mid - g.left;
+        f->base[e] = d.lo;
+    } else if (from == DPOC_FROM_DYT) {   /* with a stride the place in dy is found for each tap */
+        d = dpoc_split(line, g.H, g.W);
+        f->y[e] = d.mid + g.top;
+        f->x[e] = d.lo + g.left;
+        f->base[e] = g.stride > 1 ? (int64_t)d.hi*g.Y : (((int64_t)d.hi*g.Y + f->y[e])*g.X + f->x[e])*g.O;
+    } else f->base[e] = from == DPOC_FROM_W ? (int64_t)line*g.kh*g.kw*g.I : line;
+}
+
+/* Threads are dealt out so that neighbours fetch neighbours: four units of a line where depth runs along it, else all
+   units of a row.  Lines behind the last one are dealt out too, and fetch zeros: every thread makes the same turns. */
 template<int mode, int second, int E, int lines>
 static __device__ __forceinline__ void dpoc_feed_open(const dpoc_tiles &g, dpoc_feed *f, int64_t line, int64_t k0,
                                                       int64_t end)
 {
-    int down = dpoc_deep(mode, second);
+    int deep = dpoc_deep(mode, second), from = dpoc_from(mode, second);
+    int mid = dpoc_radix(g, from, deep, 0), lo = dpoc_radix(g, from, deep, 1);
     f->lines = (int)(second ? g.cols : g.rows);
     f->end = (int)end;
-    f->step = dpoc_split(g, dpoc_axis(mode, second, 1), 4*E);
+    f->step = dpoc_split(4*E, mid, lo);
     DPOC_UNROLL
     for (int e = 0; e < lines/64; e++) {
         int v = (int)threadIdx.x + e*DPOC_THREADS;
-        f->first[e] = (int)line + (down ? v % (lines/E)*E : v/4);
-        f->k[e] = (int)k0 + (down ? v/(lines/E) : v % 4*E);
-        f->line[e] = dpoc_split(g, dpoc_axis(mode, second, 0), f->first[e]);
-        f->depth[e] = dpoc_split(g, dpoc_axis(mode, second, 1), f->k[e]);
+        f->first[e] = (int)line + (deep ? v % (lines/E)*E : v/4);
+        f->k[e] = (int)k0 + (deep ? v/(lines/E) : v % 4*E);
+        f->depth[e] = dpoc_split(f->k[e], mid, lo);
+        dpoc_feed_line(g, from, deep, f, e);
     }
 }
 
-/* A unit whose numbers do not lie side by side on 16 bytes: channels not in eights, as at both ends of a UNet. */
-template<int type>
-static __device__ uint4 dpoc_feed_slow(const dpoc_tiles &g, int second, int line, int k, int lines, int end)
+/* As dpoc_place: the offset of unit e, of line l and depth d; nonsense where 0 comes back, for a zero. */
+static __device__ __forceinline__ int dpoc_spot(const dpoc_tiles &g, int from, int deep, const dpoc_feed *f, int l,
+                                                const dpoc_digits &d, int64_t *at)
 {
-    int      deep = dpoc_deep(g.mode, second), from = dpoc_from(g.mode, second), E = type == DPO_F32 ? 4 : 8;
-    uint32_t h[4] = { 0, 0, 0, 0 };
-    const void *p = second ? g.b : g.a;
-    DPOC_UNROLL
-    for (int e = 0; e < E; e++) {
-        int     l = deep ? line + e : line, kk = deep ? k : k + e;
-        int64_t at = l < lines && kk < end ? dpoc_place(g, from, deep ? kk : l, deep ? l : kk) : -1;
-        if (at < 0) continue;
-        if (type == DPO_F32) h[e] = ((const uint32_t *)p)[at];
-        else h[e/2] |= (uint32_t)((const uint16_t *)p)[at] << e % 2*16;
+    int y, x;
+    if (from == DPOC_FROM_X && !deep) {
+        y = f->y[l] + d.hi;
+        x = f->x[l] + d.mid;
+        *at = f->base[l] + ((d.hi*g.W + d.mid)*g.I + d.lo);
+        return (unsigned)y < (unsigned)g.H && (unsigned)x < (unsigned)g.W;
     }
-    uint4 v = { h[0], h[1], h[2], h[3] };
+    if (from == DPOC_FROM_X) {
+        y = d.mid*g.stride + f->y[l];
+        x = d.lo*g.stride + f->x[l];
+        *at = (((int64_t)d.hi*g.H + y)*g.W + x)*g.I + f->base[l];
+        return (unsigned)y < (unsigned)g.H && (unsigned)x < (unsigned)g.W;
+    }
+    if (from == DPOC_FROM_DYT) {
+        y = f->y[l] - d.hi;
+        x = f->x[l] - d.mid;
+        *at = f->base[l] + (d.lo - (d.hi*g.X + d.mid)*g.O);
+        if (g.stride > 1) {
+            int v = y/g.stride, u = x/g.stride, on = y >= 0 && x >= 0 && v*g.stride == y && u*g.stride == x;
+            *at = ((f->base[l] + v)*g.X + u)*g.O + d.lo;
+            return on && v < g.Y && u < g.X;
+        }
+        return (unsigned)y < (unsigned)g.Y && (unsigned)x < (unsigned)g.X;
+    }
+    *at = f->base[l] + (from == DPOC_FROM_W ? d.lo : from == DPOC_FROM_DY ? (int64_t)d.lo*g.O
+        : ((int64_t)d.lo*g.kh*g.kw + d.mid)*g.I);
+    return 1;
+}
+
+/* A unit whose numbers do not lie side by side on 16 bytes: channels not in eights, as at both ends of a UNet.  One
+   after the other, with divisions and all: such layers are small, and the kernel's code stays so. */
+template<int type, int mode, int second>
+static __device__ __forceinline__ uint4 dpoc_feed_slow(const dpoc_tiles &g, int line, int k, int lines, int end)
+{
+    enum { E = type == DPO_F32 ? 4 : 8, bits = 128/E, deep = mode == DPOC_DW || (mode == DPOC_DX && second) };
+    const void *p = second ? g.b : g.a;
+    uint64_t    low = 0, high = 0;        /* shifted into place: an array would lie in memory */
+    DPOC_ROLLED
+    for (int e = 0; e < E; e++) {
+        int      l = deep ? line + e : line, kk = deep ? k : k + e;
+        int64_t  at = l < lines && kk < end ? dpoc_place(g, dpoc_from(mode, second), deep ? kk : l, deep ? l : kk) : -1;
+        uint64_t x = at < 0 ? 0 : type == DPO_F32 ? ((const uint32_t *)p)[at] : ((const uint16_t *)p)[at];
+        if (e < E/2) low |= x << e*bits;
+        else         high |= x << (e - E/2)*bits;
+    }
+    uint4 v = { (uint32_t)low, (uint32_t)(low >> 32), (uint32_t)high, (uint32_t)(high >> 32) };
     return v;
 }
 
 /* The thread's units of the next slice, to where it lies; every call goes one slice on. */
-template<int type, int mode, int second, int lines>
+template<int type, int mode, int second, int lines, int wide>
 static __device__ __forceinline__ void dpoc_feed_next(const dpoc_tiles &g, dpoc_feed *f, uint4 *to)
 {
-    enum { E = type == DPO_F32 ? 4 : 8 };
-    int         down = dpoc_deep(mode, second), tap = mode == DPOC_Y || (mode == DPOC_DX && !second);
-    int         from = dpoc_from(mode, second);
+    enum { E = type == DPO_F32 ? 4 : 8, deep = mode == DPOC_DW || (mode == DPOC_DX && second) };
+    int         from = dpoc_from(mode, second), mid = dpoc_radix(g, from, deep, 0), lo = dpoc_radix(g, from, deep, 1);
     const char *p = (const char *)(second ? g.b : g.a);
     DPOC_UNROLL
     for (int e = 0; e < lines/64; e++) {
-        int    v = (int)threadIdx.x + e*DPOC_THREADS;
-        uint4 *u = to + (down ? dpoc_unit_down<E, lines>(v/(lines/E), v % (lines/E)) : dpoc_unit_along<E>(v/4, v % 4));
-        if (g.wide[second]) {
-            int     in = f->first[e] < f->lines && f->k[e] < f->end;
-            int64_t at = in ? dpoc_spot(g, from, tap ? f->line[e] : f->depth[e], tap ? f->depth[e] : f->line[e]) : -1;
-            dpoc_fetch16(u, p + (at < 0 ? 0 : at)*(16/E), at >= 0);
-        } else *u = dpoc_feed_slow<type>(g, second, f->first[e], f->k[e], f->lines, f->end);
-        f->k[e] += 4*E;
-        dpoc_walk(g, dpoc_axis(mode, second, 1), &f->depth[e], f->step);
+        int    v = (int)threadIdx.x + e*DPOC_THREADS, l = deep ? 0 : e, d = deep ? e : 0;
+        uint4 *u = to + (deep ? dpoc_unit_down<E, lines>(v/(lines/E), v % (lines/E)) : dpoc_unit_along<E>(v/4, v % 4));
+        if (wide > 64 || g.wide[second]) {            /* what is slow is not even in the code of the widest kernels */
+            int64_t at;
+            int     on = dpoc_spot(g, from, deep, f, l, f->depth[d], &at);
+            dpoc_fetch16(u, p + at*(16/E), on && f->first[l] < f->lines && f->k[d] < f->end);
+        } else *u = dpoc_feed_slow<type, mode, second>(g, f->first[l], f->k[d], f->lines, f->end);
+    }
+    DPOC_UNROLL
+    for (int d = 0; d < (deep ? lines/64 : 1); d++) {
+        f->k[d] += 4*E;
+        dpoc_walk(&f->depth[d], f->step, mid, lo);
     }
 }
 
@@ -2306,56 +2345,89 @@ static __device__ __forceinline__ void dpoc_second_of(uint32_t b[4], const uint4
         b[e] = down ? dpoc_tf32_down<lines>(s, 8*half + t + e%2*4, line + g + e/2*8) : dpoc_to_tf32(b[e]);
 }
 
-/* A warp's numbers of one slice: M blocks of 16 rows, four of 8 columns. */
+/* A warp's numbers of one slice: M blocks of 16 rows, four of 8 columns.  First factors are loaded block by block: 64
+   sums leave room for some of them, and ptxas loads as far ahead as there is. */
 template<int type, int mode, int wide, int M>
 static __device__ __forceinline__ void dpoc_slice(const uint4 *a, const uint4 *b, int high, int across,
                                                   float sum[M][4][4])
 {
     DPOC_UNROLL
     for (int half = 0; half < 2; half++) {
-        uint32_t fa[M][4], fb[2][4];
-        DPOC_UNROLL
-        for (int i = 0; i < M; i++) dpoc_first_of<type, mode == DPOC_DW, DPOC_HIGH>(fa[i], a, high + 16*i, half);
+        uint32_t fa[4], fb[2][4];
         DPOC_UNROLL
         for (int j = 0; j < 2; j++) dpoc_second_of<type, mode != DPOC_Y, wide>(fb[j], b, across + 16*j, half);
         DPOC_UNROLL
         for (int i = 0; i < M; i++) {
+            dpoc_first_of<type, mode == DPOC_DW, DPOC_HIGH>(fa, a, high + 16*i, half);
             DPOC_UNROLL
-            for (int j = 0; j < 4; j++) dpoc_mma<type>(sum[i][j], fa[i], &fb[j/2][j%2*2]);
+            for (int j = 0; j < 4; j++) dpoc_mma<type>(sum[i][j], fa, &fb[j/2][j%2*2]);
         }
     }
 }
 
-/* Two neighbours of a row of the result, stored as one where rows have an even number of them. */
-static __device__ __forceinline__ void dpoc_store2(const dpoc_tiles &g, int64_t split, int64_t row, int64_t n, int64_t col,
-                                                   const float sum[2])
+/* Two neighbours of a row of the result, finished and stored, as one where rows have an even number of them. */
+template<int mode>
+static __device__ __forceinline__ void dpoc_store2(const dpoc_tiles &g, int64_t split, int64_t row, int64_t col,
+                                                   float2 sum)
 {
     int64_t at = row*g.cols + col;
-    float   x[2] = { sum[0], sum[1] }, *to = g.splits > 1 ? g.part + split*g.rows*g.cols : g.out;
-    if (!g.pairs || col + 1 >= g.cols) {
-        for (int e = 0; e < 2; e++) dpoc_store(g, split, row, col + e, sum[e]);
-        return;
+    float   x[2] = { sum.x, sum.y };
+    int     two = col + 1 < g.cols, type = DPO_F32, add = 0;
+    void   *to = g.part + split*g.rows*g.cols;
+    if (row >= g.rows || col >= g.cols) return;
+    if (g.splits == 1 && mode == DPOC_Y) {
+        int64_t n = g.f.vec ? dpoc_div(row, g.f.P) : 0;
+        x[0] = dpoc_finish_at(g.f, row, n, col, x[0]);
+        if (two) x[1] = dpoc_finish_at(g.f, row, n, col + 1, x[1]);
+        to = g.f.y;
+        type = g.f.ytype;
+    } else if (g.splits == 1) {
+        to = g.out;
+        add = g.add;
     }
-    if (g.mode == DPOC_Y && g.splits == 1) {
-        for (int e = 0; e < 2; e++) x[e] = dpoc_finish_at(g.f, row, n, col + e, sum[e]);
-        if (g.f.ytype == DPO_F32) to = (float *)g.f.y;
-        else {
-            ((uint32_t *)g.f.y)[at/2] = g.f.ytype == DPO_BF16 ? dpoc_pair<DPO_BF16>(x[0], x[1])
-                : dpoc_pair<DPO_F16>(x[0], x[1]);
-            return;
-        }
-    }
-    if (g.add && g.splits == 1) { float2 old = ((const float2 *)to)[at/2];  x[0] += old.x;  x[1] += old.y; }
-    float2 v = { x[0], x[1] };
-    ((float2 *)to)[at/2] = v;
+    if (add) { x[0] += ((const float *)to)[at];  if (two) x[1] += ((const float *)to)[at + 1]; }
+    if (!g.pairs) {
+        dpoc_put(to, type, at, x[0]);
+        if (two) dpoc_put(to, type, at + 1, x[1]);
+    } else if (type == DPO_F32) {
+        float2 v = { x[0], x[1] };
+        ((float2 *)to)[at/2] = v;
+    } else ((uint32_t *)to)[at/2] = type == DPO_BF16 ? dpoc_pair<DPO_BF16>(x[0], x[1]) : dpoc_pair<DPO_F16>(x[0], x[1]);
 }
 
-/* Fetching runs `stages` - 1 slices ahead of multiplying. */
+/* A warp's numbers to where they belong, 16 rows at a time by way of shared memory: a row of 32 is then stored by 16
+   neighbouring lanes, and what follows a product stands in the code once for 16 rows, not for every register.
+   own: the warp's 16 rows, 40 floats apart, so that the lanes of a half write to different banks. */
+enum { DPOC_OWN = 40 };
+template<int mode, int M>
+static __device__ __forceinline__ void dpoc_store_warp(const dpoc_tiles &g, float *own, int64_t row, int64_t col,
+                                                       const float sum[M][4][4])
+{
+    int lane = (int)threadIdx.x % 32;
+    DPOC_UNROLL
+    for (int i = 0; i < M; i++) {
+        DPOC_UNROLL
+        for (int e = 0; e < 8; e++) {
+            float2 v = { sum[i][e/2][e%2*2], sum[i][e/2][e%2*2 + 1] };
+            *(float2 *)(own + (lane/4 + e%2*8)*DPOC_OWN + e/2*8 + lane%4*2) = v;
+        }
+        __syncwarp();
+        DPOC_ROLLED
+        for (int k = lane/16; k < 16; k += 2)
+            dpoc_store2<mode>(g, blockIdx.z, row + 16*i + k, col + lane%16*2,
+                              *(const float2 *)(own + k*DPOC_OWN + lane%16*2));
+        __syncwarp();                     /* the next rows come to the same place */
+    }
+}
+
+/* Fetching runs `stages` - 1 slices ahead of multiplying.  A stage may be written by cp.async or, where units are put
+   together from single numbers, by plain stores: both come after the barrier behind its last reading, and before the
+   one in front of its next. */
 template<int type, int mode, int wide> static __device__ __forceinline__ void dpoc_conv_tensor(const dpoc_tiles &g)
 {
     enum { E = type == DPO_F32 ? 4 : 8, stages = wide == 128 ? 3 : 4, units = (DPOC_HIGH + wide)*4, M = wide/32 };
     uint4  *pool = dpoc_pool<stages*units>();
-    int     warp = (int)threadIdx.x/32, lane = (int)threadIdx.x % 32;
+    int     warp = (int)threadIdx.x/32;
     int     high = wide == 128 ? warp/4*64 : warp/2*32, across = wide == 128 ? warp%4*32 : warp%2*32;
     int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*wide;
     int64_t k0 = blockIdx.z*g.span, end = dpoc_min(k0 + g.span, g.depth);
@@ -2372,20 +2444,16 @@ template<int type, int mode, int wide> static __device__ __forceinline__ void dp
             __syncthreads();              /* all threads' parts of slice s are there, and slice s - 1 was read */
         }
         if (s + stages - 1 < slices) {
-            dpoc_feed_next<type, mode, 0, DPOC_HIGH>(g, &a, pool + next*units);
-            dpoc_feed_next<type, mode, 1, wide>(g, &b, pool + next*units + DPOC_HIGH*4);
+            dpoc_feed_next<type, mode, 0, DPOC_HIGH, wide>(g, &a, pool + next*units);
+            dpoc_feed_next<type, mode, 1, wide, wide>(g, &b, pool + next*units + DPOC_HIGH*4);
         }
         dpoc_fetch_commit();              /* empty ones too, so that waiting can count */
         next = next + 1 == stages ? 0 : next + 1;
-        if (s >= 0) dpoc_slice<type, mode, wide, M>(pool + next*units, pool + next*units + DPOC_HIGH*4, high, across, sum);
+        if (s >= 0)
+            dpoc_slice<type, mode, wide, M>(pool + next*units, pool + next*units + DPOC_HIGH*4, high, across, sum);
     }
-    DPOC_UNROLL
-    for (int e = 0; e < 2*M; e++) {
-        int64_t m = row + high + e*8 + lane/4, n = mode == DPOC_Y && g.f.vec ? dpoc_div(m, g.f.P) : 0;
-        DPOC_UNROLL
-        for (int j = 0; j < 4; j++)
-            if (m < g.rows) dpoc_store2(g, blockIdx.z, m, n, col + across + 8*j + lane % 4*2, &sum[e/2][j][e%2*2]);
-    }
+    __syncthreads();                      /* the last slice was read by all */
+    dpoc_store_warp<mode, M>(g, (float *)pool + warp*16*DPOC_OWN, row + high, col + across, sum);
 }
 
 /* One kernel for each use, so that everything that a mode decides is decided by the compiler. */
@@ -2395,24 +2463,27 @@ static __global__ void __launch_bounds__(DPOC_THREADS, 2) dpoc_conv_tensor_kerne
     dpoc_conv_tensor<type, mode, wide>(g);
 }
 
-/* F32 without rounding: the same slices, multiplied by ordinary instructions.  A block computes 128 x 64 numbers, a thread
-   8 x 4 of them: 12 loads of 16 bytes feed 128 multiplications.  Along the depth a thread's lines stand 16 apart, across it
-   four side by side: either way eight neighbouring threads load from different banks, or the same place. */
+/* F32 without rounding: the same slices, multiplied by ordinary instructions.  A block computes 128 x 64 numbers, a
+   thread 8 x 4 of them: 12 loads of 16 bytes feed 128 multiplications.  Along the depth a thread's lines stand 16
+   apart, across it four side by side: either way eight neighbouring threads load from different banks, or the same
+   place. */
 template<int down> static __device__ __forceinline__ int dpoc_float_line(int t, int e)
 {
     return down ? t*4 + e%4 + e/4*64 : t + 16*e;
 }
-/* Four steps of the depth, from k on, for `count` lines: x[line][step]. */
-template<int down, int lines, int count>
-static __device__ __forceinline__ void dpoc_float_load(const uint4 *s, int t, int k, float (*x)[4])
+/* Four steps of the depth, from k on, for four of a thread's lines, from its number `first` on: x[line][step].
+   Every load is of 16 bytes: four steps of a line, or four lines of a step. */
+template<int down, int lines>
+static __device__ __forceinline__ void dpoc_float_load(const uint4 *s, int t, int first, int k, float x[4][4])
 {
     DPOC_UNROLL
-    for (int e = 0; e < count; e++) {
-        int   i = down ? e/4*4 : 0, line = dpoc_float_line<down>(t, down ? i : e);
-        const float4 *p = (const float4 *)(s + (down ? dpoc_unit_down<4, lines>(k + e%4, line/4) : dpoc_unit_along<4>(line, k/4)));
-        float  v[4] = { p->x, p->y, p->z, p->w };
+    for (int e = 0; e < 4; e++) {
+        int    line = dpoc_float_line<down>(t, down ? first : first + e);
+        int    unit = down ? dpoc_unit_down<4, lines>(k + e, line/4) : dpoc_unit_along<4>(line, k/4);
+        float4 p = *(const float4 *)(s + unit);
+        float  v[4] = { p.x, p.y, p.z, p.w };
         DPOC_UNROLL
-        for (int c = 0; c < 4; c++) *(down ? &x[i + c][e%4] : &x[e][c]) = v[c];
+        for (int c = 0; c < 4; c++) *(down ? &x[c][e] : &x[e][c]) = v[c];
     }
 }
 
@@ -2433,26 +2504,32 @@ template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS, 2) dpo
         const uint4 *now;
         if (s >= 0) { dpoc_fetch_wait<stages - 2>();  __syncthreads(); }
         if (s + stages - 1 < slices) {
-            dpoc_feed_next<DPO_F32, mode, 0, DPOC_HIGH>(g, &a, pool + next*units);
-            dpoc_feed_next<DPO_F32, mode, 1, wide>(g, &b, pool + next*units + DPOC_HIGH*4);
+            dpoc_feed_next<DPO_F32, mode, 0, DPOC_HIGH, wide>(g, &a, pool + next*units);
+            dpoc_feed_next<DPO_F32, mode, 1, wide, wide>(g, &b, pool + next*units + DPOC_HIGH*4);
         }
         dpoc_fetch_commit();
         next = next + 1 == stages ? 0 : next + 1;
         now = pool + next*units;
+        DPOC_ROLLED
         for (int k = 0; k < DPOC_SLICE && s >= 0; k += 4) {
-            float x[8][4], y[4][4];
-            dpoc_float_load<da, DPOC_HIGH, 8>(now, ti, k, x);
-            dpoc_float_load<db, wide, 4>(now + DPOC_HIGH*4, tj, k, y);
+            float x[4][4], y[4][4];
+            dpoc_float_load<db, wide>(now + DPOC_HIGH*4, tj, 0, k, y);
             DPOC_UNROLL
-            for (int u = 0; u < 4; u++) {
+            for (int h = 0; h < 8; h += 4) {          /* 80 registers of numbers, where all eight lines would take 96 */
+                dpoc_float_load<da, DPOC_HIGH>(now, ti, h, k, x);
                 DPOC_UNROLL
-                for (int e = 0; e < 32; e++) sum[e/4][e%4] += x[e/4][u]*y[e%4][u];
+                for (int e = 0; e < 64; e++) sum[h + e/4%4][e%4] += x[e/4%4][e/16]*y[e%4][e/16];
             }
         }
     }
+    __syncthreads();
+    float *all = (float *)pool;           /* [128][64], then stored pair by pair as above */
     DPOC_UNROLL
-    for (int e = 0; e < 32; e++)
-        dpoc_store(g, blockIdx.z, row + dpoc_float_line<da>(ti, e/4), col + dpoc_float_line<db>(tj, e%4), sum[e/4][e%4]);
+    for (int e = 0; e < 32; e++) all[dpoc_float_line<da>(ti, e/4)*wide + dpoc_float_line<db>(tj, e%4)] = sum[e/4][e%4];
+    __syncthreads();
+    DPOC_ROLLED
+    for (int u = (int)threadIdx.x; u < DPOC_HIGH*wide/2; u += DPOC_THREADS)
+        dpoc_store2<mode>(g, blockIdx.z, row + u/(wide/2), col + u%(wide/2)*2, *(float2 *)(all + 2*u));
 }
 
 /* ------------------------------------------------------------------------------------------ cuDNN, where it was asked
@@ -2666,7 +2743,7 @@ static int dpoc_paired(const dpoc_tiles *g)
     return g->cols % 2 == 0 && to % 8 == 0;
 }
 
-/* The kernel of a type and a width, for each mode; F16 has no backward here. */
+/* The kernel of a type and a width, for each mode; F16 has no backward here, since gradients would leave its range. */
 template<int type, int wide> static void dpoc_tiles_launch(dpoc_run *r, dpoc_tiles g, dim3 grid)
 {
     enum { back = type == DPO_F16 ? DPO_BF16 : type };
@@ -2677,29 +2754,32 @@ template<int type, int wide> static void dpoc_tiles_launch(dpoc_run *r, dpoc_til
     else
         DPOC_LAUNCH(r, (dpoc_conv_tensor_kernel<back, DPOC_DW, wide>), grid, DPOC_THREADS, (g));
 }
-/* 128 columns a block, or 64 where that leaves less of the last one empty: 320 channels are five times 64. */
+/* 128 columns a block, or 64 where that leaves less of the last one empty: 320 channels are five times 64.
+   64 always for TF32, whose factors need more registers on the way, and where a factor cannot be loaded 16 bytes at a
+   time: what that takes would stand in the way of all others. */
 static void dpoc_tiles_tensor(dpoc_run *r, dpoc_tiles g, dim3 grid, int wide)
 {
-    if (g.type == DPO_BF16) {
-        if (wide == 128) dpoc_tiles_launch<DPO_BF16, 128>(r, g, grid); else dpoc_tiles_launch<DPO_BF16, 64>(r, g, grid);
-    } else if (g.type == DPO_F16) {
-        if (wide == 128) dpoc_tiles_launch<DPO_F16, 128>(r, g, grid); else dpoc_tiles_launch<DPO_F16, 64>(r, g, grid);
-    } else {
-        if (wide == 128) dpoc_tiles_launch<DPO_F32, 128>(r, g, grid); else dpoc_tiles_launch<DPO_F32, 64>(r, g, grid);
-    }
+    if (g.type == DPO_F32)                     dpoc_tiles_launch<DPO_F32, 64>(r, g, grid);
+    else if (g.type == DPO_BF16 && wide > 64)  dpoc_tiles_launch<DPO_BF16, 128>(r, g, grid);
+    else if (g.type == DPO_BF16)               dpoc_tiles_launch<DPO_BF16, 64>(r, g, grid);
+    else if (wide > 64)                        dpoc_tiles_launch<DPO_F16, 128>(r, g, grid);
+    else                                       dpoc_tiles_launch<DPO_F16, 64>(r, g, grid);
 }
 
 /* Few tiles of a great depth would leave most processors idle: the depth is cut so that there are about 256 blocks,
-   which is two a processor on the largest devices.  Counted a sample where samples are rows: no sample's sums depend on
-   the others; and not by this device's processors: all devices give the same bits.  F32 goes to tensor cores as TF32,
-   and only where DPO_CUDA_TF32 asks for it. */
-static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g, int64_t samples)
+   which is two a processor on the largest devices, and added afterwards in order.  Not cut by this device's processors:
+   all devices give the same bits.  But by all rows, whatever samples they belong to: parts counted a sample would cost
+   a large batch hundreds of megabytes, and cuBLASLt's products depend on the batch anyway.
+   F32 goes to tensor cores as TF32, and only where DPO_CUDA_TF32 asks for it. */
+static void dpoc_tiles_run(dpoc_run *r, dpoc_tiles g)
 {
     const int *options = r->d->options;
-    int     plain = r->d->major < 8 || options[DPO_CUDA_PLAIN], tensor = !plain && (g.type != DPO_F32 || options[DPO_CUDA_TF32]);
-    int     wide = tensor && (g.cols % 128 == 0 || g.cols % 128 > 64) ? 128 : (int)DPOC_SIDE;
-    int64_t high = plain ? (int)DPOC_SIDE : (int)DPOC_HIGH, rows = g.mode == DPOC_DW ? g.rows : g.rows/samples;
-    int64_t tiles = dpoc_pieces(rows, high)*dpoc_pieces(g.cols, wide), most = dpoc_pieces(g.depth, 512);
+    int     plain = r->d->major < 8 || options[DPO_CUDA_PLAIN];
+    int     tensor = !plain && (g.type != DPO_F32 || options[DPO_CUDA_TF32]);
+    int     wide = tensor && g.type != DPO_F32 && dpoc_wide(&g, 0) && dpoc_wide(&g, 1) && (g.cols + 127) % 128 >= 64
+        ? 128 : (int)DPOC_SIDE;           /* unaligned factors give more tiles, hence no more parts than were counted */
+    int64_t high = plain ? (int)DPOC_SIDE : (int)DPOC_HIGH, most = dpoc_pieces(g.depth, 512);
+    int64_t tiles = dpoc_pieces(g.rows, high)*dpoc_pieces(g.cols, wide);
     int64_t splits = dpoc_least(dpoc_least(256/tiles < 1 ? 1 : 256/tiles, most), 64), limit = INT32_MAX - 256;
     if (g.rows > limit || g.cols > limit || g.depth > limit || dpoc_pieces(g.cols, DPOC_SIDE) > 65535) {
         r->status = dpoc_fail(r->d, DPO_UNSUPPORTED, "convolution", "more than 2^31 pixels");
@@ -2730,7 +2810,7 @@ static void dpoc_conv_product(dpoc_run *r, const dpoc_conv *g, const void *x, co
     if (!g->flat) {
         t = dpoc_tiles_of(g, r->a, DPOC_Y, O, x, w);
         t.f = f;
-        dpoc_tiles_run(r, t, g->N);
+        dpoc_tiles_run(r, t);
         return;
     }
     memset(&k, 0, sizeof k);
@@ -2803,7 +2883,7 @@ static void dpoc_conv_gradient(dpoc_run *r, const dpoc_conv *g, int mode, int64_
     dpoc_gemm  k;
     dpoc_tiles t = dpoc_tiles_of(g, r->a, mode, O, first, second);
     t.out = (float *)to;  t.add = add;
-    if (!g->flat) { dpoc_tiles_run(r, t, g->N);  return; }
+    if (!g->flat) { dpoc_tiles_run(r, t);  return; }
     memset(&k, 0, sizeof k);
     k.m = t.rows;  k.n = t.cols;  k.k = t.depth;  k.ta = mode == DPOC_DW;
     k.A = first;  k.B = second;  k.C = to;  k.type = g->type;  k.ctype = DPO_F32;  k.alpha = 1;
@@ -3088,12 +3168,12 @@ static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_dkv_kernel(dpoc_atte
 
 /* ------------------------------------------------------------------------------------------ on tensor cores
 
-   The same with factors of 16 bits.  A warp owns 16 rows (queries, or in dk and dv keys) and walks the other axis R rows
-   at a time, 32 or 64: its scores are tiles of 16 x 8, which after the exponential are, register for register, the first
-   factor of the next product; they never leave the registers.  Four warps share what they walk over, in shared memory:
-   two stages of it, one under way while the other is used, as it lies in memory; ldmatrix turns it for sums over rows.
-   A row is 2*chunks + 1 units of 16 bytes, an odd number, so that eight rows lie in different banks.  chunks: channels of
-   a head in sixteens, a constant, so that everything stays in registers: some 100 of them at 64 channels, 210 at 160. */
+   The same with factors of 16 bits.  A warp owns 16 rows (queries, or in dk and dv keys) and walks the other axis R
+   rows at a time, 32 or 64: its scores are tiles of 16 x 8, which after the exponential are, register for register, the
+   first factor of the next product; they never leave the registers.  Four warps share what they walk over, in shared
+   memory: two stages of it, one under way while the other is used, as it lies in memory; ldmatrix turns it for sums
+   over rows.  A row is 2*chunks + 1 units of 16 bytes, an odd number, so that eight rows lie in different banks.
+   chunks: channels of a head in sixteens, a constant, so that everything stays in registers. */
 enum { DPOC_QUERIES = 64, DPOC_FOUR_WARPS = 128 };
 
 #define DPOC_LOG2E 1.44269504f
@@ -3114,7 +3194,8 @@ static __device__ __forceinline__ void dpoc_own_rows(const uint16_t *x, int64_t 
     }
 }
 
-/* R rows of a slice on their way into shared memory; zeros behind the last row and channel.  Sixteen bytes a thread:
+/* Rows of 40 to 160 channels are 5 to 20 units of 16 bytes; neighbours fetch neighbours.
+   R rows of a slice on their way into shared memory; zeros behind the last row and channel.  Sixteen bytes a thread:
    heads are eights of channels here. */
 template<int chunks, int R>
 static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_t at, int64_t left,
@@ -3126,7 +3207,8 @@ static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_
     }
 }
 
-/* s [16][R] = own rows times R shared rows. */
+/* s [16][R] = own rows times R shared rows.  One load of four pieces is the second factor of two products: 16 rows by
+   16 channels. */
 template<int type, int chunks, int R>
 static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], const uint4 *b, float s[R/8][4])
 {
@@ -3146,7 +3228,8 @@ static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], 
     }
 }
 
-/* sum [16][16*chunks] += p [16][R] times R shared rows. */
+/* sum [16][16*chunks] += p [16][R] times R shared rows, which are turned as they are loaded.  p is rounded to 16 bits
+   here: at most 1, and summed in F32. */
 template<int type, int chunks, int R>
 static __device__ __forceinline__ void dpoc_gather_rows(const float p[R/8][4], const uint4 *b, float sum[2*chunks][4])
 {
@@ -3233,6 +3316,7 @@ static __device__ __forceinline__ void dpoc_soften(const dpoc_attention &g, floa
     }
 }
 
+/* Forward, 64 queries a block.  Their own numbers are loaded once and stay in registers; keys and values go by. */
 template<int type, int chunks, int R>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
 {
@@ -3259,7 +3343,7 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
         dpoc_scores<type, chunks, R>(f, now, s);
         dpoc_soften<R>(g, s, own + lane/4, j0, most, total, shrink);
         DPOC_UNROLL
-        for (int n = 0; n < 2*chunks; n++) {
+        for (int n = 0; n < 2*chunks; n++) {          /* what was summed stands for exp(s - most) */
             DPOC_UNROLL
             for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e/2];
         }
@@ -3278,19 +3362,20 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
 }
 
 /* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
-static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g, float *s, float *dp, int seen, float lse,
-                                                        float delta)
+static __device__ __forceinline__ void dpoc_tile_slopes(const dpoc_attention &g, float *s, float *dp, int seen,
+                                                        float lse, float delta)
 {
     float p = seen ? exp2f((*s*g.scale - lse)*DPOC_LOG2E) : 0;
     *s = p;
     *dp = seen ? p*(*dp - delta) : 0;
 }
 
-/* 64 queries a block.  dout is `o` here: rounded like the other factors. */
+/* dq, 64 queries a block.  dout is `o` here: rounded like the other factors.  Scores and do.v are made from the same
+   keys and values as in forward; ds then meets the keys a second time, turned. */
 template<int chunks>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(dpoc_attention g)
 {
-    enum { R = 32, units = R*(2*chunks + 1), type = DPO_BF16 };
+    enum { R = chunks > 8 ? 16 : 32, units = R*(2*chunks + 1), type = DPO_BF16 };      /* what registers there are */
     uint4   *pool = dpoc_pool<4*units>();
     int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), keys = dpoc_keys(g, row + DPOC_QUERIES);
     int64_t  own = row + (int)threadIdx.x/32*16, q = dpoc_head(g, u, g.T) + own*g.D;
@@ -3345,7 +3430,8 @@ static __device__ __forceinline__ void dpoc_share_queries(const dpoc_attention &
     }
 }
 
-/* 64 keys a block against all queries that see them; parts: 1 dk, 2 dv, 3 both. */
+/* dk and dv, 64 keys a block against all queries that see them; parts: 1 dk, 2 dv, 3 both.  Scores are those of forward
+   with rows and columns exchanged, so that p and ds come out as the first factor that these sums want. */
 template<int chunks, int parts>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel(dpoc_attention g)
 {
@@ -3355,12 +3441,14 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel
     int64_t  row, u = dpoc_block_rows(g.S, &row), q = dpoc_head(g, u, g.T);
     int64_t  own = row + (int)threadIdx.x/32*16, k = dpoc_head(g, u, g.S) + own*g.D, begin = g.causal ? row : 0;
     int      lane = (int)threadIdx.x % 32, turn = 0;
-    float    dk[2*chunks][4], dv[2*chunks][4], s[R/8][4], dp[R/8][4], factor[2] = { g.scale, g.scale }, one[2] = { 1, 1 };
+    float    dk[2*chunks][4], dv[2*chunks][4], s[R/8][4], dp[R/8][4];
+    float    factor[2] = { g.scale, g.scale }, one[2] = { 1, 1 };
     uint32_t fk[chunks][4], fv[chunks][4];
     DPOC_UNROLL
     for (int n = 0; n < 2*chunks; n++) { DPOC_UNROLL for (int e = 0; e < 4; e++) dk[n][e] = dv[n][e] = 0; }
     dpoc_own_rows<chunks>((const uint16_t *)g.k, k, g.S - own, g, fk);
     if (parts & 1) dpoc_own_rows<chunks>((const uint16_t *)g.v, k, g.S - own, g, fv);
+    /* queries before the first key of a block see none of its keys where attention is causal */
     for (int64_t i0 = begin - R; i0 < g.T; i0 += R, turn ^= 1) {
         uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
         if (i0 + R < g.T) dpoc_share_queries<chunks, R>(g, u, q, i0 + R, next, stat + (turn ^ 1)*2*R);
@@ -3376,7 +3464,8 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dkv_tensor_kernel
             int64_t i = i0 + col, j = own + lane/4 + e % 4/2*8;
             float   none = 0;
             dpoc_tile_slopes(g, &s[e/4][e % 4], parts & 1 ? &dp[e/4][e % 4] : &none,
-                             i < g.T && j < g.S && (!g.causal || j <= i), stat[turn*2*R + col], stat[turn*2*R + R + col]);
+                             i < g.T && j < g.S && (!g.causal || j <= i), stat[turn*2*R + col],
+                             stat[turn*2*R + R + col]);
         }
         if (parts & 1) dpoc_gather_rows<type, chunks, R>(dp, now, dk);           /* dk += ds^T q */
         if (parts & 2) dpoc_gather_rows<type, chunks, R>(s, now + units, dv);    /* dv += p^T do */
@@ -3391,9 +3480,11 @@ template<int type, int chunks> static void dpoc_attention_wide(dpoc_run *r, dpoc
 {
     unsigned slices = (unsigned)(g.N*g.heads);
     dim3     queries((unsigned)dpoc_pieces(g.T, DPOC_QUERIES)*slices);
-    DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks, (chunks <= 5 ? 64 : 32)>), queries, DPOC_FOUR_WARPS, (g));
+    enum { R = chunks <= 5 ? 64 : 32 };   /* fewer, longer rounds: their barriers and rescaling cost */
+    DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks, R>), queries, DPOC_FOUR_WARPS, (g));
 }
-/* dk and dv share their scores, and dq makes them again: 7 products instead of 5, but no block adds to another's rows.
+/* Three kernels at most, none of which adds to what another wrote.
+   dk and dv share their scores, and dq makes them again: 7 products instead of 5, but no block adds to another's rows.
    Heads of more than 80 channels have no room for the sums of both in registers: dk and dv are launches of their own,
    8 products; such heads stand where pictures are small. */
 template<int chunks> static void dpoc_attention_back(dpoc_run *r, dpoc_attention g)
@@ -3417,8 +3508,8 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else                  dpoc_attention_wide<type, 10>(r, *g);
 }
 
-/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Tensor cores take them up to 160
-   channels, if the numbers have 16 bits.  Decided by shape and options, never by what was there before. */
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Tensor cores take them up to
+   160 channels, if the numbers have 16 bits.  Decided by shape and options, never by what was there before. */
 static int dpoc_attention_fits(const dpoc_run *r, const dpoc_attention *g)
 {
     return r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g->d % 8 == 0 && g->d <= 160;
@@ -3554,7 +3645,7 @@ static void dpoc_op_preference(dpoc_run *r)
     else if (g.d)     DPOC_LAUNCH(r, dpoc_preference_back_kernel, 1, DPOC_THREADS, (g));
 }
 
-/* MaPO: loss [1] = 1/B sum_b weight_b (L_w - lambda log sigmoid(1000 (phi(L_w) - phi(L_l)))), in double for the 1000. */
+/* MaPO: loss [1] = 1/B sum_b weight_b (L_w - lambda log sigmoid(1000 (phi(L_w) - phi(L_l)))), in double for the 1000 */
 typedef struct dpoc_mapo {
     int64_t B;                            /* pairs */
     int add, type[2], ytype;
@@ -3644,8 +3735,8 @@ static void dpoc_op_clip(dpoc_run *r)
 
    The optimizers and the squares of gradients come as one call a tensor, hundreds in a row.  They are gathered, up to
    DPOC_BATCH, and run as one launch (Adafactor: as six) when another call, a copy or the end of the step comes: see
-   dpoc_flush.  A tensor has a number of blocks that its shape and the pass decide, and a block finds its tensor in a list
-   of their sums: 40 comparisons beside the 16384 numbers of a piece. */
+   dpoc_flush.  A tensor has a number of blocks that its shape and the pass decide, and a block finds its tensor in a
+   list of their sums: 40 comparisons beside the 16384 numbers of a piece. */
 enum { DPOC_PIECES, DPOC_ROW_PASS, DPOC_COLUMN_PASS };
 enum { DPOC_WHOLE, DPOC_MATRIX, DPOC_KERNEL };
 
@@ -3668,7 +3759,8 @@ static __device__ __forceinline__ int dpoc_find(const dpoc_many &g, int *block)
     *block = (int)blockIdx.x - g.first[at];
     return at;
 }
-/* First and last number of a piece. */
+/* First number of a piece, and where it ends.  Pieces have one size whatever else there is, so that sums over them are
+   the same bits in any company. */
 static __device__ __forceinline__ int64_t dpoc_piece(const dpoc_one &one, int block, int64_t *end)
 {
     *end = dpoc_min(((int64_t)block + 1)*DPOC_PIECE, one.n);
@@ -3685,6 +3777,7 @@ static __global__ void dpoc_adamw_kernel(dpoc_many g)
         root = (float)(1/sqrt((double)g.record[DPO_REC_BIAS2]));
     /* the factors that all numbers share are formed in double, once a thread */
     if (factor == 0) return;              /* a skipped step leaves all as it is */
+    /* by reference: what a kernel was passed lies in constant memory, and a copy of it would not */
     const dpoc_one &one = g.one[at];
     int quads = one.n % 4 == 0 && one.aligned, wide = quads ? 4 : 1;
     for (int64_t i = first + (int64_t)threadIdx.x*wide; i < end; i += DPOC_THREADS*wide) {
@@ -3812,7 +3905,8 @@ static __global__ void dpoc_squares_fold_kernel(dpoc_many g)
 
 /* ------------------------------------------------------------------------------------------ Adafactor
 
-   arXiv 1804.04235, algorithm 4 with a given step size; the formula stands in >>impl optim of diffdpo.h.  m is row, v col:
+   arXiv 1804.04235, algorithm 4 with a given step size; the formula stands in >>impl optim of diffdpo.h.  m is row,
+   v col:
      whole    col as the weight: every square for itself
      matrix   row [O] means over i, col [I] means over o
      kernel   row [O,kh,1,I] means over x, col [O,1,kw,I] means over y
@@ -3831,10 +3925,12 @@ static __device__ __forceinline__ double dpoc_adafactor_square(const dpoc_many &
     double d = (double)g.record[DPO_REC_FACTOR]*one.g[at];
     return d*d;
 }
-/* A factor of a kernel, a thread each.  row: (o*kh + y)*I + i, over x;  col: (o*kw + x)*I + i, over y. */
+/* A factor of a 3x3 kernel, a thread each: three squares make one, and neighbours lie side by side in all of them.
+    row: (o*kh + y)*I + i, over x;  col: (o*kw + x)*I + i, over y. */
 static __device__ void dpoc_adafactor_kernel_factor(const dpoc_many &g, const dpoc_one &one, int64_t u, int column)
 {
-    int64_t q = dpoc_div(u, one.I), i = u - q*one.I, per = column ? one.kw : one.kh, o = dpoc_div(q, per), rest = q - o*per;
+    int64_t q = dpoc_div(u, one.I), i = u - q*one.I, per = column ? one.kw : one.kh;
+    int64_t o = dpoc_div(q, per), rest = q - o*per;
     int64_t at = o*one.kh*one.kw*one.I + (column ? rest*one.I : rest*one.kw*one.I) + i;
     int64_t step = column ? (int64_t)one.kw*one.I : one.I;
     int     along = column ? one.kh : one.kw;
@@ -3843,7 +3939,7 @@ static __device__ void dpoc_adafactor_kernel_factor(const dpoc_many &g, const dp
     for (int k = 0; k < along; k++) sum += dpoc_adafactor_square(g, one, at + k*step);
     dpoc_adafactor_blend(g, (column ? one.v : one.m) + u, sum/along);
 }
-/* A warp a row of a matrix. */
+/* Rows.  A warp a row of a matrix, whose numbers lie side by side; the last block of a tensor may have idle warps. */
 static __global__ void dpoc_adafactor_rows_kernel(dpoc_many g)
 {
     int     block, at = dpoc_find(g, &block), lane = (int)threadIdx.x % 32;
@@ -3857,7 +3953,8 @@ static __global__ void dpoc_adafactor_rows_kernel(dpoc_many g)
     sum = dpoc_warp_sum(sum);
     if (lane == 0) dpoc_adafactor_blend(g, one.m + o, sum/one.I);
 }
-/* 32 columns of a matrix a block, whose warps take every eighth row. */
+/* Columns.  32 of a matrix a block, whose warps take every eighth row and are added in their order: a thread a column
+   would walk thousands of rows alone. */
 static __global__ void dpoc_adafactor_columns_kernel(dpoc_many g)
 {
     __shared__ double part[DPOC_WARPS][DPOC_COLUMNS];
@@ -3945,7 +4042,8 @@ enum { DPOC_PARTS = 1 << 18 };            /* pieces of one launch: 2^32 numbers 
 /* Blocks that a tensor has in a pass, see the kernels. */
 static int64_t dpoc_one_blocks(const dpoc_one *o, int pass)
 {
-    if (pass == DPOC_PIECES || (pass == DPOC_COLUMN_PASS && o->kind == DPOC_WHOLE)) return dpoc_pieces(o->n, DPOC_PIECE);
+    if (pass == DPOC_PIECES || (pass == DPOC_COLUMN_PASS && o->kind == DPOC_WHOLE))
+        return dpoc_pieces(o->n, DPOC_PIECE);
     if (o->kind == DPOC_KERNEL)
         return dpoc_pieces((int64_t)o->O*(pass == DPOC_ROW_PASS ? o->kh : o->kw)*o->I, DPOC_THREADS);
     if (o->kind == DPOC_WHOLE) return 0;
@@ -3960,7 +4058,7 @@ static unsigned dpoc_many_blocks(dpoc_many *g, int pass)
     return (unsigned)all;
 }
 
-/* Six launches, whatever the number of tensors. */
+/* Six launches, whatever the number of tensors.  Rows and columns could be one, but for the blocks that they want. */
 static void dpoc_adafactor_run(dpoc_run *r, dpoc_many *many)
 {
     unsigned  blocks = dpoc_many_blocks(many, DPOC_ROW_PASS), count = (unsigned)many->count;
@@ -4019,13 +4117,13 @@ static int dpoc_gathers(const dpoc_pending *p, const dpo_args *a)
     if (a->op == DPO_OP_SUM_SQUARES) pieces = dpoc_pieces(dpoc_count(&a->in[0]), DPOC_PIECE);
     if (a->op != p->op || p->count == DPOC_BATCH) return 0;
     if (a->op != DPO_OP_SUM_SQUARES && p->record != (const float *)a->in[3].data) return 0;
-    if (a->op == DPO_OP_ADAFACTOR && memcmp(&p->p.adafactor, &a->p.adafactor, sizeof a->p.adafactor)) return 0;
-    if ((a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAMW8) && memcmp(&p->p.adamw, &a->p.adamw, sizeof a->p.adamw)) return 0;
+    if (a->op == DPO_OP_ADAFACTOR) { if (memcmp(&p->p.adafactor, &a->p.adafactor, sizeof a->p.adafactor)) return 0; }
+    else if (a->op != DPO_OP_SUM_SQUARES && memcmp(&p->p.adamw, &a->p.adamw, sizeof a->p.adamw)) return 0;
     for (int i = 0; i < p->count; i++) pieces += dpoc_pieces(p->one[i].n, DPOC_PIECE);
     return pieces <= DPOC_PARTS;
 }
 
-/* What Adafactor wants to know of a weight's shape. */
+/* What Adafactor wants to know of a weight's shape, which the shapes of its factors tell: none, [O], or [O,kh,1,I]. */
 static void dpoc_one_shape(dpoc_one *one, const dpo_args *a)
 {
     const dpo_view *w = &a->out;
@@ -4604,7 +4702,8 @@ static int dpoc_open_device(dpoc *d)
 /* What every call needs: stream, stages, scratch. */
 static int dpoc_open_rest(dpoc *d)
 {
-    int status = dpoc_check(d, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking),
+    size_t sums = (DPOC_PARTS + 2*DPOC_BATCH)*sizeof(double);
+    int    status = dpoc_check(d, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking),
                             "cudaStreamCreateWithFlags");
     for (int i = 0; i < DPOC_STAGES && status == DPO_OK; i++) {
         status = dpoc_check(d, cudaMallocHost((void **)&d->stage[i], DPOC_STAGE_BYTES), "cudaMallocHost");
@@ -4612,8 +4711,7 @@ static int dpoc_open_rest(dpoc *d)
                                                   "cudaEventCreateWithFlags");
     }
     if (status == DPO_OK) status = dpoc_check(d, cudaMalloc(&d->scratch, DPOC_SCRATCH_BYTES), "cudaMalloc");
-    if (status == DPO_OK) status = dpoc_check(d, cudaMalloc((void **)&d->sums, (DPOC_PARTS + 2*DPOC_BATCH)*sizeof(double)),
-                                              "cudaMalloc");
+    if (status == DPO_OK) status = dpoc_check(d, cudaMalloc((void **)&d->sums, sums), "cudaMalloc");
     if (status == DPO_OK) status = dpoc_blas_open(d);
     if (status == DPO_OK) status = dpoc_steps_open(d);
     return status;

@@ -5,7 +5,8 @@
 #   sh tests/run.sh NAME ...     these: a program of tests/, parity, interop, compile, header, and the long ones,
 #                                asan, valgrind, wine, isa, fuzz-long, quickstart; full is all of them; by name alone
 #                                fullsize (8 GB of disk and of memory), trainer_memory, kills (a trainer killed 200
-#                                times), winrate (every loss on the emoji model, half an hour), trainer_mpi (needs mpicc)
+#                                times), winrate (every loss on the emoji model, half an hour), trainer_mpi (needs mpicc),
+#                                cuda_device (all that wants a GPU, skipped where there is none)
 #   sh tests/run.sh --build      every program of tests/ and examples/ into build/, run nothing
 #   sh tests/run.sh --install    first install the compilers that are missing (Debian, as root), then run
 #   sh tests/run.sh --list       the names
@@ -248,6 +249,7 @@ run_named() {
     quickstart) run_quickstart ;;
     interop)    build build interop convert; run_logged interop sh tests/interop.sh ;;
     fullsize)   run_fullsize ;;
+    cuda_device) run_logged cuda_device sh tests/test_cuda.sh device ;;
     kills)      build build tiny_model quickstart sample train; KILLS=200 run_logged kills sh tests/test_trainer.sh ;;
     fuzz-long)  build build fuzz; FUZZ_RUNS=${FUZZ_RUNS:-200000} run_program build fuzz fuzz-long ;;
     default)    run_default ;;
@@ -281,11 +283,11 @@ run_default() {
 
 case ${1:-} in
 --one)     build_one "$2" "$3"; exit ;;
---list)    tests; scripts; printf '%s\n' parity interop compile header $LONG full fullsize trainer_memory kills winrate trainer_mpi; exit ;;
+--list)    tests; scripts; printf '%s\n' parity interop compile header $LONG full fullsize trainer_memory kills winrate trainer_mpi cuda_device; exit ;;
 --build)   # shellcheck disable=SC2046
            mkdir -p build; build build $(programs) || exit 1; exit 0 ;;
 --install) install_packages; shift ;;
--*)        sed -n '2,16s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
+-*)        sed -n '2,17s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
 esac
 mkdir -p build/log
 if ! have "${CC%% *}"; then

