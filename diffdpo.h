@@ -12427,7 +12427,8 @@ enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
 enum {
     DPOI_AMX_RUN   = 4,                   /* tiles of channels at one place of the kernel, then the next place */
     DPOI_AMX_WHOLE = 192,                 /* tiles of k of two panels that are not cut into chunks: 384 KiB, */
-    DPOI_AMX_CHUNK = 120,                 /* and of those that are, in a chunk */
+    DPOI_AMX_CHUNK = 120,                 /* and of those that are, in a chunk; */
+    DPOI_AMX_FEW   = 1024,                /* fewer slots have smaller chunks, so that more of them are held */
     DPOI_AMX_GROUP = 4,                   /* times two panels that share a chunk's slots, if not all channels are in it */
     DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
     DPOI_AMX_HELD  = 800000,              /* bytes of a job's slots in a chunk */
@@ -12518,21 +12519,21 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
     int64_t steps = dpoi_most(1, t->f[0].steps), wide = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kw;
     int64_t high = t->f[0].way == DPOI_AMX_TILED ? 1 : s->kh, tiles = steps*wide*high, most, worth, jobs;
     int64_t all = (dpoi_amx_padded(s->K) + dpoi_amx_padded(p->source[1].K))*t->panels*DPOI_PANEL*2;
+    int64_t few = wide*high == 1 && t->slots <= DPOI_AMX_FEW, whole = few ? DPOI_AMX_WHOLE/2 : DPOI_AMX_WHOLE;
     t->rows = t->ranges = t->group = 1;
     t->range = steps;
-    if (tiles > DPOI_AMX_WHOLE) {
+    if (tiles > whole) {
         t->rows = high;
-        t->ranges = dpoi_pieces(steps*wide, DPOI_AMX_CHUNK);
+        t->ranges = dpoi_pieces(steps, dpoi_most(DPOI_AMX_RUN, (few ? DPOI_AMX_CHUNK/3 : DPOI_AMX_CHUNK)/wide));
         t->range = dpoi_pieces(dpoi_pieces(steps, t->ranges), DPOI_AMX_RUN)*DPOI_AMX_RUN;
         t->ranges = dpoi_pieces(steps, t->range);
         if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
     }
     worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O;
     jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_SMALL/1024) + 1);
-    t->kept = tiles <= DPOI_AMX_WHOLE && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
+    t->kept = t->rows*t->ranges == 1 && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
     if (!t->kept) jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_JOB/1024) + 1);
-    most = dpoi_least(dpoi_most(DPOI_AMX_HELD/(t->range*2*DPOI_TILE_K*(t->f[0].way == DPOI_AMX_TILED ? s->kh*s->kw : 1)),
-                      128), 512);
+    most = dpoi_least(dpoi_most(DPOI_AMX_HELD/(t->range*2*DPOI_TILE_K), 128), 512);
     t->blocks = t->kept ? jobs : dpoi_pieces(t->slots, most);
     t->block = dpoi_pieces(dpoi_pieces(t->slots, t->blocks), DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
     t->blocks = dpoi_pieces(t->slots, t->block);
