@@ -8457,7 +8457,8 @@ DPOI_AVX2 DPOI_INLINE void dpoi_put_256(void *y, const int type, int64_t i, int6
 }
 
 /* What a column adds up: x, or (x - centre)^2. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const void *x, const int type, int64_t i, int64_t left, __m256 centre, int square)
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const void *x, const int type, int64_t i, int64_t left, __m256 centre,
+                                             int square)
 {
     __m256 d = dpoi_take_256(x, type, i, left);
     if (!square) return d;
@@ -8481,7 +8482,8 @@ DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(const int type, int64_t rows, i
         }
 }
 /* dpoi_rows.columns */
-DPOI_AVX2 static void dpoi_columns_avx2(int type, int64_t rows, int64_t C, const void *x, const float *centre, float *sum)
+DPOI_AVX2 static void dpoi_columns_avx2(int type, int64_t rows, int64_t C, const void *x, const float *centre,
+                                        float *sum)
 {
     if (type == DPO_F32 && centre) dpoi_columns_loop_256(DPO_F32, rows, C, x, centre, sum, 1);
     else if (type == DPO_F32)      dpoi_columns_loop_256(DPO_F32, rows, C, x, centre, sum, 0);
@@ -8497,8 +8499,8 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_row_256(const float *t, int64_t C, int ro
 
 /* d = x - mean, and z = d scale + beta; x is number `at`.
    The table's rows are loaded anew for each row of x; they stay in the first-level cache. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t c, const void *x, const int type, int64_t at,
-                                      __m256 *d)
+DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t c, const void *x, const int type,
+                                             int64_t at, __m256 *d)
 {
     *d = _mm256_sub_ps(dpoi_take_256(x, type, at, C - c), dpoi_norm_row_256(t, C, DPOI_NORM_MEAN, c));
     return _mm256_fmadd_ps(*d, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_256(t, C, DPOI_NORM_BETA, c));
@@ -8515,7 +8517,8 @@ DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(const int type, int64_t rows, int6
         }
 }
 /* dpoi_rows.norm */
-DPOI_AVX2 static void dpoi_norm_avx2(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu, void *y)
+DPOI_AVX2 static void dpoi_norm_avx2(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu,
+                                     void *y)
 {
     if (type == DPO_F32 && silu) dpoi_norm_loop_256(DPO_F32, rows, C, x, t, 1, y);
     else if (type == DPO_F32)    dpoi_norm_loop_256(DPO_F32, rows, C, x, t, 0, y);
@@ -8884,7 +8887,8 @@ DPOI_AVX512 DPOI_INLINE void dpoi_put_512(void *y, const int type, int64_t i, in
 }
 
 /* What a column adds up: x, or (x - centre)^2. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_column_512(const void *x, const int type, int64_t i, int64_t left, __m512 centre, int square)
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_column_512(const void *x, const int type, int64_t i, int64_t left, __m512 centre,
+                                               int square)
 {
     __m512 d = dpoi_take_512(x, type, i, left);
     if (!square) return d;
@@ -8908,7 +8912,8 @@ DPOI_AVX512 DPOI_INLINE void dpoi_columns_loop_512(const int type, int64_t rows,
         }
 }
 /* dpoi_rows.columns */
-DPOI_AVX512 static void dpoi_columns_avx512(int type, int64_t rows, int64_t C, const void *x, const float *centre, float *sum)
+DPOI_AVX512 static void dpoi_columns_avx512(int type, int64_t rows, int64_t C, const void *x, const float *centre,
+                                            float *sum)
 {
     if (type == DPO_F32 && centre) dpoi_columns_loop_512(DPO_F32, rows, C, x, centre, sum, 1);
     else if (type == DPO_F32)      dpoi_columns_loop_512(DPO_F32, rows, C, x, centre, sum, 0);
@@ -8924,8 +8929,8 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_row_512(const float *t, int64_t C, int 
 
 /* d = x - mean, and z = d scale + beta; x is number `at`.
    The table's rows are loaded anew for each row of x; they stay in the first-level cache. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_z_512(const float *t, int64_t C, int64_t c, const void *x, const int type, int64_t at,
-                                      __m512 *d)
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_norm_z_512(const float *t, int64_t C, int64_t c, const void *x, const int type,
+                                               int64_t at, __m512 *d)
 {
     *d = _mm512_sub_ps(dpoi_take_512(x, type, at, C - c), dpoi_norm_row_512(t, C, DPOI_NORM_MEAN, c));
     return _mm512_fmadd_ps(*d, dpoi_norm_row_512(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_512(t, C, DPOI_NORM_BETA, c));
@@ -8942,7 +8947,8 @@ DPOI_AVX512 DPOI_INLINE void dpoi_norm_loop_512(const int type, int64_t rows, in
         }
 }
 /* dpoi_rows.norm */
-DPOI_AVX512 static void dpoi_norm_avx512(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu, void *y)
+DPOI_AVX512 static void dpoi_norm_avx512(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu,
+                                         void *y)
 {
     if (type == DPO_F32 && silu) dpoi_norm_loop_512(DPO_F32, rows, C, x, t, 1, y);
     else if (type == DPO_F32)    dpoi_norm_loop_512(DPO_F32, rows, C, x, t, 0, y);
@@ -13851,10 +13857,12 @@ DPOI_AVX512 static int dpoi_scores_forward_avx512(const dpoi_scores *t)
    lse makes the softmax known at once: no maximum, no second pass. */
 DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
 {
-    const __m512 scale = _mm512_set1_ps(t->scale), log2e = _mm512_set1_ps(DPOI_LOG2E), power = _mm512_mul_ps(scale, log2e);
+    const __m512 scale = _mm512_set1_ps(t->scale), log2e = _mm512_set1_ps(DPOI_LOG2E);
+    const __m512 power = _mm512_mul_ps(scale, log2e);
     for (int64_t o = 0; o < t->lanes; o += 16) {
         __m512 lse = _mm512_setzero_ps(), delta = lse;
-        if (!t->by_row) { lse = _mm512_mul_ps(_mm512_loadu_ps(t->lse + o), log2e);  delta = _mm512_loadu_ps(t->delta + o); }
+        if (!t->by_row) lse = _mm512_mul_ps(_mm512_loadu_ps(t->lse + o), log2e);
+        if (!t->by_row) delta = _mm512_loadu_ps(t->delta + o);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
             __m512 p;
@@ -13926,10 +13934,12 @@ DPOI_AVX2 static int dpoi_scores_forward_avx2(const dpoi_scores *t)
 /* As for AVX-512. */
 DPOI_AVX2 static void dpoi_scores_backward_avx2(const dpoi_scores *t)
 {
-    const __m256 scale = _mm256_set1_ps(t->scale), log2e = _mm256_set1_ps(DPOI_LOG2E), power = _mm256_mul_ps(scale, log2e);
+    const __m256 scale = _mm256_set1_ps(t->scale), log2e = _mm256_set1_ps(DPOI_LOG2E);
+    const __m256 power = _mm256_mul_ps(scale, log2e);
     for (int64_t o = 0; o < t->lanes; o += 8) {
         __m256 lse = _mm256_setzero_ps(), delta = lse;
-        if (!t->by_row) { lse = _mm256_mul_ps(_mm256_loadu_ps(t->lse + o), log2e);  delta = _mm256_loadu_ps(t->delta + o); }
+        if (!t->by_row) lse = _mm256_mul_ps(_mm256_loadu_ps(t->lse + o), log2e);
+        if (!t->by_row) delta = _mm256_loadu_ps(t->delta + o);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
             __m256 p;
