@@ -2189,7 +2189,7 @@ typedef struct dpoc_feed {
     int64_t base[2];                      /* the part of the offset that stays */
     int     y[2], x[2];                   /* X, DYT: the part of the place in the picture that stays */
     int     first[2], k[2];               /* the first number: its line and its depth */
-    int     lines, end;                   /* both end before these */
+    int     lines, end, till[2];          /* both end before these; till: end, or 0 for a line that is not there */
 } dpoc_feed;
 
 /* The parts of a line that stay.  X as rows: the pixel's corner of the kernel; X as columns: tap and channel. */
@@ -2231,6 +2231,7 @@ static __device__ __forceinline__ void dpoc_feed_open(const dpoc_tiles &g, dpoc_
         int v = (int)threadIdx.x + e*DPOC_THREADS;
         f->first[e] = (int)line + (deep ? v % (lines/E)*E : v/4);
         f->k[e] = (int)k0 + (deep ? v/(lines/E) : v % 4*E);
+        f->till[e] = f->first[e] < f->lines ? f->end : 0;
         f->depth[e] = dpoc_split(f->k[e], mid, lo);
         dpoc_feed_line(g, from, deep, f, e);
     }
@@ -2303,7 +2304,7 @@ static __device__ __forceinline__ void dpoc_feed_next(const dpoc_tiles &g, dpoc_
         if (wide > 64 || g.wide[second]) {            /* what is slow is not even in the code of the widest kernels */
             int64_t at;
             int     on = dpoc_spot(g, from, deep, f, l, f->depth[d], &at);
-            dpoc_fetch16(u, p + at*(16/E), on && f->first[l] < f->lines && f->k[d] < f->end);
+            dpoc_fetch16(u, p + at*(16/E), on && f->k[d] < f->till[l]);
         } else *u = dpoc_feed_slow<type, mode, second>(g, f->first[l], f->k[d], f->lines, f->end);
     }
     DPOC_UNROLL
@@ -2487,7 +2488,7 @@ static __device__ __forceinline__ void dpoc_float_load(const uint4 *s, int t, in
     }
 }
 
-template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS, 2) dpoc_conv_float_kernel(dpoc_tiles g)
+template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_conv_float_kernel(dpoc_tiles g)
 {
     enum { wide = DPOC_SIDE, stages = 4, units = (DPOC_HIGH + wide)*4, da = mode == DPOC_DW, db = mode != DPOC_Y };
     uint4  *pool = dpoc_pool<stages*units>();
