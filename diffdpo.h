@@ -11833,7 +11833,7 @@ enum {
     DPOI_AMX_WHOLE = 192,                 /* tiles of k of two panels that are not cut into chunks: 384 KiB, */
     DPOI_AMX_CHUNK = 120,                 /* and of those that are, in a chunk; */
     DPOI_AMX_FEW   = 1024,                /* fewer slots have smaller chunks, so that more of them are held */
-    DPOI_AMX_GROUP = 4,                   /* times two panels that share a chunk's slots, if not all channels are in it */
+    DPOI_AMX_GROUP = 4,                   /* times two panels that take turns at a part of the channels */
     DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
     DPOI_AMX_HELD  = 800000,              /* bytes of a job's slots in a chunk */
     DPOI_AMX_KEPT  = 1000000,             /* bytes of weights that stay in the second-level cache */
@@ -11858,7 +11858,7 @@ typedef struct dpoi_amx_product {
     int64_t panels, block, blocks, span, spans;
     int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
-    int64_t range, ranges, rows;          /* chunks: tiles of channels, how often, rows of the kernel one by one (kh) or 1 */
+    int64_t range, ranges, rows;          /* chunks: tiles of channels, how often; kh: rows one by one, or 1 */
     int64_t group;                        /* times two panels that take turns at a chunk's slots */
     float  *sums;                         /* [jobs][group][block][32], where k is more than one chunk */
     int64_t sums_at, room;                /* floats */
@@ -12294,13 +12294,14 @@ static const uint16_t *dpoi_amx_chunk_weights(const dpoi_amx_product *t, const d
 
 /* 32 slots and a chunk.  soon: where they begin that are next, or NULL; of their two panels the i-th of n blocks of
    slots calls for a share, the first half of the blocks for the first panel. */
-DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon, int64_t i,
-                                          int64_t n)
+DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon,
+                                          int64_t i, int64_t n)
 {
     const dpoi_amx_product *t = j->t;
     const dpoi_source *s = &t->p->source[0];
     int tiled = t->f[0].way == DPOI_AMX_TILED;
-    int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN, steps = t->f[0].steps;
+    int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN;
+    int64_t steps = t->f[0].steps;
     int64_t half = dpoi_most(1, n/2), lines = soon && i < 2*half ? dpoi_pieces(16, half) : 0;
     dpoi_amx_ahead ahead = { NULL, 0 };
     if (lines) soon += i/half*dpoi_amx_padded(s->K)*DPOI_PANEL;
@@ -12308,7 +12309,8 @@ DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_
         for (int64_t k = c->c0; k < c->c1; k += run) {
             int64_t end = dpoi_least(c->c1, k + run);
             ahead.lines = lines;
-            if (lines) ahead.next = soon + ((ky - c->ky0)*s->kw*steps + k - c->c0)*DPOI_TILE_SIZE + i % half*lines*(end - k)*32;
+            if (lines) ahead.next = soon + ((ky - c->ky0)*s->kw*steps + k - c->c0)*DPOI_TILE_SIZE
+                                         + i % half*lines*(end - k)*32;
             dpoi_amx_part(j, 0, c->panel, ky, k, end, &ahead);
         }
 }
@@ -12485,11 +12487,12 @@ DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int
     }
 }
 
-enum { DPOI_AMX_FLIPS = 4 };              /* panels of i a task: what it reads of a panel of w lies in one piece, 2 KiB */
+enum { DPOI_AMX_FLIPS = 4 };              /* panels of i a task: it reads w in pieces of 2 KiB */
 
 /* 16 channels o, from o on, of one place and of one panel of i (from: its first line in w), turned to `to`.  A pair of o
    is one word of 32 bits in w's row of an i, so that turning words does it. */
-DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64_t ni, int64_t o, int stream, uint16_t *to)
+DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64_t ni, int64_t o, int stream,
+                                         uint16_t *to)
 {
     float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
     const float *w = dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL);
@@ -12509,14 +12512,16 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
     int64_t places = p->y.count*p->x.count, j = task % places, K = places*p->O, size = dpoi_amx_padded(K)*DPOI_PANEL;
     int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride;
     int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride, from = (ky*p->kw + kx)*p->I;
-    int64_t first = task/places*DPOI_AMX_FLIPS, last = dpoi_least(first + DPOI_AMX_FLIPS, dpoi_pieces(p->I, DPOI_PANEL));
+    int64_t first = task/places*DPOI_AMX_FLIPS;
+    int64_t last = dpoi_least(first + DPOI_AMX_FLIPS, dpoi_pieces(p->I, DPOI_PANEL));
     uint16_t *to = (uint16_t *)(void *)p->to;
     int     slowly = p->O % 2 || (p->paired && p->I % 2);
     int     stream = p->O % DPOI_PANEL == 0 && p->I*K*2 >= DPOI_AMX_LARGE && (uintptr_t)to % 64 == 0;
     for (int64_t i = first; i < last; i++) {
         for (int64_t k = j == places - 1 ? K : size; k < size/DPOI_PANEL; k++)
             for (int c = 0; c < DPOI_PANEL; c++) to[i*size + (k/2*DPOI_PANEL + c)*2 + k % 2] = 0;
-        if (slowly) dpoi_amx_flip_slowly(p, from + i*DPOI_PANEL, j, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL), to + i*size);
+        if (slowly) dpoi_amx_flip_slowly(p, from + i*DPOI_PANEL, j, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL),
+                                         to + i*size);
     }
     for (int64_t o = 0; o < p->O && !slowly; o += DPOI_PANEL)
         for (int64_t i = first; i < last; i++)
