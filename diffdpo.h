@@ -7635,21 +7635,29 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #endif
 #endif
 
-/* Whether there are tiles of BF16 and the system lets this process use them.  Bits of CPUID: leaf 7 EDX 22 AMX-BF16,
-   24 AMX-TILE; its subleaf 1 EAX 5 AVX512-BF16.  Linux gives the tiles' 8 KiB of state a thread only to those who ask:
-   arch_prctl (158 on x86-64) with ARCH_REQ_XCOMP_PERM and the state's number, 18. */
+/* Whether there are dot products of BF16 (dots), and whether there are tiles of it and the system lets this process use
+   them (amx).  Bits of CPUID: leaf 7 EDX 22 AMX-BF16, 24 AMX-TILE; its subleaf 1 EAX 5 AVX512-BF16.  Linux gives the
+   tiles' 8 KiB of state a thread only to those who ask: arch_prctl (158 on x86-64) with ARCH_REQ_XCOMP_PERM and the
+   state's number, 18. */
 #if defined(DPOI_SIMD_AMX)
+static int dpoi_isa_dots(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
 static int dpoi_isa_amx(void)
 {
-    unsigned a, b, c, d, more;
+    unsigned a, b, c, d;
     long status;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
-    if (!__get_cpuid_count(7, 1, &more, &b, &c, &d) || !(more >> 5 & 1)) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !dpoi_isa_dots()) return 0;
     __asm__ __volatile__("syscall" : "=a"(status) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     return status == 0;
 }
-#elif defined(DPOI_SIMD_X86) && defined(__GNUC__)
+#else
+static int dpoi_isa_dots(void) { return 0; }
+#if defined(DPOI_SIMD_X86) && defined(__GNUC__)
 static int dpoi_isa_amx(void) { return 0; }
+#endif
 #endif
 
 /* The best set that processor and system support: the system must save the wide registers too (XCR0).
@@ -7837,6 +7845,7 @@ typedef struct dpoi_rows {
 typedef struct dpoi_cpu {
     dpoi_mem        mem;
     int             isa, threads;         /* DPO_ISA_PLAIN ... */
+    int             rounds;               /* 1: there are products of BF16: tiles, or AVX-512's dot products */
     int             products;             /* DPO_BF16: factors may be rounded */
     dpo_parallel_fn parallel;             /* the host's, or NULL: */
     void           *user;
@@ -10802,7 +10811,7 @@ typedef struct dpoi_conv {
 /* Whether factors are rounded: where the host allows it, and where one of them is BF16 already. */
 static int dpoi_conv_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 {
-    return cpu->isa >= DPO_ISA_AMX &&
+    return cpu->rounds &&
            (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
 }
 
@@ -12346,6 +12355,51 @@ DPOI_AMX static void dpoi_amx_zero(void)
     _tile_zero(0);  _tile_zero(1);  _tile_zero(2);  _tile_zero(3);
 }
 
+/* ------------------------------------------------------------------------------------------- without tiles
+
+   Where AVX-512 has dot products of pairs of BF16 but the processor no tiles, sums lie in memory and come to registers 8
+   rows at a time; all else, packing and order, is the same. */
+
+/* Number i*a_tile + r*row + j*b_tile + o of c is row r and channel o of what tile i of a makes with tile j of b. */
+typedef struct dpoi_amx_sums {
+    float  *c;
+    int64_t a_tile, b_tile, row;
+} dpoi_amx_sums;
+
+/* Rows r..r+7 of tile i of a; `wide` is a constant where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_dots_rows(const dpoi_amx_strip *s, const dpoi_amx_sums *to, int i, int r, const int wide)
+{
+    const char *a = (const char *)s->a[i] + r*s->a_row;
+    const char *b0 = (const char *)s->b[0], *b1 = wide ? (const char *)s->b[1] : NULL;
+    float *c = to->c + i*to->a_tile + r*to->row, *d = c + to->b_tile;
+    int64_t row = to->row, step = s->a_row;
+    int32_t pair;
+#define DPOI_OPEN(i) __m512 c##i = _mm512_loadu_ps(c + i*row), d##i = wide ? _mm512_loadu_ps(d + i*row) : c##i;
+#define DPOI_DOT(i) memcpy(&pair, a + i*step + 4*k, 4);  x = (__m512bh)_mm512_set1_epi32(pair); \
+        c##i = _mm512_dpbf16_ps(c##i, x, y);  if (wide) d##i = _mm512_dpbf16_ps(d##i, x, z);
+#define DPOI_CLOSE(i) _mm512_storeu_ps(c + i*row, c##i);  if (wide) _mm512_storeu_ps(d + i*row, d##i);
+    DPOI_ROWS8(DPOI_OPEN)
+    for (int64_t n = 0; n < s->steps; n++, a += 2*s->a_step, b0 += 2*s->b_step, b1 += wide ? 2*s->b_step : 0)
+        for (int k = 0; k < 16; k++) {
+            __m512bh x, y = (__m512bh)_mm512_loadu_si512(b0 + k*s->b_row), z = y;
+            if (wide) z = (__m512bh)_mm512_loadu_si512(b1 + k*s->b_row);
+            DPOI_ROWS8(DPOI_DOT)
+        }
+    DPOI_ROWS8(DPOI_CLOSE)
+#undef DPOI_OPEN
+#undef DPOI_DOT
+#undef DPOI_CLOSE
+}
+
+/* What dpoi_amx_run does, with sums in memory. */
+DPOI_AMX static void dpoi_dots_run(const dpoi_amx_strip *s, const dpoi_amx_sums *to)
+{
+    for (int i = 0; i < 2 && s->a[i]; i++)
+        for (int r = 0; r < 16; r += 8)
+            if (s->b[1]) dpoi_dots_rows(s, to, i, r, 1);
+            else         dpoi_dots_rows(s, to, i, r, 0);
+}
+
 /* ------------------------------------------------------------------------------------------- rounding
 
    Nearest even, as everywhere; numbers below 2^-126 become zero, as they do in the products. */
@@ -12435,7 +12489,7 @@ enum {
     DPOI_AMX_WHOLE = 192,                 /* tiles of k of two panels that are not cut into chunks: 384 KiB, */
     DPOI_AMX_CHUNK = 120,                 /* and of those that are, in a chunk; */
     DPOI_AMX_FEW   = 1024,                /* fewer slots have smaller chunks, so that more of them are held */
-    DPOI_AMX_GROUP = 4,                   /* times two panels that share a chunk's slots, if not all channels are in it */
+    DPOI_AMX_GROUP = 4,                   /* times two panels that take turns at a part of the channels */
     DPOI_AMX_NEAR  = 1280,                /* channels: rows farther apart share too few sets of the cache */
     DPOI_AMX_HELD  = 800000,              /* bytes of a job's slots in a chunk */
     DPOI_AMX_KEPT  = 1000000,             /* bytes of weights that stay in the second-level cache */
@@ -12460,7 +12514,7 @@ typedef struct dpoi_amx_product {
     int64_t panels, block, blocks, span, spans;
     int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
-    int64_t range, ranges, rows;          /* chunks: tiles of channels, how often, rows of the kernel one by one (kh) or 1 */
+    int64_t range, ranges, rows;          /* chunks: tiles of channels, how often; kh: rows one by one, or 1 */
     int64_t group;                        /* times two panels that take turns at a chunk's slots */
     float  *sums;                         /* [jobs][group][block][32], where k is more than one chunk */
     int64_t sums_at, room;                /* floats */
@@ -12725,7 +12779,7 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const d
     for (int i = 0; i < DPOI_AMX_ROWS; i++, c += DPOI_AMX_WIDE) {
         int64_t place = at->place[i] + o;
         if (at->place[i] < 0) continue;
-        __m512 f0 = _mm512_load_ps(c), f1 = _mm512_load_ps(c + 16);
+        __m512 f0 = _mm512_loadu_ps(c), f1 = _mm512_loadu_ps(c + 16);
         if (p->add) {
             f0 = _mm512_add_ps(f0, dpoi_amx_load(p->add, p->add_type, place, k0));
             f1 = _mm512_add_ps(f1, dpoi_amx_load(p->add, p->add_type, place + 16, k1));
@@ -12736,9 +12790,9 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const d
             f1 = _mm512_add_ps(f1, _mm512_maskz_loadu_ps(k1, p->vec + at->n[i]*p->O + o + 16));
         }
         if (p->act != DPO_NONE) {
-            _mm512_store_ps(c, f0);  _mm512_store_ps(c + 16, f1);
+            _mm512_storeu_ps(c, f0);  _mm512_storeu_ps(c + 16, f1);
             p->cpu->rows.map(p->act, width, c, NULL, NULL, NULL, c, 0);
-            f0 = _mm512_load_ps(c);  f1 = _mm512_load_ps(c + 16);
+            f0 = _mm512_loadu_ps(c);  f1 = _mm512_loadu_ps(c + 16);
         }
         if (full && t->stream) dpoi_amx_stream(p->y, type, place, f0, f1);
         else                   dpoi_amx_save(p->y, type, place, k0, k1, f0, f1);
@@ -12778,7 +12832,22 @@ typedef struct dpoi_amx_job {
     int64_t m;
     dpoi_amx_pixels at;
     const uint16_t *tiles[2];
+    float  *c;                            /* NULL: sums are in tiles; else where they are, [32][32] */
 } dpoi_amx_job;
+
+/* Sums of nothing, from memory, and back; without tiles `at` is where they are from then on. */
+DPOI_AMX static void dpoi_amx_job_zero(dpoi_amx_job *j, float *at)
+{
+    if (!j->c) { dpoi_amx_zero();  return; }
+    memset(at, 0, DPOI_AMX_ROWS*DPOI_AMX_WIDE*sizeof(float));
+    j->c = at;
+}
+DPOI_AMX static void dpoi_amx_job_load(dpoi_amx_job *j, float *at)
+{
+    if (j->c) j->c = at;
+    else      dpoi_amx_sums_load(at);
+}
+DPOI_AMX static void dpoi_amx_job_save(const dpoi_amx_job *j, float *at) { if (!j->c) dpoi_amx_sums_save(at); }
 
 static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
 {
@@ -12800,7 +12869,9 @@ DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, 
     const dpoi_amx_factor *f = &t->f[i];
     int64_t size = dpoi_amx_padded(s->K)*DPOI_PANEL, kw = f->way == DPOI_AMX_TILED ? 1 : s->kw;
     const uint16_t *b = f->b + panel*size, *next = ahead->next;
+    dpoi_amx_sums sums = { NULL, 16*DPOI_AMX_WIDE, DPOI_PANEL, DPOI_AMX_WIDE };
     dpoi_amx_strip r;
+    sums.c = j->c;
     r.steps = c1 - c0;  r.b_step = DPOI_TILE_SIZE;  r.b_row = 64;
     for (int64_t kx = 0; kx < kw; kx++) {
         if (f->way == DPOI_AMX_TILED) {
@@ -12813,7 +12884,8 @@ DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, 
         r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
         r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
         if (kx) ahead->next = next + kx*f->steps*DPOI_TILE_SIZE;
-        dpoi_amx_run_ahead(&r, ahead);
+        if (j->c) dpoi_dots_run(&r, &sums);
+        else      dpoi_amx_run_ahead(&r, ahead);
     }
 }
 
@@ -12835,9 +12907,9 @@ DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_job *j, int64_t panel)
     float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
     dpoi_amx_ahead none = { NULL, 0 };
     if (j->t->f[1].steps) dpoi_amx_part(j, 1, panel, 0, 0, j->t->f[1].steps, &none);
-    dpoi_amx_sums_save(c);
+    dpoi_amx_job_save(j, c);
     DPOI_AMX_READY();
-    dpoi_amx_store(j->t, &j->at, panel*DPOI_PANEL, c);
+    dpoi_amx_store(j->t, &j->at, panel*DPOI_PANEL, j->c ? j->c : c);
 }
 
 /* Two panels and a chunk of k: tiles c0..c1-1 of channels in rows ky0..ky1-1 of the kernel. */
@@ -12878,13 +12950,14 @@ static const uint16_t *dpoi_amx_chunk_weights(const dpoi_amx_product *t, const d
 
 /* 32 slots and a chunk.  soon: where they begin that are next, or NULL; of their two panels the i-th of n blocks of
    slots calls for a share, the first half of the blocks for the first panel. */
-DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon, int64_t i,
-                                          int64_t n)
+DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon,
+                                          int64_t i, int64_t n)
 {
     const dpoi_amx_product *t = j->t;
     const dpoi_source *s = &t->p->source[0];
     int tiled = t->f[0].way == DPOI_AMX_TILED;
-    int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN, steps = t->f[0].steps;
+    int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN;
+    int64_t steps = t->f[0].steps;
     int64_t half = dpoi_most(1, n/2), lines = soon && i < 2*half ? dpoi_pieces(16, half) : 0;
     dpoi_amx_ahead ahead = { NULL, 0 };
     if (lines) soon += i/half*dpoi_amx_padded(s->K)*DPOI_PANEL;
@@ -12892,29 +12965,31 @@ DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_
         for (int64_t k = c->c0; k < c->c1; k += run) {
             int64_t end = dpoi_least(c->c1, k + run);
             ahead.lines = lines;
-            if (lines) ahead.next = soon + ((ky - c->ky0)*s->kw*steps + k - c->c0)*DPOI_TILE_SIZE + i % half*lines*(end - k)*32;
+            if (lines) ahead.next = soon + ((ky - c->ky0)*s->kw*steps + k - c->c0)*DPOI_TILE_SIZE
+                                         + i % half*lines*(end - k)*32;
             dpoi_amx_part(j, 0, c->panel, ky, k, end, &ahead);
         }
 }
 
 /* Chunk after chunk over slots m0..end-1.  Whoever takes this job takes, as things go, the one `threads` after it. */
-DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task, float *sums)
+DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task)
 {
     const dpoi_amx_product *t = j->t;
+    float *sums = t->sums + task*t->group*t->block*DPOI_AMX_WIDE, *own = j->c;
     dpoi_amx_chunk c, next;
     int64_t span = task/t->blocks, after = (task + t->p->cpu->threads)/t->blocks;
     for (int64_t q = 0; dpoi_amx_chunk_at(t, span, q, &c); q++) {
         int more = dpoi_amx_chunk_at(t, span, q + 1, &next) || (after != span && dpoi_amx_chunk_at(t, after, 0, &next));
         const uint16_t *soon = more ? dpoi_amx_chunk_weights(t, &next) : NULL;
         for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-            float *at = sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
+            float *at = c.first && c.last ? own : sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
             dpoi_amx_job_at(j, m);
             if (c.last) dpoi_amx_fetch_add(j, c.panel);
-            if (c.first) dpoi_amx_zero();
-            else dpoi_amx_sums_load(at);
+            if (c.first) dpoi_amx_job_zero(j, at);
+            else dpoi_amx_job_load(j, at);
             dpoi_amx_chunk_block(j, &c, soon, (m - m0)/DPOI_AMX_ROWS, dpoi_pieces(end - m0, DPOI_AMX_ROWS));
             if (c.last) dpoi_amx_finish(j, c.panel);
-            else dpoi_amx_sums_save(at);
+            else dpoi_amx_job_save(j, at);
         }
     }
 }
@@ -12944,7 +13019,7 @@ DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t e
         }
         for (c.panel = 0; c.panel < t->panels; c.panel += 2) {
             dpoi_amx_fetch_add(j, c.panel);
-            dpoi_amx_zero();
+            dpoi_amx_job_zero(j, j->c);
             if (t->f[0].way == DPOI_AMX_AS_IT_LIES) dpoi_amx_part(j, 0, c.panel, 0, 0, c.c1, &ahead);
             else dpoi_amx_chunk_block(j, &c, NULL, 0, 1);
             dpoi_amx_finish(j, c.panel);
@@ -12956,14 +13031,16 @@ DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
 {
     const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
     int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block);
+    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
     dpoi_amx_job j;
     memset(&j, 0, sizeof j);
     j.t = t;
-    dpoi_amx_begin();
+    if (t->p->cpu->isa >= DPO_ISA_AMX) dpoi_amx_begin();
+    else                               j.c = c;
     if (t->kept) dpoi_amx_slots_first(&j, m, end, i);
-    else dpoi_amx_chunks(&j, m, end, i, t->sums + i*t->group*t->block*DPOI_AMX_WIDE);
+    else         dpoi_amx_chunks(&j, m, end, i);
     if (t->stream) _mm_sfence();
-    dpoi_amx_end();
+    if (t->p->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
 }
 
 static void dpoi_amx_product_go(const dpoi_cpu_product *p)
@@ -13066,11 +13143,12 @@ DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int
     }
 }
 
-enum { DPOI_AMX_FLIPS = 4 };              /* panels of i a task: what it reads of a panel of w lies in one piece, 2 KiB */
+enum { DPOI_AMX_FLIPS = 4 };              /* panels of i a task: it reads w in pieces of 2 KiB */
 
 /* 16 channels o, from o on, of one place and of one panel of i (from: its first line in w), turned to `to`.  A pair of o
    is one word of 32 bits in w's row of an i, so that turning words does it. */
-DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64_t ni, int64_t o, int stream, uint16_t *to)
+DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64_t ni, int64_t o, int stream,
+                                         uint16_t *to)
 {
     float words[2*8*DPOI_PANEL] DPOI_ALIGNED, *turned = words + 8*DPOI_PANEL;      /* 16 rows of 8 pairs, 8 of 16 */
     const float *w = dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL);
@@ -13090,13 +13168,16 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
     int64_t places = p->y.count*p->x.count, j = task % places, K = places*p->O, size = dpoi_amx_padded(K)*DPOI_PANEL;
     int64_t ky = p->y.low + (p->y.count - 1 - j/p->x.count)*p->stride;
     int64_t kx = p->x.low + (p->x.count - 1 - j % p->x.count)*p->stride, from = (ky*p->kw + kx)*p->I;
-    int64_t first = task/places*DPOI_AMX_FLIPS, last = dpoi_least(first + DPOI_AMX_FLIPS, dpoi_pieces(p->I, DPOI_PANEL));
+    int64_t first = task/places*DPOI_AMX_FLIPS;
+    int64_t last = dpoi_least(first + DPOI_AMX_FLIPS, dpoi_pieces(p->I, DPOI_PANEL));
     uint16_t *to = (uint16_t *)(void *)p->to;
     int     slowly = p->O % 2 || (p->paired && p->I % 2);
     int     stream = p->O % DPOI_PANEL == 0 && p->I*K*2 >= DPOI_AMX_LARGE && (uintptr_t)to % 64 == 0;
     for (int64_t i = first; i < last; i++) {
-        if (j == places - 1) memset(to + i*size + K*DPOI_PANEL, 0, (size_t)(size - K*DPOI_PANEL)*2);
-        if (slowly) dpoi_amx_flip_slowly(p, from + i*DPOI_PANEL, j, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL), to + i*size);
+        for (int64_t k = j == places - 1 ? K : size; k < size/DPOI_PANEL; k++)
+            for (int c = 0; c < DPOI_PANEL; c++) to[i*size + (k/2*DPOI_PANEL + c)*2 + k % 2] = 0;
+        if (slowly) dpoi_amx_flip_slowly(p, from + i*DPOI_PANEL, j, dpoi_least(DPOI_PANEL, p->I - i*DPOI_PANEL),
+                                         to + i*size);
     }
     for (int64_t o = 0; o < p->O && !slowly; o += DPOI_PANEL)
         for (int64_t i = first; i < last; i++)
@@ -13232,6 +13313,13 @@ DPOI_AMX static void dpoi_amx_outer_chunk(const dpoi_amx_outer *p, int64_t tap, 
     t.a[1] = o + 1 < p->otiles ? t.a[0] + DPOI_TILE_SIZE : NULL;
     t.b[0] = p->v + (i*p->seen + place)*2*DPOI_PANEL + from*t.b_step;
     t.b[1] = i + 1 < p->itiles ? t.b[0] + p->seen*2*DPOI_PANEL : NULL;
+    if (p->c.cpu->isa < DPO_ISA_AMX) {
+        dpoi_amx_sums sums = { NULL, 512, 256, DPOI_PANEL };
+        sums.c = c;
+        if (fresh) memset(c, 0, 1024*sizeof(float));
+        dpoi_dots_run(&t, &sums);
+        return;
+    }
     if (fresh) dpoi_amx_zero();
     else {
         _tile_loadd(0, c, 64);  _tile_loadd(1, c + 256, 64);  _tile_loadd(2, c + 512, 64);  _tile_loadd(3, c + 768, 64);
@@ -13250,7 +13338,7 @@ DPOI_AMX static void dpoi_amx_outer_task(void *arg, int64_t task)
     int64_t from = g->units*part/g->parts, end = g->units*(part + 1)/g->parts;
     float *dw = g->parts == 1 ? g->dw : g->sums + part*g->panels*g->K*DPOI_PANEL;
     float c[DPOI_AMX_TAPS*1024] DPOI_ALIGNED;
-    dpoi_amx_begin();
+    if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_begin();
     for (int64_t first = 0; first < taps; first += DPOI_AMX_TAPS) {
         int64_t last = dpoi_least(taps, first + DPOI_AMX_TAPS);
         for (int64_t m = from; m < end; m += g->chunk)
@@ -13262,7 +13350,7 @@ DPOI_AMX static void dpoi_amx_outer_task(void *arg, int64_t task)
                     dpoi_amx_outer_store(p, tap, o + k/2, i + k % 2, c + (tap - first)*1024 + k*256, dw,
                                          g->parts == 1 && g->add);
     }
-    dpoi_amx_end();
+    if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
 }
 
 /* Three passes: pairs of x, dy turned, products; a fourth where pixels were cut into parts. */
@@ -15157,7 +15245,7 @@ static void dpoi_cpu_fill(dpoi_cpu *cpu)
     dpo_backend *b = &cpu->backend;
     b->size = (uint32_t)sizeof *b;       b->version = DIFFDPO_VERSION;
     b->name = "cpu";                     b->self = cpu;                  b->panel = 16;
-    b->pairs = cpu->isa >= DPO_ISA_AMX;
+    b->pairs = cpu->rounds;
     b->alloc = dpoi_cpu_alloc;           b->release = dpoi_cpu_release;
     b->copy = dpoi_cpu_copy_bytes;       b->zero = dpoi_cpu_zero;
     b->workspace = dpoi_cpu_workspace;   b->run = dpoi_cpu_run;
@@ -15175,6 +15263,7 @@ DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
     cpu->mem = mem;                       /* a copy: desc need not live on */
     cpu->isa = dpoi_isa_best();
     if (most != DPO_ISA_BEST && most < cpu->isa) cpu->isa = most;
+    cpu->rounds = cpu->isa >= DPO_ISA_AMX || (cpu->isa == DPO_ISA_AVX512 && dpoi_isa_dots());
     cpu->rows = dpoi_cpu_rows(cpu->isa);
     cpu->products = desc ? desc->products : DPO_F32;
     cpu->threads = threads > 0 ? threads : dpoi_cores();

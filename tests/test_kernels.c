@@ -652,20 +652,37 @@ static void test_stripes(uint64_t *seed)
 #endif
 }
 
-static void open_rounding(void)
+/* isa: DPO_ISA_BEST, or AVX-512 for its products without tiles. */
+static void open_rounding(int isa)
 {
     for (int w = 0; w < 2; w++) {
         dpo_desc d;
         memset(&d, 0, sizeof d);
         d.threads = w ? 3 : 1;
         d.products = DPO_BF16;
+        d.isa = isa;
         rounding[w] = dpo_cpu_open(&d);
-        if (!rounding[w] || ((dpoi_cpu *)rounding[w]->self)->isa >= DPO_ISA_AMX) continue;
+        if (!rounding[w] || ((dpoi_cpu *)rounding[w]->self)->rounds) continue;
         SKIP("products of BF16 with %d threads: this machine or build has no such kernels", d.threads);
         rounding[w]->close(rounding[w]->self);
         rounding[w] = NULL;
     }
-    if (rounding[0]) exact_amx = dpo_cpu_open(NULL);
+    if (rounding[0]) {
+        dpo_desc d;
+        memset(&d, 0, sizeof d);
+        d.isa = isa;
+        exact_amx = dpo_cpu_open(&d);
+    }
+}
+
+static void close_rounding(void)
+{
+    for (int w = 0; w < 2; w++) {
+        if (rounding[w]) rounding[w]->close(rounding[w]->self);
+        rounding[w] = NULL;
+    }
+    if (exact_amx) exact_amx->close(exact_amx->self);
+    exact_amx = NULL;
 }
 
 static void test_group_norm(uint64_t *seed, int act, int64_t P, float offset)
@@ -1296,7 +1313,6 @@ int main(int argc, char **argv)
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     int rounds = argc > 1 ? atoi(argv[1]) : 25;
     open_ways();
-    open_rounding();
     test_numbers();
     for (int i = 0; i < rounds; i++) one_round(&seed);
     for (int i = 0; i < 3; i++) {
@@ -1315,14 +1331,17 @@ int main(int argc, char **argv)
     test_randn(&seed);
     test_copy(&seed);
     test_hook(&seed);
-    for (int i = 0; rounding[0] && rounding[1] && i < 2*rounds; i++) {
-        test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 4 != 3);
-        test_stripes(&seed);
-        test_attention_rounding(&seed, i % 4 ? 40 : 170, i % 4 ? 50 : 600);
-        test_attention_growing(&seed, 600);
+    for (int isa = DPO_ISA_BEST; isa <= DPO_ISA_AVX512; isa += DPO_ISA_AVX512 - DPO_ISA_BEST) {
+        open_rounding(isa);
+        for (int i = 0; rounding[0] && rounding[1] && i < 2*rounds; i++) {
+            test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 4 != 3);
+            test_stripes(&seed);
+            if (((dpoi_cpu *)rounding[0]->self)->isa < DPO_ISA_AMX) continue;
+            test_attention_rounding(&seed, i % 4 ? 40 : 170, i % 4 ? 50 : 600);
+            test_attention_growing(&seed, 600);
+        }
+        close_rounding();
     }
-    for (int w = 0; w < 2; w++) if (rounding[w]) rounding[w]->close(rounding[w]->self);
-    if (exact_amx) exact_amx->close(exact_amx->self);
     for (int w = 0; w < WAYS; w++) if (ways[w]) ways[w]->close(ways[w]->self);
     return test_report();
 }
