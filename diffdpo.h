@@ -47,8 +47,8 @@
        >>api         basics, tensors, ops, files, models, noise, images, optim, pairs, cache, train,
                      backend
        >>impl        threads, memory, numbers, random, files, json, safetensors, unicode, tokenizer,
-                     tensor, tape, ops, backends, cpu, rows, kernels, products, winograd, amx, convolution, attention, open,
-                     nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, cache,
+                     tensor, tape, ops, backends, cpu, vectors, rows, kernels, products, winograd, amx, convolution,
+                     attention, open, nn, clip, unet, vae, model, formats, adapters, noise, images, optim, pairs, cache,
                      train
        >>end         license
 
@@ -160,7 +160,8 @@ enum {                                    /* what went wrong; the text that goes
 
 enum { DPO_LOG_ERROR, DPO_LOG_WARNING, DPO_LOG_INFO, DPO_LOG_DEBUG };         /* levels of dpo_desc.log */
 
-enum { DPO_ISA_BEST, DPO_ISA_PLAIN, DPO_ISA_AVX2, DPO_ISA_AVX512, DPO_ISA_AMX };      /* dpo_desc.isa: what the CPU kernels may use */
+/* dpo_desc.isa: what the CPU kernels may use.  NEON stands where AVX2 does, 8 floats side by side. */
+enum { DPO_ISA_BEST, DPO_ISA_PLAIN, DPO_ISA_AVX2, DPO_ISA_AVX512, DPO_ISA_AMX, DPO_ISA_NEON = DPO_ISA_AVX2 };
 
 typedef struct dpo_ctx     dpo_ctx;       /* one per thread of work: backend, memory, tape, error */
 typedef struct dpo_tensor  dpo_tensor;
@@ -7599,8 +7600,8 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
    ========================================================================================================== */
 
 /* Functions for an instruction set carry it as an attribute, so that a host needs no -march flag; which of them run is
-   chosen when the backend opens.  A further set (NEON) is one more value of dpoi_cpu.isa, one more target macro
-   here, and one more row where dpoi_cpu_rows and the products choose theirs. */
+   chosen when the backend opens.  A further set is one more value of dpoi_cpu.isa, one more target macro here, and one
+   more row where dpoi_cpu_rows and the products choose theirs; one of 8 floats is its half of >>impl vectors alone. */
 #if defined(_MSC_VER) && !defined(__clang__)
 #define DPOI_INLINE static __forceinline
 #elif defined(__GNUC__)
@@ -7619,12 +7620,12 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #endif
 #include <immintrin.h>
 #ifdef __GNUC__
-#define DPOI_AVX2   __attribute__((target("avx2,fma,f16c")))
+#define DPOI_256   __attribute__((target("avx2,fma,f16c")))
 #define DPOI_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
 #define DPOI_ALIGNED __attribute__((aligned(64)))
 #else
 #include <intrin.h>
-#define DPOI_AVX2
+#define DPOI_256
 #define DPOI_AVX512
 #endif
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
@@ -7632,6 +7633,13 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #include <cpuid.h>
 #define DPOI_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
 #endif
+#elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__) && !defined(__ARM_BIG_ENDIAN)
+#define DPOI_SIMD_NEON                    /* every arm64 has it: nothing to ask for, and the function needs no attribute */
+#define DPOI_256
+#include <arm_neon.h>
+#endif
+#if defined(DPOI_SIMD_X86) || defined(DPOI_SIMD_NEON)
+#define DPOI_SIMD_256                     /* 8 floats side by side, see >>impl vectors */
 #endif
 #endif
 
@@ -7665,7 +7673,9 @@ static int dpoi_isa_amx(void) { return 0; }
    31 VL.  XCR0: 6 the 256-bit registers, 0xe6 the 512-bit ones and the masks as well. */
 static int dpoi_isa_best(void)
 {
-#if !defined(DPOI_SIMD_X86)
+#if defined(DPOI_SIMD_NEON)
+    return DPO_ISA_NEON;
+#elif !defined(DPOI_SIMD_X86)
     return DPO_ISA_PLAIN;
 #elif defined(__GNUC__)
     __builtin_cpu_init();
@@ -7889,6 +7899,306 @@ static void *dpoi_carve(char *work, size_t *at, size_t bytes)
     *at += dpoi_lines(bytes);
     return piece;
 }
+/* ==========================================================================================================
+   >>impl vectors                                                     eight floats side by side: AVX2 and NEON
+   ========================================================================================================== */
+
+/* What the loops over 8 floats are written in: one register of AVX2, or two of NEON, whose functions compilers for
+   arm64 have without asking.  A mask m stands for the first n of the 8 lanes, n <= 0 for none, n >= 8 for all. */
+#ifdef DPOI_SIMD_256
+
+/* A window over these is a mask: from 8-n on the first n lanes, from 16-n on the others. */
+static const int32_t dpoi_lanes[24] = { -1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0,
+                                        -1, -1, -1, -1, -1, -1, -1, -1 };
+DPOI_INLINE int64_t dpoi_lane_count(int64_t n)            { return n < 0 ? 0 : n > 8 ? 8 : n; }
+#endif
+
+#ifdef DPOI_SIMD_X86
+typedef __m256  dpoi_f256;                /* 8 floats */
+typedef __m256d dpoi_d256;                /* 4 doubles */
+typedef __m256i dpoi_m256;                /* a mask */
+
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_zero_256(void)                           { return _mm256_setzero_ps(); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_all_256(float x)                         { return _mm256_set1_ps(x); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_read_256(const float *p)                 { return _mm256_loadu_ps(p); }
+DPOI_256 DPOI_INLINE void      dpoi_write_256(float *p, dpoi_f256 x)         { _mm256_storeu_ps(p, x); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_add_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_add_ps(a, b); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_sub_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_sub_ps(a, b); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_mul_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_mul_ps(a, b); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_div_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_div_ps(a, b); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_sqrt_256(dpoi_f256 x)                    { return _mm256_sqrt_ps(x); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_round_256(dpoi_f256 x)                   { return _mm256_round_ps(x, 8); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_and_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_and_ps(a, b); }
+/* Where one is NaN: the second. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_max_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_max_ps(a, b); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_min_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_min_ps(a, b); }
+/* a b + c, c - a b, a b - c, each rounded once. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)  { return _mm256_fmadd_ps(a, b, c); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fnma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c) { return _mm256_fnmadd_ps(a, b, c); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fms_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)  { return _mm256_fmsub_ps(a, b, c); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_abs_256(dpoi_f256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+/* `yes` where the mask's bits are set, else `no`. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_where_256(dpoi_f256 mask, dpoi_f256 yes, dpoi_f256 no)
+{
+    return _mm256_blendv_ps(no, yes, mask);
+}
+/* `yes` where x < 0, else `no`, also for a NaN. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_where_negative_256(dpoi_f256 x, dpoi_f256 yes, dpoi_f256 no)
+{
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
+}
+/* A mask of where a > b, not where one is NaN; whether a mask has any bit. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_above_256(dpoi_f256 a, dpoi_f256 b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+DPOI_256 DPOI_INLINE int       dpoi_any_256(dpoi_f256 mask)             { return _mm256_movemask_ps(mask) != 0; }
+/* Bits of eight numbers as they lie in memory. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_bits_256(const int32_t *p)
+{
+    return _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+/* 2^n for whole n from -126 to 127: the exponent's bits. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_power_256(dpoi_f256 n)
+{
+    __m256i k = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(k, 23));
+}
+
+DPOI_256 DPOI_INLINE dpoi_m256 dpoi_lanes_256(int64_t n)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)(dpoi_lanes + 8 - dpoi_lane_count(n)));
+}
+/* Lanes outside of the mask read 0, and are not touched: a row may end where memory ends. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_read_some_256(const float *p, dpoi_m256 m)      { return _mm256_maskload_ps(p, m); }
+DPOI_256 DPOI_INLINE void dpoi_write_some_256(float *p, dpoi_m256 m, dpoi_f256 x)   { _mm256_maskstore_ps(p, m, x); }
+
+DPOI_256 DPOI_INLINE dpoi_d256 dpoi_zero_d256(void)                          { return _mm256_setzero_pd(); }
+DPOI_256 DPOI_INLINE dpoi_d256 dpoi_add_d256(dpoi_d256 a, dpoi_d256 b)       { return _mm256_add_pd(a, b); }
+DPOI_256 DPOI_INLINE dpoi_d256 dpoi_doubles_256(dpoi_f256 x)                 /* number i plus number i + 4 */
+{
+    return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+}
+/* In a fixed order: (0+2) + (1+3). */
+DPOI_256 DPOI_INLINE double dpoi_total_d256(dpoi_d256 x)
+{
+    __m128d h = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
+}
+
+/* 8 BF16 or F16.
+   BF16 is the upper half of an F32: a shift. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_widen_256(int dtype, const uint16_t *h)
+{
+    __m128i k = _mm_loadu_si128((const __m128i *)(const void *)h);
+    if (dtype == DPO_F16) return _mm256_cvtph_ps(k);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(k), 16));
+}
+/* BF16 to nearest even: add half of what is cut off, less one where the kept part is even.
+   A NaN whose payload lies in the lower half would round to infinity: it keeps its upper half with the
+   quiet bit set. */
+DPOI_256 DPOI_INLINE void dpoi_narrow_256(int dtype, dpoi_f256 x, uint16_t *h)
+{
+    __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
+    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+    r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);          /* the lanes' low halves side by side */
+    _mm_storeu_si128((__m128i *)(void *)h, dtype == DPO_F16 ? _mm256_cvtps_ph(x, 0) : _mm256_castsi256_si128(r));
+}
+
+/* y[c*y_step + r] = x[r*x_step + c] of 8 by 8: pairs, then fours, then halves change places. */
+DPOI_256 static void dpoi_transpose_256(const float *x, int64_t x_step, float *y, int64_t y_step)
+{
+    __m256 r[8], p[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(x + i*x_step);
+    for (int i = 0; i < 8; i += 2) {
+        p[i]     = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i]     = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(y + i*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4)*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+#endif /* DPOI_SIMD_X86 */
+
+#ifdef DPOI_SIMD_NEON
+typedef struct dpoi_f256 { float32x4_t l, h; } dpoi_f256;     /* numbers 0..3, 4..7 */
+typedef struct dpoi_d256 { float64x2_t l, h; } dpoi_d256;
+typedef int64_t dpoi_m256;                /* a mask as its count: NEON loads and stores whole registers only */
+
+/* One function of NEON on both halves. */
+#define DPOI_NEON_1(name, function) \
+    DPOI_INLINE dpoi_f256 name(dpoi_f256 a) { a.l = function(a.l);  a.h = function(a.h);  return a; }
+#define DPOI_NEON_2(name, function) \
+    DPOI_INLINE dpoi_f256 name(dpoi_f256 a, dpoi_f256 b) \
+    { a.l = function(a.l, b.l);  a.h = function(a.h, b.h);  return a; }
+DPOI_NEON_2(dpoi_add_256, vaddq_f32)
+DPOI_NEON_2(dpoi_sub_256, vsubq_f32)
+DPOI_NEON_2(dpoi_mul_256, vmulq_f32)
+DPOI_NEON_2(dpoi_div_256, vdivq_f32)
+DPOI_NEON_2(dpoi_max_256, vmaxq_f32)      /* where one is NaN: NaN */
+DPOI_NEON_2(dpoi_min_256, vminq_f32)
+DPOI_NEON_1(dpoi_sqrt_256, vsqrtq_f32)
+DPOI_NEON_1(dpoi_round_256, vrndnq_f32)
+DPOI_NEON_1(dpoi_abs_256, vabsq_f32)
+DPOI_NEON_1(dpoi_negative_256, vnegq_f32)
+#undef DPOI_NEON_1
+#undef DPOI_NEON_2
+
+DPOI_INLINE dpoi_f256 dpoi_all_256(float x)               { dpoi_f256 y;  y.l = y.h = vdupq_n_f32(x);  return y; }
+DPOI_INLINE dpoi_f256 dpoi_zero_256(void)                 { return dpoi_all_256(0); }
+DPOI_INLINE void      dpoi_write_256(float *p, dpoi_f256 x) { vst1q_f32(p, x.l);  vst1q_f32(p + 4, x.h); }
+DPOI_INLINE dpoi_f256 dpoi_read_256(const float *p)
+{
+    dpoi_f256 x;
+    x.l = vld1q_f32(p);  x.h = vld1q_f32(p + 4);
+    return x;
+}
+/* a b + c, c - a b, a b - c. */
+DPOI_INLINE dpoi_f256 dpoi_fma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)
+{
+    c.l = vfmaq_f32(c.l, a.l, b.l);  c.h = vfmaq_f32(c.h, a.h, b.h);
+    return c;
+}
+DPOI_INLINE dpoi_f256 dpoi_fnma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)
+{
+    c.l = vfmsq_f32(c.l, a.l, b.l);  c.h = vfmsq_f32(c.h, a.h, b.h);
+    return c;
+}
+DPOI_INLINE dpoi_f256 dpoi_fms_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)
+{
+    return dpoi_negative_256(dpoi_fnma_256(a, b, c));
+}
+DPOI_INLINE dpoi_f256 dpoi_where_256(dpoi_f256 mask, dpoi_f256 yes, dpoi_f256 no)
+{
+    yes.l = vbslq_f32(vreinterpretq_u32_f32(mask.l), yes.l, no.l);
+    yes.h = vbslq_f32(vreinterpretq_u32_f32(mask.h), yes.h, no.h);
+    return yes;
+}
+DPOI_INLINE dpoi_f256 dpoi_and_256(dpoi_f256 a, dpoi_f256 b) { return dpoi_where_256(b, a, dpoi_zero_256()); }
+DPOI_INLINE dpoi_f256 dpoi_where_negative_256(dpoi_f256 x, dpoi_f256 yes, dpoi_f256 no)
+{
+    yes.l = vbslq_f32(vcltzq_f32(x.l), yes.l, no.l);
+    yes.h = vbslq_f32(vcltzq_f32(x.h), yes.h, no.h);
+    return yes;
+}
+DPOI_INLINE dpoi_f256 dpoi_above_256(dpoi_f256 a, dpoi_f256 b)
+{
+    a.l = vreinterpretq_f32_u32(vcgtq_f32(a.l, b.l));  a.h = vreinterpretq_f32_u32(vcgtq_f32(a.h, b.h));
+    return a;
+}
+DPOI_INLINE int dpoi_any_256(dpoi_f256 mask)
+{
+    return vmaxvq_u32(vorrq_u32(vreinterpretq_u32_f32(mask.l), vreinterpretq_u32_f32(mask.h))) != 0;
+}
+DPOI_INLINE dpoi_f256 dpoi_bits_256(const int32_t *p)
+{
+    dpoi_f256 x;
+    x.l = vreinterpretq_f32_s32(vld1q_s32(p));  x.h = vreinterpretq_f32_s32(vld1q_s32(p + 4));
+    return x;
+}
+DPOI_INLINE float32x4_t dpoi_power_128(float32x4_t n)
+{
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+DPOI_INLINE dpoi_f256 dpoi_power_256(dpoi_f256 n)
+{
+    n.l = dpoi_power_128(n.l);  n.h = dpoi_power_128(n.h);
+    return n;
+}
+
+DPOI_INLINE dpoi_m256 dpoi_lanes_256(int64_t n)           { return dpoi_lane_count(n); }
+/* By fours, twos and ones, as the bits of m say.  (A loop becomes a call of memcpy, and a function with calls keeps
+   no register of NEON whole: its sums would live on the stack.) */
+DPOI_INLINE dpoi_f256 dpoi_read_some_256(const float *p, dpoi_m256 m)
+{
+    dpoi_f256 x = dpoi_zero_256();
+    const float *last = p + m - 1;
+    if (m == 8) return dpoi_read_256(p);
+    if (m & 4) { x.l = vld1q_f32(p);  p += 4; }
+    if (m & 2) x.h = vcombine_f32(vld1_f32(p), vget_high_f32(x.h));
+    if (m & 1) x.h = m & 2 ? vld1q_lane_f32(last, x.h, 2) : vld1q_lane_f32(last, x.h, 0);
+    if (!(m & 4)) { x.l = x.h;  x.h = vdupq_n_f32(0); }
+    return x;
+}
+DPOI_INLINE void dpoi_write_some_256(float *p, dpoi_m256 m, dpoi_f256 x)
+{
+    if (m == 8) { dpoi_write_256(p, x);  return; }
+    if (m & 4) { vst1q_f32(p, x.l);  p += 4;  x.l = x.h; }
+    if (m & 2) { vst1_f32(p, vget_low_f32(x.l));  p += 2;  x.l = vextq_f32(x.l, x.l, 2); }
+    if (m & 1) vst1q_lane_f32(p, x.l, 0);
+}
+
+DPOI_INLINE dpoi_d256 dpoi_zero_d256(void)
+{
+    dpoi_d256 x;
+    x.l = x.h = vdupq_n_f64(0);
+    return x;
+}
+DPOI_INLINE dpoi_d256 dpoi_add_d256(dpoi_d256 a, dpoi_d256 b)
+{
+    a.l = vaddq_f64(a.l, b.l);  a.h = vaddq_f64(a.h, b.h);
+    return a;
+}
+DPOI_INLINE dpoi_d256 dpoi_doubles_256(dpoi_f256 x)
+{
+    dpoi_d256 y;
+    y.l = vaddq_f64(vcvt_f64_f32(vget_low_f32(x.l)), vcvt_f64_f32(vget_low_f32(x.h)));
+    y.h = vaddq_f64(vcvt_high_f64_f32(x.l), vcvt_high_f64_f32(x.h));
+    return y;
+}
+DPOI_INLINE double dpoi_total_d256(dpoi_d256 x)           { return vaddvq_f64(vaddq_f64(x.l, x.h)); }
+
+DPOI_INLINE dpoi_f256 dpoi_widen_256(int dtype, const uint16_t *h)
+{
+    uint16x8_t k = vld1q_u16(h);
+    dpoi_f256 x;
+    if (dtype == DPO_F16) {
+        x.l = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(k)));
+        x.h = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(k)));
+    } else {
+        x.l = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(k), 16));
+        x.h = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(k), 16));
+    }
+    return x;
+}
+/* Four of them; the same rounding as for AVX2 above. */
+DPOI_INLINE uint16x4_t dpoi_narrow_128(int dtype, float32x4_t x)
+{
+    uint32x4_t u = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    uint16x4_t r = vshrn_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+    uint16x4_t nan = vorr_u16(vshrn_n_u32(u, 16), vdup_n_u16(0x40));
+    if (dtype == DPO_F16) return vreinterpret_u16_f16(vcvt_f16_f32(x));
+    return vbsl_u16(vmovn_u32(vceqq_f32(x, x)), r, nan);
+}
+DPOI_INLINE void dpoi_narrow_256(int dtype, dpoi_f256 x, uint16_t *h)
+{
+    vst1_u16(h, dpoi_narrow_128(dtype, x.l));
+    vst1_u16(h + 4, dpoi_narrow_128(dtype, x.h));
+}
+
+/* y[c*y_step + r] = x[r*x_step + c] of 8 by 8, as four blocks of 4 by 4: pairs change places, then fours. */
+static void dpoi_transpose_256(const float *x, int64_t x_step, float *y, int64_t y_step)
+{
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 8; j += 4) {
+            const float *from = x + i*x_step + j;
+            float *to = y + j*y_step + i;
+            float32x4x2_t p = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + x_step));
+            float32x4x2_t q = vtrnq_f32(vld1q_f32(from + 2*x_step), vld1q_f32(from + 3*x_step));
+            vst1q_f32(to,            vcombine_f32(vget_low_f32(p.val[0]), vget_low_f32(q.val[0])));
+            vst1q_f32(to + y_step,   vcombine_f32(vget_low_f32(p.val[1]), vget_low_f32(q.val[1])));
+            vst1q_f32(to + 2*y_step, vcombine_f32(vget_high_f32(p.val[0]), vget_high_f32(q.val[0])));
+            vst1q_f32(to + 3*y_step, vcombine_f32(vget_high_f32(p.val[1]), vget_high_f32(q.val[1])));
+        }
+}
+#endif /* DPOI_SIMD_NEON */
 /* ==========================================================================================================
    >>impl rows                                                     loops over floats, one set an instruction set
    ========================================================================================================== */
@@ -8179,7 +8489,7 @@ static dpoi_rows dpoi_rows_plain(void)
    The same once for 8 and once for 16 floats side by side.  Rows end in masked loads and stores, never in scalar code,
    so that an element's bits do not depend on where in a row it stands.  A loop is made for each formula by inlining it
    with `op` constant: the switch in the formula costs nothing. */
-#ifdef DPOI_SIMD_X86
+#ifdef DPOI_SIMD_256
 
 /* exp(x) = 2^n exp(r), n = round(x/ln 2), r = x - n ln 2 in two parts; 1 + r + r^2 P(r) as in Cephes' expf, which is
    right to a unit in the last place.  Beyond DPOI_EXP_LOW and _HIGH the result is 0 or infinite. */
@@ -8200,175 +8510,125 @@ enum { DPOI_SUM_BLOCK = 1024 };           /* floats that are added in float befo
 
 /* ---- 8 floats */
 
-static const int32_t dpoi_lanes[16] = { -1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0 };
-
-/* A window over eight ones and eight zeros, for AVX2 has no mask registers. */
-DPOI_AVX2 DPOI_INLINE __m256i dpoi_lanes_256(int64_t left)                   /* the first `left`, below 8 */
-{
-    return _mm256_loadu_si256((const __m256i *)(const void *)(dpoi_lanes + 8 - left));
-}
 /* The first `left` floats at p, all 8 if there are more; the others read 0.
    Masked lanes are not touched: a row may end where memory ends. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_load_256(const float *p, int64_t left)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_load_256(const float *p, int64_t left)
 {
-    return left >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, dpoi_lanes_256(left));
+    return left >= 8 ? dpoi_read_256(p) : dpoi_read_some_256(p, dpoi_lanes_256(left));
 }
 /* Writes as many.
    The other floats in memory stay as they are. */
-DPOI_AVX2 DPOI_INLINE void dpoi_store_256(float *p, int64_t left, __m256 x)
+DPOI_256 DPOI_INLINE void dpoi_store_256(float *p, int64_t left, dpoi_f256 x)
 {
-    if (left >= 8) _mm256_storeu_ps(p, x);
-    else _mm256_maskstore_ps(p, dpoi_lanes_256(left), x);
+    if (left >= 8) dpoi_write_256(p, x);
+    else dpoi_write_some_256(p, dpoi_lanes_256(left), x);
 }
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_first_256(__m256 x, int64_t left)          /* 0 from number `left` on */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_first_256(dpoi_f256 x, int64_t left)          /* 0 from number `left` on */
 {
-    return left >= 8 ? x : _mm256_and_ps(x, _mm256_castsi256_ps(dpoi_lanes_256(left)));
+    return left >= 8 ? x : dpoi_and_256(x, dpoi_bits_256(dpoi_lanes + 8 - dpoi_lane_count(left)));
 }
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_abs_256(__m256 x)   { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_round_256(__m256 x) { return _mm256_round_ps(x, 8); }     /* to nearest, silently */
 /* 2^n for n below -126 is no normal float: half of n twice, so that small results become subnormal
    instead of 0. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_scale_256(__m256 y, __m256 n)              /* y 2^n, in two steps for n < -126 */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_scale_256(dpoi_f256 y, dpoi_f256 n)              /* y 2^n, in two steps for n < -126 */
 {
-    __m256i k = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
-    __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-    __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(k, half), bias), 23));
-    return _mm256_mul_ps(_mm256_mul_ps(y, a), b);
+    dpoi_f256 half = dpoi_round_256(dpoi_mul_256(n, dpoi_all_256(0.5f)));
+    return dpoi_mul_256(dpoi_mul_256(y, dpoi_power_256(half)), dpoi_power_256(dpoi_sub_256(n, half)));
 }
-/* `yes` where x < 0, else `no`, also for a NaN. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_where_negative_256(__m256 x, __m256 yes, __m256 no)
-{
-    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
-}
-DPOI_AVX2 DPOI_INLINE __m256d dpoi_doubles_256(__m256 x)                     /* pairs of its halves' sums */
-{
-    return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
-}
-/* In a fixed order: (0+2) + (1+3). */
-DPOI_AVX2 DPOI_INLINE double dpoi_total_256(__m256d x)
-{
-    __m128d h = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
-}
-
-/* 8 BF16 or F16.
-   BF16 is the upper half of an F32: a shift. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_widen_256(int dtype, const uint16_t *h)
-{
-    __m128i k = _mm_loadu_si128((const __m128i *)(const void *)h);
-    if (dtype == DPO_F16) return _mm256_cvtph_ps(k);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(k), 16));
-}
-
-/* BF16 to nearest even: add half of what is cut off, less one where the kept part is even.
-   A NaN whose payload lies in the lower half would round to infinity: it keeps its upper half with the
-   quiet bit set. */
-DPOI_AVX2 DPOI_INLINE void dpoi_narrow_256(int dtype, __m256 x, uint16_t *h)
-{
-    __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
-    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    r = _mm256_blendv_epi8(r, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
-    r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);          /* the lanes' low halves side by side */
-    _mm_storeu_si128((__m128i *)(void *)h, dtype == DPO_F16 ? _mm256_cvtps_ph(x, 0) : _mm256_castsi256_si128(r));
-}
-
 /* e^x of 8 numbers, relative error 1e-7.  max and min return their second operand where one is NaN: it stays.
    n ln 2 is taken off in two parts, of which the first has trailing zeros enough for n*LN2_HIGH to be
    exact. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_256(__m256 x)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_exp_256(dpoi_f256 x)
 {
-    __m256 n, r, y;
-    x = _mm256_max_ps(_mm256_set1_ps(DPOI_EXP_LOW), x);
-    x = _mm256_min_ps(_mm256_set1_ps(DPOI_EXP_HIGH), x);
-    n = dpoi_round_256(_mm256_mul_ps(x, _mm256_set1_ps(DPOI_LOG2E)));
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(DPOI_LN2_LOW), _mm256_fnmadd_ps(n, _mm256_set1_ps(DPOI_LN2_HIGH), x));
-    y = _mm256_set1_ps(dpoi_exp_p[5]);
-    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(dpoi_exp_p[4]));
-    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(dpoi_exp_p[3]));
-    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(dpoi_exp_p[2]));
-    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(dpoi_exp_p[1]));
-    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(dpoi_exp_p[0]));
-    y = _mm256_add_ps(_mm256_fmadd_ps(y, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1));
+    dpoi_f256 n, r, y;
+    x = dpoi_max_256(dpoi_all_256(DPOI_EXP_LOW), x);
+    x = dpoi_min_256(dpoi_all_256(DPOI_EXP_HIGH), x);
+    n = dpoi_round_256(dpoi_mul_256(x, dpoi_all_256(DPOI_LOG2E)));
+    r = dpoi_fnma_256(n, dpoi_all_256(DPOI_LN2_LOW), dpoi_fnma_256(n, dpoi_all_256(DPOI_LN2_HIGH), x));
+    y = dpoi_all_256(dpoi_exp_p[5]);
+    y = dpoi_fma_256(y, r, dpoi_all_256(dpoi_exp_p[4]));
+    y = dpoi_fma_256(y, r, dpoi_all_256(dpoi_exp_p[3]));
+    y = dpoi_fma_256(y, r, dpoi_all_256(dpoi_exp_p[2]));
+    y = dpoi_fma_256(y, r, dpoi_all_256(dpoi_exp_p[1]));
+    y = dpoi_fma_256(y, r, dpoi_all_256(dpoi_exp_p[0]));
+    y = dpoi_add_256(dpoi_fma_256(y, dpoi_mul_256(r, r), r), dpoi_all_256(1));
     return dpoi_scale_256(y, n);
 }
 
 /* 1/(1 + exp(-x)): for x << 0 the exponential is infinite and the result 0, as it should. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_sigmoid_256(__m256 x)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_sigmoid_256(dpoi_f256 x)
 {
-    __m256 one = _mm256_set1_ps(1), e = dpoi_exp_256(_mm256_sub_ps(_mm256_setzero_ps(), x));
-    return _mm256_div_ps(one, _mm256_add_ps(one, e));
+    dpoi_f256 one = dpoi_all_256(1), e = dpoi_exp_256(dpoi_sub_256(dpoi_zero_256(), x));
+    return dpoi_div_256(one, dpoi_add_256(one, e));
 }
 
 /* P(x), and its density exp(-x^2/2)/sqrt(2 pi), which shares the exponential.  P(x) = 1 - P(-x) for x > 0.
    1 - q loses no digits that x P(x) would show, since q is at most 1/2. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_normal_256(__m256 x, __m256 *density)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_normal_256(dpoi_f256 x, dpoi_f256 *density)
 {
-    __m256 one = _mm256_set1_ps(1), u = dpoi_abs_256(x), q = _mm256_set1_ps(dpoi_normal_q[8]);
-    __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(u, _mm256_set1_ps(DPOI_NORMAL_T), one));
-    __m256 e = dpoi_exp_256(_mm256_mul_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(-0.5f)));
-    for (int i = 7; i >= 0; i--) q = _mm256_fmadd_ps(q, t, _mm256_set1_ps(dpoi_normal_q[i]));
-    q = _mm256_mul_ps(q, e);
-    *density = _mm256_mul_ps(e, _mm256_set1_ps(0.39894228f));
-    return dpoi_where_negative_256(x, q, _mm256_sub_ps(one, q));
+    dpoi_f256 one = dpoi_all_256(1), u = dpoi_abs_256(x), q = dpoi_all_256(dpoi_normal_q[8]);
+    dpoi_f256 t = dpoi_div_256(one, dpoi_fma_256(u, dpoi_all_256(DPOI_NORMAL_T), one));
+    dpoi_f256 e = dpoi_exp_256(dpoi_mul_256(dpoi_mul_256(x, x), dpoi_all_256(-0.5f)));
+    for (int i = 7; i >= 0; i--) q = dpoi_fma_256(q, t, dpoi_all_256(dpoi_normal_q[i]));
+    q = dpoi_mul_256(q, e);
+    *density = dpoi_mul_256(e, dpoi_all_256(0.39894228f));
+    return dpoi_where_negative_256(x, q, dpoi_sub_256(one, q));
 }
 
 /* d x sigmoid(k x) / dx = s (1 + k x (1 - s))
    k = 1 for SiLU, 1.702 for quick GELU. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_silu_slope_256(__m256 x, float k)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_silu_slope_256(dpoi_f256 x, float k)
 {
-    __m256 one = _mm256_set1_ps(1), z = _mm256_mul_ps(x, _mm256_set1_ps(k)), s = dpoi_sigmoid_256(z);
-    return _mm256_mul_ps(s, _mm256_fmadd_ps(z, _mm256_sub_ps(one, s), one));
+    dpoi_f256 one = dpoi_all_256(1), z = dpoi_mul_256(x, dpoi_all_256(k)), s = dpoi_sigmoid_256(z);
+    return dpoi_mul_256(s, dpoi_fma_256(z, dpoi_sub_256(one, s), one));
 }
 /* d x P(x) / dx = P(x) + x P'(x) */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_gelu_slope_256(__m256 x)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_gelu_slope_256(dpoi_f256 x)
 {
-    __m256 density, P = dpoi_normal_256(x, &density);
-    return _mm256_fmadd_ps(x, density, P);
+    dpoi_f256 density, P = dpoi_normal_256(x, &density);
+    return dpoi_fma_256(x, density, P);
 }
 
 /* The four formulas of layer norm: h = (a - s0) s1 is the normalised number.
    fma rounds once where plain C rounds twice: the last bit may differ from the oracle's. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_norm_256(int op, __m256 a, __m256 b, __m256 c, const float *s)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_norm_256(int op, dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
 {
-    __m256 h = _mm256_mul_ps(_mm256_sub_ps(a, _mm256_set1_ps(s[0])), _mm256_set1_ps(s[1]));
-    if (op == DPOI_MAP_NORM)     return _mm256_fmadd_ps(h, b, c);
-    if (op == DPOI_MAP_NORM_DH)  return _mm256_mul_ps(h, b);
-    if (op == DPOI_MAP_NORM_DOT) return _mm256_mul_ps(h, _mm256_mul_ps(b, c));
-    h = _mm256_fnmadd_ps(h, _mm256_set1_ps(s[3]), _mm256_fmsub_ps(b, c, _mm256_set1_ps(s[2])));
-    return _mm256_mul_ps(h, _mm256_set1_ps(s[1]));
+    dpoi_f256 h = dpoi_mul_256(dpoi_sub_256(a, dpoi_all_256(s[0])), dpoi_all_256(s[1]));
+    if (op == DPOI_MAP_NORM)     return dpoi_fma_256(h, b, c);
+    if (op == DPOI_MAP_NORM_DH)  return dpoi_mul_256(h, b);
+    if (op == DPOI_MAP_NORM_DOT) return dpoi_mul_256(h, dpoi_mul_256(b, c));
+    h = dpoi_fnma_256(h, dpoi_all_256(s[3]), dpoi_fms_256(b, c, dpoi_all_256(s[2])));
+    return dpoi_mul_256(h, dpoi_all_256(s[1]));
 }
 
 /* The formulas of dpoi_map_one for 8 numbers; `op` is a constant wherever this is inlined.
    RELU: max(0, a) in this order returns a where a is NaN. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_256(int op, __m256 a, __m256 b, __m256 c, const float *s)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_256(int op, dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
 {
-    __m256 t;
+    dpoi_f256 t;
     switch (op) {
-    case DPO_SILU:         return _mm256_mul_ps(a, dpoi_sigmoid_256(a));
-    case DPO_GELU:         return _mm256_mul_ps(a, dpoi_normal_256(a, &t));
-    case DPO_QUICK_GELU:   return _mm256_mul_ps(a, dpoi_sigmoid_256(_mm256_mul_ps(a, _mm256_set1_ps(1.702f))));
+    case DPO_SILU:         return dpoi_mul_256(a, dpoi_sigmoid_256(a));
+    case DPO_GELU:         return dpoi_mul_256(a, dpoi_normal_256(a, &t));
+    case DPO_QUICK_GELU:   return dpoi_mul_256(a, dpoi_sigmoid_256(dpoi_mul_256(a, dpoi_all_256(1.702f))));
     case DPO_SIGMOID:      return dpoi_sigmoid_256(a);
     case DPO_EXP:          return dpoi_exp_256(a);
-    case DPO_SQUARE:       return _mm256_mul_ps(a, a);
-    case DPO_RELU:         return _mm256_max_ps(_mm256_setzero_ps(), a);
+    case DPO_SQUARE:       return dpoi_mul_256(a, a);
+    case DPO_RELU:         return dpoi_max_256(dpoi_zero_256(), a);
     case DPOI_MAP_BACK + DPO_NONE:       return b;
-    case DPOI_MAP_BACK + DPO_SILU:       return _mm256_mul_ps(b, dpoi_silu_slope_256(a, 1));
-    case DPOI_MAP_BACK + DPO_GELU:       return _mm256_mul_ps(b, dpoi_gelu_slope_256(a));
-    case DPOI_MAP_BACK + DPO_QUICK_GELU: return _mm256_mul_ps(b, dpoi_silu_slope_256(a, 1.702f));
-    case DPOI_MAP_BINARY + DPO_ADD:      return _mm256_add_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_SUB:      return _mm256_sub_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_MUL:      return _mm256_mul_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_DIV:      return _mm256_div_ps(a, b);
-    case DPOI_MAP_AFFINE:  return _mm256_fmadd_ps(a, _mm256_set1_ps(s[0]), _mm256_set1_ps(s[1]));
-    case DPOI_MAP_MIX:     return _mm256_fmadd_ps(a, _mm256_set1_ps(s[0]), _mm256_mul_ps(b, _mm256_set1_ps(s[1])));
-    case DPOI_MAP_DIFF:    return _mm256_mul_ps(_mm256_sub_ps(a, b), _mm256_set1_ps(s[0]));
-    case DPOI_MAP_LERP:    return _mm256_fmadd_ps(_mm256_sub_ps(a, b), _mm256_set1_ps(s[0]), b);
-    case DPOI_MAP_GEGLU:   return _mm256_mul_ps(a, _mm256_mul_ps(b, dpoi_normal_256(b, &t)));
-    case DPOI_MAP_GEGLU_BACK:   return _mm256_mul_ps(_mm256_mul_ps(c, a), dpoi_gelu_slope_256(b));
-    case DPOI_MAP_SQUARE:       t = _mm256_sub_ps(a, _mm256_set1_ps(s[0]));  return _mm256_mul_ps(t, t);
-    case DPOI_MAP_SQUARE_DIFF:  t = _mm256_sub_ps(a, b);  return _mm256_mul_ps(t, t);
+    case DPOI_MAP_BACK + DPO_SILU:       return dpoi_mul_256(b, dpoi_silu_slope_256(a, 1));
+    case DPOI_MAP_BACK + DPO_GELU:       return dpoi_mul_256(b, dpoi_gelu_slope_256(a));
+    case DPOI_MAP_BACK + DPO_QUICK_GELU: return dpoi_mul_256(b, dpoi_silu_slope_256(a, 1.702f));
+    case DPOI_MAP_BINARY + DPO_ADD:      return dpoi_add_256(a, b);
+    case DPOI_MAP_BINARY + DPO_SUB:      return dpoi_sub_256(a, b);
+    case DPOI_MAP_BINARY + DPO_MUL:      return dpoi_mul_256(a, b);
+    case DPOI_MAP_BINARY + DPO_DIV:      return dpoi_div_256(a, b);
+    case DPOI_MAP_AFFINE:  return dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_all_256(s[1]));
+    case DPOI_MAP_MIX:     return dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_mul_256(b, dpoi_all_256(s[1])));
+    case DPOI_MAP_DIFF:    return dpoi_mul_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]));
+    case DPOI_MAP_LERP:    return dpoi_fma_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]), b);
+    case DPOI_MAP_GEGLU:   return dpoi_mul_256(a, dpoi_mul_256(b, dpoi_normal_256(b, &t)));
+    case DPOI_MAP_GEGLU_BACK:   return dpoi_mul_256(dpoi_mul_256(c, a), dpoi_gelu_slope_256(b));
+    case DPOI_MAP_SQUARE:       t = dpoi_sub_256(a, dpoi_all_256(s[0]));  return dpoi_mul_256(t, t);
+    case DPOI_MAP_SQUARE_DIFF:  t = dpoi_sub_256(a, b);  return dpoi_mul_256(t, t);
     case DPOI_MAP_NORM: case DPOI_MAP_NORM_DH: case DPOI_MAP_NORM_DOT: case DPOI_MAP_NORM_BACK:
         return dpoi_map_norm_256(op, a, b, c, s);
     default: return a;
@@ -8377,30 +8637,30 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_256(int op, __m256 a, __m256 b, __m256 c, 
 
 /* f at number i of the row, of which `left` are still to do.
    Whole vectors have left = 8, a constant, so that the masked path vanishes from the main loop. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_map_at_256(int op, int64_t i, int64_t left, const float *a, const float *b,
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_at_256(int op, int64_t i, int64_t left, const float *a, const float *b,
                                              const float *c, const float *s)
 {
     return dpoi_map_256(op, dpoi_load_256(a + i, left), dpoi_load_256(b + i, left), dpoi_load_256(c + i, left), s);
 }
 
 /* The loop of one formula: whole vectors, then what is left under a mask. */
-DPOI_AVX2 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
+DPOI_256 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
                                              const float *s, float *y, int add)
 {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        __m256 f = dpoi_map_at_256(op, i, 8, a, b, c, s);
-        _mm256_storeu_ps(y + i, add ? _mm256_add_ps(_mm256_loadu_ps(y + i), f) : f);
+        dpoi_f256 f = dpoi_map_at_256(op, i, 8, a, b, c, s);
+        dpoi_write_256(y + i, add ? dpoi_add_256(dpoi_read_256(y + i), f) : f);
     }
     if (i < n) {
-        __m256 f = dpoi_map_at_256(op, i, n - i, a, b, c, s);
-        dpoi_store_256(y + i, n - i, add ? _mm256_add_ps(dpoi_load_256(y + i, n - i), f) : f);
+        dpoi_f256 f = dpoi_map_at_256(op, i, n - i, a, b, c, s);
+        dpoi_store_256(y + i, n - i, add ? dpoi_add_256(dpoi_load_256(y + i, n - i), f) : f);
     }
 }
 
 /* dpoi_rows.map: one loop a formula, plain C for those that are not in DPOI_MAPS. */
 #define DPOI_MAP_CASE_256(op) case op: dpoi_map_loop_256(op, n, a, b, c, s, y, add); break;
-DPOI_AVX2 static void dpoi_map_avx2(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
+DPOI_256 static void dpoi_map_8(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
                                     float *y, int add)
 {
     b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
@@ -8413,31 +8673,31 @@ DPOI_AVX2 static void dpoi_map_avx2(int op, int64_t n, const float *a, const flo
 /* Four sums of 8 floats each, emptied into doubles after every block.
    Four chains, since an addition takes four cycles.  Cut by n alone: the sum of a row is the same
    wherever the row lies. */
-DPOI_AVX2 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
+DPOI_256 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
                                                const float *s)
 {
-    __m256d total = _mm256_setzero_pd();
+    dpoi_d256 total = dpoi_zero_d256();
     for (int64_t from = 0; from < n; from += DPOI_SUM_BLOCK) {
         int64_t to = dpoi_least(n, from + DPOI_SUM_BLOCK), i = from;
-        __m256 f0 = _mm256_setzero_ps(), f1 = f0, f2 = f0, f3 = f0;
+        dpoi_f256 f0 = dpoi_zero_256(), f1 = f0, f2 = f0, f3 = f0;
         for (; i + 32 <= to; i += 32) {
-            f0 = _mm256_add_ps(f0, dpoi_map_at_256(op, i, 8, a, b, c, s));
-            f1 = _mm256_add_ps(f1, dpoi_map_at_256(op, i + 8, 8, a, b, c, s));
-            f2 = _mm256_add_ps(f2, dpoi_map_at_256(op, i + 16, 8, a, b, c, s));
-            f3 = _mm256_add_ps(f3, dpoi_map_at_256(op, i + 24, 8, a, b, c, s));
+            f0 = dpoi_add_256(f0, dpoi_map_at_256(op, i, 8, a, b, c, s));
+            f1 = dpoi_add_256(f1, dpoi_map_at_256(op, i + 8, 8, a, b, c, s));
+            f2 = dpoi_add_256(f2, dpoi_map_at_256(op, i + 16, 8, a, b, c, s));
+            f3 = dpoi_add_256(f3, dpoi_map_at_256(op, i + 24, 8, a, b, c, s));
         }
         for (; i < to; i += 8) {
-            __m256 f = dpoi_map_at_256(op, i, to - i, a, b, c, s);
-            f0 = _mm256_add_ps(f0, dpoi_first_256(f, to - i));
+            dpoi_f256 f = dpoi_map_at_256(op, i, to - i, a, b, c, s);
+            f0 = dpoi_add_256(f0, dpoi_first_256(f, to - i));
         }
-        total = _mm256_add_pd(total, dpoi_doubles_256(_mm256_add_ps(_mm256_add_ps(f0, f1), _mm256_add_ps(f2, f3))));
+        total = dpoi_add_d256(total, dpoi_doubles_256(dpoi_add_256(dpoi_add_256(f0, f1), dpoi_add_256(f2, f3))));
     }
-    return dpoi_total_256(total);
+    return dpoi_total_d256(total);
 }
 
 /* dpoi_rows.sum */
 #define DPOI_SUM_CASE_256(op) case op: return dpoi_sum_loop_256(op, n, a, b, c, s);
-DPOI_AVX2 static double dpoi_sum_avx2(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
+DPOI_256 static double dpoi_sum_8(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
 {
     b = b ? b : a;  c = c ? c : a;
     switch (op) {
@@ -8447,7 +8707,7 @@ DPOI_AVX2 static double dpoi_sum_avx2(int op, int64_t n, const float *a, const f
 }
 
 /* 8 numbers of F32 or BF16 from number i on, of which `left` exist; the others read 0. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_take_256(const void *x, const int type, int64_t i, int64_t left)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_take_256(const void *x, const int type, int64_t i, int64_t left)
 {
     uint16_t few[8] = { 0 };
     if (type == DPO_F32) return dpoi_load_256((const float *)x + i, left);
@@ -8456,7 +8716,7 @@ DPOI_AVX2 DPOI_INLINE __m256 dpoi_take_256(const void *x, const int type, int64_
     return dpoi_widen_256(DPO_BF16, few);
 }
 /* Writes as many. */
-DPOI_AVX2 DPOI_INLINE void dpoi_put_256(void *y, const int type, int64_t i, int64_t left, __m256 f)
+DPOI_256 DPOI_INLINE void dpoi_put_256(void *y, const int type, int64_t i, int64_t left, dpoi_f256 f)
 {
     uint16_t few[8];
     if (type == DPO_F32) { dpoi_store_256((float *)y + i, left, f);  return; }
@@ -8466,32 +8726,32 @@ DPOI_AVX2 DPOI_INLINE void dpoi_put_256(void *y, const int type, int64_t i, int6
 }
 
 /* What a column adds up: x, or (x - centre)^2. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_column_256(const void *x, const int type, int64_t i, int64_t left, __m256 centre,
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_column_256(const void *x, const int type, int64_t i, int64_t left, dpoi_f256 centre,
                                              int square)
 {
-    __m256 d = dpoi_take_256(x, type, i, left);
+    dpoi_f256 d = dpoi_take_256(x, type, i, left);
     if (!square) return d;
-    d = _mm256_sub_ps(d, centre);
-    return _mm256_mul_ps(d, d);
+    d = dpoi_sub_256(d, centre);
+    return dpoi_mul_256(d, d);
 }
 
 /* x [rows,C] -> sum [C], four rows at a time, added in pairs: a quarter of the traffic to `sum`. */
-DPOI_AVX2 DPOI_INLINE void dpoi_columns_loop_256(const int type, int64_t rows, int64_t C, const void *x,
+DPOI_256 DPOI_INLINE void dpoi_columns_loop_256(const int type, int64_t rows, int64_t C, const void *x,
                                               const float *centre, float *sum, int square)
 {
     memset(sum, 0, (size_t)C*sizeof *sum);
     for (int64_t i = 0, at = 0; i < rows; i += 4, at += 4*C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 mid = square ? dpoi_load_256(centre + c, C - c) : _mm256_setzero_ps(), g = _mm256_setzero_ps();
-            __m256 f = dpoi_column_256(x, type, at + c, C - c, mid, square);
-            if (i + 1 < rows) f = _mm256_add_ps(f, dpoi_column_256(x, type, at + C + c, C - c, mid, square));
+            dpoi_f256 mid = square ? dpoi_load_256(centre + c, C - c) : dpoi_zero_256(), g = dpoi_zero_256();
+            dpoi_f256 f = dpoi_column_256(x, type, at + c, C - c, mid, square);
+            if (i + 1 < rows) f = dpoi_add_256(f, dpoi_column_256(x, type, at + C + c, C - c, mid, square));
             if (i + 2 < rows) g = dpoi_column_256(x, type, at + 2*C + c, C - c, mid, square);
-            if (i + 3 < rows) g = _mm256_add_ps(g, dpoi_column_256(x, type, at + 3*C + c, C - c, mid, square));
-            dpoi_store_256(sum + c, C - c, _mm256_add_ps(dpoi_load_256(sum + c, C - c), _mm256_add_ps(f, g)));
+            if (i + 3 < rows) g = dpoi_add_256(g, dpoi_column_256(x, type, at + 3*C + c, C - c, mid, square));
+            dpoi_store_256(sum + c, C - c, dpoi_add_256(dpoi_load_256(sum + c, C - c), dpoi_add_256(f, g)));
         }
 }
 /* dpoi_rows.columns */
-DPOI_AVX2 static void dpoi_columns_avx2(int type, int64_t rows, int64_t C, const void *x, const float *centre,
+DPOI_256 static void dpoi_columns_8(int type, int64_t rows, int64_t C, const void *x, const float *centre,
                                         float *sum)
 {
     if (type == DPO_F32 && centre) dpoi_columns_loop_256(DPO_F32, rows, C, x, centre, sum, 1);
@@ -8501,32 +8761,32 @@ DPOI_AVX2 static void dpoi_columns_avx2(int type, int64_t rows, int64_t C, const
 }
 
 /* Of group norm's table [DPOI_NORM_ROWS,C], row `row` from channel c on. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_row_256(const float *t, int64_t C, int row, int64_t c)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_norm_row_256(const float *t, int64_t C, int row, int64_t c)
 {
     return dpoi_load_256(t + row*C + c, C - c);
 }
 
 /* d = x - mean, and z = d scale + beta; x is number `at`.
    The table's rows are loaded anew for each row of x; they stay in the first-level cache. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_norm_z_256(const float *t, int64_t C, int64_t c, const void *x, const int type,
-                                             int64_t at, __m256 *d)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_norm_z_256(const float *t, int64_t C, int64_t c, const void *x, const int type,
+                                             int64_t at, dpoi_f256 *d)
 {
-    *d = _mm256_sub_ps(dpoi_take_256(x, type, at, C - c), dpoi_norm_row_256(t, C, DPOI_NORM_MEAN, c));
-    return _mm256_fmadd_ps(*d, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_256(t, C, DPOI_NORM_BETA, c));
+    *d = dpoi_sub_256(dpoi_take_256(x, type, at, C - c), dpoi_norm_row_256(t, C, DPOI_NORM_MEAN, c));
+    return dpoi_fma_256(*d, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c), dpoi_norm_row_256(t, C, DPOI_NORM_BETA, c));
 }
 
 /* y = act(z), x and y [rows,C]. */
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_loop_256(const int type, int64_t rows, int64_t C, const void *x, const float *t,
+DPOI_256 DPOI_INLINE void dpoi_norm_loop_256(const int type, int64_t rows, int64_t C, const void *x, const float *t,
                                            int silu, void *y)
 {
     for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d);
-            dpoi_put_256(y, type, i + c, C - c, silu ? _mm256_mul_ps(z, dpoi_sigmoid_256(z)) : z);
+            dpoi_f256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d);
+            dpoi_put_256(y, type, i + c, C - c, silu ? dpoi_mul_256(z, dpoi_sigmoid_256(z)) : z);
         }
 }
 /* dpoi_rows.norm */
-DPOI_AVX2 static void dpoi_norm_avx2(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu,
+DPOI_256 static void dpoi_norm_8(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu,
                                      void *y)
 {
     if (type == DPO_F32 && silu) dpoi_norm_loop_256(DPO_F32, rows, C, x, t, 1, y);
@@ -8536,21 +8796,21 @@ DPOI_AVX2 static void dpoi_norm_avx2(int type, int64_t rows, int64_t C, const vo
 }
 
 /* dz = dy act'(z), h = d rs: sums [2,C] of dz and of dz h over the rows. */
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_sums_loop_256(const int type, int64_t rows, int64_t C, const void *x,
+DPOI_256 DPOI_INLINE void dpoi_norm_sums_loop_256(const int type, int64_t rows, int64_t C, const void *x,
                                                 const float *dy, const float *t, int silu, float *sums)
 {
     memset(sums, 0, (size_t)C*2*sizeof *sums);
     for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d), dz = dpoi_load_256(dy + i + c, C - c);
-            __m256 h = _mm256_mul_ps(d, dpoi_norm_row_256(t, C, DPOI_NORM_RS, c));
-            if (silu) dz = _mm256_mul_ps(dz, dpoi_silu_slope_256(z, 1));
-            dpoi_store_256(sums + c, C - c, _mm256_add_ps(dpoi_load_256(sums + c, C - c), dz));
-            dpoi_store_256(sums + C + c, C - c, _mm256_fmadd_ps(dz, h, dpoi_load_256(sums + C + c, C - c)));
+            dpoi_f256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d), dz = dpoi_load_256(dy + i + c, C - c);
+            dpoi_f256 h = dpoi_mul_256(d, dpoi_norm_row_256(t, C, DPOI_NORM_RS, c));
+            if (silu) dz = dpoi_mul_256(dz, dpoi_silu_slope_256(z, 1));
+            dpoi_store_256(sums + c, C - c, dpoi_add_256(dpoi_load_256(sums + c, C - c), dz));
+            dpoi_store_256(sums + C + c, C - c, dpoi_fma_256(dz, h, dpoi_load_256(sums + C + c, C - c)));
         }
 }
 /* dpoi_rows.norm_sums */
-DPOI_AVX2 static void dpoi_norm_sums_avx2(int type, int64_t rows, int64_t C, const void *x, const float *dy,
+DPOI_256 static void dpoi_norm_sums_8(int type, int64_t rows, int64_t C, const void *x, const float *dy,
                                         const float *t, int silu, float *sums)
 {
     if (type == DPO_F32 && silu) dpoi_norm_sums_loop_256(DPO_F32, rows, C, x, dy, t, 1, sums);
@@ -8561,21 +8821,21 @@ DPOI_AVX2 static void dpoi_norm_sums_avx2(int type, int64_t rows, int64_t C, con
 
 /* dx = scale dz - k1 - d k2, all [rows,C].
    add is a constant in neither copy: the branch is the same for a whole call and predicted. */
-DPOI_AVX2 DPOI_INLINE void dpoi_norm_back_loop_256(const int type, int64_t rows, int64_t C, const void *x,
+DPOI_256 DPOI_INLINE void dpoi_norm_back_loop_256(const int type, int64_t rows, int64_t C, const void *x,
                                                 const float *dy, const float *t, int silu, float *dx, int add)
 {
     for (int64_t i = 0; i < rows*C; i += C)
         for (int64_t c = 0; c < C; c += 8) {
-            __m256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d), f = dpoi_load_256(dy + i + c, C - c);
-            if (silu) f = _mm256_mul_ps(f, dpoi_silu_slope_256(z, 1));
-            f = _mm256_mul_ps(f, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c));
-            f = _mm256_sub_ps(f, dpoi_norm_row_256(t, C, DPOI_NORM_K1, c));
-            f = _mm256_fnmadd_ps(d, dpoi_norm_row_256(t, C, DPOI_NORM_K2, c), f);
-            dpoi_store_256(dx + i + c, C - c, add ? _mm256_add_ps(dpoi_load_256(dx + i + c, C - c), f) : f);
+            dpoi_f256 d, z = dpoi_norm_z_256(t, C, c, x, type, i + c, &d), f = dpoi_load_256(dy + i + c, C - c);
+            if (silu) f = dpoi_mul_256(f, dpoi_silu_slope_256(z, 1));
+            f = dpoi_mul_256(f, dpoi_norm_row_256(t, C, DPOI_NORM_SCALE, c));
+            f = dpoi_sub_256(f, dpoi_norm_row_256(t, C, DPOI_NORM_K1, c));
+            f = dpoi_fnma_256(d, dpoi_norm_row_256(t, C, DPOI_NORM_K2, c), f);
+            dpoi_store_256(dx + i + c, C - c, add ? dpoi_add_256(dpoi_load_256(dx + i + c, C - c), f) : f);
         }
 }
 /* dpoi_rows.norm_back */
-DPOI_AVX2 static void dpoi_norm_back_avx2(int type, int64_t rows, int64_t C, const void *x, const float *dy,
+DPOI_256 static void dpoi_norm_back_8(int type, int64_t rows, int64_t C, const void *x, const float *dy,
                                         const float *t, int silu, float *dx, int add)
 {
     if (type == DPO_F32 && silu) dpoi_norm_back_loop_256(DPO_F32, rows, C, x, dy, t, 1, dx, add);
@@ -8587,53 +8847,56 @@ DPOI_AVX2 static void dpoi_norm_back_avx2(int type, int64_t rows, int64_t C, con
 /* dpoi_rows.adamw: four streams in, three out; memory is what it costs.
    Masked lanes compute on zeros: 0/(0 + eps) is 0, and nothing of it is stored.  decay w - u rounds once, in plain C and
    PyTorch twice: a weight near 1 that moves by 1e-5 a step differs from theirs by some 1e-4 of its way. */
-DPOI_AVX2 static void dpoi_adamw_avx2(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
+DPOI_256 static void dpoi_adamw_8(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
-    __m256 b1 = _mm256_set1_ps(s[DPOI_ADAMW_BETA1]), c1 = _mm256_set1_ps(1 - s[DPOI_ADAMW_BETA1]);
-    __m256 b2 = _mm256_set1_ps(s[DPOI_ADAMW_BETA2]), c2 = _mm256_set1_ps(1 - s[DPOI_ADAMW_BETA2]);
-    __m256 factor = _mm256_set1_ps(s[DPOI_ADAMW_FACTOR]), decay = _mm256_set1_ps(s[DPOI_ADAMW_DECAY]);
-    __m256 rate = _mm256_set1_ps(s[DPOI_ADAMW_RATE]), root = _mm256_set1_ps(s[DPOI_ADAMW_ROOT]);
-    __m256 eps = _mm256_set1_ps(s[DPOI_ADAMW_EPS]);
+    dpoi_f256 b1 = dpoi_all_256(s[DPOI_ADAMW_BETA1]), c1 = dpoi_all_256(1 - s[DPOI_ADAMW_BETA1]);
+    dpoi_f256 b2 = dpoi_all_256(s[DPOI_ADAMW_BETA2]), c2 = dpoi_all_256(1 - s[DPOI_ADAMW_BETA2]);
+    dpoi_f256 factor = dpoi_all_256(s[DPOI_ADAMW_FACTOR]), decay = dpoi_all_256(s[DPOI_ADAMW_DECAY]);
+    dpoi_f256 rate = dpoi_all_256(s[DPOI_ADAMW_RATE]), root = dpoi_all_256(s[DPOI_ADAMW_ROOT]);
+    dpoi_f256 eps = dpoi_all_256(s[DPOI_ADAMW_EPS]);
     for (int64_t i = 0; i < n; i += 8) {
-        __m256 d = _mm256_mul_ps(factor, dpoi_load_256(g + i, n - i)), mi, vi, u;
-        mi = _mm256_fmadd_ps(b1, dpoi_load_256(m + i, n - i), _mm256_mul_ps(c1, d));
-        vi = _mm256_fmadd_ps(b2, dpoi_load_256(v + i, n - i), _mm256_mul_ps(_mm256_mul_ps(c2, d), d));
-        u = _mm256_div_ps(_mm256_mul_ps(rate, mi), _mm256_fmadd_ps(root, _mm256_sqrt_ps(vi), eps));
+        dpoi_f256 d = dpoi_mul_256(factor, dpoi_load_256(g + i, n - i)), mi, vi, u;
+        mi = dpoi_fma_256(b1, dpoi_load_256(m + i, n - i), dpoi_mul_256(c1, d));
+        vi = dpoi_fma_256(b2, dpoi_load_256(v + i, n - i), dpoi_mul_256(dpoi_mul_256(c2, d), d));
+        u = dpoi_div_256(dpoi_mul_256(rate, mi), dpoi_fma_256(root, dpoi_sqrt_256(vi), eps));
         dpoi_store_256(m + i, n - i, mi);
         dpoi_store_256(v + i, n - i, vi);
-        dpoi_store_256(w + i, n - i, _mm256_fmsub_ps(decay, dpoi_load_256(w + i, n - i), u));
+        dpoi_store_256(w + i, n - i, dpoi_fms_256(decay, dpoi_load_256(w + i, n - i), u));
     }
 }
 
 /* dpoi_rows.widen and .narrow: whole vectors here, the rest in plain C, which rounds the same.
    The rest is at most 7 numbers. */
-DPOI_AVX2 static void dpoi_widen_avx2(int dtype, int64_t n, const void *x, float *y)
+DPOI_256 static void dpoi_widen_8(int dtype, int64_t n, const void *x, float *y)
 {
     const uint16_t *h = (const uint16_t *)x;
     int64_t i = 0;
-    if (dtype == DPO_BF16) for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, dpoi_widen_256(DPO_BF16, h + i));
-    if (dtype == DPO_F16)  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, dpoi_widen_256(DPO_F16, h + i));
+    if (dtype == DPO_BF16) for (; i + 8 <= n; i += 8) dpoi_write_256(y + i, dpoi_widen_256(DPO_BF16, h + i));
+    if (dtype == DPO_F16)  for (; i + 8 <= n; i += 8) dpoi_write_256(y + i, dpoi_widen_256(DPO_F16, h + i));
     dpoi_widen(dtype, n - i, i ? (const void *)(h + i) : x, y + i);
 }
-DPOI_AVX2 static void dpoi_narrow_avx2(int dtype, int64_t n, const float *x, void *y)
+DPOI_256 static void dpoi_narrow_8(int dtype, int64_t n, const float *x, void *y)
 {
     uint16_t *h = (uint16_t *)y;
     int64_t i = 0;
-    if (dtype == DPO_BF16) for (; i + 8 <= n; i += 8) dpoi_narrow_256(DPO_BF16, _mm256_loadu_ps(x + i), h + i);
-    if (dtype == DPO_F16)  for (; i + 8 <= n; i += 8) dpoi_narrow_256(DPO_F16, _mm256_loadu_ps(x + i), h + i);
+    if (dtype == DPO_BF16) for (; i + 8 <= n; i += 8) dpoi_narrow_256(DPO_BF16, dpoi_read_256(x + i), h + i);
+    if (dtype == DPO_F16)  for (; i + 8 <= n; i += 8) dpoi_narrow_256(DPO_F16, dpoi_read_256(x + i), h + i);
     dpoi_narrow(dtype, n - i, x + i, i ? (void *)(h + i) : y);
 }
 
 /* The set as a table. */
-static dpoi_rows dpoi_rows_avx2(void)
+static dpoi_rows dpoi_rows_8(void)
 {
     dpoi_rows r;
-    r.map = dpoi_map_avx2;        r.sum = dpoi_sum_avx2;              r.columns = dpoi_columns_avx2;
-    r.norm = dpoi_norm_avx2;      r.norm_sums = dpoi_norm_sums_avx2;  r.norm_back = dpoi_norm_back_avx2;
-    r.adamw = dpoi_adamw_avx2;    r.widen = dpoi_widen_avx2;          r.narrow = dpoi_narrow_avx2;
+    r.map = dpoi_map_8;        r.sum = dpoi_sum_8;              r.columns = dpoi_columns_8;
+    r.norm = dpoi_norm_8;      r.norm_sums = dpoi_norm_sums_8;  r.norm_back = dpoi_norm_back_8;
+    r.adamw = dpoi_adamw_8;    r.widen = dpoi_widen_8;          r.narrow = dpoi_narrow_8;
     return r;
 }
 
+#endif /* DPOI_SIMD_256 */
+
+#ifdef DPOI_SIMD_X86
 /* ---- 16 floats */
 
 /* The first `left` floats at p, all 16 if there are more; the others read 0.
@@ -9069,7 +9332,9 @@ static dpoi_rows dpoi_cpu_rows(int isa)
 {
 #ifdef DPOI_SIMD_X86
     if (isa >= DPO_ISA_AVX512) return dpoi_rows_avx512();
-    if (isa == DPO_ISA_AVX2)   return dpoi_rows_avx2();
+#endif
+#ifdef DPOI_SIMD_256
+    if (isa != DPO_ISA_PLAIN)  return dpoi_rows_8();
 #endif
     (void)isa;
     return dpoi_rows_plain();
@@ -11082,11 +11347,11 @@ typedef struct dpoi_tile {
 #define DPOI_FETCH_FAR(p) ((void)(p))
 #endif
 
-#ifdef DPOI_SIMD_X86
-
 /* Names for registers: a compiler keeps an array of accumulators in memory unless it unrolls every loop over it. */
 #define DPOI_ROWS8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define DPOI_ROWS6(X) X(0) X(1) X(2) X(3) X(4) X(5)
+
+#ifdef DPOI_SIMD_X86
 
 /* Reads and writes only the lanes that exist: the last panel of y may end in mid-register.  extras: 0
    nothing to add, 1 `from` alone, 2 ask for each. */
@@ -11156,32 +11421,28 @@ DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int panels)
     else                  dpoi_tile_avx512(t, 1);
 }
 
-/* Lanes 0..n-1 of 8: the sign bits of the result are what AVX2 masks by.
-   n <= 0: none; n >= 8: all. */
-DPOI_AVX2 DPOI_INLINE __m256i dpoi_lanes_avx2(int n)
-{
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
+#endif /* DPOI_SIMD_X86 */
 
+#ifdef DPOI_SIMD_256
 /* o is 0 or 8: which half of the panel. */
-DPOI_AVX2 DPOI_INLINE void dpoi_store_avx2(const dpoi_tile *t, int i, int j, int o, __m256i lanes, __m256 c)
+DPOI_256 DPOI_INLINE void dpoi_store_8(const dpoi_tile *t, int i, int j, int o, dpoi_m256 lanes, dpoi_f256 c)
 {
     int64_t at = j*t->to_step + o;
-    if (t->from[i]) c = _mm256_add_ps(c, _mm256_maskload_ps(t->from[i] + at, lanes));
-    if (t->bias)    c = _mm256_add_ps(c, _mm256_maskload_ps(t->bias + j*16 + o, lanes));
-    if (t->vec[i])  c = _mm256_add_ps(c, _mm256_maskload_ps(t->vec[i] + j*16 + o, lanes));
-    _mm256_maskstore_ps(t->to[i] + at, lanes, c);
+    if (t->from[i]) c = dpoi_add_256(c, dpoi_read_some_256(t->from[i] + at, lanes));
+    if (t->bias)    c = dpoi_add_256(c, dpoi_read_some_256(t->bias + j*16 + o, lanes));
+    if (t->vec[i])  c = dpoi_add_256(c, dpoi_read_some_256(t->vec[i] + j*16 + o, lanes));
+    dpoi_write_some_256(t->to[i] + at, lanes, c);
 }
 
 /* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16.
    Masks of b are needed only where b is no panel and may end early; masked loads are slower, hence two
    copies. */
-DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, int j, int b_lanes, int lanes, const int masked)
+DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int b_lanes, int lanes, const int masked)
 {
-    const __m256i low = dpoi_lanes_avx2(b_lanes), high = dpoi_lanes_avx2(b_lanes - 8);
-    const __m256i to_low = dpoi_lanes_avx2(lanes), to_high = dpoi_lanes_avx2(lanes - 8);
-    const __m256 zero = _mm256_setzero_ps();
-#define DPOI_ZERO(i) __m256 c##i##0 = zero, c##i##1 = zero;
+    const dpoi_m256 low = dpoi_lanes_256(b_lanes), high = dpoi_lanes_256(b_lanes - 8);
+    const dpoi_m256 to_low = dpoi_lanes_256(lanes), to_high = dpoi_lanes_256(lanes - 8);
+    const dpoi_f256 zero = dpoi_zero_256();
+#define DPOI_ZERO(i) dpoi_f256 c##i##0 = zero, c##i##1 = zero;
     DPOI_ROWS6(DPOI_ZERO)
     for (int s = 0; s < t->segs; s++) {
         const dpoi_segment *g = t->seg + s;
@@ -11190,15 +11451,15 @@ DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, int j, int b_lanes
 #define DPOI_ROW(i) const float *r##i = g->row[i] + t->shift;
         DPOI_ROWS6(DPOI_ROW)
         for (int64_t k = 0; k != last; k += a_step, b += b_step) {
-            __m256 a, b0 = masked ? _mm256_maskload_ps(b, low) : _mm256_loadu_ps(b);
-            __m256 b1 = masked ? _mm256_maskload_ps(b + 8, high) : _mm256_loadu_ps(b + 8);
-#define DPOI_FMA(i) a = _mm256_set1_ps(r##i[k]); \
-            c##i##0 = _mm256_fmadd_ps(a, b0, c##i##0);  c##i##1 = _mm256_fmadd_ps(a, b1, c##i##1);
+            dpoi_f256 a, b0 = masked ? dpoi_read_some_256(b, low) : dpoi_read_256(b);
+            dpoi_f256 b1 = masked ? dpoi_read_some_256(b + 8, high) : dpoi_read_256(b + 8);
+#define DPOI_FMA(i) a = dpoi_all_256(r##i[k]); \
+            c##i##0 = dpoi_fma_256(a, b0, c##i##0);  c##i##1 = dpoi_fma_256(a, b1, c##i##1);
             DPOI_ROWS6(DPOI_FMA)
         }
     }
 #define DPOI_STORE(i) if (i < t->rows) { \
-        dpoi_store_avx2(t, i, j, 0, to_low, c##i##0);  dpoi_store_avx2(t, i, j, 8, to_high, c##i##1); }
+        dpoi_store_8(t, i, j, 0, to_low, c##i##0);  dpoi_store_8(t, i, j, 8, to_high, c##i##1); }
     DPOI_ROWS6(DPOI_STORE)
 #undef DPOI_ZERO
 #undef DPOI_ROW
@@ -11207,50 +11468,30 @@ DPOI_AVX2 DPOI_INLINE void dpoi_tile_avx2(const dpoi_tile *t, int j, int b_lanes
 }
 
 /* Panel after panel: 16 registers do not hold more than one. */
-DPOI_AVX2 static void dpoi_tile_run_avx2(const dpoi_tile *t, int panels)
+DPOI_256 static void dpoi_tile_run_8(const dpoi_tile *t, int panels)
 {
     for (int j = 0; j < panels; j++)
-        if (j < panels - 1) dpoi_tile_avx2(t, j, DPOI_PANEL, DPOI_PANEL, 0);
-        else if (t->b_lanes == DPOI_PANEL) dpoi_tile_avx2(t, j, DPOI_PANEL, t->to_lanes, 0);
-        else dpoi_tile_avx2(t, j, t->b_lanes, t->to_lanes, 1);
+        if (j < panels - 1) dpoi_tile_8(t, j, DPOI_PANEL, DPOI_PANEL, 0);
+        else if (t->b_lanes == DPOI_PANEL) dpoi_tile_8(t, j, DPOI_PANEL, t->to_lanes, 0);
+        else dpoi_tile_8(t, j, t->b_lanes, t->to_lanes, 1);
 }
-/* y[c*y_step + r] = x[r*x_step + c] of 8 by 8: pairs, then fours, then halves change places. */
-DPOI_AVX2 static void dpoi_transpose_avx2(const float *x, int64_t x_step, float *y, int64_t y_step)
-{
-    __m256 r[8], p[8];
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(x + i*x_step);
-    for (int i = 0; i < 8; i += 2) {
-        p[i]     = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        r[i]     = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(y + i*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(y + (i + 4)*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-    }
-}
-#endif /* DPOI_SIMD_X86 */
+#endif /* DPOI_SIMD_256 */
 
 /* y[c*y_step + r] = x[r*x_step + c] for all r < rows, c < columns.
    For packing rows of heads as panels, 8 by 8 in registers and the edges one by one. */
 static void dpoi_transpose(int64_t rows, int64_t columns, const float *x, int64_t x_step, float *y, int64_t y_step)
 {
     int64_t r8 = 0, c8 = 0;
-#ifdef DPOI_SIMD_X86
+#ifdef DPOI_SIMD_256
     r8 = rows/8*8;  c8 = columns/8*8;
     for (int64_t r = 0; r < r8; r += 8)
-        for (int64_t c = 0; c < c8; c += 8) dpoi_transpose_avx2(x + r*x_step + c, x_step, y + c*y_step + r, y_step);
+        for (int64_t c = 0; c < c8; c += 8) dpoi_transpose_256(x + r*x_step + c, x_step, y + c*y_step + r, y_step);
 #endif
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = r < r8 ? c8 : 0; c < columns; c++) y[c*y_step + r] = x[r*x_step + c];
 }
 
-/* Rows that an instruction set holds in registers.  NEON would have 6 (by one panel, as AVX2). */
+/* Rows that an instruction set holds in registers. */
 static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? 8 : 6; }
 
 /* Panels go into groups of at most 3, of even sizes; group g is panels first..end-1.
@@ -11260,9 +11501,12 @@ static int64_t dpoi_tile_groups(int64_t O) { return dpoi_pieces(dpoi_pieces(O, D
 /* Only called where an instruction set is there: the plain path ends before. */
 static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int panels)
 {
-#ifdef DPOI_SIMD_X86
+#if defined(DPOI_SIMD_X86)
     if (cpu->isa >= DPO_ISA_AVX512) dpoi_tile_run_avx512(t, panels);
-    else                            dpoi_tile_run_avx2(t, panels);
+    else                            dpoi_tile_run_8(t, panels);
+#elif defined(DPOI_SIMD_256)
+    (void)cpu;
+    dpoi_tile_run_8(t, panels);
 #else
     (void)cpu;  (void)t;  (void)panels;
 #endif
@@ -11837,7 +12081,7 @@ typedef struct dpoi_winograd {
     intptr_t busy[DPOI_WINO_SLOTS];       /* 1: some job is in that slot */
 } dpoi_winograd;
 
-#ifdef DPOI_SIMD_X86
+#ifdef DPOI_SIMD_256
 
 /* ---- the three transforms, once for 16 and once for 8 channels side by side */
 
@@ -11852,6 +12096,8 @@ static const float dpoi_wino_g[6][3] = {
     { DPOI_WINO_KB, -DPOI_WINO_KB*DPOI_WINO_B, DPOI_WINO_KB*DPOI_WINO_BB },
     { 0, 0, 1 }
 };
+
+#ifdef DPOI_SIMD_X86
 
 /* B^T d of 16 channels, to[point*step]:
      d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
@@ -11941,28 +12187,30 @@ DPOI_AVX512 static void dpoi_wino_output_512(const float *c, int64_t step, float
     for (int j = 0; j < 4; j++) dpoi_wino_a_512(half + j*6*16, 16, y + j*4*16, 16);
 }
 
+#endif /* DPOI_SIMD_X86 */
+
 /* B^T d of 8 channels, to[point*step]:
      d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
      d1 - (a^2 + b^2) d3 + d5 */
-DPOI_AVX2 DPOI_INLINE void dpoi_wino_b_256(__m256 d0, __m256 d1, __m256 d2, __m256 d3, __m256 d4, __m256 d5,
+DPOI_256 DPOI_INLINE void dpoi_wino_b_256(dpoi_f256 d0, dpoi_f256 d1, dpoi_f256 d2, dpoi_f256 d3, dpoi_f256 d4, dpoi_f256 d5,
                                            float *to, int64_t step)
 {
-    const __m256 a = _mm256_set1_ps(DPOI_WINO_A), aa = _mm256_set1_ps(DPOI_WINO_AA);
-    const __m256 b = _mm256_set1_ps(DPOI_WINO_B), bb = _mm256_set1_ps(DPOI_WINO_BB);
-    const __m256 s = _mm256_set1_ps(DPOI_WINO_AA + DPOI_WINO_BB);
-    __m256 even = _mm256_fnmadd_ps(bb, d2, d4), odd = _mm256_fnmadd_ps(bb, d1, d3);
-    _mm256_storeu_ps(to, _mm256_fnmadd_ps(s, d2, _mm256_add_ps(d0, d4)));
-    _mm256_storeu_ps(to + step, _mm256_fmadd_ps(a, odd, even));
-    _mm256_storeu_ps(to + 2*step, _mm256_fnmadd_ps(a, odd, even));
-    even = _mm256_fnmadd_ps(aa, d2, d4);
-    odd  = _mm256_fnmadd_ps(aa, d1, d3);
-    _mm256_storeu_ps(to + 3*step, _mm256_fmadd_ps(b, odd, even));
-    _mm256_storeu_ps(to + 4*step, _mm256_fnmadd_ps(b, odd, even));
-    _mm256_storeu_ps(to + 5*step, _mm256_fnmadd_ps(s, d3, _mm256_add_ps(d1, d5)));
+    const dpoi_f256 a = dpoi_all_256(DPOI_WINO_A), aa = dpoi_all_256(DPOI_WINO_AA);
+    const dpoi_f256 b = dpoi_all_256(DPOI_WINO_B), bb = dpoi_all_256(DPOI_WINO_BB);
+    const dpoi_f256 s = dpoi_all_256(DPOI_WINO_AA + DPOI_WINO_BB);
+    dpoi_f256 even = dpoi_fnma_256(bb, d2, d4), odd = dpoi_fnma_256(bb, d1, d3);
+    dpoi_write_256(to, dpoi_fnma_256(s, d2, dpoi_add_256(d0, d4)));
+    dpoi_write_256(to + step, dpoi_fma_256(a, odd, even));
+    dpoi_write_256(to + 2*step, dpoi_fnma_256(a, odd, even));
+    even = dpoi_fnma_256(aa, d2, d4);
+    odd  = dpoi_fnma_256(aa, d1, d3);
+    dpoi_write_256(to + 3*step, dpoi_fma_256(b, odd, even));
+    dpoi_write_256(to + 4*step, dpoi_fnma_256(b, odd, even));
+    dpoi_write_256(to + 5*step, dpoi_fnma_256(s, d3, dpoi_add_256(d1, d5)));
 }
 
 /* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n channels of each. */
-DPOI_AVX2 static void dpoi_wino_input_256(const float *const *at, int64_t n, float *v, int64_t step)
+DPOI_256 static void dpoi_wino_input_256(const float *const *at, int64_t n, float *v, int64_t step)
 {
     float half[36*8];                    /* B^T d: [6][6][8] */
     for (int64_t i = 0; i < n; i += 8) {
@@ -11971,7 +12219,7 @@ DPOI_AVX2 static void dpoi_wino_input_256(const float *const *at, int64_t n, flo
             dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
                             half + x*8, 6*8);
 #undef DPOI_PIXEL
-#define DPOI_PIXEL(x) _mm256_loadu_ps(half + (y*6 + x)*8)
+#define DPOI_PIXEL(x) dpoi_read_256(half + (y*6 + x)*8)
         for (int y = 0; y < 6; y++)
             dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
                             v + y*6*step + i, step);
@@ -11981,84 +12229,87 @@ DPOI_AVX2 static void dpoi_wino_input_256(const float *const *at, int64_t n, flo
 
 /* u[x*step + i*16 + o] = sum_ky G[row][ky] sum_kx w[ky][kx][i][o] G[x][kx] for n channels i of half a panel; places of
    the kernel are `tap` floats apart. */
-DPOI_AVX2 static void dpoi_wino_weights_256(const float *w, int64_t tap, int row, int64_t n, float *u, int64_t step)
+DPOI_256 static void dpoi_wino_weights_256(const float *w, int64_t tap, int row, int64_t n, float *u, int64_t step)
 {
     const float *g = dpoi_wino_g[row];
-    const __m256 g0 = _mm256_set1_ps(g[0]), g1 = _mm256_set1_ps(g[1]), g2 = _mm256_set1_ps(g[2]);
-    const __m256 aa = _mm256_set1_ps(DPOI_WINO_AA), ka = _mm256_set1_ps(DPOI_WINO_KA);
-    const __m256 bb = _mm256_set1_ps(DPOI_WINO_BB), kb = _mm256_set1_ps(DPOI_WINO_KB);
-    const __m256 ha = _mm256_set1_ps(DPOI_WINO_KA*DPOI_WINO_A), hb = _mm256_set1_ps(DPOI_WINO_KB*DPOI_WINO_B);
+    const dpoi_f256 g0 = dpoi_all_256(g[0]), g1 = dpoi_all_256(g[1]), g2 = dpoi_all_256(g[2]);
+    const dpoi_f256 aa = dpoi_all_256(DPOI_WINO_AA), ka = dpoi_all_256(DPOI_WINO_KA);
+    const dpoi_f256 bb = dpoi_all_256(DPOI_WINO_BB), kb = dpoi_all_256(DPOI_WINO_KB);
+    const dpoi_f256 ha = dpoi_all_256(DPOI_WINO_KA*DPOI_WINO_A), hb = dpoi_all_256(DPOI_WINO_KB*DPOI_WINO_B);
     for (int64_t i = 0; i < n; i++, w += 16, u += 16) {
-        __m256 h[3], even, odd;
+        dpoi_f256 h[3], even, odd;
         for (int x = 0; x < 3; x++)
-            h[x] = _mm256_fmadd_ps(g2, _mm256_loadu_ps(w + (6 + x)*tap), _mm256_fmadd_ps(g1,
-                                   _mm256_loadu_ps(w + (3 + x)*tap), _mm256_mul_ps(g0, _mm256_loadu_ps(w + x*tap))));
-        _mm256_storeu_ps(u, h[0]);
-        even = _mm256_mul_ps(ka, _mm256_fmadd_ps(aa, h[2], h[0]));
-        odd  = _mm256_mul_ps(ha, h[1]);
-        _mm256_storeu_ps(u + step, _mm256_add_ps(even, odd));
-        _mm256_storeu_ps(u + 2*step, _mm256_sub_ps(even, odd));
-        even = _mm256_mul_ps(kb, _mm256_fmadd_ps(bb, h[2], h[0]));
-        odd  = _mm256_mul_ps(hb, h[1]);
-        _mm256_storeu_ps(u + 3*step, _mm256_add_ps(even, odd));
-        _mm256_storeu_ps(u + 4*step, _mm256_sub_ps(even, odd));
-        _mm256_storeu_ps(u + 5*step, h[2]);
+            h[x] = dpoi_fma_256(g2, dpoi_read_256(w + (6 + x)*tap), dpoi_fma_256(g1,
+                                   dpoi_read_256(w + (3 + x)*tap), dpoi_mul_256(g0, dpoi_read_256(w + x*tap))));
+        dpoi_write_256(u, h[0]);
+        even = dpoi_mul_256(ka, dpoi_fma_256(aa, h[2], h[0]));
+        odd  = dpoi_mul_256(ha, h[1]);
+        dpoi_write_256(u + step, dpoi_add_256(even, odd));
+        dpoi_write_256(u + 2*step, dpoi_sub_256(even, odd));
+        even = dpoi_mul_256(kb, dpoi_fma_256(bb, h[2], h[0]));
+        odd  = dpoi_mul_256(hb, h[1]);
+        dpoi_write_256(u + 3*step, dpoi_add_256(even, odd));
+        dpoi_write_256(u + 4*step, dpoi_sub_256(even, odd));
+        dpoi_write_256(u + 5*step, h[2]);
     }
 }
 
 /* A^T c of 8 channels, from[point*f] to to[place*t]: y_j = sum_x x^j c_x, and c5 to the last. */
-DPOI_AVX2 DPOI_INLINE void dpoi_wino_a_256(const float *from, int64_t f, float *to, int64_t t)
+DPOI_256 DPOI_INLINE void dpoi_wino_a_256(const float *from, int64_t f, float *to, int64_t t)
 {
-    __m256 c1 = _mm256_loadu_ps(from + f), c2 = _mm256_loadu_ps(from + 2*f);
-    __m256 c3 = _mm256_loadu_ps(from + 3*f), c4 = _mm256_loadu_ps(from + 4*f);
-    __m256 even = _mm256_add_ps(c1, c2), odd = _mm256_mul_ps(_mm256_set1_ps(DPOI_WINO_A), _mm256_sub_ps(c1, c2));
-    __m256 even2 = _mm256_add_ps(c3, c4), odd2 = _mm256_mul_ps(_mm256_set1_ps(DPOI_WINO_B), _mm256_sub_ps(c3, c4));
-    const __m256 aa = _mm256_set1_ps(DPOI_WINO_AA), bb = _mm256_set1_ps(DPOI_WINO_BB);
-    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(from), _mm256_add_ps(even, even2)));
-    _mm256_storeu_ps(to + t, _mm256_add_ps(odd, odd2));
-    _mm256_storeu_ps(to + 2*t, _mm256_fmadd_ps(aa, even, _mm256_mul_ps(bb, even2)));
-    _mm256_storeu_ps(to + 3*t, _mm256_fmadd_ps(aa, odd, _mm256_fmadd_ps(bb, odd2, _mm256_loadu_ps(from + 5*f))));
+    dpoi_f256 c1 = dpoi_read_256(from + f), c2 = dpoi_read_256(from + 2*f);
+    dpoi_f256 c3 = dpoi_read_256(from + 3*f), c4 = dpoi_read_256(from + 4*f);
+    dpoi_f256 even = dpoi_add_256(c1, c2), odd = dpoi_mul_256(dpoi_all_256(DPOI_WINO_A), dpoi_sub_256(c1, c2));
+    dpoi_f256 even2 = dpoi_add_256(c3, c4), odd2 = dpoi_mul_256(dpoi_all_256(DPOI_WINO_B), dpoi_sub_256(c3, c4));
+    const dpoi_f256 aa = dpoi_all_256(DPOI_WINO_AA), bb = dpoi_all_256(DPOI_WINO_BB);
+    dpoi_write_256(to, dpoi_add_256(dpoi_read_256(from), dpoi_add_256(even, even2)));
+    dpoi_write_256(to + t, dpoi_add_256(odd, odd2));
+    dpoi_write_256(to + 2*t, dpoi_fma_256(aa, even, dpoi_mul_256(bb, even2)));
+    dpoi_write_256(to + 3*t, dpoi_fma_256(aa, odd, dpoi_fma_256(bb, odd2, dpoi_read_256(from + 5*f))));
 }
 
 /* y [4][4][16] = A^T c A of half a panel. */
-DPOI_AVX2 static void dpoi_wino_output_256(const float *c, int64_t step, float *y)
+DPOI_256 static void dpoi_wino_output_256(const float *c, int64_t step, float *y)
 {
     float half[24*8];                    /* A^T c: [4][6][8] */
     for (int x = 0; x < 6; x++) dpoi_wino_a_256(c + x*step, 6*step, half + x*8, 6*8);
     for (int j = 0; j < 4; j++) dpoi_wino_a_256(half + j*6*8, 8, y + j*4*16, 16);
 }
-#endif /* DPOI_SIMD_X86 */
+#endif /* DPOI_SIMD_256 */
 
 /* ---- whichever set there is; the plain path ends before */
 
 static void dpoi_wino_input(const dpoi_cpu *cpu, const float *const *at, int64_t n, float *v, int64_t step)
 {
-#ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_input_512(at, n, v, step);
-    else                            dpoi_wino_input_256(at, n, v, step);
-#else
     (void)cpu;  (void)at;  (void)n;  (void)v;  (void)step;
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_input_512(at, n, v, step);  return; }
+#endif
+#ifdef DPOI_SIMD_256
+    dpoi_wino_input_256(at, n, v, step);
 #endif
 }
 
 static void dpoi_wino_weights(const dpoi_cpu *cpu, const float *w, int64_t tap, int row, int64_t n, float *u,
                               int64_t step)
 {
-#ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_weights_512(w, tap, row, n, u, step);
-    else for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, step);
-#else
     (void)cpu;  (void)w;  (void)tap;  (void)row;  (void)n;  (void)u;  (void)step;
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_weights_512(w, tap, row, n, u, step);  return; }
+#endif
+#ifdef DPOI_SIMD_256
+    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, step);
 #endif
 }
 
 static void dpoi_wino_output(const dpoi_cpu *cpu, const float *c, int64_t step, float *y)
 {
-#ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) dpoi_wino_output_512(c, step, y);
-    else for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_output_256(c + o, step, y + o);
-#else
     (void)cpu;  (void)c;  (void)step;  (void)y;
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_output_512(c, step, y);  return; }
+#endif
+#ifdef DPOI_SIMD_256
+    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_output_256(c + o, step, y + o);
 #endif
 }
 
@@ -13154,8 +13405,8 @@ DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64
     const float *w = dpoi_amx_at(p->w, p->w_type, (o/DPOI_PANEL*p->K + from)*DPOI_PANEL);
     if (ni < DPOI_PANEL) memset(words, 0, sizeof words);
     dpoi_amx_flip_lines(p, w, ni, words);
-    dpoi_transpose_avx2(words, 8, turned, DPOI_PANEL);
-    dpoi_transpose_avx2(words + 64, 8, turned + 8, DPOI_PANEL);
+    dpoi_transpose_256(words, 8, turned, DPOI_PANEL);
+    dpoi_transpose_256(words + 64, 8, turned + 8, DPOI_PANEL);
     if (!stream) memcpy(to, turned, (size_t)dpoi_least(DPOI_PANEL, p->O - o)/2*DPOI_PANEL*sizeof(float));
     else for (int i = 0; i < 8; i++)
         _mm512_stream_si512((__m512i *)(void *)(to + 32*i), _mm512_load_si512(turned + DPOI_PANEL*i));
@@ -13281,7 +13532,7 @@ DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
             _mm512_storeu_si512(words + 16*i, dpoi_amx_pair(x ? x + o : NULL, y ? y + o : NULL, DPO_F32, c->O - o));
         }
         for (int i = 0; i < 4; i++)
-            dpoi_transpose_avx2(words + i/2*128 + i % 2*8, 16, to + i % 2*128 + i/2*8, 16);
+            dpoi_transpose_256(words + i/2*128 + i % 2*8, 16, to + i % 2*128 + i/2*8, 16);
     }
 }
 
@@ -13291,7 +13542,7 @@ DPOI_AMX static void dpoi_amx_outer_store(const dpoi_amx_outer *p, int64_t tap, 
 {
     float turned[256] DPOI_ALIGNED;
     dw += (o*p->c.K + tap*p->c.I + i*DPOI_PANEL)*DPOI_PANEL;
-    for (int k = 0; k < 4; k++) dpoi_transpose_avx2(c + k/2*128 + k % 2*8, 16, turned + k % 2*128 + k/2*8, 16);
+    for (int k = 0; k < 4; k++) dpoi_transpose_256(c + k/2*128 + k % 2*8, 16, turned + k % 2*128 + k/2*8, 16);
     for (int64_t k = 0; k < dpoi_least(DPOI_PANEL, p->c.I - i*DPOI_PANEL); k++, dw += DPOI_PANEL) {
         __m512 f = _mm512_load_ps(turned + k*DPOI_PANEL);
         _mm512_storeu_ps(dw, add ? _mm512_add_ps(f, _mm512_loadu_ps(dw)) : f);
@@ -13895,9 +14146,9 @@ typedef struct dpoi_scores {
     int     by_row;                       /* a row each */
 } dpoi_scores;
 
-#ifdef DPOI_SIMD_X86
-
 enum { DPOI_SCORE_ROOM = 16 };            /* powers of two that a score may lie above `most` */
+
+#ifdef DPOI_SIMD_X86
 
 /* The lanes o..o+15 that see row j.
    A mask instead of a score of minus infinity: masked lanes stay out of the maximum as well. */
@@ -13963,93 +14214,97 @@ DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
     }
 }
 
+#endif /* DPOI_SIMD_X86 */
+
+#ifdef DPOI_SIMD_256
 /* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's; 2^n is put together from its bits, so
    that n must stay within -126..127.  In this order of max and min a NaN stays. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_exp_score_avx2(__m256 x)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_exp_score_8(dpoi_f256 x)
 {
-    x = _mm256_max_ps(_mm256_set1_ps(-126), _mm256_min_ps(_mm256_set1_ps(127), x));
-    __m256 n = _mm256_round_ps(x, 8), r = _mm256_sub_ps(x, n), e = _mm256_set1_ps(0.00132764818f);
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.00967554562f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.0555071346f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.240221202f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(0.693146944f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1.00000012f));
-    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(e, _mm256_castsi256_ps(power));
+    x = dpoi_max_256(dpoi_all_256(-126), dpoi_min_256(dpoi_all_256(127), x));
+    dpoi_f256 n = dpoi_round_256(x), r = dpoi_sub_256(x, n), e = dpoi_all_256(0.00132764818f);
+    e = dpoi_fma_256(e, r, dpoi_all_256(0.00967554562f));
+    e = dpoi_fma_256(e, r, dpoi_all_256(0.0555071346f));
+    e = dpoi_fma_256(e, r, dpoi_all_256(0.240221202f));
+    e = dpoi_fma_256(e, r, dpoi_all_256(0.693146944f));
+    e = dpoi_fma_256(e, r, dpoi_all_256(1.00000012f));
+    return dpoi_mul_256(e, dpoi_power_256(n));
 }
 
 /* All bits set in the lanes o..o+7 that see row j. */
-DPOI_AVX2 DPOI_INLINE __m256 dpoi_seen_avx2(const dpoi_scores *t, int64_t j, int64_t o, int queries)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_seen_8(const dpoi_scores *t, int64_t j, int64_t o, int queries)
 {
-    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all = _mm256_set1_epi32(-1);
-    int64_t edge = j + t->offset - o;     /* kept small: only -1..8 make a difference */
-    __m256i at = _mm256_set1_epi32((int)(edge < -1 ? -1 : edge > 8 ? 8 : edge));
-    if (!t->causal) return _mm256_castsi256_ps(all);
-    at = queries ? _mm256_cmpgt_epi32(at, lane) : _mm256_cmpgt_epi32(lane, at);
-    return _mm256_castsi256_ps(_mm256_xor_si256(all, at));
+    int64_t edge = j + t->offset - o;
+    if (!t->causal) return dpoi_bits_256(dpoi_lanes);
+    return dpoi_bits_256(queries ? dpoi_lanes + 16 - dpoi_lane_count(edge) : dpoi_lanes + 8 - dpoi_lane_count(edge + 1));
 }
 
 /* As for AVX-512, 8 lanes at a time, with masks as vectors. */
-DPOI_AVX2 static int dpoi_scores_forward_avx2(const dpoi_scores *t)
+DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
 {
-    const __m256 scale = _mm256_set1_ps(t->scale*DPOI_LOG2E), one = _mm256_set1_ps(1), low = _mm256_set1_ps(-INFINITY);
+    const dpoi_f256 scale = dpoi_all_256(t->scale*DPOI_LOG2E), one = dpoi_all_256(1), low = dpoi_all_256(-INFINITY);
     int any = 0;
     for (int64_t o = 0; o < t->lanes; o += 8) {
-        __m256 old = _mm256_loadu_ps(t->most + o), most = low, sum = _mm256_setzero_ps(), shrink, far;
+        dpoi_f256 old = dpoi_read_256(t->most + o), most = low, sum = dpoi_zero_256(), shrink, far;
         for (int64_t j = 0; j < t->rows; j++) {
-            __m256 k = dpoi_seen_avx2(t, j, o, 1);
-            most = _mm256_max_ps(most, _mm256_blendv_ps(low, _mm256_loadu_ps(t->s + j*DPOI_LANES + o), k));
+            dpoi_f256 k = dpoi_seen_8(t, j, o, 1);
+            most = dpoi_max_256(most, dpoi_where_256(k, dpoi_read_256(t->s + j*DPOI_LANES + o), low));
         }
-        most = _mm256_mul_ps(most, scale);
-        far = _mm256_cmp_ps(most, _mm256_add_ps(old, _mm256_set1_ps(DPOI_SCORE_ROOM)), _CMP_GT_OQ);
-        most = _mm256_blendv_ps(old, most, far);
+        most = dpoi_mul_256(most, scale);
+        far = dpoi_above_256(most, dpoi_add_256(old, dpoi_all_256(DPOI_SCORE_ROOM)));
+        most = dpoi_where_256(far, most, old);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o;
-            __m256 p = dpoi_exp_score_avx2(_mm256_fmsub_ps(_mm256_loadu_ps(s), scale, most));
-            p = _mm256_and_ps(dpoi_seen_avx2(t, j, o, 1), p);
-            sum = _mm256_add_ps(sum, p);
-            _mm256_storeu_ps(s, p);
+            dpoi_f256 p = dpoi_exp_score_8(dpoi_fms_256(dpoi_read_256(s), scale, most));
+            p = dpoi_and_256(dpoi_seen_8(t, j, o, 1), p);
+            sum = dpoi_add_256(sum, p);
+            dpoi_write_256(s, p);
         }
-        shrink = _mm256_blendv_ps(one, dpoi_exp_score_avx2(_mm256_sub_ps(old, most)), far);
-        _mm256_storeu_ps(t->shrink + o, shrink);
-        _mm256_storeu_ps(t->most + o, most);
-        _mm256_storeu_ps(t->sum + o, _mm256_fmadd_ps(_mm256_loadu_ps(t->sum + o), shrink, sum));
-        any |= _mm256_movemask_ps(far);
+        shrink = dpoi_where_256(far, dpoi_exp_score_8(dpoi_sub_256(old, most)), one);
+        dpoi_write_256(t->shrink + o, shrink);
+        dpoi_write_256(t->most + o, most);
+        dpoi_write_256(t->sum + o, dpoi_fma_256(dpoi_read_256(t->sum + o), shrink, sum));
+        any |= dpoi_any_256(far);
     }
     return any;
 }
 
 /* As for AVX-512. */
-DPOI_AVX2 static void dpoi_scores_backward_avx2(const dpoi_scores *t)
+DPOI_256 static void dpoi_scores_backward_8(const dpoi_scores *t)
 {
-    const __m256 scale = _mm256_set1_ps(t->scale), log2e = _mm256_set1_ps(DPOI_LOG2E);
-    const __m256 power = _mm256_mul_ps(scale, log2e);
+    const dpoi_f256 scale = dpoi_all_256(t->scale), log2e = dpoi_all_256(DPOI_LOG2E);
+    const dpoi_f256 power = dpoi_mul_256(scale, log2e);
     for (int64_t o = 0; o < t->lanes; o += 8) {
-        __m256 lse = _mm256_setzero_ps(), delta = lse;
-        if (!t->by_row) lse = _mm256_mul_ps(_mm256_loadu_ps(t->lse + o), log2e);
-        if (!t->by_row) delta = _mm256_loadu_ps(t->delta + o);
+        dpoi_f256 lse = dpoi_zero_256(), delta = lse;
+        if (!t->by_row) lse = dpoi_mul_256(dpoi_read_256(t->lse + o), log2e);
+        if (!t->by_row) delta = dpoi_read_256(t->delta + o);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
-            __m256 p;
-            if (t->by_row) { lse = _mm256_set1_ps(t->lse[j]*DPOI_LOG2E);  delta = _mm256_set1_ps(t->delta[j]); }
-            p = dpoi_exp_score_avx2(_mm256_fmsub_ps(_mm256_loadu_ps(s), power, lse));
-            p = _mm256_and_ps(dpoi_seen_avx2(t, j, o, !t->by_row), p);
-            _mm256_storeu_ps(s, p);
-            _mm256_storeu_ps(ds, _mm256_mul_ps(_mm256_mul_ps(p, scale), _mm256_sub_ps(_mm256_loadu_ps(ds), delta)));
+            dpoi_f256 p;
+            if (t->by_row) { lse = dpoi_all_256(t->lse[j]*DPOI_LOG2E);  delta = dpoi_all_256(t->delta[j]); }
+            p = dpoi_exp_score_8(dpoi_fms_256(dpoi_read_256(s), power, lse));
+            p = dpoi_and_256(dpoi_seen_8(t, j, o, !t->by_row), p);
+            dpoi_write_256(s, p);
+            dpoi_write_256(ds, dpoi_mul_256(dpoi_mul_256(p, scale), dpoi_sub_256(dpoi_read_256(ds), delta)));
         }
     }
 }
-#endif /* DPOI_SIMD_X86 */
+#endif /* DPOI_SIMD_256 */
 
 /* Plain C never comes here: it has functions of its own.  In forward, whether anything has to shrink. */
 static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
 {
-#ifdef DPOI_SIMD_X86
-    if (!backward) return cpu->isa >= DPO_ISA_AVX512 ? dpoi_scores_forward_avx512(t) : dpoi_scores_forward_avx2(t);
-    if (cpu->isa >= DPO_ISA_AVX512) dpoi_scores_backward_avx512(t);
-    else                            dpoi_scores_backward_avx2(t);
-#else
     (void)cpu;  (void)t;  (void)backward;
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) {
+        if (!backward) return dpoi_scores_forward_avx512(t);
+        dpoi_scores_backward_avx512(t);
+        return 0;
+    }
+#endif
+#ifdef DPOI_SIMD_256
+    if (!backward) return dpoi_scores_forward_8(t);
+    dpoi_scores_backward_8(t);
 #endif
     return 0;
 }

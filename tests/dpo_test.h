@@ -51,6 +51,8 @@ static inline int test_has_isa(int isa)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(DIFFDPO_NO_SIMD)
     if (isa == DPO_ISA_AVX2)   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == DPO_ISA_AVX512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+#elif defined(__aarch64__) && !defined(DIFFDPO_NO_SIMD)
+    if (isa == DPO_ISA_NEON)   return 1;
 #endif
     return isa == DPO_ISA_PLAIN;
 }

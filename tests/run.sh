@@ -75,6 +75,8 @@ install_packages() {
     have valgrind || missing="$missing valgrind"
     have ctags || missing="$missing universal-ctags"
     have x86_64-w64-mingw32-gcc || missing="$missing gcc-mingw-w64-x86-64"
+    have aarch64-linux-gnu-gcc || missing="$missing gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
+    have qemu-aarch64 || missing="$missing qemu-user"
     [ -f /usr/include/stb/stb_image.h ] || missing="$missing libstb-dev"
     [ -d /usr/include/wasm32-wasi ] || missing="$missing wasi-libc"
     [ -n "$missing" ] || return 0
