@@ -517,9 +517,11 @@ DPO_DEF int          dpo_net_save(dpo_net *n, const char *folder, int dtype);
    (DPO_F32 to train them); files may hold F32, F16, BF16, F8_E4M3 and F8_E5M2. */
 DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype);
 
-/* The same with what a single file does not say.  All but dtype is for single files and may be NULL. */
+/* The same with what the model's files do not say.  All but dtype may be NULL; all but dtype and vae is for single files. */
 typedef struct dpo_load_desc {
     int         dtype;
+    const char *vae;                      /* folder of another VAE (config.json and weights, or a pipeline's folder that
+                                             has it in a folder vae), in place of the model's own */
     const char *tokenizer;                /* folder with CLIP's vocab.json and merges.txt, or one that has it in a folder
                                              tokenizer (and tokenizer_2); NULL: tokenizer beside the file, if it is there */
     const char *config;                   /* pipeline folder whose configurations hold in place of the family's own */
@@ -17867,6 +17869,7 @@ struct dpo_model {
     char         *path;                   /* as the caller gave it, for errors */
     char         *folder;                 /* of the configurations; NULL: those of the family */
     char         *tokens[2];              /* folders of the tokenizers, or NULL */
+    char         *own_vae;                /* folder of a VAE that is not the model's, or NULL */
     char         *index;                  /* model_index.json */
     char         *scheduler;              /* scheduler_config.json */
     dpo_net      *unet, *text[2];         /* text[0] is NULL for a refiner, text[1] for all but SDXL */
@@ -17907,6 +17910,7 @@ static void dpoi_model_destroy(dpo_ctx *c, void *object)
     dpo_model *m = (dpo_model *)object;
     dpoi_strfree(c, m->path);
     dpoi_strfree(c, m->folder);
+    dpoi_strfree(c, m->own_vae);
     for (int i = 0; i < 2; i++) dpoi_strfree(c, m->tokens[i]);
     dpoi_strfree(c, m->index);
     dpoi_strfree(c, m->scheduler);
@@ -17935,13 +17939,23 @@ static char *dpoi_join3(dpo_ctx *c, const char *folder, const char *sub, const c
     return b;
 }
 
+/* Whether a component comes from a folder of its own. */
+static int dpoi_model_own(const dpo_model *m, const char *sub) { return m->own_vae && strcmp(sub, "vae") == 0; }
+
+/* Where a component's files lie; to be given back with dpoi_strfree. */
+static char *dpoi_model_place(dpo_model *m, const char *sub)
+{
+    return dpoi_model_own(m, sub) ? dpoi_strdup(m->c, m->own_vae) : dpoi_join(m->c, m->folder, sub);
+}
+
 /* A configuration's text, and in *path what errors call it; both to be given back with dpoi_strfree.
    From the folder, if there is one; else the family's. */
 static char *dpoi_model_config(dpo_model *m, const char *sub, const char *name, char **path)
 {
-    *path = dpoi_join3(m->c, m->folder ? m->folder : m->path, sub, name);
+    int own = dpoi_model_own(m, sub);
+    *path = own ? dpoi_join(m->c, m->own_vae, name) : dpoi_join3(m->c, m->folder ? m->folder : m->path, sub, name);
     if (!*path) return NULL;
-    return m->folder ? dpoi_config_text(m->c, *path) : dpoi_family_text(m, sub, name);
+    return m->folder || own ? dpoi_config_text(m->c, *path) : dpoi_family_text(m, sub, name);
 }
 
 /* The class that model_index.json names for a component, NULL if it has none: "unet": ["diffusers", CLASS].
@@ -17958,7 +17972,7 @@ enum { DPOI_PLANNED = -1, DPOI_ZEROS, DPOI_READ };         /* networks without t
 static int dpoi_model_fill(dpo_model *m, dpo_net **n, const char *sub)
 {
     dpoi_origin s;
-    char       *folder = dpoi_join(m->c, m->folder, sub);
+    char       *folder = dpoi_model_place(m, sub);
     memset(&s, 0, sizeof s);
     s.prefix = "";
     s.f = folder ? dpo_safetensors_open_folder(m->c, folder, (*n)->kind->stem) : NULL;
@@ -17979,7 +17993,7 @@ static dpo_net *dpoi_model_net(dpo_model *m, const dpoi_kind *kind, const char *
     dpoi_strfree(m->c, path);
     if (!n || weights == DPOI_PLANNED) return n;
     if (weights == DPOI_ZEROS) return dpoi_net_realise(n, NULL);
-    if (m->file) dpoi_family_realise(m, &n, sub);
+    if (m->file && !dpoi_model_own(m, sub)) dpoi_family_realise(m, &n, sub);
     else dpoi_model_fill(m, &n, sub);
     return dpoi_ok(m->c) ? n : NULL;
 }
@@ -18096,6 +18110,15 @@ static dpo_model *dpoi_model_build(dpo_model *m, int dtype, int weights)
     return ok ? m : NULL;
 }
 
+/* The folder itself, or its folder vae where it is a pipeline's. */
+static char *dpoi_model_vae_folder(dpo_ctx *c, const char *folder)
+{
+    char *inside = dpoi_join(c, folder, "vae");
+    if (inside && dpoi_is_folder(inside)) return inside;
+    dpoi_strfree(c, inside);
+    return dpoi_strdup(c, folder);
+}
+
 /* A folder, or a file of its own. */
 DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_load_desc *d)
 {
@@ -18104,6 +18127,7 @@ DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_l
     if (!m) return NULL;
     if (dpoi_is_folder(path)) ok = (m->folder = dpoi_strdup(c, path)) != NULL;
     else ok = dpoi_family_open(m, d);
+    if (ok && d->vae) ok = (m->own_vae = dpoi_model_vae_folder(c, d->vae)) != NULL;
     if (!ok || !dpoi_model_build(m, d->dtype, DPOI_READ)) return NULL;
     m->files = 1;
     return m;
@@ -18152,10 +18176,10 @@ static int dpoi_model_wake(dpo_model *m, dpo_net *n, const char *sub)
     char       *folder;
     int         ok;
     if (!n || n->list || !m->files || !dpoi_ok(m->c)) return 1;
-    if (m->family) return dpoi_family_wake(m, n, sub);
+    if (m->family && !dpoi_model_own(m, sub)) return dpoi_family_wake(m, n, sub);
     memset(&s, 0, sizeof s);
     s.prefix = "";
-    folder = dpoi_join(m->c, m->folder, sub);
+    folder = dpoi_model_place(m, sub);
     s.f = folder ? dpo_safetensors_open_folder(m->c, folder, n->kind->stem) : NULL;
     ok = s.f && dpoi_net_wake(n, &s);
     dpo_file_close(s.f);

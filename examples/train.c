@@ -412,6 +412,7 @@ static dpo_model *load_model(dpo_ctx *c, const settings *s)
     dpo_model    *m;
     memset(&d, 0, sizeof d);
     d.dtype = s->rank > 0 && s->precision == 1 ? DPO_BF16 : DPO_F32;
+    d.vae = s->vae;
     d.tokenizer = s->tokenizer;
     d.prediction = s->prediction;
     m = dpo_model_load_with(c, s->model, &d);

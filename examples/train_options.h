@@ -5,7 +5,7 @@ enum { PROMPTS = 64 };                  /* --validation_prompts */
 
 /* Everything that the command line can say, in the order of the table below. */
 typedef struct {
-    const char *preset, *model, *tokenizer, *prediction, *lora;
+    const char *preset, *model, *vae, *tokenizer, *prediction, *lora;
     const char *data, *held_data, *out, *cache;
     double      held_share;
     int         check_data, random_crop, no_hflip, apart, buckets, bucket_step, real_sizes;
@@ -47,6 +47,7 @@ static const option options[] = {
       "settings of a published run: official-sd15 official-sdxl official-turbo lora-sd15 lora-sdxl diffusers small" },
     { "pretrained_model_name_or_path", 's', O(model), 0, 0, 1,
       "model: a folder as diffusers writes it, or a .safetensors file" },
+    { "pretrained_vae_model_name_or_path", 's', O(vae), 0, 0, 0, "folder of another VAE, in place of the model's own" },
     { "tokenizer", 's', O(tokenizer), 0, 0, 1, "folder with CLIP's vocab.json and merges.txt, for single files" },
     { "prediction_type", 's', O(prediction), 0, 0, 0, "epsilon or v_prediction, against what the file says" },
     { "lora", 's', O(lora), 0, 0, 1, "an adapter to start from" },

@@ -422,6 +422,33 @@ static void copy_changed(dpo_ctx *c, const char *from, const char *to, const cha
     dpo_file_close(f);
 }
 
+/* Another VAE in place of the model's own: a pipeline's folder, or the VAE's; from a folder and from a single file. */
+static void test_other_vae(void)
+{
+    dpo_ctx      *c = open_plain();
+    dpo_model    *m = dpo_model_load(c, FOLDER "/sd1", DPO_F32);
+    int           n = 0;
+    dpo_tensor  **x = dpo_net_params(dpo_model_vae(m), &n), *want[OUTPUTS], *own[OUTPUTS];
+    dpo_load_desc d;
+    compute(m, own);
+    for (int i = 0; i < n; i++) write_numbers(x[i], (uint64_t)i + 77, 0.2);
+    compute(m, want);
+    CHECK(n > 10 && dpo_model_save(m, FOLDER "/other", DPO_F32) && difference(own[4], want[4]) > 0.01, "%s", why(c));
+    memset(&d, 0, sizeof d);
+    d.vae = FOLDER "/other";
+    m = dpo_model_load_with(c, FOLDER "/sd1", &d);
+    expect_same("another pipeline's VAE", m, want, 0);
+    CHECK(dpo_model_rest(m), "%s", why(c));
+    expect_same("another pipeline's VAE after a rest", m, want, 0);
+    d.vae = FOLDER "/other/vae";
+    d.config = FOLDER "/sd1";
+    expect_same("another VAE beside a single file", dpo_model_load_with(c, FOLDER "/sd1.safetensors", &d), want, 0);
+    CHECK(!dpo_error(c), "%s", why(c));
+    d.vae = FOLDER "/nowhere";
+    CHECK(!dpo_model_load_with(c, FOLDER "/sd1", &d) && strstr(why(c), "nowhere"), "%s", why(c));
+    dpo_close(c);
+}
+
 static void test_forms(void)
 {
     dpo_ctx    *c = open_plain();
@@ -911,6 +938,7 @@ int main(int argc, char **argv)
     test_published();
     test_families();
     test_forms();
+    test_other_vae();
     test_markers();
     test_tokenizers();
     test_whole_tokenizer();
