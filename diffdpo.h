@@ -18040,6 +18040,8 @@ static int dpoi_model_vae_fits(dpo_model *m)
 static int dpoi_model_vae(dpo_model *m, const dpo_json *index, int dtype, int weights)
 {
     const char *name = dpoi_component(index, "vae");
+    if (!name && m->own_vae)
+        return dpoi_fail(m->c, DPO_BAD_ARGUMENT, "%s is a model of pixels: it has no VAE to replace", m->path);
     if (!name) return 1;
     if (strcmp(name, dpoi_vae_kind.name) != 0)
         return dpoi_fail(m->c, DPO_UNSUPPORTED, "%s: the VAE is of class %.100s; %s is supported", m->path, name,
