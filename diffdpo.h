@@ -13999,7 +13999,7 @@ typedef struct dpoi_attention {
     const float *q, *k, *v, *o, *dout;
     float  *y, *lse, *work, *dq, *dk, *dv;
     float  *scratch, *delta;              /* in work: of the jobs, and delta [N,heads,T] */
-    const float *far[4];                  /* q, k, v and do by head [N,heads,T or S,d], those that go by */
+    const float *passing[4];              /* q, k, v and do by head [N,heads,T or S,d], those that go by */
     unsigned add;
     dpoi_cpu *cpu;
     int64_t length, jobs;                 /* length: of the axis that units are cut from */
@@ -14171,13 +14171,13 @@ DPOI_AVX512 static int dpoi_scores_forward_avx512(const dpoi_scores *t)
     __mmask16 any = 0;
     for (int64_t o = 0; o < t->lanes; o += 16) {
         __m512 old = _mm512_loadu_ps(t->most + o), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), shrink;
-        __mmask16 far;
+        __mmask16 grown;
         for (int64_t j = 0; j < t->rows; j++)
             most = _mm512_mask_max_ps(most, dpoi_seen_avx512(t, j, o, 1), most,
                                       _mm512_loadu_ps(t->s + j*DPOI_LANES + o));
         most = _mm512_mul_ps(most, scale);              /* positive */
-        far = _mm512_cmp_ps_mask(most, _mm512_add_ps(old, _mm512_set1_ps(DPOI_SCORE_ROOM)), _CMP_GT_OQ);
-        most = _mm512_mask_mov_ps(old, far, most);
+        grown = _mm512_cmp_ps_mask(most, _mm512_add_ps(old, _mm512_set1_ps(DPOI_SCORE_ROOM)), _CMP_GT_OQ);
+        most = _mm512_mask_mov_ps(old, grown, most);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o;
             __m512 p = dpoi_exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, most));
@@ -14185,11 +14185,11 @@ DPOI_AVX512 static int dpoi_scores_forward_avx512(const dpoi_scores *t)
             sum = _mm512_add_ps(sum, p);
             _mm512_storeu_ps(s, p);
         }
-        shrink = _mm512_mask_mov_ps(one, far, dpoi_exp2_512(_mm512_sub_ps(old, most)));
+        shrink = _mm512_mask_mov_ps(one, grown, dpoi_exp2_512(_mm512_sub_ps(old, most)));
         _mm512_storeu_ps(t->shrink + o, shrink);
         _mm512_storeu_ps(t->most + o, most);
         _mm512_storeu_ps(t->sum + o, _mm512_fmadd_ps(_mm512_loadu_ps(t->sum + o), shrink, sum));
-        any |= far;
+        any |= grown;
     }
     return any != 0;
 }
@@ -14247,14 +14247,14 @@ DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
     const dpoi_f256 scale = dpoi_all_256(t->scale*DPOI_LOG2E), one = dpoi_all_256(1), low = dpoi_all_256(-INFINITY);
     int any = 0;
     for (int64_t o = 0; o < t->lanes; o += 8) {
-        dpoi_f256 old = dpoi_read_256(t->most + o), most = low, sum = dpoi_zero_256(), shrink, far;
+        dpoi_f256 old = dpoi_read_256(t->most + o), most = low, sum = dpoi_zero_256(), shrink, grown;
         for (int64_t j = 0; j < t->rows; j++) {
             dpoi_f256 k = dpoi_seen_8(t, j, o, 1);
             most = dpoi_max_256(most, dpoi_where_256(k, dpoi_read_256(t->s + j*DPOI_LANES + o), low));
         }
         most = dpoi_mul_256(most, scale);
-        far = dpoi_above_256(most, dpoi_add_256(old, dpoi_all_256(DPOI_SCORE_ROOM)));
-        most = dpoi_where_256(far, most, old);
+        grown = dpoi_above_256(most, dpoi_add_256(old, dpoi_all_256(DPOI_SCORE_ROOM)));
+        most = dpoi_where_256(grown, most, old);
         for (int64_t j = 0; j < t->rows; j++) {
             float *s = t->s + j*DPOI_LANES + o;
             dpoi_f256 p = dpoi_exp_score_8(dpoi_fms_256(dpoi_read_256(s), scale, most));
@@ -14262,11 +14262,11 @@ DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
             sum = dpoi_add_256(sum, p);
             dpoi_write_256(s, p);
         }
-        shrink = dpoi_where_256(far, dpoi_exp_score_8(dpoi_sub_256(old, most)), one);
+        shrink = dpoi_where_256(grown, dpoi_exp_score_8(dpoi_sub_256(old, most)), one);
         dpoi_write_256(t->shrink + o, shrink);
         dpoi_write_256(t->most + o, most);
         dpoi_write_256(t->sum + o, dpoi_fma_256(dpoi_read_256(t->sum + o), shrink, sum));
-        any |= dpoi_any_256(far);
+        any |= dpoi_any_256(grown);
     }
     return any;
 }
@@ -14320,7 +14320,7 @@ static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backwa
 /* wide is a multiple of 16; the lanes behind `lanes` compute on zeros and are not stored. */
 typedef struct dpoi_unit {
     int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
-    int64_t across_at;                    /* offset of the other axis' first row in far */
+    int64_t across_at;                    /* offset of the other axis' first row in passing */
     float  *s, *ds;                       /* [96][48] */
     float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
 } dpoi_unit;
@@ -14405,11 +14405,11 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->far[1], u.pack, k0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->passing[1], u.pack, k0, t.rows, u.s);
         if (dpoi_scores_run(g->cpu, &t, 0) && k0)
             for (float *to = u.to; to < u.to + g->d*DPOI_LANES; to += DPOI_LANES)
                 g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u.wide, to, shrink, NULL, NULL, to, 0);
-        dpoi_unit_mix(g, &u, g->far[2], u.s, k0, t.rows, u.to, k0 > 0);
+        dpoi_unit_mix(g, &u, g->passing[2], u.s, k0, t.rows, u.to, k0 > 0);
     }
     for (int64_t lane = 0; lane < u.lanes; lane++) {
         if (g->lse) g->lse[head*g->T + first + lane] = most[lane]/DPOI_LOG2E + logf(sum[lane]);
@@ -14437,10 +14437,10 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->far[1], u.pack, k0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->far[2], u.pack2, k0, t.rows, u.ds);
+        dpoi_unit_scores(g, &u, g->passing[1], u.pack, k0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->passing[2], u.pack2, k0, t.rows, u.ds);
         dpoi_scores_run(g->cpu, &t, 1);
-        dpoi_unit_mix(g, &u, g->far[1], u.ds, k0, t.rows, u.to, k0 > 0);
+        dpoi_unit_mix(g, &u, g->passing[1], u.ds, k0, t.rows, u.to, k0 > 0);
     }
     dpoi_unit_store(g, &u, u.to, NULL, g->dq, (int)(g->add & 1));
 }
@@ -14461,11 +14461,11 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
         t.rows = dpoi_least(DPOI_FAR, g->T - q0);
         t.offset = q0 - first;
         t.lse = g->lse + head*g->T + q0;  t.delta = g->delta + head*g->T + q0;
-        dpoi_unit_scores(g, &u, g->far[0], u.pack, q0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->far[3], u.pack2, q0, t.rows, u.ds);
+        dpoi_unit_scores(g, &u, g->passing[0], u.pack, q0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->passing[3], u.pack2, q0, t.rows, u.ds);
         dpoi_scores_run(g->cpu, &t, 1);
-        if (g->dk) dpoi_unit_mix(g, &u, g->far[0], u.ds, q0, t.rows, u.to, q0 > start);
-        if (g->dv) dpoi_unit_mix(g, &u, g->far[3], u.s, q0, t.rows, u.to2, q0 > start);
+        if (g->dk) dpoi_unit_mix(g, &u, g->passing[0], u.ds, q0, t.rows, u.to, q0 > start);
+        if (g->dv) dpoi_unit_mix(g, &u, g->passing[3], u.s, q0, t.rows, u.to2, q0 > start);
     }
     if (g->dk) dpoi_unit_store(g, &u, u.to, NULL, g->dk, (int)(g->add >> 1 & 1));
     if (g->dv) dpoi_unit_store(g, &u, u.to2, NULL, g->dv, (int)(g->add >> 2 & 1));
@@ -14532,7 +14532,7 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
     for (int i = backward ? 0 : 1; i < (backward ? 4 : 3) && g->heads > 1; i++) {
-        if (g->work) g->far[i] = g->work + size;
+        if (g->work) g->passing[i] = g->work + size;
         size += g->N*(i == 1 || i == 2 ? g->S : g->T)*g->D;
     }
     if (g->work && backward) g->delta = g->work + size;
@@ -14559,15 +14559,15 @@ static void dpoi_far_task(void *arg, int64_t task)
                    (size_t)g->d*sizeof(float));
 }
 
-/* Fills g->far; a single head lies there already. */
+/* Fills g->passing; a single head lies there already. */
 static void dpoi_far_run(dpoi_attention *g)
 {
     const float *x[4];
     x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
     for (int i = 0; i < 4; i++) {
         dpoi_far f;
-        if (!g->far[i]) { g->far[i] = x[i];  continue; }
-        f.g = g;  f.x = x[i];  f.to = (float *)g->far[i];  f.length = i == 1 || i == 2 ? g->S : g->T;
+        if (!g->passing[i]) { g->passing[i] = x[i];  continue; }
+        f.g = g;  f.x = x[i];  f.to = (float *)g->passing[i];  f.length = i == 1 || i == 2 ? g->S : g->T;
         dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, DPOI_FAR_ROWS), dpoi_far_task, &f);
     }
 }
