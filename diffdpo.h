@@ -255,7 +255,8 @@ DPO_DEF dpo_tensor *dpo_tensor_new (dpo_ctx *c, int dtype, int rank, const int64
 DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values);
 DPO_DEF dpo_tensor *dpo_param_new  (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 
-/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads. */
+/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads; other
+   ops refuse them. */
 DPO_DEF dpo_tensor *dpo_weight_new (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 DPO_DEF void        dpo_param_free (dpo_tensor *x);        /* give a persistent tensor back early; its gradient too */
 
@@ -283,7 +284,8 @@ typedef struct dpo_extra {
     float       scale;                    /* the adapter's alpha / rank */
     dpo_tensor *vec;                      /* [N,O] or NULL: the time embedding */
     dpo_tensor *residual;                 /* shape of y, or NULL */
-    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I] and [O,1,1,r] (linear: [r,I], [O,r]), or NULL both */
+    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I] and [O,1,1,r] (linear: [r,I], [O,r]), or NULL */
+                                          /* both; made by dpo_weight_new */
     dpo_tensor *strength;                 /* [N], 0 turns a sample's adapter off; NULL: 1 for all */
 } dpo_extra;
 
@@ -6333,6 +6335,12 @@ static int dpoi_takes_ids(int op, int i)
     return (op == DPO_OP_EMBED && i == 1) || (op == DPO_OP_MIX && i == 4) || op == DPO_OP_RANDN || op >= DPO_OP_COUNT;
 }
 
+/* Panels are read by products: w, down, up; a segment's stand-ins lie as its inputs do. */
+static int dpoi_takes_panels(int op, int i)
+{
+    return (op == DPO_OP_CONV && (i == 1 || i == 5 || i == 6)) || op == DPOI_SEGMENT;
+}
+
 /* Start a call: NULL inputs are left out, released ones are an error.
    The result's dtype is that of the first input, unless the op sets another. */
 static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *in, int n)
@@ -6347,6 +6355,9 @@ static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *
                              in[i]->ctx && in[i]->ctx != c ? "belongs to another context" : "was released before");
         if (in[i]->dtype == DPO_I32 && !dpoi_takes_ids(op, i))
             return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: input %d holds whole numbers (I32)", dpoi_row_name(op), i);
+        if (in[i]->panel && !dpoi_takes_panels(op, i))
+            return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: input %d \"%s\" was made by dpo_weight_new, for products alone",
+                             dpoi_row_name(op), i, in[i]->name ? in[i]->name : "");
         k->in[i] = in[i];
         k->a.in[i] = dpoi_view(in[i]);
     }
@@ -6629,7 +6640,7 @@ DPO_DEF int dpo_backward_from(dpo_tensor *y, dpo_tensor *dy)
 {
     dpo_ctx *c = y ? y->ctx : NULL;
     if (!c || !dy || !dpoi_ok(c)) return 0;
-    if (dpo_count(y) != dpo_count(dy) || dy->dtype != DPO_F32 || !dy->data)
+    if (dpo_count(y) != dpo_count(dy) || dy->dtype != DPO_F32 || dy->panel != y->panel || !dy->data)
         return dpoi_fail(c, DPO_BAD_SHAPE, "backward: the gradient must be F32 and of the shape of what it belongs to");
     if (!y->needs_grad) return dpoi_fail(c, DPO_BAD_ARGUMENT, "backward: nothing below needs a gradient");
     return dpoi_grad_give(y, dy) && dpoi_walk(c, 0);
@@ -6753,13 +6764,18 @@ static int dpoi_check_vector(dpo_ctx *c, const char *op, const dpo_tensor *x, co
 
 /* ------------------------------------------------------------------------------------------ products */
 
-/* The layout first: a dense tensor read as panels would be read past its end.  Then the channels that the
-   product sums over. */
+/* A dense tensor read as panels would be read past its end. */
+static int dpoi_check_panels(dpo_ctx *c, const char *op, const dpo_tensor *w)
+{
+    if (w->panel == c->backend->panel) return 1;
+    return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s \"%s\": its weights were not made by dpo_weight_new", op,
+                     w->name ? w->name : "");
+}
+
+/* The layout first.  Then the channels that the product sums over. */
 static int dpoi_check_weight(dpo_ctx *c, const char *op, const dpo_tensor *x, const dpo_tensor *w)
 {
-    if (w->panel != c->backend->panel)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s \"%s\": its weights were not made by dpo_weight_new", op,
-                         w->name ? w->name : "");
+    if (!dpoi_check_panels(c, op, w)) return 0;
     if (w->rank != 4 || w->shape[3] != dpoi_width_of(x))
         return dpoi_bad_shapes(c, op, x, w, "the last axes, input channels, must agree");
     return 1;
@@ -6780,6 +6796,7 @@ static int dpoi_check_extra(dpo_ctx *c, const char *op, dpoi_call *k, const dpo_
     if (k->in[4] && dpo_count(k->in[4]) != y->shape[0] * y->shape[1] * y->shape[2] * y->shape[3])
         return dpoi_bad_shapes(c, op, w, k->in[4], "the residual must have the result's shape");
     if (!down != !up) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: an adapter needs both down and up", op);
+    if (down && (!dpoi_check_panels(c, op, down) || !dpoi_check_panels(c, op, up))) return 0;
     if (down && (down->rank != 4 || up->rank != 4 || down->shape[1] != w->shape[1] || down->shape[2] != w->shape[2] ||
                  down->shape[3] != w->shape[3] || up->shape[0] != w->shape[0] ||
                  dpo_count(up) != up->shape[0] * down->shape[0]))
@@ -17967,19 +17984,25 @@ static const char *dpoi_component(const dpo_json *index, const char *name)
 
 enum { DPOI_PLANNED = -1, DPOI_ZEROS, DPOI_READ };         /* networks without tensors; of zeros; as the files say */
 
+/* The weights' files of a component's folder, s->f to be closed. */
+static int dpoi_model_origin(dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s)
+{
+    char *folder = dpoi_model_place(m, sub);
+    memset(s, 0, sizeof *s);
+    s->prefix = "";
+    s->f = folder ? dpo_safetensors_open_folder(m->c, folder, n->kind->stem) : NULL;
+    dpoi_strfree(m->c, folder);
+    return s->f != NULL;
+}
+
 /* Values for a planned network out of the files of its sub-folder, which are closed again: what they hold was copied
    into the order that kernels read. */
 static int dpoi_model_fill(dpo_model *m, dpo_net **n, const char *sub)
 {
     dpoi_origin s;
-    char       *folder = dpoi_model_place(m, sub);
-    memset(&s, 0, sizeof s);
-    s.prefix = "";
-    s.f = folder ? dpo_safetensors_open_folder(m->c, folder, (*n)->kind->stem) : NULL;
-    *n = s.f ? dpoi_net_realise(*n, &s) : NULL;
+    *n = dpoi_model_origin(m, *n, sub, &s) ? dpoi_net_realise(*n, &s) : NULL;
     if (*n) dpoi_file_unknown(m->c, s.f, (*n)->kind->name);
     dpo_file_close(s.f);
-    dpoi_strfree(m->c, folder);
     return *n != NULL;
 }
 
@@ -18175,17 +18198,11 @@ static int dpoi_net_wake(dpo_net *n, const dpoi_origin *s)
 static int dpoi_model_wake(dpo_model *m, dpo_net *n, const char *sub)
 {
     dpoi_origin s;
-    char       *folder;
     int         ok;
     if (!n || n->list || !m->files || !dpoi_ok(m->c)) return 1;
     if (m->family && !dpoi_model_own(m, sub)) return dpoi_family_wake(m, n, sub);
-    memset(&s, 0, sizeof s);
-    s.prefix = "";
-    folder = dpoi_model_place(m, sub);
-    s.f = folder ? dpo_safetensors_open_folder(m->c, folder, n->kind->stem) : NULL;
-    ok = s.f && dpoi_net_wake(n, &s);
+    ok = dpoi_model_origin(m, n, sub, &s) && dpoi_net_wake(n, &s);
     dpo_file_close(s.f);
-    dpoi_strfree(m->c, folder);
     return ok;
 }
 
@@ -18195,13 +18212,19 @@ static int dpoi_model_wake_all(dpo_model *m)
            dpoi_model_wake(m, m->text[1], dpoi_text_folders[1]) && dpoi_model_wake(m, m->vae, "vae");
 }
 
+/* The weights of text encoders and VAE. */
+static void dpoi_model_drop(dpo_model *m)
+{
+    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
+    if (m->vae) dpoi_net_drop(m->vae);
+}
+
 DPO_DEF int dpo_model_rest(dpo_model *m)
 {
     if (!m || !dpoi_ok(m->c)) return 0;
     if (!m->files)
         return dpoi_fail(m->c, DPO_BAD_ARGUMENT, "%s was not loaded from files: its weights cannot come back", m->path);
-    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
-    if (m->vae) dpoi_net_drop(m->vae);
+    dpoi_model_drop(m);
     return 1;
 }
 
@@ -26461,8 +26484,7 @@ static int dpoi_train_encode_all(dpo_trainer *t)
     t->rests = 1;
     dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text encoders "
              "and VAE rest", (long long)t->encoded);
-    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
-    dpoi_net_drop(m->vae);
+    dpoi_model_drop(m);
     return 1;
 }
 
