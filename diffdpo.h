@@ -1139,7 +1139,7 @@ typedef struct dpo_train_desc {
     const char        *output;            /* folder for checkpoints, or NULL */
     int64_t            save_every;        /* steps; 0: only at the end */
     int                resume;            /* 1: go on from the last checkpoint in output, if there is one */
-    dpo_progress_fn    on_step;           /* after every step */
+    dpo_progress_fn    on_step;           /* after every step, in their order; see dpo_train_step */
     void              *user;
 
     float              lr_cycles, lr_power, lr_end;          /* see dpo_lr_desc */
@@ -1188,7 +1188,10 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void);         /* adapters on a small mo
 /* Train the model's UNet on the pairs.  dpo_train does it all; a host that keeps its own loop calls begin, step until
    it returns 0, and end.  Draws depend on (seed, step, sample) alone, so that a resumed run equals an uninterrupted
    one to the bit, for any number of threads.  A step that was cancelled is done again by the next call after
-   dpo_clear_error; one that was cancelled inside its update cannot be: load a checkpoint. */
+   dpo_clear_error; one that was cancelled inside its update cannot be: load a checkpoint.
+   With `out` dpo_train_step waits for the step's figures.  Without it, on a device that computes beside the host, on_step
+   is told of a step when the next one is under way already, so that nobody waits: its "stop" then comes a step later.
+   Before a checkpoint, dpo_train_held, dpo_train_save and dpo_train_end all steps so far are told. */
 typedef struct dpo_trainer dpo_trainer;
 DPO_DEF int          dpo_train      (dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
@@ -1334,6 +1337,10 @@ struct dpo_backend {
     int         (*sync)   (void *self);
     int         (*step)   (void *self, int begin);        /* or NULL.  1 before and 0 after calls that will come again, */
                                           /* the same with other numbers: a device may record and replay them */
+    void       *(*send)   (void *self, const void *from, size_t bytes);  /* or NULL, with take.  Begins a copy down, and */
+                                          /* returns at once what stands for it; NULL: a failure */
+    int         (*take)   (void *self, void *sent, void *to, size_t bytes);    /* waits for that copy and for no later */
+                                          /* call; `sent` is then gone, and with `to` NULL so are its numbers */
     const char *(*explain)(void *self);   /* the last failure in words, or NULL */
     void        (*close)  (void *self);
 };
@@ -7398,6 +7405,8 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model)
     b->run = dpoi_dry_run;
     b->sync = dpoi_dry_sync;
     b->step = NULL;
+    b->send = NULL;                       /* figures are zeros at once */
+    b->take = NULL;
     b->explain = dpoi_dry_explain;
     b->close = dpoi_dry_close;
     return b;
@@ -7610,6 +7619,8 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->run = dpoi_check_run;
     b->sync = dpoi_check_sync;
     b->step = NULL;                       /* each call is compared as it comes */
+    b->send = NULL;
+    b->take = NULL;
     b->explain = dpoi_check_explain;
     b->close = dpoi_check_close;
     return b;
@@ -25240,6 +25251,13 @@ typedef struct dpoi_parcel {
     int64_t     uses, open;               /* shares that a backward adds; those that are still to come */
 } dpoi_parcel;
 
+/* A step that the device has, of which on_step was not told. */
+typedef struct dpoi_awaited {
+    dpo_progress p;                       /* what the host knows of it; p.step 0: there is none */
+    double       began;
+    void        *sent;                    /* its figures on their way, see dpo_backend.send; NULL: on the device */
+} dpoi_awaited;
+
 /* A micro-batch before anything was computed. */
 typedef struct dpoi_lot {
     int64_t    step;                      /* -1: none; held-out batches have none either */
@@ -25297,19 +25315,22 @@ struct dpo_trainer {
     float          *weight, *liked, *sizes;               /* [B] [N] [N][6] */
     size_t          x0_count;             /* numbers of the largest picture as it is diffused */
 
-    dpo_tensor     *metrics;              /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1] */
-    float          *figures, *signs;      /* the same on the host; [accumulation][N] of liked */
+    dpo_tensor     *metrics;              /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1]; */
+                                          /* then the step record */
+    float          *figures, *signs;      /* the same on the host; [2][accumulation][N] of liked: of a step whose number */
+                                          /* is even, and odd, since one may be awaited while the next is computed */
+    dpoi_awaited    awaited[2];           /* likewise */
     float          *known;                /* [steps][accumulation][N] reference errors computed ahead, or NULL */
     int64_t         known_count;
     float          *held_known;           /* [helds][DPO_HELD_RANGES][2], or NULL */
     int             row;
-    double          began, data;          /* data: seconds of this step spent in gathering */
+    double          began, told, data;    /* told: the last report; data: seconds of this step spent in gathering */
     int64_t         encoded, cached;
 
     dpo_cache      *cache;
     dpo_loader     *loader;
     dpo_key         unet_key, vae_key, text_key;          /* what was computed with, of the cache and of checkpoints */
-    dpo_key        *ref_key;              /* [accumulation][B] of the step's reference errors; zero: known */
+    dpo_key        *ref_key;              /* [2][accumulation][B] of a step's reference errors; zero: known */
 };
 
 /* Of one text in memory. */
@@ -25355,9 +25376,9 @@ static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx 
     *ok = each(c, (void **)&t->weight, B, sizeof *t->weight) && *ok;
     *ok = each(c, (void **)&t->liked, N, sizeof *t->liked) && *ok;
     *ok = each(c, (void **)&t->sizes, N * 6, sizeof *t->sizes) && *ok;
-    *ok = each(c, (void **)&t->figures, (size_t)t->row * acc, sizeof *t->figures) && *ok;
-    *ok = each(c, (void **)&t->signs, N * acc, sizeof *t->signs) && *ok;
-    *ok = each(c, (void **)&t->ref_key, B * acc, sizeof *t->ref_key) && *ok;
+    *ok = each(c, (void **)&t->figures, (size_t)t->row * acc + DPO_REC_COUNT, sizeof *t->figures) && *ok;
+    *ok = each(c, (void **)&t->signs, 2 * N * acc, sizeof *t->signs) && *ok;
+    *ok = each(c, (void **)&t->ref_key, 2 * B * acc, sizeof *t->ref_key) && *ok;
 }
 
 /* The two things that are done to all of them. */
@@ -25401,6 +25422,8 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 {
     dpo_trainer *t = (dpo_trainer *)object;
     int          ok = 1;
+    for (int k = 0; k < 2; k++)
+        if (t->awaited[k].sent) (void)c->backend->take(c->backend->self, t->awaited[k].sent, NULL, 0);
     dpo_loader_free(t->loader);
     dpo_cache_close(t->cache);
     dpo_optim_free(t->o);
@@ -25826,7 +25849,7 @@ static int dpoi_train_buffers(dpo_trainer *t)
     if (!emb) return 0;
     dpoi_trainer_arrays(t, c, dpoi_array_new, &ok);
     t->plan[0].step = t->plan[1].step = -1;
-    shape[0] = (int64_t)t->row * t->d.accumulation;
+    shape[0] = (int64_t)t->row * t->d.accumulation + DPO_REC_COUNT;
     t->metrics = ok ? dpo_param_new(c, DPO_F32, 1, shape, NULL) : NULL;
     return t->metrics != NULL;
 }
@@ -25949,11 +25972,14 @@ DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train
     return NULL;
 }
 
+static int dpoi_train_settle(dpo_trainer *t);
+
 /* The trained weights stay in the model.  An earlier failure is still the answer. */
 DPO_DEF int dpo_train_end(dpo_trainer *t)
 {
     dpo_ctx *c = t ? t->c : NULL;
     if (!t) return 0;
+    dpoi_train_settle(t);                 /* a step that is done is told, whatever failed after it */
     dpoi_disown(c, t);
     return dpo_status(c) == DPO_OK;
 }
@@ -26812,11 +26838,12 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
     dpo_terms     terms;
     dpo_objective o = dpoi_train_objective(t);
     dpo_tensor   *loss = NULL;
-    dpo_key      *keys = t->ref_key + (int64_t)micro * t->B;
+    int64_t       at = (t->steps_done & 1) * t->d.accumulation + micro;   /* of what is kept for two steps */
+    dpo_key      *keys = t->ref_key + at * t->B;
     dpoi_lot    *plan = dpoi_train_plans(t, t->steps_done, micro);
     memset(keys, 0, (size_t)t->B * sizeof *keys);
     if (plan && dpoi_train_gather(t, plan, &d)) {
-        memcpy(t->signs + (int64_t)micro * t->N, t->liked, (size_t)t->N * sizeof *t->signs);
+        memcpy(t->signs + at * t->N, t->liked, (size_t)t->N * sizeof *t->signs);
         d.reference = dpoi_train_known(t, plan, keys);
         t->data += dpo_seconds() - began;
         if (dpoi_ok(t->c)) loss = dpo_diffusion_loss(dpo_model_unet(t->m), t->noise, &d, &o, &terms);
@@ -26840,13 +26867,14 @@ static int dpoi_train_reduce(dpo_trainer *t)
 enum { DPOI_SUM_W, DPOI_SUM_L, DPOI_SUM_REF_W, DPOI_SUM_REF_L, DPOI_SUM_WON, DPOI_SUM_LOST, DPOI_SUM_LOSS,
        DPOI_SUM_RIGHT, DPOI_SUM_COUNT };
 
-/* Sums over the figures of all micro-batches: of pairs, or of pictures that were liked and not. */
-static void dpoi_train_sums(dpo_trainer *t, double *sum)
+/* Sums over the figures of all micro-batches: of pairs, or of pictures that were liked and not, by signs
+   [accumulation][N]. */
+static void dpoi_train_sums(dpo_trainer *t, const float *signs, double *sum)
 {
     for (int k = 0; k < t->d.accumulation; k++) {
         const float *f = t->figures + (int64_t)k * t->row, *ref = f + t->N, *in = f + 2*t->N;
         for (int i = 0; i < t->N; i++) {
-            int lost = t->each == 2 ? i >= t->B : t->signs[(int64_t)k * t->N + i] < 0;
+            int lost = t->each == 2 ? i >= t->B : signs[(int64_t)k * t->N + i] < 0;
             sum[lost ? DPOI_SUM_L : DPOI_SUM_W] += f[i];
             sum[lost ? DPOI_SUM_REF_L : DPOI_SUM_REF_W] += ref[i];
             sum[lost ? DPOI_SUM_LOST : DPOI_SUM_WON] += 1;
@@ -26875,12 +26903,12 @@ static int dpoi_train_sums_reduce(dpo_trainer *t, double *sum)
 
 /* Means over the figures of all micro-batches and processes.
    margin = mean of (R_w - L_w) - (R_l - L_l), which for pairs is that of 2 inside/beta. */
-static int dpoi_train_means(dpo_trainer *t, dpo_progress *p)
+static int dpoi_train_means(dpo_trainer *t, const float *signs, dpo_progress *p)
 {
     double sum[DPOI_SUM_COUNT], n = (double)t->B * t->d.accumulation * t->d.team.count, won, lost;
     double limit = 1 + (double)t->d.degrading_limit;
     memset(sum, 0, sizeof sum);
-    dpoi_train_sums(t, sum);
+    dpoi_train_sums(t, signs, sum);
     if (!dpoi_train_sums_reduce(t, sum)) return 0;
     won = sum[DPOI_SUM_WON] > 0 ? sum[DPOI_SUM_WON] : 1;
     lost = sum[DPOI_SUM_LOST] > 0 ? sum[DPOI_SUM_LOST] : 1;
@@ -26896,33 +26924,74 @@ static int dpoi_train_means(dpo_trainer *t, dpo_progress *p)
     return 1;
 }
 
-/* The one place where a step waits for the device.
-   Everything that a progress callback may see; the memory figure is the peak since opening. */
-static int dpoi_train_report(dpo_trainer *t, double started, float lr, dpo_progress *p)
+/* What the host knows of a step when the device has it: all but its figures.  sends: begin to bring these
+   down, too. */
+static int dpoi_train_await(dpo_trainer *t, dpoi_awaited *w, double began, float lr, int sends)
 {
-    double now;
-    if (!dpo_read(t->metrics, t->figures) || !dpo_optim_read(t->o, &p->grad_norm, &p->skipped)) return 0;
-    for (int k = 0; k < t->d.accumulation && t->cache; k++)
-        dpoi_train_reference_put(t, t->ref_key + (int64_t)k * t->B, t->B, t->figures + (int64_t)k * t->row + t->N);
-    now = dpo_seconds();
-    if (!dpoi_train_means(t, p)) return 0;
+    dpo_backend  *b = t->c->backend;
+    dpo_progress *p = &w->p;
+    memset(w, 0, sizeof *w);
+    w->began = began;
     p->step = t->steps_done;
     p->steps = t->d.steps;
     p->pairs = t->steps_done * t->d.accumulation * t->B * t->d.team.count;
     p->lr = lr;
-    p->seconds = now - t->began;
-    /* a clock may stand still between two readings */
-    p->pairs_per_second = now > started ? (double)t->B * t->d.accumulation * t->d.team.count / (now - started) : 0;
     p->memory = dpo_memory_peak(t->c, 0);
-    p->left_out = p->skipped > t->skipped;
-    t->skipped = p->skipped;
     p->seconds_data = t->data;
     p->encoded = t->encoded;
     p->cached = t->cached;
-    if (p->left_out)
+    if (!sends || (w->sent = b->send(b->self, t->metrics->data, (size_t)dpo_count(t->metrics) * sizeof(float)))) return 1;
+    return dpoi_fail_device(t->c, "copying", (size_t)dpo_count(t->metrics) * sizeof(float));
+}
+
+/* The one place where a trainer waits for the device: for an awaited step's figures. */
+static int dpoi_train_figures(dpo_trainer *t, dpoi_awaited *w)
+{
+    dpo_backend *b = t->c->backend;
+    void        *sent = w->sent;
+    size_t       bytes = (size_t)dpo_count(t->metrics) * sizeof *t->figures;
+    w->sent = NULL;
+    if (!sent) return dpo_read(t->metrics, t->figures);
+    return b->take(b->self, sent, t->figures, bytes) == DPO_OK || dpoi_fail_device(t->c, "copying", bytes);
+}
+
+/* Tell of an awaited step, if there is one, once its figures are there: everything that a callback may see.  The time of
+   a step that had to wait for the one before it is what passed since that one's report. */
+static int dpoi_train_tell(dpo_trainer *t, int which, dpo_progress *out)
+{
+    dpoi_awaited *w = &t->awaited[which];
+    dpo_progress  p = w->p;
+    double        now, began = w->began > t->told ? w->began : t->told, pairs = (double)t->B * t->d.accumulation;
+    const float  *signs = t->signs + (int64_t)which * t->d.accumulation * t->N;
+    const float  *record = t->figures + (int64_t)t->d.accumulation * t->row;
+    dpo_key      *keys = t->ref_key + (int64_t)which * t->d.accumulation * t->B;
+    if (!p.step) return 1;
+    w->p.step = 0;                        /* whatever happens now, it is not told twice */
+    if (!dpoi_train_figures(t, w)) return 0;
+    for (int k = 0; k < t->d.accumulation && t->cache; k++)
+        dpoi_train_reference_put(t, keys + (int64_t)k * t->B, t->B, t->figures + (int64_t)k * t->row + t->N);
+    now = t->told = dpo_seconds();
+    if (!dpoi_train_means(t, signs, &p)) return 0;
+    p.grad_norm = record[DPO_REC_NORM];
+    p.skipped = (int64_t)record[DPO_REC_SKIPPED];
+    p.seconds = now - t->began;
+    /* a clock may stand still between two readings */
+    p.pairs_per_second = now > began ? pairs * t->d.team.count / (now - began) : 0;
+    p.left_out = p.skipped > t->skipped;
+    t->skipped = p.skipped;
+    if (p.left_out)
         dpoi_log(t->c, DPO_LOG_WARNING, "step %lld was left out: its loss or gradient is not finite (%lld so far)",
-                 (long long)p->step, (long long)p->skipped);
+                 (long long)p.step, (long long)p.skipped);
+    if (out) *out = p;                    /* before the callback: both see the same step */
+    if (t->d.on_step && t->d.on_step(t->d.user, &p)) t->stopped = 1;
     return 1;
+}
+
+/* All steps that the device has. */
+static int dpoi_train_settle(dpo_trainer *t)
+{
+    int last = !(t->steps_done & 1);      /* where the last one stands: it began when one less was done */
+    return dpoi_train_tell(t, !last, NULL) && dpoi_train_tell(t, last, NULL);
 }
 
 static int dpoi_train_checkpoint(dpo_trainer *t);
@@ -26962,7 +27031,8 @@ static int dpoi_train_update(dpo_trainer *t, float lr)
 {
     float decay = dpo_average_decay(t->steps_done, t->d.average);
     if (!dpo_optim_step(t->o, lr)) return 0;
-    return !t->average || dpo_average(t->c, t->average, t->params, t->count, decay);
+    if (t->average && !dpo_average(t->c, t->average, t->params, t->count, decay)) return 0;
+    return dpoi_copy_into(t->metrics, (int64_t)t->d.accumulation * t->row, t->o->record);
 }
 
 /* All that the device does in a step, from draws to weights; *updating: when the gradients were there. */
@@ -26976,16 +27046,29 @@ static int dpoi_train_work(dpo_trainer *t, float lr, double *updating)
     return dpoi_train_update(t, lr);
 }
 
-/* The figures are read only after the whole step was handed to the device.
-   The learning rate is that of the number of steps done before, 0 at the first. */
+/* A checkpoint every save_every steps, at the end, and where the callback stopped the run. */
+static int dpoi_train_saves(const dpo_trainer *t)
+{
+    int64_t every = t->d.save_every;
+    return t->d.output && (t->stopped || t->steps_done == t->d.steps || (every && t->steps_done % every == 0));
+}
+
+/* May this step's figures come while the next one is computed?  A team's are summed over its processes first, through
+   the device. */
+static int dpoi_train_late(const dpo_trainer *t, const dpo_progress *out)
+{
+    return t->c->backend->send && !out && t->d.team.count < 2 && t->steps_done < t->d.steps && !dpoi_train_saves(t);
+}
+
+/* The figures are waited for only after the whole step was handed to the device, and where they may be late only after
+   the next one was.  The learning rate is that of the number of steps done before, 0 at the first. */
 DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
-    dpo_progress p;
-    double       started = dpo_seconds(), updating = started;
-    float        lr;
-    int          ok;
+    double started = dpo_seconds(), updating = started;
+    float  lr;
+    int    ok, which, late;
     if (!dpoi_train_ready(t)) return 0;
-    memset(&p, 0, sizeof p);
+    which = (int)(t->steps_done & 1);
     t->phase = DPOI_GRADIENTS;
     t->data = 0;
     lr = dpoi_train_rate(t);
@@ -26993,14 +27076,13 @@ DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
     if (!dpoi_device_step(t->c, 0) || !ok) return 0;
     t->phase = DPOI_BETWEEN;
     t->steps_done++;
-    p.seconds_optimizer = dpo_seconds() - updating;
-    if (!dpoi_train_report(t, started, lr, &p)) return 0;
-    if (out) *out = p;                    /* before the callback: both see the same step */
-    if (t->d.on_step && t->d.on_step(t->d.user, &p)) t->stopped = 1;
-    if (!t->d.output) return 1;
-    /* A checkpoint every save_every steps, at the end, and where the callback stopped the run. */
-    if (!t->stopped && t->steps_done < t->d.steps && (!t->d.save_every || t->steps_done % t->d.save_every)) return 1;
-    return dpoi_train_checkpoint(t);
+    late = dpoi_train_late(t, out);
+    if (!dpoi_train_await(t, &t->awaited[which], started, lr, late)) return 0;
+    t->awaited[which].p.seconds_optimizer = dpo_seconds() - updating;
+    if (!dpoi_train_tell(t, !which, NULL)) return 0;
+    if (late && !t->stopped) return 1;
+    if (!dpoi_train_tell(t, which, out)) return 0;
+    return !dpoi_train_saves(t) || dpoi_train_checkpoint(t);
 }
 
 /* A NULL trainer makes the loop end at once, and dpo_train_end say no. */
@@ -27107,7 +27189,7 @@ DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
     memset(right, 0, sizeof right);
     memset(sum, 0, sizeof sum);
     if (out) memset(out, 0, sizeof *out);
-    if (!t || !out || !dpoi_ok(t->c)) return 0;
+    if (!t || !out || !dpoi_ok(t->c) || !dpoi_train_settle(t)) return 0;
     if (!t->helds) return 1;
     if (!t->held_known && !(t->held_known = (float *)dpoi_calloc(t->c, (size_t)t->helds * 2 * DPO_HELD_RANGES,
                                                                  sizeof *t->held_known))) return 0;
@@ -27259,7 +27341,7 @@ DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
 {
     char *part, *above;
     int   ok, e = 0;
-    if (!t || !folder || !dpoi_ok(t->c)) return 0;
+    if (!t || !folder || !dpoi_ok(t->c) || !dpoi_train_settle(t)) return 0;
     if (t->d.team.index) return 1;        /* all processes hold the same: the first one writes */
     if (dpoi_is_folder(folder)) return dpoi_train_write(t, folder);
     /* A .part that is there already is what a killed run left: its files are replaced. */
@@ -27281,7 +27363,8 @@ DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
     dpoi_state    s;
     char         *path;
     int           ok;
-    if (!t || !folder || !dpoi_ok(t->c) || !(path = dpoi_join(t->c, folder, "state.safetensors"))) return 0;
+    if (!t || !folder || !dpoi_ok(t->c) || !dpoi_train_settle(t)) return 0;
+    if (!(path = dpoi_join(t->c, folder, "state.safetensors"))) return 0;
     s = dpoi_train_state(t, &k);
     ok = dpoi_state_load(&s, path);
     dpoi_strfree(t->c, path);

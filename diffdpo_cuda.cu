@@ -83,6 +83,15 @@ typedef struct dpoc_pending {
     dpoc_one   one[DPOC_BATCH];
 } dpoc_pending;
 
+/* Numbers on their way to the host, see dpo_backend.send. */
+typedef struct dpoc_box {
+    char       *p;                        /* page-locked, `room` bytes */
+    size_t      room;
+    cudaEvent_t came;                     /* they are there */
+    int         used;                     /* sent and not taken */
+    struct dpoc_box *next;
+} dpoc_box;
+
 typedef struct dpoc {
     dpo_backend  backend;
     int          device, major, minor, processors;  /* its number, compute capability, multiprocessors */
@@ -93,6 +102,7 @@ typedef struct dpoc {
     cudaEvent_t  staged[DPOC_STAGES];     /* the copy out of it is over */
     int          turn;                    /* the stage that is being filled */
     size_t       stage_used;              /* bytes of it */
+    dpoc_box    *boxes;                   /* all there are */
     void        *blas, *dnn;              /* handles */
     void        *scratch;                 /* of cuBLASLt and cuDNN, DPOC_SCRATCH_BYTES */
     struct dpoc_plans *plans;             /* what cuBLASLt chose, by shape */
@@ -255,6 +265,31 @@ static int dpoc_copy_now(dpoc *d, void *to, const void *from, size_t bytes, int 
                                            : cudaMemcpyDeviceToDevice, d->stream), "cudaMemcpyAsync");
     if (status != DPO_OK || direction != DPO_COPY_DOWN) return status;
     return dpoc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize");
+}
+
+/* One more box, in the list even where something failed: dpoc_close frees what there is. */
+static int dpoc_box_new(dpoc *d, size_t bytes)
+{
+    dpoc_box *b = (dpoc_box *)calloc(1, sizeof *b);
+    int       status;
+    if (!b) return dpoc_fail(d, DPO_OUT_OF_MEMORY, "send", "no memory on the host");
+    b->next = d->boxes;
+    d->boxes = b;
+    status = dpoc_check(d, cudaEventCreateWithFlags(&b->came, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    if (status == DPO_OK) status = dpoc_check(d, cudaMallocHost((void **)&b->p, bytes), "cudaMallocHost");
+    if (status == DPO_OK) b->room = bytes;
+    return status;
+}
+
+/* A free box of at least `bytes`; NULL: a failure.  Where there is none two are made: the next one is wanted before the
+   first is free again, and no later step should have to ask for memory. */
+static dpoc_box *dpoc_box_for(dpoc *d, size_t bytes)
+{
+    for (int made = 0; made < 2; made++) {
+        for (dpoc_box *b = d->boxes; b; b = b->next) if (!b->used && b->room >= bytes) return b;
+        if (dpoc_box_new(d, bytes) != DPO_OK || dpoc_box_new(d, bytes) != DPO_OK) return NULL;
+    }
+    return NULL;
 }
 
 /* At once, in the order of the stream.  All bits 0 is 0 in every type of storage. */
@@ -4655,6 +4690,34 @@ static int dpoc_backend_sync(void *self)
     return status == DPO_OK ? dpoc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize") : status;
 }
 
+/* A copy down that nobody waits for, behind all calls so far; a step's end has put these on the stream as one graph. */
+static void *dpoc_send(void *self, const void *from, size_t bytes)
+{
+    dpoc     *d = (dpoc *)self;
+    int       status = dpoc_enter(d);
+    dpoc_box *b;
+    if (status == DPO_OK) status = dpoc_step_stop(d);
+    if (status != DPO_OK || !(b = dpoc_box_for(d, bytes))) return NULL;
+    status = dpoc_check(d, cudaMemcpyAsync(b->p, from, bytes, cudaMemcpyDeviceToHost, d->stream), "cudaMemcpyAsync");
+    if (status == DPO_OK) status = dpoc_check(d, cudaEventRecord(b->came, d->stream), "cudaEventRecord");
+    if (status != DPO_OK) return NULL;
+    b->used = 1;
+    return b;
+}
+
+/* Waits for that copy alone: calls behind it go on.  A box that nobody reads can be sent again without waiting, for
+   copies keep their order. */
+static int dpoc_take(void *self, void *sent, void *to, size_t bytes)
+{
+    dpoc     *d = (dpoc *)self;
+    dpoc_box *b = (dpoc_box *)sent;
+    int       status = to ? dpoc_enter(d) : (int)DPO_OK;
+    if (to && status == DPO_OK) status = dpoc_check(d, cudaEventSynchronize(b->came), "cudaEventSynchronize");
+    if (to && status == DPO_OK) memcpy(to, b->p, bytes);
+    b->used = 0;
+    return status;
+}
+
 /* Call, reason, op. */
 static const char *dpoc_explain(void *self) { return ((dpoc *)self)->text[0] ? ((dpoc *)self)->text : NULL; }
 
@@ -4670,6 +4733,12 @@ static void dpoc_close(void *self)
     for (int i = 0; i < DPOC_STAGES; i++) {
         if (d->stage[i])  (void)cudaFreeHost(d->stage[i]);
         if (d->staged[i]) (void)cudaEventDestroy(d->staged[i]);
+    }
+    for (dpoc_box *b = d->boxes, *next; b; b = next) {
+        next = b->next;
+        if (b->p)    (void)cudaFreeHost(b->p);
+        if (b->came) (void)cudaEventDestroy(b->came);
+        free(b);
     }
     if (d->scratch) (void)cudaFree(d->scratch);
     if (d->sums)    (void)cudaFree(d->sums);
@@ -4728,6 +4797,7 @@ static void dpoc_fill(dpoc *d)
     b->copy = dpoc_backend_copy;       b->zero = dpoc_backend_zero;
     b->workspace = dpoc_workspace;     b->run = dpoc_backend_run;
     b->sync = dpoc_backend_sync;       b->step = dpoc_backend_step;
+    b->send = dpoc_send;               b->take = dpoc_take;
     b->explain = dpoc_explain;         b->close = dpoc_close;
 }
 

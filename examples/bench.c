@@ -226,6 +226,8 @@ static dpo_backend *meter_open(meter *m, dpo_backend *inner)
     m->shell.run = meter_run;
     m->shell.sync = meter_sync;
     m->shell.step = inner->step ? meter_step : NULL;
+    m->shell.send = NULL;
+    m->shell.take = NULL;
     m->shell.explain = meter_explain;
     m->shell.close = meter_close;
     return &m->shell;
