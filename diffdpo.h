@@ -12576,12 +12576,14 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, dpoi_amx_ahead
     int64_t lines = f->lines;
     for (int64_t k = 0; k < s->steps; k++) {
         for (int64_t i = 0; i < lines; i++, next += 32) DPOI_FETCH_FAR(next);
-        _tile_loadd(6, b0, s->b_row);
         _tile_loadd(4, a0, s->a_row);
+        _tile_loadd(6, b0, s->b_row);
+        if (wide) _tile_loadd(7, b1, s->b_row);
         _tile_dpbf16ps(0, 4, 6);
-        if (wide) { _tile_loadd(7, b1, s->b_row);  _tile_dpbf16ps(1, 4, 7); }
-        if (two)  { _tile_loadd(5, a1, s->a_row);        _tile_dpbf16ps(2, 5, 6); }
-        if (two && wide) _tile_dpbf16ps(3, 5, 7);
+        if (wide) _tile_dpbf16ps(1, 4, 7);
+        if (two)  _tile_loadd(4, a1, s->a_row);
+        if (two && wide) _tile_dpbf16ps(3, 4, 7);
+        if (two) _tile_dpbf16ps(2, 4, 6);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
         if (wide) b1 += s->b_step;
