@@ -8256,17 +8256,15 @@ enum {
     DPOI_MAP_COUNT
 };
 
-/* Those that every instruction set has: the others run in plain C. */
-#define DPOI_MAPS(X) \
-    X(DPO_NONE) X(DPO_SILU) X(DPO_GELU) X(DPO_QUICK_GELU) X(DPO_SIGMOID) X(DPO_EXP) X(DPO_SQUARE) X(DPO_RELU) \
-    X(DPOI_MAP_BACK + DPO_NONE) X(DPOI_MAP_BACK + DPO_SILU) X(DPOI_MAP_BACK + DPO_GELU) \
-    X(DPOI_MAP_BACK + DPO_QUICK_GELU) X(DPOI_MAP_BINARY + DPO_ADD) X(DPOI_MAP_BINARY + DPO_SUB) \
+/* Those without a branch or a function of libm: in plain C, too, each has a loop of its own. */
+#define DPOI_MAPS_PLAIN(X) \
+    X(DPO_NONE) X(DPO_SQUARE) X(DPOI_MAP_BACK + DPO_NONE) X(DPOI_MAP_BINARY + DPO_ADD) X(DPOI_MAP_BINARY + DPO_SUB) \
     X(DPOI_MAP_BINARY + DPO_MUL) X(DPOI_MAP_BINARY + DPO_DIV) X(DPOI_MAP_AFFINE) X(DPOI_MAP_MIX) X(DPOI_MAP_DIFF) \
-    X(DPOI_MAP_LERP) X(DPOI_MAP_GEGLU) X(DPOI_MAP_GEGLU_BACK) X(DPOI_MAP_NORM) X(DPOI_MAP_NORM_DH) \
-    X(DPOI_MAP_NORM_DOT) X(DPOI_MAP_NORM_BACK) X(DPOI_MAP_SQUARE) X(DPOI_MAP_SQUARE_DIFF)
+    X(DPOI_MAP_LERP) X(DPOI_MAP_NORM) X(DPOI_MAP_NORM_DH) X(DPOI_MAP_NORM_DOT) X(DPOI_MAP_NORM_BACK) \
+    X(DPOI_MAP_SQUARE) X(DPOI_MAP_SQUARE_DIFF)
 
 /* Those whose sums are asked for. */
-#define DPOI_SUMS(X) \
+#define DPOI_MAPS_SUMMED(X) \
     X(DPO_NONE) X(DPOI_MAP_BINARY + DPO_MUL) X(DPOI_MAP_NORM_DOT) X(DPOI_MAP_SQUARE) X(DPOI_MAP_SQUARE_DIFF)
 
 /* What group norm knows of each channel c of one sample, z = (x - mean) scale + beta before the activation:
@@ -8335,13 +8333,13 @@ DPOI_INLINE float dpoi_act_slope(int act, float x)
     }
 }
 
-/* f(a, b, c; s): the list above, line by line.
-   DIV_BACK takes a, b, c = dividend, divisor, dy. */
-DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s)
+/* f(a, b, c; s) of the list above that take no more than arithmetic. */
+DPOI_INLINE float dpoi_map_simple(int op, float a, float b, float c, const float *s)
 {
-    if (op < DPO_ACTS)        return dpoi_act(op, a);
-    if (op < DPOI_MAP_BINARY) return b*dpoi_act_slope(op - DPOI_MAP_BACK, a);
     switch (op) {
+    case DPO_NONE:                  return a;
+    case DPO_SQUARE:                return a*a;
+    case DPOI_MAP_BACK + DPO_NONE:  return b;
     case DPOI_MAP_BINARY + DPO_ADD: return a + b;
     case DPOI_MAP_BINARY + DPO_SUB: return a - b;
     case DPOI_MAP_BINARY + DPO_MUL: return a*b;
@@ -8352,8 +8350,6 @@ DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s
     case DPOI_MAP_LERP:             return b + s[0]*(a - b);
     case DPOI_MAP_CLAMP:            return a < s[0] ? s[0] : a > s[1] ? s[1] : a;
     case DPOI_MAP_CLAMP_BACK:       return a < s[0] || a > s[1] ? 0 : b;
-    case DPOI_MAP_GEGLU:            return a*b*dpoi_normal(b);
-    case DPOI_MAP_GEGLU_BACK:       return c*a*dpoi_act_slope(DPO_GELU, b);
     case DPOI_MAP_DIV_BACK:         return -c*a/(b*b);
     case DPOI_MAP_NORM:             return (a - s[0])*s[1]*b + c;
     case DPOI_MAP_NORM_DH:          return b*((a - s[0])*s[1]);
@@ -8365,48 +8361,49 @@ DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s
     }
 }
 
-/* Unused operands are read, but not used: `a` stands in for them.
+/* All of them. */
+static float dpoi_map_one(int op, float a, float b, float c, const float *s)
+{
+    if (op < DPO_ACTS)             return dpoi_act(op, a);
+    if (op < DPOI_MAP_BINARY)      return b*dpoi_act_slope(op - DPOI_MAP_BACK, a);
+    if (op == DPOI_MAP_GEGLU)      return a*b*dpoi_normal(b);
+    if (op == DPOI_MAP_GEGLU_BACK) return c*a*dpoi_act_slope(DPO_GELU, b);
+    return dpoi_map_simple(op, a, b, c, s);
+}
+
+/* The loop of one simple formula, which compilers can turn into vectors where they dare.
+   Unused operands are read, but not used: `a` stands in for them.
    y may be a, b or c themselves (LERP runs in place): each number is read before it is written. */
 DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
                                float *y, int add)
 {
+    for (int64_t i = 0; i < n; i++) {
+        float f = dpoi_map_simple(op, a[i], b[i], c[i], s);
+        y[i] = add ? y[i] + f : f;
+    }
+}
+
+/* dpoi_rows.map */
+#define DPOI_MAP_CASE(op) case op: dpoi_map_loop(op, n, a, b, c, s, y, add); return;
+static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
+                           int add)
+{
+    b = b ? b : a;  c = c ? c : a;
+    switch (op) { DPOI_MAPS_PLAIN(DPOI_MAP_CASE) default: break; }
     for (int64_t i = 0; i < n; i++) {
         float f = dpoi_map_one(op, a[i], b[i], c[i], s);
         y[i] = add ? y[i] + f : f;
     }
 }
 
-/* dpoi_rows.map */
-#define DPOI_MAP_CASE(op) case op: dpoi_map_loop(op, n, a, b, c, s, y, add); break;
-/* A case for each formula makes a loop of its own, which compilers can turn into vectors where they
-   dare. */
-static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
-                           int add)
-{
-    b = b ? b : a;  c = c ? c : a;
-    switch (op) {
-    DPOI_MAPS(DPOI_MAP_CASE)
-    default: dpoi_map_loop(op, n, a, b, c, s, y, add);
-    }
-}
-
 /* The sum of f over a row, in double.
    One chain of additions in double: the oracle for the order-free sums of the other sets. */
-DPOI_INLINE double dpoi_sum_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
-{
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += dpoi_map_one(op, a[i], b[i], c[i], s);
-    return sum;
-}
-
-#define DPOI_SUM_CASE(op) case op: return dpoi_sum_loop(op, n, a, b, c, s);
 static double dpoi_sum_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
 {
+    double sum = 0;
     b = b ? b : a;  c = c ? c : a;
-    switch (op) {
-    DPOI_SUMS(DPOI_SUM_CASE)
-    default: return dpoi_sum_loop(op, n, a, b, c, s);
-    }
+    for (int64_t i = 0; i < n; i++) sum += dpoi_map_one(op, a[i], b[i], c[i], s);
+    return sum;
 }
 
 /* Number i of F32 or BF16.  The loops below are made once for each type, which is constant in them. */
@@ -8517,8 +8514,8 @@ static dpoi_rows dpoi_rows_plain(void)
 /* --------------------------------------------------------------------------------------- AVX2 and AVX-512
 
    The same once for 8 and once for 16 floats side by side.  Rows end in masked loads and stores, never in scalar code,
-   so that an element's bits do not depend on where in a row it stands.  A loop is made for each formula by inlining it
-   with `op` constant: the switch in the formula costs nothing. */
+   so that an element's bits do not depend on where in a row it stands.  Each formula of a map has a loop of its own, made
+   by a macro: a switch inside of one loop, inlined with `op` constant, would run as fast, but compile twenty times. */
 #ifdef DPOI_SIMD_256
 
 /* exp(x) = 2^n exp(r), n = round(x/ln 2), r = x - n ln 2 in two parts; 1 + r + r^2 P(r) as in Cephes' expf, which is
@@ -8618,86 +8615,106 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_gelu_slope_256(dpoi_f256 x)
     return dpoi_fma_256(x, density, P);
 }
 
-/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number.
+/* x P(x), and x^2. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_gelu_256(dpoi_f256 x)
+{
+    dpoi_f256 density;
+    return dpoi_mul_256(x, dpoi_normal_256(x, &density));
+}
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_square_256(dpoi_f256 x)                  { return dpoi_mul_256(x, x); }
+
+/* Layer norm's normalised number h = (a - s0) s1, and its backward pass s1 (b c - s2 - h s3).
    fma rounds once where plain C rounds twice: the last bit may differ from the oracle's. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_norm_256(int op, dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_centred_256(dpoi_f256 a, const float *s)
 {
-    dpoi_f256 h = dpoi_mul_256(dpoi_sub_256(a, dpoi_all_256(s[0])), dpoi_all_256(s[1]));
-    if (op == DPOI_MAP_NORM)     return dpoi_fma_256(h, b, c);
-    if (op == DPOI_MAP_NORM_DH)  return dpoi_mul_256(h, b);
-    if (op == DPOI_MAP_NORM_DOT) return dpoi_mul_256(h, dpoi_mul_256(b, c));
-    h = dpoi_fnma_256(h, dpoi_all_256(s[3]), dpoi_fms_256(b, c, dpoi_all_256(s[2])));
-    return dpoi_mul_256(h, dpoi_all_256(s[1]));
+    return dpoi_mul_256(dpoi_sub_256(a, dpoi_all_256(s[0])), dpoi_all_256(s[1]));
+}
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_centred_back_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
+{
+    dpoi_f256 e = dpoi_fms_256(b, c, dpoi_all_256(s[2]));
+    return dpoi_mul_256(dpoi_fnma_256(dpoi_centred_256(a, s), dpoi_all_256(s[3]), e), dpoi_all_256(s[1]));
 }
 
-/* The formulas of dpoi_map_one for 8 numbers; `op` is a constant wherever this is inlined.
+/* The formulas of dpoi_map_one for 8 numbers; the others run in plain C.
    RELU: max(0, a) in this order returns a where a is NaN. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_256(int op, dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
+#define DPOI_MAPS_256(X) \
+    X(DPO_NONE,       a) \
+    X(DPO_SILU,       dpoi_mul_256(a, dpoi_sigmoid_256(a))) \
+    X(DPO_GELU,       dpoi_gelu_256(a)) \
+    X(DPO_QUICK_GELU, dpoi_mul_256(a, dpoi_sigmoid_256(dpoi_mul_256(a, dpoi_all_256(1.702f))))) \
+    X(DPO_SIGMOID,    dpoi_sigmoid_256(a)) \
+    X(DPO_EXP,        dpoi_exp_256(a)) \
+    X(DPO_SQUARE,     dpoi_mul_256(a, a)) \
+    X(DPO_RELU,       dpoi_max_256(dpoi_zero_256(), a)) \
+    X(DPOI_MAP_BACK + DPO_NONE,       b) \
+    X(DPOI_MAP_BACK + DPO_SILU,       dpoi_mul_256(b, dpoi_silu_slope_256(a, 1))) \
+    X(DPOI_MAP_BACK + DPO_GELU,       dpoi_mul_256(b, dpoi_gelu_slope_256(a))) \
+    X(DPOI_MAP_BACK + DPO_QUICK_GELU, dpoi_mul_256(b, dpoi_silu_slope_256(a, 1.702f))) \
+    X(DPOI_MAP_BINARY + DPO_ADD,      dpoi_add_256(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_SUB,      dpoi_sub_256(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_MUL,      dpoi_mul_256(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_DIV,      dpoi_div_256(a, b)) \
+    X(DPOI_MAP_AFFINE,      dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_all_256(s[1]))) \
+    X(DPOI_MAP_MIX,         dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_mul_256(b, dpoi_all_256(s[1])))) \
+    X(DPOI_MAP_DIFF,        dpoi_mul_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]))) \
+    X(DPOI_MAP_LERP,        dpoi_fma_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]), b)) \
+    X(DPOI_MAP_GEGLU,       dpoi_mul_256(a, dpoi_gelu_256(b))) \
+    X(DPOI_MAP_GEGLU_BACK,  dpoi_mul_256(dpoi_mul_256(c, a), dpoi_gelu_slope_256(b))) \
+    X(DPOI_MAP_NORM,        dpoi_fma_256(dpoi_centred_256(a, s), b, c)) \
+    X(DPOI_MAP_NORM_DH,     dpoi_mul_256(dpoi_centred_256(a, s), b)) \
+    X(DPOI_MAP_NORM_DOT,    dpoi_mul_256(dpoi_centred_256(a, s), dpoi_mul_256(b, c))) \
+    X(DPOI_MAP_NORM_BACK,   dpoi_centred_back_256(a, b, c, s)) \
+    X(DPOI_MAP_SQUARE,      dpoi_square_256(dpoi_sub_256(a, dpoi_all_256(s[0])))) \
+    X(DPOI_MAP_SQUARE_DIFF, dpoi_square_256(dpoi_sub_256(a, b)))
+
+/* y = f(a, b, c; s), or y += f, over whole vectors: n is a multiple of 8.  0 for a formula that is not in the list. */
+#define DPOI_MAP_CASE_256(op, formula) \
+    case op: \
+        for (int64_t i = 0; i < n; i += 8) { \
+            dpoi_f256 a = dpoi_read_256(x + i), b = dpoi_read_256(x2 + i), c = dpoi_read_256(x3 + i), f = formula; \
+            (void)a;  (void)b;  (void)c; \
+            dpoi_write_256(y + i, add ? dpoi_add_256(dpoi_read_256(y + i), f) : f); \
+        } \
+        return 1;
+DPOI_256 static int dpoi_map_whole_8(int op, int64_t n, const float *x, const float *x2, const float *x3,
+                                     const float *s, float *y, int add)
 {
-    dpoi_f256 t;
-    switch (op) {
-    case DPO_SILU:         return dpoi_mul_256(a, dpoi_sigmoid_256(a));
-    case DPO_GELU:         return dpoi_mul_256(a, dpoi_normal_256(a, &t));
-    case DPO_QUICK_GELU:   return dpoi_mul_256(a, dpoi_sigmoid_256(dpoi_mul_256(a, dpoi_all_256(1.702f))));
-    case DPO_SIGMOID:      return dpoi_sigmoid_256(a);
-    case DPO_EXP:          return dpoi_exp_256(a);
-    case DPO_SQUARE:       return dpoi_mul_256(a, a);
-    case DPO_RELU:         return dpoi_max_256(dpoi_zero_256(), a);
-    case DPOI_MAP_BACK + DPO_NONE:       return b;
-    case DPOI_MAP_BACK + DPO_SILU:       return dpoi_mul_256(b, dpoi_silu_slope_256(a, 1));
-    case DPOI_MAP_BACK + DPO_GELU:       return dpoi_mul_256(b, dpoi_gelu_slope_256(a));
-    case DPOI_MAP_BACK + DPO_QUICK_GELU: return dpoi_mul_256(b, dpoi_silu_slope_256(a, 1.702f));
-    case DPOI_MAP_BINARY + DPO_ADD:      return dpoi_add_256(a, b);
-    case DPOI_MAP_BINARY + DPO_SUB:      return dpoi_sub_256(a, b);
-    case DPOI_MAP_BINARY + DPO_MUL:      return dpoi_mul_256(a, b);
-    case DPOI_MAP_BINARY + DPO_DIV:      return dpoi_div_256(a, b);
-    case DPOI_MAP_AFFINE:  return dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_all_256(s[1]));
-    case DPOI_MAP_MIX:     return dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_mul_256(b, dpoi_all_256(s[1])));
-    case DPOI_MAP_DIFF:    return dpoi_mul_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]));
-    case DPOI_MAP_LERP:    return dpoi_fma_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]), b);
-    case DPOI_MAP_GEGLU:   return dpoi_mul_256(a, dpoi_mul_256(b, dpoi_normal_256(b, &t)));
-    case DPOI_MAP_GEGLU_BACK:   return dpoi_mul_256(dpoi_mul_256(c, a), dpoi_gelu_slope_256(b));
-    case DPOI_MAP_SQUARE:       t = dpoi_sub_256(a, dpoi_all_256(s[0]));  return dpoi_mul_256(t, t);
-    case DPOI_MAP_SQUARE_DIFF:  t = dpoi_sub_256(a, b);  return dpoi_mul_256(t, t);
-    case DPOI_MAP_NORM: case DPOI_MAP_NORM_DH: case DPOI_MAP_NORM_DOT: case DPOI_MAP_NORM_BACK:
-        return dpoi_map_norm_256(op, a, b, c, s);
-    default: return a;
-    }
+    switch (op) { DPOI_MAPS_256(DPOI_MAP_CASE_256) default: return 0; }
 }
 
-/* f at number i of the row, of which `left` are still to do.
-   Whole vectors have left = 8, a constant, so that the masked path vanishes from the main loop. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_at_256(int op, int64_t i, int64_t left, const float *a, const float *b,
-                                             const float *c, const float *s)
-{
-    return dpoi_map_256(op, dpoi_load_256(a + i, left), dpoi_load_256(b + i, left), dpoi_load_256(c + i, left), s);
-}
-
-/* The loop of one formula: whole vectors, then what is left under a mask. */
-DPOI_256 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
-                                             const float *s, float *y, int add)
-{
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        dpoi_f256 f = dpoi_map_at_256(op, i, 8, a, b, c, s);
-        dpoi_write_256(y + i, add ? dpoi_add_256(dpoi_read_256(y + i), f) : f);
-    }
-    if (i < n) {
-        dpoi_f256 f = dpoi_map_at_256(op, i, n - i, a, b, c, s);
-        dpoi_store_256(y + i, n - i, add ? dpoi_add_256(dpoi_load_256(y + i, n - i), f) : f);
-    }
-}
-
-/* dpoi_rows.map: one loop a formula, plain C for those that are not in DPOI_MAPS. */
-#define DPOI_MAP_CASE_256(op) case op: dpoi_map_loop_256(op, n, a, b, c, s, y, add); break;
+/* dpoi_rows.map: whole vectors in place, then what is left as one vector on the stack. */
 DPOI_256 static void dpoi_map_8(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
-                                    float *y, int add)
+                                float *y, int add)
 {
+    int64_t left = n & 7, whole = n - left;
+    float few[4][8];
     b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
-    switch (op) {
-    DPOI_MAPS(DPOI_MAP_CASE_256)
-    default: dpoi_map_plain(op, n, a, b, c, s, y, add);
+    if (!dpoi_map_whole_8(op, whole, a, b, c, s, y, add)) {
+        dpoi_map_plain(op, n, a, b, c, s, y, add);
+        return;
     }
+    if (!left) return;
+    dpoi_write_256(few[0], dpoi_load_256(a + whole, left));
+    dpoi_write_256(few[1], dpoi_load_256(b + whole, left));
+    dpoi_write_256(few[2], dpoi_load_256(c + whole, left));
+    if (add) dpoi_write_256(few[3], dpoi_load_256(y + whole, left));
+    dpoi_map_whole_8(op, 8, few[0], few[1], few[2], s, few[3], add);
+    dpoi_store_256(y + whole, left, dpoi_read_256(few[3]));
+}
+
+/* f at number i of the row, of which `left` are still to do: those formulas whose sums are asked for.
+   Whole vectors have left = 8, a constant, so that the masked path vanishes from the main loop. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_summand_256(int op, int64_t i, int64_t left, const float *pa, const float *pb,
+                                                const float *pc, const float *s)
+{
+    dpoi_f256 a = dpoi_load_256(pa + i, left), b;
+    if (op == DPO_NONE) return a;
+    if (op == DPOI_MAP_SQUARE) return dpoi_square_256(dpoi_sub_256(a, dpoi_all_256(s[0])));
+    b = dpoi_load_256(pb + i, left);
+    if (op == DPOI_MAP_SQUARE_DIFF) return dpoi_square_256(dpoi_sub_256(a, b));
+    if (op == DPOI_MAP_NORM_DOT)
+        return dpoi_mul_256(dpoi_centred_256(a, s), dpoi_mul_256(b, dpoi_load_256(pc + i, left)));
+    return dpoi_mul_256(a, b);
 }
 
 /* Four sums of 8 floats each, emptied into doubles after every block.
@@ -8711,13 +8728,13 @@ DPOI_256 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a,
         int64_t to = dpoi_least(n, from + DPOI_SUM_BLOCK), i = from;
         dpoi_f256 f0 = dpoi_zero_256(), f1 = f0, f2 = f0, f3 = f0;
         for (; i + 32 <= to; i += 32) {
-            f0 = dpoi_add_256(f0, dpoi_map_at_256(op, i, 8, a, b, c, s));
-            f1 = dpoi_add_256(f1, dpoi_map_at_256(op, i + 8, 8, a, b, c, s));
-            f2 = dpoi_add_256(f2, dpoi_map_at_256(op, i + 16, 8, a, b, c, s));
-            f3 = dpoi_add_256(f3, dpoi_map_at_256(op, i + 24, 8, a, b, c, s));
+            f0 = dpoi_add_256(f0, dpoi_summand_256(op, i, 8, a, b, c, s));
+            f1 = dpoi_add_256(f1, dpoi_summand_256(op, i + 8, 8, a, b, c, s));
+            f2 = dpoi_add_256(f2, dpoi_summand_256(op, i + 16, 8, a, b, c, s));
+            f3 = dpoi_add_256(f3, dpoi_summand_256(op, i + 24, 8, a, b, c, s));
         }
         for (; i < to; i += 8) {
-            dpoi_f256 f = dpoi_map_at_256(op, i, to - i, a, b, c, s);
+            dpoi_f256 f = dpoi_summand_256(op, i, to - i, a, b, c, s);
             f0 = dpoi_add_256(f0, dpoi_first_256(f, to - i));
         }
         total = dpoi_add_d256(total, dpoi_doubles_256(dpoi_add_256(dpoi_add_256(f0, f1), dpoi_add_256(f2, f3))));
@@ -8731,7 +8748,7 @@ DPOI_256 static double dpoi_sum_8(int op, int64_t n, const float *a, const float
 {
     b = b ? b : a;  c = c ? c : a;
     switch (op) {
-    DPOI_SUMS(DPOI_SUM_CASE_256)
+    DPOI_MAPS_SUMMED(DPOI_SUM_CASE_256)
     default: return dpoi_sum_plain(op, n, a, b, c, s);
     }
 }
@@ -9052,84 +9069,104 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_gelu_slope_512(__m512 x)
     return _mm512_fmadd_ps(x, density, P);
 }
 
-/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number.
-   The same formulas and roundings as for 8 numbers. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_norm_512(int op, __m512 a, __m512 b, __m512 c, const float *s)
+/* x P(x), and x^2. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_gelu_512(__m512 x)
 {
-    __m512 h = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_set1_ps(s[0])), _mm512_set1_ps(s[1]));
-    if (op == DPOI_MAP_NORM)     return _mm512_fmadd_ps(h, b, c);
-    if (op == DPOI_MAP_NORM_DH)  return _mm512_mul_ps(h, b);
-    if (op == DPOI_MAP_NORM_DOT) return _mm512_mul_ps(h, _mm512_mul_ps(b, c));
-    h = _mm512_fnmadd_ps(h, _mm512_set1_ps(s[3]), _mm512_fmsub_ps(b, c, _mm512_set1_ps(s[2])));
-    return _mm512_mul_ps(h, _mm512_set1_ps(s[1]));
+    __m512 density;
+    return _mm512_mul_ps(x, dpoi_normal_512(x, &density));
+}
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_square_512(__m512 x)                  { return _mm512_mul_ps(x, x); }
+
+/* Layer norm's normalised number h = (a - s0) s1, and its backward pass s1 (b c - s2 - h s3). */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_centred_512(__m512 a, const float *s)
+{
+    return _mm512_mul_ps(_mm512_sub_ps(a, _mm512_set1_ps(s[0])), _mm512_set1_ps(s[1]));
+}
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_centred_back_512(__m512 a, __m512 b, __m512 c, const float *s)
+{
+    __m512 e = _mm512_fmsub_ps(b, c, _mm512_set1_ps(s[2]));
+    return _mm512_mul_ps(_mm512_fnmadd_ps(dpoi_centred_512(a, s), _mm512_set1_ps(s[3]), e), _mm512_set1_ps(s[1]));
 }
 
-/* The formulas of dpoi_map_one for 16 numbers; `op` is a constant wherever this is inlined. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_512(int op, __m512 a, __m512 b, __m512 c, const float *s)
+/* The formulas of dpoi_map_one for 16 numbers. */
+#define DPOI_MAPS_512(X) \
+    X(DPO_NONE,       a) \
+    X(DPO_SILU,       _mm512_mul_ps(a, dpoi_sigmoid_512(a))) \
+    X(DPO_GELU,       dpoi_gelu_512(a)) \
+    X(DPO_QUICK_GELU, _mm512_mul_ps(a, dpoi_sigmoid_512(_mm512_mul_ps(a, _mm512_set1_ps(1.702f))))) \
+    X(DPO_SIGMOID,    dpoi_sigmoid_512(a)) \
+    X(DPO_EXP,        dpoi_exp_512(a)) \
+    X(DPO_SQUARE,     _mm512_mul_ps(a, a)) \
+    X(DPO_RELU,       _mm512_max_ps(_mm512_setzero_ps(), a)) \
+    X(DPOI_MAP_BACK + DPO_NONE,       b) \
+    X(DPOI_MAP_BACK + DPO_SILU,       _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1))) \
+    X(DPOI_MAP_BACK + DPO_GELU,       _mm512_mul_ps(b, dpoi_gelu_slope_512(a))) \
+    X(DPOI_MAP_BACK + DPO_QUICK_GELU, _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1.702f))) \
+    X(DPOI_MAP_BINARY + DPO_ADD,      _mm512_add_ps(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_SUB,      _mm512_sub_ps(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_MUL,      _mm512_mul_ps(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_DIV,      _mm512_div_ps(a, b)) \
+    X(DPOI_MAP_AFFINE,      _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]))) \
+    X(DPOI_MAP_MIX,         _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_mul_ps(b, _mm512_set1_ps(s[1])))) \
+    X(DPOI_MAP_DIFF,        _mm512_mul_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]))) \
+    X(DPOI_MAP_LERP,        _mm512_fmadd_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]), b)) \
+    X(DPOI_MAP_GEGLU,       _mm512_mul_ps(a, dpoi_gelu_512(b))) \
+    X(DPOI_MAP_GEGLU_BACK,  _mm512_mul_ps(_mm512_mul_ps(c, a), dpoi_gelu_slope_512(b))) \
+    X(DPOI_MAP_NORM,        _mm512_fmadd_ps(dpoi_centred_512(a, s), b, c)) \
+    X(DPOI_MAP_NORM_DH,     _mm512_mul_ps(dpoi_centred_512(a, s), b)) \
+    X(DPOI_MAP_NORM_DOT,    _mm512_mul_ps(dpoi_centred_512(a, s), _mm512_mul_ps(b, c))) \
+    X(DPOI_MAP_NORM_BACK,   dpoi_centred_back_512(a, b, c, s)) \
+    X(DPOI_MAP_SQUARE,      dpoi_square_512(_mm512_sub_ps(a, _mm512_set1_ps(s[0])))) \
+    X(DPOI_MAP_SQUARE_DIFF, dpoi_square_512(_mm512_sub_ps(a, b)))
+
+/* y = f(a, b, c; s), or y += f, over whole vectors: n is a multiple of 16.  0 for a formula that is not in the list. */
+#define DPOI_MAP_CASE_512(op, formula) \
+    case op: \
+        for (int64_t i = 0; i < n; i += 16) { \
+            __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x2 + i), c = _mm512_loadu_ps(x3 + i), f = formula; \
+            (void)a;  (void)b;  (void)c; \
+            _mm512_storeu_ps(y + i, add ? _mm512_add_ps(_mm512_loadu_ps(y + i), f) : f); \
+        } \
+        return 1;
+DPOI_AVX512 static int dpoi_map_whole_avx512(int op, int64_t n, const float *x, const float *x2, const float *x3,
+                                             const float *s, float *y, int add)
 {
-    __m512 t;
-    switch (op) {
-    case DPO_SILU:         return _mm512_mul_ps(a, dpoi_sigmoid_512(a));
-    case DPO_GELU:         return _mm512_mul_ps(a, dpoi_normal_512(a, &t));
-    case DPO_QUICK_GELU:   return _mm512_mul_ps(a, dpoi_sigmoid_512(_mm512_mul_ps(a, _mm512_set1_ps(1.702f))));
-    case DPO_SIGMOID:      return dpoi_sigmoid_512(a);
-    case DPO_EXP:          return dpoi_exp_512(a);
-    case DPO_SQUARE:       return _mm512_mul_ps(a, a);
-    case DPO_RELU:         return _mm512_max_ps(_mm512_setzero_ps(), a);
-    case DPOI_MAP_BACK + DPO_NONE:       return b;
-    case DPOI_MAP_BACK + DPO_SILU:       return _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1));
-    case DPOI_MAP_BACK + DPO_GELU:       return _mm512_mul_ps(b, dpoi_gelu_slope_512(a));
-    case DPOI_MAP_BACK + DPO_QUICK_GELU: return _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1.702f));
-    case DPOI_MAP_BINARY + DPO_ADD:      return _mm512_add_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_SUB:      return _mm512_sub_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_MUL:      return _mm512_mul_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_DIV:      return _mm512_div_ps(a, b);
-    case DPOI_MAP_AFFINE:  return _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
-    case DPOI_MAP_MIX:     return _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_mul_ps(b, _mm512_set1_ps(s[1])));
-    case DPOI_MAP_DIFF:    return _mm512_mul_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]));
-    case DPOI_MAP_LERP:    return _mm512_fmadd_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]), b);
-    case DPOI_MAP_GEGLU:   return _mm512_mul_ps(a, _mm512_mul_ps(b, dpoi_normal_512(b, &t)));
-    case DPOI_MAP_GEGLU_BACK:   return _mm512_mul_ps(_mm512_mul_ps(c, a), dpoi_gelu_slope_512(b));
-    case DPOI_MAP_SQUARE:       t = _mm512_sub_ps(a, _mm512_set1_ps(s[0]));  return _mm512_mul_ps(t, t);
-    case DPOI_MAP_SQUARE_DIFF:  t = _mm512_sub_ps(a, b);  return _mm512_mul_ps(t, t);
-    case DPOI_MAP_NORM: case DPOI_MAP_NORM_DH: case DPOI_MAP_NORM_DOT: case DPOI_MAP_NORM_BACK:
-        return dpoi_map_norm_512(op, a, b, c, s);
-    default: return a;
-    }
+    switch (op) { DPOI_MAPS_512(DPOI_MAP_CASE_512) default: return 0; }
 }
 
-/* f at number i of the row, of which `left` are still to do. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_at_512(int op, int64_t i, int64_t left, const float *a, const float *b,
-                                               const float *c, const float *s)
-{
-    return dpoi_map_512(op, dpoi_load_512(a + i, left), dpoi_load_512(b + i, left), dpoi_load_512(c + i, left), s);
-}
-
-/* The loop of one formula: whole vectors, then what is left under a mask. */
-DPOI_AVX512 DPOI_INLINE void dpoi_map_loop_512(int op, int64_t n, const float *a, const float *b, const float *c,
-                                               const float *s, float *y, int add)
-{
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        __m512 f = dpoi_map_at_512(op, i, 16, a, b, c, s);
-        _mm512_storeu_ps(y + i, add ? _mm512_add_ps(_mm512_loadu_ps(y + i), f) : f);
-    }
-    if (i < n) {
-        __m512 f = dpoi_map_at_512(op, i, n - i, a, b, c, s);
-        dpoi_store_512(y + i, n - i, add ? _mm512_add_ps(dpoi_load_512(y + i, n - i), f) : f);
-    }
-}
-
-/* dpoi_rows.map: one loop a formula, plain C for those that are not in DPOI_MAPS. */
-#define DPOI_MAP_CASE_512(op) case op: dpoi_map_loop_512(op, n, a, b, c, s, y, add); break;
+/* dpoi_rows.map: whole vectors in place, then what is left as one vector on the stack. */
 DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
                                         const float *s, float *y, int add)
 {
+    int64_t left = n & 15, whole = n - left;
+    float few[4][16];
     b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
-    switch (op) {
-    DPOI_MAPS(DPOI_MAP_CASE_512)
-    default: dpoi_map_plain(op, n, a, b, c, s, y, add);
+    if (!dpoi_map_whole_avx512(op, whole, a, b, c, s, y, add)) {
+        dpoi_map_plain(op, n, a, b, c, s, y, add);
+        return;
     }
+    if (!left) return;
+    _mm512_storeu_ps(few[0], dpoi_load_512(a + whole, left));
+    _mm512_storeu_ps(few[1], dpoi_load_512(b + whole, left));
+    _mm512_storeu_ps(few[2], dpoi_load_512(c + whole, left));
+    if (add) _mm512_storeu_ps(few[3], dpoi_load_512(y + whole, left));
+    dpoi_map_whole_avx512(op, 16, few[0], few[1], few[2], s, few[3], add);
+    dpoi_store_512(y + whole, left, _mm512_loadu_ps(few[3]));
+}
+
+/* f at number i of the row, of which `left` are still to do: those formulas whose sums are asked for.
+   Whole vectors have left = 16, a constant, so that the masked path vanishes from the main loop. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_summand_512(int op, int64_t i, int64_t left, const float *pa, const float *pb,
+                                                const float *pc, const float *s)
+{
+    __m512 a = dpoi_load_512(pa + i, left), b;
+    if (op == DPO_NONE) return a;
+    if (op == DPOI_MAP_SQUARE) return dpoi_square_512(_mm512_sub_ps(a, _mm512_set1_ps(s[0])));
+    b = dpoi_load_512(pb + i, left);
+    if (op == DPOI_MAP_SQUARE_DIFF) return dpoi_square_512(_mm512_sub_ps(a, b));
+    if (op == DPOI_MAP_NORM_DOT)
+        return _mm512_mul_ps(dpoi_centred_512(a, s), _mm512_mul_ps(b, dpoi_load_512(pc + i, left)));
+    return _mm512_mul_ps(a, b);
 }
 
 /* Four sums of 16 floats each, emptied into doubles after every block.
@@ -9143,13 +9180,13 @@ DPOI_AVX512 DPOI_INLINE double dpoi_sum_loop_512(int op, int64_t n, const float 
         int64_t to = dpoi_least(n, from + DPOI_SUM_BLOCK), i = from;
         __m512 f0 = _mm512_setzero_ps(), f1 = f0, f2 = f0, f3 = f0;
         for (; i + 64 <= to; i += 64) {
-            f0 = _mm512_add_ps(f0, dpoi_map_at_512(op, i, 16, a, b, c, s));
-            f1 = _mm512_add_ps(f1, dpoi_map_at_512(op, i + 16, 16, a, b, c, s));
-            f2 = _mm512_add_ps(f2, dpoi_map_at_512(op, i + 32, 16, a, b, c, s));
-            f3 = _mm512_add_ps(f3, dpoi_map_at_512(op, i + 48, 16, a, b, c, s));
+            f0 = _mm512_add_ps(f0, dpoi_summand_512(op, i, 16, a, b, c, s));
+            f1 = _mm512_add_ps(f1, dpoi_summand_512(op, i + 16, 16, a, b, c, s));
+            f2 = _mm512_add_ps(f2, dpoi_summand_512(op, i + 32, 16, a, b, c, s));
+            f3 = _mm512_add_ps(f3, dpoi_summand_512(op, i + 48, 16, a, b, c, s));
         }
         for (; i < to; i += 16) {
-            __m512 f = dpoi_map_at_512(op, i, to - i, a, b, c, s);
+            __m512 f = dpoi_summand_512(op, i, to - i, a, b, c, s);
             f0 = _mm512_add_ps(f0, dpoi_first_512(f, to - i));
         }
         total = _mm512_add_pd(total, dpoi_doubles_512(_mm512_add_ps(_mm512_add_ps(f0, f1), _mm512_add_ps(f2, f3))));
@@ -9164,7 +9201,7 @@ DPOI_AVX512 static double dpoi_sum_avx512(int op, int64_t n, const float *a, con
 {
     b = b ? b : a;  c = c ? c : a;
     switch (op) {
-    DPOI_SUMS(DPOI_SUM_CASE_512)
+    DPOI_MAPS_SUMMED(DPOI_SUM_CASE_512)
     default: return dpoi_sum_plain(op, n, a, b, c, s);
     }
 }
