@@ -15,7 +15,7 @@
 typedef struct stand_in_control {         /* as in cuda_stand_in.h */
     int    devices, driver, major, minor, order, deny_alloc, deny_launch, deny_product, deny_call, no_products;
     size_t memory, used;
-    int    allocs, launches, graphs, events;
+    int    allocs, launches, graphs, events, waits, queued;
 } stand_in_control;
 extern stand_in_control *stand_in(void);
 #endif
@@ -43,10 +43,26 @@ static dpo_pairs *some_pairs(dpo_ctx *c, int n)
     return p;
 }
 
-typedef struct outcome { float *v; int64_t n; int graphs, allocs; float loss[16]; } outcome;
+typedef struct outcome { float *v; int64_t n; int graphs, allocs, told, waits, ahead; float loss[16]; } outcome;
 
-/* Trains `steps` steps on a backend; allocs: what was asked of the device after the third step. */
-static outcome train(dpo_backend *b, int rank, int steps, float average)
+/* Of a run that waits for no step: losses as they are told; how often the host waited for all of the stream from the third
+   report on, and how often the next step was on the stream already. */
+static int tell(void *user, const dpo_progress *p)
+{
+    outcome *o = (outcome *)user;
+    if (p->step == o->told + 1) o->loss[o->told % 16] = p->loss;
+    o->told++;
+#ifdef STAND_IN
+    if (p->step == 3) { o->waits = stand_in()->waits; o->allocs = stand_in()->allocs; }
+    if (p->step >= 3 && p->step + 2 <= p->steps) o->ahead += stand_in()->queued > 0;
+    if (p->step + 2 == p->steps) { o->waits = stand_in()->waits - o->waits; o->allocs = stand_in()->allocs - o->allocs; }
+#endif
+    return 0;
+}
+
+/* Trains `steps` steps on a backend; allocs: what was asked of the device after the third step; late: nobody waits for a
+   step's figures. */
+static outcome train(dpo_backend *b, int rank, int steps, float average, int late)
 {
     outcome        out;
     dpo_desc       desc;
@@ -64,7 +80,9 @@ static outcome train(dpo_backend *b, int rank, int steps, float average)
     c = dpo_open(&desc);
     m = dpo_model_create(c, TINY, 3);
     d.steps = steps;  d.batch = 2;  d.accumulation = 2;  d.rank = rank;  d.beta = 200;  d.seed = 7;  d.average = average;
+    if (late) { d.on_step = tell;  d.user = &out; }
     t = dpo_train_begin(m, some_pairs(c, 7), &d);
+    if (late) while (dpo_train_step(t, NULL)) { k++; }
     while (dpo_train_step(t, &e)) {
 #ifdef STAND_IN
         if (k == 2) out.allocs = stand_in()->allocs;
@@ -72,7 +90,7 @@ static outcome train(dpo_backend *b, int rank, int steps, float average)
         out.loss[k++ % 16] = e.loss;
     }
 #ifdef STAND_IN
-    out.allocs = stand_in()->allocs - out.allocs;
+    if (!late) out.allocs = stand_in()->allocs - out.allocs;
 #endif
     CHECK(dpo_train_end(t) && k == steps, "training: %s", why(c));
     x = rank ? dpo_adapter_params(dpo_model_unet(m), &n) : dpo_net_params(dpo_model_unet(m), &n);
@@ -96,12 +114,20 @@ static dpo_backend *open_cuda(int graphs)
 static void check_replay(int rank, float average)
 {
     enum { STEPS = 10 };
-    outcome cpu = train(NULL, rank, STEPS, average), eager = train(open_cuda(0), rank, STEPS, average), graph;
+    outcome cpu = train(NULL, rank, STEPS, average, 0), eager = train(open_cuda(0), rank, STEPS, average, 0), graph, late;
     double  worst = 0, most = 0;
 #ifdef STAND_IN
     int graphs = stand_in()->graphs;
 #endif
-    graph = train(open_cuda(1), rank, STEPS, average);
+    graph = train(open_cuda(1), rank, STEPS, average, 0);
+    late = train(open_cuda(1), rank, STEPS, average, 1);
+    CHECK(late.told == STEPS && !memcmp(late.loss, graph.loss, sizeof graph.loss) && late.n == graph.n &&
+          !memcmp(late.v, graph.v, (size_t)graph.n * sizeof(float)), "rank %d: what is told a step late differs", rank);
+#ifdef STAND_IN
+    CHECK(late.ahead == STEPS - 4 && late.waits == 0 && late.allocs == 0,
+          "rank %d: in %d of %d reports the next step was under way; %d waits, %d allocations", rank, late.ahead, STEPS - 4, late.waits,
+          late.allocs);
+#endif
     CHECK(graph.n > 0 && graph.n == eager.n && !memcmp(graph.v, eager.v, (size_t)graph.n * sizeof(float)),
           "rank %d: replayed steps give other weights", rank);
     CHECK(!memcmp(graph.loss, eager.loss, sizeof graph.loss), "rank %d: replayed steps report other losses", rank);
@@ -118,6 +144,7 @@ static void check_replay(int rank, float average)
     free(cpu.v);
     free(eager.v);
     free(graph.v);
+    free(late.v);
 }
 
 
