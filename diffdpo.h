@@ -12730,8 +12730,9 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
 
      as they lie   a 1x1 kernel over BF16 whose channels fill tiles: 16 pixels are the rows of a tile
      in slots      a larger kernel, stride 1: a copy in BF16, row after row with zeros between, so that place (ky,kx) of
-                   the kernel is a shift by ky*wide + kx slots and every tile lies there ready; results of slots that
-                   are no pixel are thrown away
+                   the kernel is a shift by ky*wide + kx slots and every tile lies there ready.  Where 16 pixels of a
+                   row, or of the same row of all images, whose slots then take turns, fill a tile, tiles begin at
+                   pixels; else they go on through the slots, and results of those that are no pixel are thrown away
      in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
 
    A job takes `block` slots and a span of panels.  Where all weights fit the second-level cache, it takes 32 slots after
@@ -12767,7 +12768,8 @@ typedef struct dpoi_amx_factor {
 typedef struct dpoi_amx_product {
     const dpoi_cpu_product *p;
     dpoi_amx_factor f[2];
-    int64_t wide, high, slots;            /* slots a row, rows an image, in all */
+    int64_t wide, high, each;             /* slots a row, rows an image; images whose slots take turns */
+    int64_t across, down, slots;          /* of these such as a result has, and those in all images */
     int64_t panels, block, blocks, span, spans;
     int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
@@ -12800,12 +12802,15 @@ static void dpoi_amx_lay_slots(dpoi_amx_product *t)
     const dpoi_source *s = &p->source[0];
     t->f[0].way = dpoi_amx_way(p, s);
     t->f[1].way = DPOI_AMX_TILED;
-    t->wide = p->X;  t->high = p->Y;
+    t->wide = t->across = p->X;  t->high = t->down = p->Y;
+    t->each = 1;
     if (t->f[0].way == DPOI_AMX_SLOTTED) {
         t->wide = dpoi_most(s->W + dpoi_amx_gap(s->W, p->X, s->kw, 1, s->left), p->X);
         t->high = dpoi_most(s->H + dpoi_amx_gap(s->H, p->Y, s->kh, 1, s->top), p->Y);
+        if (p->X % 16 && p->N*p->X % 16 == 0) t->each = p->N;
+        if (t->each*p->X % 16) { t->across = t->wide;  t->down = t->high; }
     }
-    t->slots = dpoi_pieces(p->N*t->high*t->wide, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    t->slots = dpoi_pieces(p->N*t->down*t->across, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
     for (int i = 0; i < 2; i++)
         t->f[i].steps = t->f[i].way == DPOI_AMX_TILED ? dpoi_pieces(p->source[i].K, DPOI_TILE_K)
                                                       : p->source[i].I/DPOI_TILE_K;
@@ -12819,7 +12824,7 @@ static int64_t dpoi_amx_factor_of(dpoi_amx_product *t, int i, int64_t at)
     if (!s->K) return at;
     f->a_at = at;
     if (f->way == DPOI_AMX_SLOTTED) {
-        f->seen = t->slots + (s->kh - 1)*t->wide + s->kw - 1;
+        f->seen = t->p->N*t->high*t->wide + DPOI_AMX_ROWS + ((s->kh - 1)*t->wide + s->kw - 1)*t->each;
         at += f->seen*s->I/2;
     }
     if (f->way == DPOI_AMX_TILED) at += (t->kept ? t->blocks*DPOI_AMX_ROWS : t->slots)*f->steps*DPOI_TILE_K/2;
@@ -12884,12 +12889,22 @@ typedef struct dpoi_amx_pixels {
 static void dpoi_amx_pixels_at(const dpoi_amx_product *t, int64_t m, dpoi_amx_pixels *at)
 {
     const dpoi_cpu_product *p = t->p;
-    int64_t x = m % t->wide, y = m/t->wide % t->high, n = m/(t->wide*t->high);
+    int64_t e = m % t->each, x = m/t->each % t->across, row = m/(t->each*t->across);
+    int64_t y = row % t->down, n = row/t->down*t->each;
     for (int i = 0; i < DPOI_AMX_ROWS; i++) {
-        at->n[i] = n;  at->y[i] = y;  at->x[i] = x;
-        at->place[i] = x < p->X && y < p->Y && n < p->N ? n*p->at_n + y*p->at_y + x*p->at_x : -1;
-        if (++x == t->wide) { x = 0;  if (++y == t->high) { y = 0;  n++; } }
+        at->n[i] = n + e;  at->y[i] = y;  at->x[i] = x;
+        at->place[i] = x < p->X && y < p->Y && n + e < p->N ? (n + e)*p->at_n + y*p->at_y + x*p->at_x : -1;
+        if (++e < t->each) continue;
+        e = 0;
+        if (++x == t->across) { x = 0;  if (++y == t->down) { y = 0;  n += t->each; } }
     }
+}
+
+/* The slot of the copy where those of a result from m on begin, which is the first of a row or 16 after another one. */
+static int64_t dpoi_amx_slot_of(const dpoi_amx_product *t, int64_t m)
+{
+    int64_t line = t->across*t->each, row = m/line;
+    return (row/t->down*t->high + row % t->down)*t->wide*t->each + m % line;
 }
 
 /* Numbers k.. of a row of the block, in its lines of 32 that lie two tiles apart; x NULL: zeros.  What remains of the
@@ -12957,7 +12972,8 @@ DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
     int64_t q = task*DPOI_AMX_SLOTS, end = dpoi_least(t->f[0].seen, q + DPOI_AMX_SLOTS);
     uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[0].a_at) + q*s->I;
     for (; q < end; q++) {
-        int64_t at = q - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high, n = at/t->wide/t->high;
+        int64_t at = q/t->each - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high;
+        int64_t n = at/t->wide/t->high*t->each + q % t->each;
         int seen = at >= 0 && x < s->W && y < s->H && n < t->p->N;
         const float *pixel = seen ? dpoi_amx_at(s->x, s->x_type, ((n*s->H + y)*s->W + x)*s->I) : NULL;
         for (int64_t i = 0; i < s->I; i += 32, to += 32)
@@ -13086,7 +13102,7 @@ DPOI_AMX static void dpoi_amx_sums_save(float *c)
 /* Where a job is: 32 slots from m on, what they are, and their tiles where they were brought over so. */
 typedef struct dpoi_amx_job {
     const dpoi_amx_product *t;
-    int64_t m;
+    int64_t slot[2];                      /* of the copy: where its halves begin */
     dpoi_amx_pixels at;
     const uint16_t *tiles[2];
     float  *c;                            /* NULL: sums are in tiles; else where they are, [32][32] */
@@ -13108,10 +13124,9 @@ DPOI_AMX static void dpoi_amx_job_save(const dpoi_amx_job *j, float *at) { if (!
 
 static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
 {
-    j->m = m;
-    dpoi_amx_pixels_at(j->t, m, &j->at);
     for (int i = 0; i < 2; i++) {
         const dpoi_amx_factor *f = &j->t->f[i];
+        j->slot[i] = j->t->f[0].way == DPOI_AMX_SLOTTED ? dpoi_amx_slot_of(j->t, m + i*16) : m + i*16;
         if (f->steps && !j->t->kept) j->tiles[i] = f->a + m/DPOI_AMX_ROWS*f->steps*2*DPOI_TILE_SIZE;
     }
 }
@@ -13135,8 +13150,8 @@ DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, 
             r.a[0] = j->tiles[i] + c0*2*DPOI_TILE_SIZE;
             r.a[1] = r.a[0] + DPOI_TILE_SIZE;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;
         } else {
-            r.a[0] = f->a + (j->m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
-            r.a[1] = r.a[0] + 16*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
+            r.a[0] = f->a + (j->slot[0] + (ky*t->wide + kx)*t->each)*s->I + c0*DPOI_TILE_K;
+            r.a[1] = r.a[0] + (j->slot[1] - j->slot[0])*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
         }
         r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
         r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
@@ -13241,6 +13256,7 @@ DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, i
         for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
             float *at = c.first && c.last ? own : sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
             dpoi_amx_job_at(j, m);
+            if (c.last) dpoi_amx_pixels_at(t, m, &j->at);
             if (c.last) dpoi_amx_fetch_add(j, c.panel);
             if (c.first) dpoi_amx_job_zero(j, at);
             else dpoi_amx_job_load(j, at);
@@ -13267,6 +13283,7 @@ DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t e
     for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
         dpoi_amx_ahead ahead = { NULL, 0 };
         dpoi_amx_job_at(j, m);
+        dpoi_amx_pixels_at(t, m, &j->at);
         for (int i = 0; i < 2; i++)
             if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at, tiles[i]);
         DPOI_AMX_READY();
