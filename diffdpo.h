@@ -14727,48 +14727,37 @@ DPOI_AMX static void dpoi_amx_lanes(const dpoi_amx_side *s, int64_t head, int64_
     }
 }
 
-/* Scores for up to 64 channels: the lanes stay in tiles 4 to 7, and 16 rows at a time go by. */
-DPOI_AMX static void dpoi_amx_scores_held(const uint16_t *rows, int64_t halves, const uint16_t *lanes, int two, float *s)
-{
-    _tile_loadd(4, lanes, 64);
-    _tile_loadd(5, lanes + DPOI_TILE_SIZE, 64);
-    if (two) { _tile_loadd(6, lanes + 2*DPOI_TILE_SIZE, 64);  _tile_loadd(7, lanes + 3*DPOI_TILE_SIZE, 64); }
-    for (; halves > 0; halves--, rows += (1 + two)*DPOI_TILE_SIZE, s += 512) {
-        _tile_zero(0);  _tile_zero(1);
-        _tile_loadd(2, rows, 64);
-        _tile_dpbf16ps(0, 2, 4);
-        _tile_dpbf16ps(1, 2, 5);
-        if (two) {
-            _tile_loadd(2, rows + DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(0, 2, 6);
-            _tile_dpbf16ps(1, 2, 7);
-        }
-        _tile_stored(0, s, 64);
-        _tile_stored(1, s + 256, 64);
-    }
-}
-
-/* s [to-from][2 of rows][2 of lanes][16][16] = blocks from..to-1 of one head's rows times lanes [d/32][2]. */
+/* s [to-from][2 of rows][2 of lanes][16][16] = blocks from..to-1 of one head's rows times lanes [d/32][2].  Up to 64
+   channels of 16 lanes stay in tiles 4 and 6 while rows go by; more come with the rows. */
 DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to,
                                      const uint16_t *lanes, float *s)
 {
     const uint16_t *rows = b->rows + (head*dpoi_amx_side_tiles(b) + from)*2*b->deep*DPOI_TILE_SIZE;
-    if (b->deep <= 2) { dpoi_amx_scores_held(rows, 2*(to - from), lanes, b->deep == 2, s);  return; }
-    for (; from < to; from++, s += DPOI_AMX_SCORES, rows += b->deep*DPOI_TILE_SIZE) {
+    int64_t halves = 2*(to - from), deep = b->deep;
+    for (int64_t l = 0; l < 2 && deep <= 2; l++) {
+        const uint16_t *a = rows;
+        _tile_loadd(4, lanes + l*DPOI_TILE_SIZE, 64);
+        if (deep == 2) _tile_loadd(6, lanes + (2 + l)*DPOI_TILE_SIZE, 64);
+        for (int64_t i = 0; i < halves; i++, a += deep*DPOI_TILE_SIZE) {
+            _tile_zero(0);
+            _tile_loadd(2, a, 64);
+            _tile_dpbf16ps(0, 2, 4);
+            if (deep == 2) { _tile_loadd(2, a + DPOI_TILE_SIZE, 64);  _tile_dpbf16ps(0, 2, 6); }
+            _tile_stored(0, s + (2*i + l)*256, 64);
+        }
+    }
+    for (int64_t i = 0; i < halves && deep > 2; i++, s += 512) {
         const uint16_t *met = lanes;
-        dpoi_amx_zero();
-        for (int64_t c = 0; c < b->deep; c++, rows += DPOI_TILE_SIZE, met += 2*DPOI_TILE_SIZE) {
+        _tile_zero(0);  _tile_zero(1);
+        for (int64_t c = 0; c < deep; c++, rows += DPOI_TILE_SIZE, met += 2*DPOI_TILE_SIZE) {
             _tile_loadd(4, rows, 64);
             _tile_loadd(6, met, 64);
-            _tile_loadd(7, met + DPOI_TILE_SIZE, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(4, rows + b->deep*DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(3, 4, 7);
-            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(6, met + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(1, 4, 6);
         }
-        _tile_stored(0, s, 64);        _tile_stored(1, s + 256, 64);
-        _tile_stored(2, s + 512, 64);  _tile_stored(3, s + 768, 64);
+        _tile_stored(0, s, 64);
+        _tile_stored(1, s + 256, 64);
     }
 }
 
@@ -14777,26 +14766,19 @@ DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64
                                      float *o)
 {
     const uint16_t *turned = b->turned + (head*dpoi_amx_side_tiles(b) + from)*b->wide*DPOI_TILE_SIZE;
-    for (int64_t c = 0; c < b->wide; c += 2, o += 1024, turned += 2*DPOI_TILE_SIZE) {
-        int two = c + 1 < b->wide;
+    for (int64_t c = 0; c < b->wide; c++, o += 512, turned += DPOI_TILE_SIZE) {
         const uint16_t *a = turned, *lanes = p;
         _tile_loadd(0, o, 64);
         _tile_loadd(1, o + 256, 64);
-        if (two) { _tile_loadd(2, o + 512, 64);  _tile_loadd(3, o + 768, 64); }
         for (int64_t k = from; k < to; k++, a += b->wide*DPOI_TILE_SIZE, lanes += 2*DPOI_TILE_SIZE) {
             _tile_loadd(4, a, 64);
             _tile_loadd(6, lanes, 64);
-            _tile_loadd(7, lanes + DPOI_TILE_SIZE, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (!two) continue;
-            _tile_loadd(4, a + DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(3, 4, 7);
-            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(6, lanes + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(1, 4, 6);
         }
         _tile_stored(0, o, 64);
         _tile_stored(1, o + 256, 64);
-        if (two) { _tile_stored(2, o + 512, 64);  _tile_stored(3, o + 768, 64); }
     }
 }
 
