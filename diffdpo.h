@@ -11072,6 +11072,7 @@ typedef struct dpoi_conv {
     int     amx;                          /* products round their factors to BF16 */
     int     pairs;                        /* w lies in pairs, [ceil(O/16)][K/2][16][2] */
     int     x_type, w_type, residual_type, y_type;         /* DPO_F32, or with amx DPO_BF16 */
+    int     dy_type;                      /* DPO_BF16: products read a copy of dy, see >>impl convolution */
     const dpo_args *a;
 } dpoi_conv;
 
@@ -11080,6 +11081,14 @@ static int dpoi_conv_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 {
     return cpu->rounds &&
            (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
+}
+
+/* Of dy's type where products read it: a linear layer whose products read dy several times rounds it once. */
+static int dpoi_conv_dy_type(const dpoi_conv *g)
+{
+    const dpo_args *a = g->a;
+    int uses = (a->din[0].data != NULL) + (a->din[1].data != NULL) + (g->r ? 1 + (a->din[6].data != NULL) : 0);
+    return a->backward && g->amx && g->K == g->I && g->stride == 1 && uses > 1 ? DPO_BF16 : DPO_F32;
 }
 
 /* dy has the result's shape; a weight of rank 2 is a 1x1 kernel. */
@@ -11108,6 +11117,7 @@ static dpoi_conv dpoi_conv_of(const dpoi_cpu *cpu, const dpo_args *a)
     g.x_type = x->dtype;  g.w_type = w->dtype;  g.residual_type = a->in[4].dtype;
     g.y_type = a->backward ? DPO_F32 : y->dtype;
     g.a  = a;
+    g.dy_type = dpoi_conv_dy_type(&g);
     return g;
 }
 
@@ -12699,6 +12709,27 @@ DPOI_AMX DPOI_INLINE __m512i dpoi_amx_pair(const float *x, const float *y, int t
     return dpoi_amx_weave((__m512i)_mm512_cvtne2ps_pbh(y ? dpoi_load_512(y, count) : _mm512_setzero_ps(), low));
 }
 
+/* y[c][r] = x[r][c] of 16 by 16: four columns at a time, whose rows i, i+4, i+8, i+12 come to lie in one register, so
+   that four by four change places in each quarter. */
+DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
+{
+    for (int c = 0; c < 16; c += 4) {
+        __m512 r[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(x + i*16 + c));
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 4)*16 + c), 1);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
+        }
+        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+        _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
+        _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
+        _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
+        _mm512_storeu_pd(y + c*16 + 48, _mm512_unpackhi_pd(b, e));
+    }
+}
+
 /* One panel of weights w [ceil(O/16)][K][16] as pairs. */
 typedef struct dpoi_amx_weights {
     const float *w;
@@ -13474,7 +13505,7 @@ enum { DPOI_AMX_PIXELS = 8, DPOI_AMX_TAPS = 9 };           /* tiles of pixels a 
 
 typedef struct dpoi_amx_outer {
     dpoi_outer c;                         /* sizes, dw and the parts that are added up */
-    int     dense, x_type;
+    int     dense, x_type, dy_type;
     int64_t wide, high, slots, seen;      /* slots a row and rows an image of x; slots of dy, of x */
     int64_t itiles, otiles;
     uint16_t *v, *d;
@@ -13544,18 +13575,19 @@ DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
     const dpoi_outer *c = &p->c;
     const float *row[DPOI_TILE_K];
     float words[256] DPOI_ALIGNED, *to = (float *)(void *)(p->d + block*p->otiles*DPOI_TILE_SIZE);
+    int     type = p->dy_type;
     for (int64_t i = 0; i < DPOI_TILE_K; i++) {
         int64_t m = block*DPOI_TILE_K + i, x = m % p->wide, high = p->high/c->stride, y = m/p->wide % high;
         int64_t n = m/p->wide/high;
-        row[i] = x < c->X && y < c->Y && n < c->N ? c->dy + ((n*c->Y + y)*c->X + x)*c->O : NULL;
+        row[i] = x < c->X && y < c->Y && n < c->N ? dpoi_amx_at(c->dy, type, ((n*c->Y + y)*c->X + x)*c->O) : NULL;
     }
     for (int64_t o = 0; o < c->O; o += DPOI_PANEL, to += 256) {
         for (int i = 0; i < 16; i++) {
             const float *x = row[2*i], *y = row[2*i + 1];
-            _mm512_storeu_si512(words + 16*i, dpoi_amx_pair(x ? x + o : NULL, y ? y + o : NULL, DPO_F32, c->O - o));
+            _mm512_store_si512(words + 16*i, dpoi_amx_pair(x ? dpoi_amx_at(x, type, o) : NULL,
+                                                           y ? dpoi_amx_at(y, type, o) : NULL, type, c->O - o));
         }
-        for (int i = 0; i < 4; i++)
-            dpoi_transpose_256(words + i/2*128 + i % 2*8, 16, to + i % 2*128 + i/2*8, 16);
+        dpoi_amx_turn(words, to);
     }
 }
 
@@ -13565,7 +13597,7 @@ DPOI_AMX static void dpoi_amx_outer_store(const dpoi_amx_outer *p, int64_t tap, 
 {
     float turned[256] DPOI_ALIGNED;
     dw += (o*p->c.K + tap*p->c.I + i*DPOI_PANEL)*DPOI_PANEL;
-    for (int k = 0; k < 4; k++) dpoi_transpose_256(c + k/2*128 + k % 2*8, 16, turned + k % 2*128 + k/2*8, 16);
+    dpoi_amx_turn(c, turned);
     for (int64_t k = 0; k < dpoi_least(DPOI_PANEL, p->c.I - i*DPOI_PANEL); k++, dw += DPOI_PANEL) {
         __m512 f = _mm512_load_ps(turned + k*DPOI_PANEL);
         _mm512_storeu_ps(dw, add ? _mm512_add_ps(f, _mm512_loadu_ps(dw)) : f);
@@ -13683,10 +13715,12 @@ static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
 
 /* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
-static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int64_t O, float *to)
+static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int type, int64_t O,
+                                    float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
     static const uint16_t asked = 0;      /* any address, while sizes are asked for */
+    s.x_type = type;
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
     if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &asked;
     return s;
@@ -13719,9 +13753,9 @@ static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, 
     p.Y = dpoi_pieces(g->H - a, g->stride);  p.X = dpoi_pieces(g->W - b, g->stride);
     p.at_n = g->H*g->W*g->I;  p.at_y = g->stride*g->W*g->I;  p.at_x = g->stride*g->I;
     p.add = g->a->add & 1 ? p.y : NULL;
-    p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->O, work);
+    p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->dy_type, g->O, work);
     if (g->r) {
-        p.source[1] = dpoi_flip_source(g, y, x, du, g->r, work ? work + first : NULL);
+        p.source[1] = dpoi_flip_source(g, y, x, du, DPO_F32, g->r, work ? work + first : NULL);
         at += dpoi_flip_room(g, g->I, places*g->r);
     }
     if (work) {
@@ -13786,6 +13820,7 @@ static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *
 #ifdef DPOI_SIMD_AMX
     if (g->amx) {
         p->amx.x_type = x == g->x ? g->x_type : DPO_F32;
+        p->amx.dy_type = dy == g->dy ? g->dy_type : DPO_F32;
         dpoi_amx_outer_run(cpu, &p->amx, x, dy, dw, add, work);
         return;
     }
@@ -13834,10 +13869,10 @@ static void dpoi_sums_run(dpoi_sums *p)
 
 /* ------------------------------------------------------------------------------------------- all together */
 
-/* Offsets in floats: zeros, then u or du [M,r], then what one step of backward needs at a time.
+/* Offsets in floats: zeros, then u or du [M,r] and dy in BF16, then what one step of backward needs at a time.
    What one step of backward needs: steps run one after the other and share the room. */
 typedef struct dpoi_conv_plan {
-    int64_t u, step, end;
+    int64_t u, dy, step, end;
     dpoi_gradient w, down, up;
     int64_t chunks;
 } dpoi_conv_plan;
@@ -13866,7 +13901,7 @@ static dpoi_cpu_product dpoi_adapter_product(dpoi_cpu *cpu, const dpoi_conv *g, 
     dpoi_conv u = dpoi_conv_up(g);
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
     dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
-    p.source[0] = dpoi_flip_source(&u, one, one, g->dy, g->O, to);
+    p.source[0] = dpoi_flip_source(&u, one, one, g->dy, g->dy_type, g->O, to);
     return p;
 }
 
@@ -13880,7 +13915,8 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     int64_t step = dpoi_conv_room(g, &y);
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
-    p.step = p.u + (g->M*g->r + 15)/16*16;
+    p.step = p.dy = p.u + (g->M*g->r + 15)/16*16;
+    if (g->dy_type != DPO_F32) p.step += (g->M*g->O/2 + 16)/16*16;
     if (g->r) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, NULL);
         step = dpoi_most(step, dpoi_conv_room(g, &down));
@@ -13954,6 +13990,29 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     }
 }
 
+/* dy in BF16 at `to`, once for all that reads it but the sums. */
+typedef struct dpoi_rounded {
+    dpoi_cpu *cpu;
+    const float *dy;
+    uint16_t *to;
+    int64_t size;
+} dpoi_rounded;
+
+static void dpoi_rounded_task(void *arg, int64_t i)
+{
+    const dpoi_rounded *p = (const dpoi_rounded *)arg;
+    int64_t at = i*DPOI_PIECE;
+    p->cpu->rows.narrow(DPO_BF16, dpoi_least(DPOI_PIECE, p->size - at), p->dy + at, p->to + at);
+}
+
+static void dpoi_rounded_run(dpoi_cpu *cpu, dpoi_conv *g, float *to)
+{
+    dpoi_rounded p;
+    p.cpu = cpu;  p.dy = g->dy;  p.to = (uint16_t *)(void *)to;  p.size = g->M*g->O;
+    dpoi_parallel(cpu, dpoi_pieces(p.size, DPOI_PIECE), dpoi_rounded_task, &p);
+    g->dy = to;
+}
+
 /* du first, for dx and down's gradient both read it. */
 static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
 {
@@ -13962,6 +14021,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
     float *du = g->work + plan.u, *step = g->work + plan.step;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
+    if (g->dy_type != DPO_F32) dpoi_rounded_run(cpu, g, g->work + plan.dy);
     if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
         dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
@@ -13969,7 +14029,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
         dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
         dpoi_sums s;
-        s.cpu = cpu;  s.dy = g->dy;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
+        s.cpu = cpu;  s.dy = (const float *)a->dout.data;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
         s.dbias = (float *)a->din[2].data;  s.dvec = (float *)a->din[3].data;  s.add = a->add;
         dpoi_sums_run(&s);
     }
@@ -14651,27 +14711,6 @@ static int64_t dpoi_amx_side_of(dpoi_amx_side *s, const dpoi_attention *g, const
     if (rows)   { s->rows = (uint16_t *)(void *)work;  at = dpoi_amx_side_size(s, 2*s->deep)/2; }
     if (turned) { s->turned = work ? (uint16_t *)(void *)(work + at) : NULL;  at += dpoi_amx_side_size(s, s->wide)/2; }
     return at;
-}
-
-/* y[c][r] = x[r][c] of 16 by 16: four columns at a time, whose rows i, i+4, i+8, i+12 come to lie in one register, so
-   that four by four change places in each quarter. */
-DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
-{
-    for (int c = 0; c < 16; c += 4) {
-        __m512 r[4];
-        for (int i = 0; i < 4; i++) {
-            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(x + i*16 + c));
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 4)*16 + c), 1);
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
-        }
-        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
-        _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
-        _mm512_storeu_pd(y + c*16 + 48, _mm512_unpackhi_pd(b, e));
-    }
 }
 
 /* Where row `row` of a head starts in x. */
