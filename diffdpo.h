@@ -11137,6 +11137,7 @@ typedef struct dpoi_conv {
     int     amx;                          /* products round their factors to BF16 */
     int     pairs;                        /* w lies in pairs, [ceil(O/16)][K/2][16][2] */
     int     x_type, w_type, residual_type, y_type;         /* DPO_F32, or with amx DPO_BF16 */
+    int     dy_type;                      /* DPO_BF16: products read a copy of dy, see >>impl convolution */
     const dpo_args *a;
 } dpoi_conv;
 
@@ -11145,6 +11146,14 @@ static int dpoi_conv_rounds(const dpoi_cpu *cpu, const dpo_args *a)
 {
     return cpu->rounds &&
            (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
+}
+
+/* Of dy's type where products read it: a linear layer whose products read dy several times rounds it once. */
+static int dpoi_conv_dy_type(const dpoi_conv *g)
+{
+    const dpo_args *a = g->a;
+    int uses = (a->din[0].data != NULL) + (a->din[1].data != NULL) + (g->r ? 1 + (a->din[6].data != NULL) : 0);
+    return a->backward && g->amx && g->K == g->I && g->stride == 1 && uses > 1 ? DPO_BF16 : DPO_F32;
 }
 
 /* dy has the result's shape; a weight of rank 2 is a 1x1 kernel. */
@@ -11173,6 +11182,7 @@ static dpoi_conv dpoi_conv_of(const dpoi_cpu *cpu, const dpo_args *a)
     g.x_type = x->dtype;  g.w_type = w->dtype;  g.residual_type = a->in[4].dtype;
     g.y_type = a->backward ? DPO_F32 : y->dtype;
     g.a  = a;
+    g.dy_type = dpoi_conv_dy_type(&g);
     return g;
 }
 
@@ -12764,6 +12774,27 @@ DPOI_AMX DPOI_INLINE __m512i dpoi_amx_pair(const float *x, const float *y, int t
     return dpoi_amx_weave((__m512i)_mm512_cvtne2ps_pbh(y ? dpoi_load_512(y, count) : _mm512_setzero_ps(), low));
 }
 
+/* y[c][r] = x[r][c] of 16 by 16: four columns at a time, whose rows i, i+4, i+8, i+12 come to lie in one register, so
+   that four by four change places in each quarter. */
+DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
+{
+    for (int c = 0; c < 16; c += 4) {
+        __m512 r[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(x + i*16 + c));
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 4)*16 + c), 1);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
+        }
+        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+        _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
+        _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
+        _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
+        _mm512_storeu_pd(y + c*16 + 48, _mm512_unpackhi_pd(b, e));
+    }
+}
+
 /* One panel of weights w [ceil(O/16)][K][16] as pairs. */
 typedef struct dpoi_amx_weights {
     const float *w;
@@ -12795,8 +12826,9 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
 
      as they lie   a 1x1 kernel over BF16 whose channels fill tiles: 16 pixels are the rows of a tile
      in slots      a larger kernel, stride 1: a copy in BF16, row after row with zeros between, so that place (ky,kx) of
-                   the kernel is a shift by ky*wide + kx slots and every tile lies there ready; results of slots that
-                   are no pixel are thrown away
+                   the kernel is a shift by ky*wide + kx slots and every tile lies there ready.  Where 16 pixels of a
+                   row, or of the same row of all images, whose slots then take turns, fill a tile, tiles begin at
+                   pixels; else they go on through the slots, and results of those that are no pixel are thrown away
      in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
 
    A job takes `block` slots and a span of panels.  Where all weights fit the second-level cache, it takes 32 slots after
@@ -12832,7 +12864,8 @@ typedef struct dpoi_amx_factor {
 typedef struct dpoi_amx_product {
     const dpoi_cpu_product *p;
     dpoi_amx_factor f[2];
-    int64_t wide, high, slots;            /* slots a row, rows an image, in all */
+    int64_t wide, high, each;             /* slots a row, rows an image; images whose slots take turns */
+    int64_t across, down, slots;          /* of these such as a result has, and those in all images */
     int64_t panels, block, blocks, span, spans;
     int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
@@ -12865,12 +12898,15 @@ static void dpoi_amx_lay_slots(dpoi_amx_product *t)
     const dpoi_source *s = &p->source[0];
     t->f[0].way = dpoi_amx_way(p, s);
     t->f[1].way = DPOI_AMX_TILED;
-    t->wide = p->X;  t->high = p->Y;
+    t->wide = t->across = p->X;  t->high = t->down = p->Y;
+    t->each = 1;
     if (t->f[0].way == DPOI_AMX_SLOTTED) {
         t->wide = dpoi_most(s->W + dpoi_amx_gap(s->W, p->X, s->kw, 1, s->left), p->X);
         t->high = dpoi_most(s->H + dpoi_amx_gap(s->H, p->Y, s->kh, 1, s->top), p->Y);
+        if (p->X % 16 && p->N*p->X % 16 == 0) t->each = p->N;
+        if (t->each*p->X % 16) { t->across = t->wide;  t->down = t->high; }
     }
-    t->slots = dpoi_pieces(p->N*t->high*t->wide, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
+    t->slots = dpoi_pieces(p->N*t->down*t->across, DPOI_AMX_ROWS)*DPOI_AMX_ROWS;
     for (int i = 0; i < 2; i++)
         t->f[i].steps = t->f[i].way == DPOI_AMX_TILED ? dpoi_pieces(p->source[i].K, DPOI_TILE_K)
                                                       : p->source[i].I/DPOI_TILE_K;
@@ -12884,7 +12920,7 @@ static int64_t dpoi_amx_factor_of(dpoi_amx_product *t, int i, int64_t at)
     if (!s->K) return at;
     f->a_at = at;
     if (f->way == DPOI_AMX_SLOTTED) {
-        f->seen = t->slots + (s->kh - 1)*t->wide + s->kw - 1;
+        f->seen = t->p->N*t->high*t->wide + DPOI_AMX_ROWS + ((s->kh - 1)*t->wide + s->kw - 1)*t->each;
         at += f->seen*s->I/2;
     }
     if (f->way == DPOI_AMX_TILED) at += (t->kept ? t->blocks*DPOI_AMX_ROWS : t->slots)*f->steps*DPOI_TILE_K/2;
@@ -12949,12 +12985,22 @@ typedef struct dpoi_amx_pixels {
 static void dpoi_amx_pixels_at(const dpoi_amx_product *t, int64_t m, dpoi_amx_pixels *at)
 {
     const dpoi_cpu_product *p = t->p;
-    int64_t x = m % t->wide, y = m/t->wide % t->high, n = m/(t->wide*t->high);
+    int64_t e = m % t->each, x = m/t->each % t->across, row = m/(t->each*t->across);
+    int64_t y = row % t->down, n = row/t->down*t->each;
     for (int i = 0; i < DPOI_AMX_ROWS; i++) {
-        at->n[i] = n;  at->y[i] = y;  at->x[i] = x;
-        at->place[i] = x < p->X && y < p->Y && n < p->N ? n*p->at_n + y*p->at_y + x*p->at_x : -1;
-        if (++x == t->wide) { x = 0;  if (++y == t->high) { y = 0;  n++; } }
+        at->n[i] = n + e;  at->y[i] = y;  at->x[i] = x;
+        at->place[i] = x < p->X && y < p->Y && n + e < p->N ? (n + e)*p->at_n + y*p->at_y + x*p->at_x : -1;
+        if (++e < t->each) continue;
+        e = 0;
+        if (++x == t->across) { x = 0;  if (++y == t->down) { y = 0;  n += t->each; } }
     }
+}
+
+/* The slot of the copy where those of a result from m on begin, which is the first of a row or 16 after another one. */
+static int64_t dpoi_amx_slot_of(const dpoi_amx_product *t, int64_t m)
+{
+    int64_t line = t->across*t->each, row = m/line;
+    return (row/t->down*t->high + row % t->down)*t->wide*t->each + m % line;
 }
 
 /* Numbers k.. of a row of the block, in its lines of 32 that lie two tiles apart; x NULL: zeros.  What remains of the
@@ -13022,7 +13068,8 @@ DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
     int64_t q = task*DPOI_AMX_SLOTS, end = dpoi_least(t->f[0].seen, q + DPOI_AMX_SLOTS);
     uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[0].a_at) + q*s->I;
     for (; q < end; q++) {
-        int64_t at = q - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high, n = at/t->wide/t->high;
+        int64_t at = q/t->each - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high;
+        int64_t n = at/t->wide/t->high*t->each + q % t->each;
         int seen = at >= 0 && x < s->W && y < s->H && n < t->p->N;
         const float *pixel = seen ? dpoi_amx_at(s->x, s->x_type, ((n*s->H + y)*s->W + x)*s->I) : NULL;
         for (int64_t i = 0; i < s->I; i += 32, to += 32)
@@ -13151,7 +13198,7 @@ DPOI_AMX static void dpoi_amx_sums_save(float *c)
 /* Where a job is: 32 slots from m on, what they are, and their tiles where they were brought over so. */
 typedef struct dpoi_amx_job {
     const dpoi_amx_product *t;
-    int64_t m;
+    int64_t slot[2];                      /* of the copy: where its halves begin */
     dpoi_amx_pixels at;
     const uint16_t *tiles[2];
     float  *c;                            /* NULL: sums are in tiles; else where they are, [32][32] */
@@ -13173,10 +13220,9 @@ DPOI_AMX static void dpoi_amx_job_save(const dpoi_amx_job *j, float *at) { if (!
 
 static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
 {
-    j->m = m;
-    dpoi_amx_pixels_at(j->t, m, &j->at);
     for (int i = 0; i < 2; i++) {
         const dpoi_amx_factor *f = &j->t->f[i];
+        j->slot[i] = j->t->f[0].way == DPOI_AMX_SLOTTED ? dpoi_amx_slot_of(j->t, m + i*16) : m + i*16;
         if (f->steps && !j->t->kept) j->tiles[i] = f->a + m/DPOI_AMX_ROWS*f->steps*2*DPOI_TILE_SIZE;
     }
 }
@@ -13200,8 +13246,8 @@ DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, 
             r.a[0] = j->tiles[i] + c0*2*DPOI_TILE_SIZE;
             r.a[1] = r.a[0] + DPOI_TILE_SIZE;  r.a_step = 2*DPOI_TILE_SIZE;  r.a_row = 64;
         } else {
-            r.a[0] = f->a + (j->m + ky*t->wide + kx)*s->I + c0*DPOI_TILE_K;
-            r.a[1] = r.a[0] + 16*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
+            r.a[0] = f->a + (j->slot[0] + (ky*t->wide + kx)*t->each)*s->I + c0*DPOI_TILE_K;
+            r.a[1] = r.a[0] + (j->slot[1] - j->slot[0])*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
         }
         r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
         r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
@@ -13306,6 +13352,7 @@ DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, i
         for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
             float *at = c.first && c.last ? own : sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
             dpoi_amx_job_at(j, m);
+            if (c.last) dpoi_amx_pixels_at(t, m, &j->at);
             if (c.last) dpoi_amx_fetch_add(j, c.panel);
             if (c.first) dpoi_amx_job_zero(j, at);
             else dpoi_amx_job_load(j, at);
@@ -13332,6 +13379,7 @@ DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t e
     for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
         dpoi_amx_ahead ahead = { NULL, 0 };
         dpoi_amx_job_at(j, m);
+        dpoi_amx_pixels_at(t, m, &j->at);
         for (int i = 0; i < 2; i++)
             if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at, tiles[i]);
         DPOI_AMX_READY();
@@ -13522,7 +13570,7 @@ enum { DPOI_AMX_PIXELS = 8, DPOI_AMX_TAPS = 9 };           /* tiles of pixels a 
 
 typedef struct dpoi_amx_outer {
     dpoi_outer c;                         /* sizes, dw and the parts that are added up */
-    int     dense, x_type;
+    int     dense, x_type, dy_type;
     int64_t wide, high, slots, seen;      /* slots a row and rows an image of x; slots of dy, of x */
     int64_t itiles, otiles;
     uint16_t *v, *d;
@@ -13592,18 +13640,19 @@ DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
     const dpoi_outer *c = &p->c;
     const float *row[DPOI_TILE_K];
     float words[256] DPOI_ALIGNED, *to = (float *)(void *)(p->d + block*p->otiles*DPOI_TILE_SIZE);
+    int     type = p->dy_type;
     for (int64_t i = 0; i < DPOI_TILE_K; i++) {
         int64_t m = block*DPOI_TILE_K + i, x = m % p->wide, high = p->high/c->stride, y = m/p->wide % high;
         int64_t n = m/p->wide/high;
-        row[i] = x < c->X && y < c->Y && n < c->N ? c->dy + ((n*c->Y + y)*c->X + x)*c->O : NULL;
+        row[i] = x < c->X && y < c->Y && n < c->N ? dpoi_amx_at(c->dy, type, ((n*c->Y + y)*c->X + x)*c->O) : NULL;
     }
     for (int64_t o = 0; o < c->O; o += DPOI_PANEL, to += 256) {
         for (int i = 0; i < 16; i++) {
             const float *x = row[2*i], *y = row[2*i + 1];
-            _mm512_storeu_si512(words + 16*i, dpoi_amx_pair(x ? x + o : NULL, y ? y + o : NULL, DPO_F32, c->O - o));
+            _mm512_store_si512(words + 16*i, dpoi_amx_pair(x ? dpoi_amx_at(x, type, o) : NULL,
+                                                           y ? dpoi_amx_at(y, type, o) : NULL, type, c->O - o));
         }
-        for (int i = 0; i < 4; i++)
-            dpoi_transpose_256(words + i/2*128 + i % 2*8, 16, to + i % 2*128 + i/2*8, 16);
+        dpoi_amx_turn(words, to);
     }
 }
 
@@ -13613,7 +13662,7 @@ DPOI_AMX static void dpoi_amx_outer_store(const dpoi_amx_outer *p, int64_t tap, 
 {
     float turned[256] DPOI_ALIGNED;
     dw += (o*p->c.K + tap*p->c.I + i*DPOI_PANEL)*DPOI_PANEL;
-    for (int k = 0; k < 4; k++) dpoi_transpose_256(c + k/2*128 + k % 2*8, 16, turned + k % 2*128 + k/2*8, 16);
+    dpoi_amx_turn(c, turned);
     for (int64_t k = 0; k < dpoi_least(DPOI_PANEL, p->c.I - i*DPOI_PANEL); k++, dw += DPOI_PANEL) {
         __m512 f = _mm512_load_ps(turned + k*DPOI_PANEL);
         _mm512_storeu_ps(dw, add ? _mm512_add_ps(f, _mm512_loadu_ps(dw)) : f);
@@ -13731,10 +13780,12 @@ static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
 
 /* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
-static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int64_t O, float *to)
+static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int type, int64_t O,
+                                    float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
     static const uint16_t asked = 0;      /* any address, while sizes are asked for */
+    s.x_type = type;
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
     if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &asked;
     return s;
@@ -13767,9 +13818,9 @@ static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, 
     p.Y = dpoi_pieces(g->H - a, g->stride);  p.X = dpoi_pieces(g->W - b, g->stride);
     p.at_n = g->H*g->W*g->I;  p.at_y = g->stride*g->W*g->I;  p.at_x = g->stride*g->I;
     p.add = g->a->add & 1 ? p.y : NULL;
-    p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->O, work);
+    p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->dy_type, g->O, work);
     if (g->r) {
-        p.source[1] = dpoi_flip_source(g, y, x, du, g->r, work ? work + first : NULL);
+        p.source[1] = dpoi_flip_source(g, y, x, du, DPO_F32, g->r, work ? work + first : NULL);
         at += dpoi_flip_room(g, g->I, places*g->r);
     }
     if (work) {
@@ -13834,6 +13885,7 @@ static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *
 #ifdef DPOI_SIMD_AMX
     if (g->amx) {
         p->amx.x_type = x == g->x ? g->x_type : DPO_F32;
+        p->amx.dy_type = dy == g->dy ? g->dy_type : DPO_F32;
         dpoi_amx_outer_run(cpu, &p->amx, x, dy, dw, add, work);
         return;
     }
@@ -13882,10 +13934,10 @@ static void dpoi_sums_run(dpoi_sums *p)
 
 /* ------------------------------------------------------------------------------------------- all together */
 
-/* Offsets in floats: zeros, then u or du [M,r], then what one step of backward needs at a time.
+/* Offsets in floats: zeros, then u or du [M,r] and dy in BF16, then what one step of backward needs at a time.
    What one step of backward needs: steps run one after the other and share the room. */
 typedef struct dpoi_conv_plan {
-    int64_t u, step, end;
+    int64_t u, dy, step, end;
     dpoi_gradient w, down, up;
     int64_t chunks;
 } dpoi_conv_plan;
@@ -13914,7 +13966,7 @@ static dpoi_cpu_product dpoi_adapter_product(dpoi_cpu *cpu, const dpoi_conv *g, 
     dpoi_conv u = dpoi_conv_up(g);
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
     dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->r, du);
-    p.source[0] = dpoi_flip_source(&u, one, one, g->dy, g->O, to);
+    p.source[0] = dpoi_flip_source(&u, one, one, g->dy, g->dy_type, g->O, to);
     return p;
 }
 
@@ -13928,7 +13980,8 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     int64_t step = dpoi_conv_room(g, &y);
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
-    p.step = p.u + (g->M*g->r + 15)/16*16;
+    p.step = p.dy = p.u + (g->M*g->r + 15)/16*16;
+    if (g->dy_type != DPO_F32) p.step += (g->M*g->O/2 + 16)/16*16;
     if (g->r) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, NULL);
         step = dpoi_most(step, dpoi_conv_room(g, &down));
@@ -14002,6 +14055,29 @@ static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan 
     }
 }
 
+/* dy in BF16 at `to`, once for all that reads it but the sums. */
+typedef struct dpoi_rounded {
+    dpoi_cpu *cpu;
+    const float *dy;
+    uint16_t *to;
+    int64_t size;
+} dpoi_rounded;
+
+static void dpoi_rounded_task(void *arg, int64_t i)
+{
+    const dpoi_rounded *p = (const dpoi_rounded *)arg;
+    int64_t at = i*DPOI_PIECE;
+    p->cpu->rows.narrow(DPO_BF16, dpoi_least(DPOI_PIECE, p->size - at), p->dy + at, p->to + at);
+}
+
+static void dpoi_rounded_run(dpoi_cpu *cpu, dpoi_conv *g, float *to)
+{
+    dpoi_rounded p;
+    p.cpu = cpu;  p.dy = g->dy;  p.to = (uint16_t *)(void *)to;  p.size = g->M*g->O;
+    dpoi_parallel(cpu, dpoi_pieces(p.size, DPOI_PIECE), dpoi_rounded_task, &p);
+    g->dy = to;
+}
+
 /* du first, for dx and down's gradient both read it. */
 static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
 {
@@ -14010,6 +14086,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
     float *du = g->work + plan.u, *step = g->work + plan.step;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
+    if (g->dy_type != DPO_F32) dpoi_rounded_run(cpu, g, g->work + plan.dy);
     if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
         dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
@@ -14017,7 +14094,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
         dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
         dpoi_sums s;
-        s.cpu = cpu;  s.dy = g->dy;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
+        s.cpu = cpu;  s.dy = (const float *)a->dout.data;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
         s.dbias = (float *)a->din[2].data;  s.dvec = (float *)a->din[3].data;  s.add = a->add;
         dpoi_sums_run(&s);
     }
@@ -14701,27 +14778,6 @@ static int64_t dpoi_amx_side_of(dpoi_amx_side *s, const dpoi_attention *g, const
     return at;
 }
 
-/* y[c][r] = x[r][c] of 16 by 16: four columns at a time, whose rows i, i+4, i+8, i+12 come to lie in one register, so
-   that four by four change places in each quarter. */
-DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
-{
-    for (int c = 0; c < 16; c += 4) {
-        __m512 r[4];
-        for (int i = 0; i < 4; i++) {
-            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(x + i*16 + c));
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 4)*16 + c), 1);
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
-            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
-        }
-        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
-        _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
-        _mm512_storeu_pd(y + c*16 + 48, _mm512_unpackhi_pd(b, e));
-    }
-}
-
 /* Where row `row` of a head starts in x. */
 static int64_t dpoi_amx_side_at(const dpoi_amx_side *s, int64_t head, int64_t row)
 {
@@ -14775,48 +14831,37 @@ DPOI_AMX static void dpoi_amx_lanes(const dpoi_amx_side *s, int64_t head, int64_
     }
 }
 
-/* Scores for up to 64 channels: the lanes stay in tiles 4 to 7, and 16 rows at a time go by. */
-DPOI_AMX static void dpoi_amx_scores_held(const uint16_t *rows, int64_t halves, const uint16_t *lanes, int two, float *s)
-{
-    _tile_loadd(4, lanes, 64);
-    _tile_loadd(5, lanes + DPOI_TILE_SIZE, 64);
-    if (two) { _tile_loadd(6, lanes + 2*DPOI_TILE_SIZE, 64);  _tile_loadd(7, lanes + 3*DPOI_TILE_SIZE, 64); }
-    for (; halves > 0; halves--, rows += (1 + two)*DPOI_TILE_SIZE, s += 512) {
-        _tile_zero(0);  _tile_zero(1);
-        _tile_loadd(2, rows, 64);
-        _tile_dpbf16ps(0, 2, 4);
-        _tile_dpbf16ps(1, 2, 5);
-        if (two) {
-            _tile_loadd(2, rows + DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(0, 2, 6);
-            _tile_dpbf16ps(1, 2, 7);
-        }
-        _tile_stored(0, s, 64);
-        _tile_stored(1, s + 256, 64);
-    }
-}
-
-/* s [to-from][2 of rows][2 of lanes][16][16] = blocks from..to-1 of one head's rows times lanes [d/32][2]. */
+/* s [to-from][2 of rows][2 of lanes][16][16] = blocks from..to-1 of one head's rows times lanes [d/32][2].  Up to 64
+   channels of 16 lanes stay in tiles 4 and 6 while rows go by; more come with the rows. */
 DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to,
                                      const uint16_t *lanes, float *s)
 {
     const uint16_t *rows = b->rows + (head*dpoi_amx_side_tiles(b) + from)*2*b->deep*DPOI_TILE_SIZE;
-    if (b->deep <= 2) { dpoi_amx_scores_held(rows, 2*(to - from), lanes, b->deep == 2, s);  return; }
-    for (; from < to; from++, s += DPOI_AMX_SCORES, rows += b->deep*DPOI_TILE_SIZE) {
+    int64_t halves = 2*(to - from), deep = b->deep;
+    for (int64_t l = 0; l < 2 && deep <= 2; l++) {
+        const uint16_t *a = rows;
+        _tile_loadd(4, lanes + l*DPOI_TILE_SIZE, 64);
+        if (deep == 2) _tile_loadd(6, lanes + (2 + l)*DPOI_TILE_SIZE, 64);
+        for (int64_t i = 0; i < halves; i++, a += deep*DPOI_TILE_SIZE) {
+            _tile_zero(0);
+            _tile_loadd(2, a, 64);
+            _tile_dpbf16ps(0, 2, 4);
+            if (deep == 2) { _tile_loadd(2, a + DPOI_TILE_SIZE, 64);  _tile_dpbf16ps(0, 2, 6); }
+            _tile_stored(0, s + (2*i + l)*256, 64);
+        }
+    }
+    for (int64_t i = 0; i < halves && deep > 2; i++, s += 512) {
         const uint16_t *met = lanes;
-        dpoi_amx_zero();
-        for (int64_t c = 0; c < b->deep; c++, rows += DPOI_TILE_SIZE, met += 2*DPOI_TILE_SIZE) {
+        _tile_zero(0);  _tile_zero(1);
+        for (int64_t c = 0; c < deep; c++, rows += DPOI_TILE_SIZE, met += 2*DPOI_TILE_SIZE) {
             _tile_loadd(4, rows, 64);
             _tile_loadd(6, met, 64);
-            _tile_loadd(7, met + DPOI_TILE_SIZE, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(4, rows + b->deep*DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(3, 4, 7);
-            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(6, met + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(1, 4, 6);
         }
-        _tile_stored(0, s, 64);        _tile_stored(1, s + 256, 64);
-        _tile_stored(2, s + 512, 64);  _tile_stored(3, s + 768, 64);
+        _tile_stored(0, s, 64);
+        _tile_stored(1, s + 256, 64);
     }
 }
 
@@ -14825,26 +14870,19 @@ DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64
                                      float *o)
 {
     const uint16_t *turned = b->turned + (head*dpoi_amx_side_tiles(b) + from)*b->wide*DPOI_TILE_SIZE;
-    for (int64_t c = 0; c < b->wide; c += 2, o += 1024, turned += 2*DPOI_TILE_SIZE) {
-        int two = c + 1 < b->wide;
+    for (int64_t c = 0; c < b->wide; c++, o += 512, turned += DPOI_TILE_SIZE) {
         const uint16_t *a = turned, *lanes = p;
         _tile_loadd(0, o, 64);
         _tile_loadd(1, o + 256, 64);
-        if (two) { _tile_loadd(2, o + 512, 64);  _tile_loadd(3, o + 768, 64); }
         for (int64_t k = from; k < to; k++, a += b->wide*DPOI_TILE_SIZE, lanes += 2*DPOI_TILE_SIZE) {
             _tile_loadd(4, a, 64);
             _tile_loadd(6, lanes, 64);
-            _tile_loadd(7, lanes + DPOI_TILE_SIZE, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (!two) continue;
-            _tile_loadd(4, a + DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(3, 4, 7);
-            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(6, lanes + DPOI_TILE_SIZE, 64);
+            _tile_dpbf16ps(1, 4, 6);
         }
         _tile_stored(0, o, 64);
         _tile_stored(1, o + 256, 64);
-        if (two) { _tile_stored(2, o + 512, 64);  _tile_stored(3, o + 768, 64); }
     }
 }
 
