@@ -2218,14 +2218,22 @@ static __device__ __forceinline__ void dpoc_walk(dpoc_digits *d, const dpoc_digi
 }
 
 /* What a thread fetches of one factor: one or two units of each slice.  Where depth runs along a line both have the
-   same depth, else both have the same line: the first of `depth` and k, or of the others, then stands for both. */
+   same depth, else both have the same line: the first of `depth`, or of the others, then stands for both. */
 typedef struct dpoc_feed {
     dpoc_digits depth[2], step;           /* step: a slice's depth */
     int64_t base[2];                      /* the part of the offset that stays */
     int     y[2], x[2];                   /* X, DYT: the part of the place in the picture that stays */
-    int     first[2], k[2];               /* the first number: its line and its depth */
+    int     first[2], k;                  /* the first number: its line and its depth; the second unit's depth is k too, */
+                                          /* or dpoc_feed_apart further on */
     int     lines, end, till[2];          /* both end before these; till: end, or 0 for a line that is not there */
 } dpoc_feed;
+
+/* Lines of pixels that are not there stand outside of every picture instead, which saves their `till`. */
+enum { DPOC_NOWHERE = -(1 << 30) };
+static __device__ __forceinline__ int dpoc_by_pixel(int from, int deep)
+{
+    return from == DPOC_FROM_DYT || (from == DPOC_FROM_X && !deep);
+}
 
 /* The parts of a line that stay.  X as rows: the pixel's corner of the kernel; X as columns: tap and channel. */
 static __device__ __forceinline__ void dpoc_feed_line(const dpoc_tiles &g, int from, int deep, dpoc_feed *f, int e)
@@ -2247,27 +2255,30 @@ static __device__ __forceinline__ void dpoc_feed_line(const dpoc_tiles &g, int f
         f->y[e] = d.mid + g.top;
         f->x[e] = d.lo + g.left;
         f->base[e] = g.stride > 1 ? (int64_t)d.hi*g.Y : (((int64_t)d.hi*g.Y + f->y[e])*g.X + f->x[e])*g.O;
-    } else f->base[e] = from == DPOC_FROM_W ? (int64_t)line*g.kh*g.kw*g.I : line;
+    } else f->base[e] = from == DPOC_FROM_W ? (int64_t)line*g.kh*g.kw*g.I : 0;
+    if (dpoc_by_pixel(from, deep) && line >= f->lines) f->y[e] = DPOC_NOWHERE;
 }
+
+/* How far apart in depth a thread's two units lie where depth runs down the rows. */
+template<int E, int lines> static __device__ __forceinline__ int dpoc_feed_apart(void) { return DPOC_THREADS*E/lines; }
 
 /* Threads are dealt out so that neighbours fetch neighbours: four units of a line where depth runs along it, else all
    units of a row.  Lines behind the last one are dealt out too, and fetch zeros: every thread makes the same turns. */
 template<int mode, int second, int E, int lines>
-static __device__ __forceinline__ void dpoc_feed_open(const dpoc_tiles &g, dpoc_feed *f, int64_t line, int64_t k0,
-                                                      int64_t end)
+static __device__ __forceinline__ void dpoc_feed_open(const dpoc_tiles &g, dpoc_feed *f, int line, int k0, int end)
 {
     int deep = dpoc_deep(mode, second), from = dpoc_from(mode, second);
     int mid = dpoc_radix(g, from, deep, 0), lo = dpoc_radix(g, from, deep, 1);
     f->lines = (int)(second ? g.cols : g.rows);
-    f->end = (int)end;
+    f->end = end;
     f->step = dpoc_split(4*E, mid, lo);
+    f->k = k0 + (deep ? (int)threadIdx.x/(lines/E) : (int)threadIdx.x % 4*E);
     DPOC_UNROLL
     for (int e = 0; e < lines/64; e++) {
         int v = (int)threadIdx.x + e*DPOC_THREADS;
-        f->first[e] = (int)line + (deep ? v % (lines/E)*E : v/4);
-        f->k[e] = (int)k0 + (deep ? v/(lines/E) : v % 4*E);
+        f->first[e] = line + (deep ? v % (lines/E)*E : v/4);
         f->till[e] = f->first[e] < f->lines ? f->end : 0;
-        f->depth[e] = dpoc_split(f->k[e], mid, lo);
+        f->depth[e] = dpoc_split(f->k + (deep ? e*dpoc_feed_apart<E, lines>() : 0), mid, lo);
         dpoc_feed_line(g, from, deep, f, e);
     }
 }
@@ -2300,8 +2311,8 @@ static __device__ __forceinline__ int dpoc_spot(const dpoc_tiles &g, int from, i
         }
         return (unsigned)y < (unsigned)g.Y && (unsigned)x < (unsigned)g.X;
     }
-    *at = f->base[l] + (from == DPOC_FROM_W ? d.lo : from == DPOC_FROM_DY ? (int64_t)d.lo*g.O
-        : ((int64_t)d.lo*g.kh*g.kw + d.mid)*g.I);
+    if (from == DPOC_FROM_W) *at = f->base[l] + d.lo;
+    else *at = f->first[l] + (from == DPOC_FROM_DY ? (int64_t)d.lo*g.O : ((int64_t)d.lo*g.kh*g.kw + d.mid)*g.I);
     return 1;
 }
 
@@ -2335,18 +2346,17 @@ static __device__ __forceinline__ void dpoc_feed_next(const dpoc_tiles &g, dpoc_
     DPOC_UNROLL
     for (int e = 0; e < lines/64; e++) {
         int    v = (int)threadIdx.x + e*DPOC_THREADS, l = deep ? 0 : e, d = deep ? e : 0;
+        int    k = f->k + d*dpoc_feed_apart<E, lines>();
         uint4 *u = to + (deep ? dpoc_unit_down<E, lines>(v/(lines/E), v % (lines/E)) : dpoc_unit_along<E>(v/4, v % 4));
         if (wide > 64 || g.wide[second]) {            /* what is slow is not even in the code of the widest kernels */
             int64_t at;
             int     on = dpoc_spot(g, from, deep, f, l, f->depth[d], &at);
-            dpoc_fetch16(u, p + at*(16/E), on && f->k[d] < f->till[l]);
-        } else *u = dpoc_feed_slow<type, mode, second>(g, f->first[l], f->k[d], f->lines, f->end);
+            dpoc_fetch16(u, p + at*(16/E), on && k < (dpoc_by_pixel(from, deep) ? f->end : f->till[l]));
+        } else *u = dpoc_feed_slow<type, mode, second>(g, f->first[l], k, f->lines, f->end);
     }
+    f->k += 4*E;
     DPOC_UNROLL
-    for (int d = 0; d < (deep ? lines/64 : 1); d++) {
-        f->k[d] += 4*E;
-        dpoc_walk(&f->depth[d], f->step, mid, lo);
-    }
+    for (int d = 0; d < (deep ? lines/64 : 1); d++) dpoc_walk(&f->depth[d], f->step, mid, lo);
 }
 
 /* One register of a factor whose depth runs down the rows, for TF32: ldmatrix turns numbers of 16 bits only. */
@@ -2436,7 +2446,7 @@ static __device__ __forceinline__ void dpoc_store2(const dpoc_tiles &g, int64_t 
    own: the warp's 16 rows, 40 floats apart, so that the lanes of a half write to different banks. */
 enum { DPOC_OWN = 40 };
 template<int mode, int M>
-static __device__ __forceinline__ void dpoc_store_warp(const dpoc_tiles &g, float *own, int64_t row, int64_t col,
+static __device__ __forceinline__ void dpoc_store_warp(const dpoc_tiles &g, float *own, int row, int col,
                                                        const float sum[M][4][4])
 {
     int lane = (int)threadIdx.x % 32;
@@ -2465,9 +2475,9 @@ template<int type, int mode, int wide> static __device__ __forceinline__ void dp
     uint4  *pool = dpoc_pool<stages*units>();
     int     warp = (int)threadIdx.x/32;
     int     high = wide == 128 ? warp/4*64 : warp/2*32, across = wide == 128 ? warp%4*32 : warp%2*32;
-    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*wide;
-    int64_t k0 = blockIdx.z*g.span, end = dpoc_min(k0 + g.span, g.depth);
-    int     slices = (int)((end - k0 + 4*E - 1)/(4*E));
+    int     row = (int)blockIdx.x*DPOC_HIGH, col = (int)blockIdx.y*wide;         /* below 2^31, as rows and depth are */
+    int     k0 = (int)(blockIdx.z*g.span), end = (int)dpoc_min(k0 + g.span, g.depth);
+    int     slices = (end - k0 + 4*E - 1)/(4*E);
     float   sum[M][4][4];
     dpoc_feed a, b;
     DPOC_UNROLL
@@ -2528,9 +2538,9 @@ template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_c
     enum { wide = DPOC_SIDE, stages = 4, units = (DPOC_HIGH + wide)*4, da = mode == DPOC_DW, db = mode != DPOC_Y };
     uint4  *pool = dpoc_pool<stages*units>();
     int     ti = (int)threadIdx.x/16, tj = (int)threadIdx.x % 16;
-    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*wide;
-    int64_t k0 = blockIdx.z*g.span, end = dpoc_min(k0 + g.span, g.depth);
-    int     slices = (int)((end - k0 + DPOC_SLICE - 1)/DPOC_SLICE);
+    int     row = (int)blockIdx.x*DPOC_HIGH, col = (int)blockIdx.y*wide;
+    int     k0 = (int)(blockIdx.z*g.span), end = (int)dpoc_min(k0 + g.span, g.depth);
+    int     slices = (end - k0 + DPOC_SLICE - 1)/DPOC_SLICE;
     float   sum[8][4];
     dpoc_feed a, b;
     for (int i = 0; i < 8; i++) for (int j = 0; j < 4; j++) sum[i][j] = 0;
@@ -2565,7 +2575,7 @@ template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_c
     __syncthreads();
     DPOC_ROLLED
     for (int u = (int)threadIdx.x; u < DPOC_HIGH*wide/2; u += DPOC_THREADS)
-        dpoc_store2<mode>(g, blockIdx.z, row + u/(wide/2), col + u%(wide/2)*2, *(float2 *)(all + 2*u));
+        dpoc_store2<mode>(g, blockIdx.z, (int64_t)row + u/(wide/2), col + u%(wide/2)*2, *(float2 *)(all + 2*u));
 }
 
 /* ------------------------------------------------------------------------------------------ cuDNN, where it was asked

@@ -2,7 +2,7 @@
    type against the CPU.
 
    build   sh tests/test_cuda.sh builds it: with the stand-in (-DSTAND_IN), or with nvcc for the GPU that is there
-   run     build/cuda/checks [seed [rounds]]     from the project's folder                                                      */
+   run     build/cuda/checks [seed [rounds [part]]]     from the project's folder; part: "replay", say                                                      */
 #define main tiny_model_main
 #include "../tiny_model.c"
 #undef main
@@ -688,24 +688,43 @@ static void check_failures(void)
 }
 #endif
 
+static uint64_t first_seed = 1;
+static int      rounds = 34*3;
+static const char *only;                  /* part of the name of what is wanted */
+
+static void check_all_types(void)       { check_types(first_seed, rounds); }
+static void check_replay_all(void)      { check_replay(0, 0); }
+static void check_replay_adapters(void) { check_replay(4, 0.9f); }
+
+static void part(const char *name, void (*run)(void))
+{
+    double began = dpo_seconds();
+    if (only && !strstr(name, only)) return;
+    run();
+    printf("%-22s %6.1f s\n", name, dpo_seconds() - began);
+}
+
 int main(int argc, char **argv)
 {
     char *make[2];
     make[0] = (char *)"tiny_model";
     make[1] = (char *)TINY;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc > 1) first_seed = (uint64_t)atoll(argv[1]);
+    if (argc > 2) rounds = atoi(argv[2]);
+    if (argc > 3) only = argv[3];
     if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
-    check_opening();
-    check_reduce();
-    check_check();
-    check_dry();
-    check_sampling();
-    check_optimizers();
+    part("opening", check_opening);
+    part("sums over GPUs", check_reduce);
+    part("check backend", check_check);
+    part("dry backend", check_dry);
+    part("sampling", check_sampling);
+    part("optimizers", check_optimizers);
 #ifdef STAND_IN
-    check_failures();
+    part("failures", check_failures);
 #endif
-    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, argc > 2 ? atoi(argv[2]) : 34*3);
-    check_replay(0, 0);
-    check_replay(4, 0.9f);
+    part("types", check_all_types);
+    part("replay of all weights", check_replay_all);
+    part("replay of adapters", check_replay_adapters);
     return test_report();
 }
