@@ -3253,17 +3253,30 @@ static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_
     }
 }
 
-/* s [16][R] = own rows times R shared rows.  One load of four pieces is the second factor of two products: 16 rows by
-   16 channels. */
+/* Keys and values from j0 on for one round, if there are any, as a group of fetches: keys first. */
+template<int chunks, int R>
+static __device__ __forceinline__ void dpoc_share_keys(const dpoc_attention &g, int64_t k, int64_t j0, int64_t keys,
+                                                       uint4 *to)
+{
+    if (j0 < keys) {
+        dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + j0*g.D, g.S - j0, g, to);
+        dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + j0*g.D, g.S - j0, g, to + R*(2*chunks + 1));
+    }
+    dpoc_fetch_commit();
+}
+
+/* s [16][R] = own rows times R shared rows, or where `more` += that.  One load of four pieces is the second factor of two
+   products: 16 rows by 16 channels. */
 template<int type, int chunks, int R>
-static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], const uint4 *b, float s[R/8][4])
+static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], const uint4 *b, float s[R/8][4],
+                                                   int more = 0)
 {
     int lane = (int)threadIdx.x % 32;
     b += (lane%8 + lane/16*8)*(2*chunks + 1) + lane/8%2;
     DPOC_UNROLL
     for (int j = 0; j < R/16; j++) {
         DPOC_UNROLL
-        for (int e = 0; e < 8; e++) s[2*j + e/4][e%4] = 0;
+        for (int e = 0; e < 8; e++) if (!more) s[2*j + e/4][e%4] = 0;
         DPOC_UNROLL
         for (int c = 0; c < chunks; c++) {
             uint32_t fb[4];
@@ -3362,6 +3375,22 @@ static __device__ __forceinline__ void dpoc_soften(const dpoc_attention &g, floa
     }
 }
 
+/* What is left when all keys were seen: lse, once for all strips, and in place of total what sums are multiplied by. */
+static __device__ __forceinline__ void dpoc_soften_end(const dpoc_attention &g, int64_t u, int64_t own,
+                                                       const float most[2], float total[2])
+{
+    int lane = (int)threadIdx.x % 32;
+    DPOC_UNROLL
+    for (int h = 0; h < 2; h++) {
+        int64_t i = own + lane/4 + 8*h;
+        total[h] += __shfl_xor_sync(~0u, total[h], 1);
+        total[h] += __shfl_xor_sync(~0u, total[h], 2);
+        if (g.lse && lane % 4 == 0 && blockIdx.y == 0 && i < g.T)
+            g.lse[u*g.T + i] = (most[h] + log2f(total[h]))/DPOC_LOG2E;
+        total[h] = 1/total[h];
+    }
+}
+
 /* Forward, 64 queries a block.  Their own numbers are loaded once and stay in registers; keys and values go by. */
 template<int type, int chunks, int R>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
@@ -3378,12 +3407,8 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
     dpoc_own_rows<chunks>((const uint16_t *)g.q, q, g.T - own, g, f);
     for (int64_t j0 = -R; j0 < keys; j0 += R, turn ^= 1) {
         uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
-        if (j0 + R < keys) {              /* the first round only fetches */
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + (j0 + R)*g.D, g.S - j0 - R, g, next);
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + (j0 + R)*g.D, g.S - j0 - R, g, next + units);
-        }
-        dpoc_fetch_commit();
-        if (j0 < 0) continue;
+        dpoc_share_keys<chunks, R>(g, k, j0 + R, keys, next);
+        if (j0 < 0) continue;             /* the first round only fetches */
         dpoc_fetch_wait<1>();
         __syncthreads();
         dpoc_scores<type, chunks, R>(f, now, s);
@@ -3396,15 +3421,60 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
         dpoc_gather_rows<type, chunks, R>(s, now + units, sum);
         __syncthreads();                  /* the keys after the next come to the same place */
     }
-    DPOC_UNROLL
-    for (int h = 0; h < 2; h++) {
-        total[h] += __shfl_xor_sync(~0u, total[h], 1);
-        total[h] += __shfl_xor_sync(~0u, total[h], 2);
-        if (g.lse && lane % 4 == 0 && own + lane/4 + 8*h < g.T) g.lse[u*g.T + own + lane/4 + 8*h] =
-            (most[h] + log2f(total[h]))/DPOC_LOG2E;
-        total[h] = 1/total[h];
-    }
+    dpoc_soften_end(g, u, own, most, total);
     dpoc_spill_rows<chunks>(sum, total, g, g.y, g.otype, q, g.T - own, 0);
+}
+
+/* Forward of wide heads, the 512 channels of a VAE: 64 queries and a strip of 128 channels of the result a block.  Queries
+   do not fit into registers, nor all channels of anything into 48 KB: both they and the keys go by in slices of 64
+   channels, whose products add up to the scores, two slices in turn; the strip's values come with the second slice of a
+   round, when those of the round before were read.  Each strip makes the scores anew: of 512 channels 2.5 times the products
+   that are needed, all on tensor cores, in place of one time on none. */
+enum { DPOC_SLICE_CHUNKS = 4, DPOC_STRIP_CHUNKS = 8, DPOC_WIDEST = 160 };
+template<int type> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_split_kernel(dpoc_attention g)
+{
+    enum { chunks = DPOC_SLICE_CHUNKS, strip = DPOC_STRIP_CHUNKS, R = 32, wide = 16*chunks, line = 2*chunks + 1,
+           units = (DPOC_QUERIES + R)*line };
+    uint4   *pool = dpoc_pool<2*units + R*(2*strip + 1)>(), *values = pool + 2*units;
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), q = dpoc_head(g, u, g.T) + row*g.D;
+    int64_t  own = row + (int)threadIdx.x/32*16, first = (int64_t)blockIdx.y*16*strip;
+    int      lane = (int)threadIdx.x % 32, slices = (int)((g.d + wide - 1)/wide);
+    int64_t  steps = (dpoc_keys(g, row + DPOC_QUERIES) + R - 1)/R*slices;
+    float    sum[2*strip][4], most[2] = { -FLT_MAX, -FLT_MAX }, total[2] = { 0, 0 }, shrink[2], s[R/8][4];
+    dpoc_attention part = g, own_strip = g;           /* d: the channels that are left from a slice or strip on */
+    own_strip.d = g.d - first;
+    DPOC_UNROLL
+    for (int n = 0; n < 2*strip; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+    for (int64_t step = -1, j0 = 0; step < steps; step++) {
+        uint32_t f[chunks][4];
+        int64_t  to = step + 1, j = to/slices*R, c = to%slices;
+        uint4   *now = pool + (step & 1)*units, *next = pool + (to & 1)*units;
+        if (to < steps) {
+            part.d = g.d - c*wide;
+            dpoc_share_rows<chunks, DPOC_QUERIES>((const uint16_t *)g.q, q + c*wide, g.T - row, part, next);
+            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + j*g.D + c*wide, g.S - j, part, next + DPOC_QUERIES*line);
+            if (c == 1)
+                dpoc_share_rows<strip, R>((const uint16_t *)g.v, k + j*g.D + first, g.S - j, own_strip, values);
+        }
+        dpoc_fetch_commit();
+        if (step < 0) continue;
+        dpoc_fetch_wait<1>();
+        __syncthreads();
+        DPOC_UNROLL
+        for (int e = 0; e < chunks; e++)
+            dpoc_load4(f[e], now + ((int)threadIdx.x/32*16 + lane%16)*line + 2*e + lane/16, 0);
+        dpoc_scores<type, chunks, R>(f, now + DPOC_QUERIES*line, s, step%slices != 0);
+        if (step%slices == slices - 1) {
+            dpoc_soften<R>(g, s, own + lane/4, j0, most, total, shrink);
+            DPOC_UNROLL
+            for (int n = 0; n < 8*strip; n++) sum[n/4][n%4] *= shrink[n%4/2];
+            dpoc_gather_rows<type, strip, R>(s, values, sum);
+            j0 += R;
+        }
+        __syncthreads();                  /* the slice after the next comes to the same place */
+    }
+    dpoc_soften_end(g, u, own, most, total);
+    dpoc_spill_rows<strip>(sum, total, own_strip, g.y, g.otype, dpoc_head(g, u, g.T) + own*g.D + first, g.T - own, 0);
 }
 
 /* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
@@ -3440,11 +3510,7 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(
     }
     for (int64_t j0 = -R; j0 < keys; j0 += R, turn ^= 1) {
         uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
-        if (j0 + R < keys) {
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + (j0 + R)*g.D, g.S - j0 - R, g, next);
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + (j0 + R)*g.D, g.S - j0 - R, g, next + units);
-        }
-        dpoc_fetch_commit();
+        dpoc_share_keys<chunks, R>(g, k, j0 + R, keys, next);
         if (j0 < 0) continue;
         dpoc_fetch_wait<1>();
         __syncthreads();
@@ -3529,6 +3595,13 @@ template<int type, int chunks> static void dpoc_attention_wide(dpoc_run *r, dpoc
     enum { R = chunks <= 5 ? 64 : 32 };   /* fewer, longer rounds: their barriers and rescaling cost */
     DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks, R>), queries, DPOC_FOUR_WARPS, (g));
 }
+/* Heads that are wider than that. */
+template<int type> static void dpoc_attention_split(dpoc_run *r, dpoc_attention g)
+{
+    dim3 strips((unsigned)(dpoc_pieces(g.T, DPOC_QUERIES)*g.N*g.heads),
+                (unsigned)dpoc_pieces(g.d, 16*DPOC_STRIP_CHUNKS));
+    DPOC_LAUNCH(r, dpoc_attention_split_kernel<type>, strips, DPOC_FOUR_WARPS, (g));
+}
 /* Three kernels at most, none of which adds to what another wrote.
    dk and dv share their scores, and dq makes them again: 7 products instead of 5, but no block adds to another's rows.
    Heads of more than 80 channels have no room for the sums of both in registers: dk and dv are launches of their own,
@@ -3551,24 +3624,26 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else if (g->d <= 64)  dpoc_attention_wide<type, 4>(r, *g);
     else if (g->d <= 80)  dpoc_attention_wide<type, 5>(r, *g);
     else if (g->d <= 128) dpoc_attention_wide<type, 8>(r, *g);
-    else                  dpoc_attention_wide<type, 10>(r, *g);
+    else if (g->d <= DPOC_WIDEST) dpoc_attention_wide<type, 10>(r, *g);
+    else dpoc_attention_split<type>(r, *g);
 }
 
-/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Tensor cores take them up to
-   160 channels, if the numbers have 16 bits.  Decided by shape and options, never by what was there before. */
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Tensor cores take them if the
+   numbers have 16 bits.  Decided by shape and options, never by what was there before. */
 static int dpoc_attention_fits(const dpoc_run *r, const dpoc_attention *g)
 {
-    return r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g->d % 8 == 0 && g->d <= 160;
+    return r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g->d % 8 == 0;
 }
 
-/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain. */
+/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain, and so is that of wide heads, which
+   only a reward through a VAE wants. */
 static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = *attention;
     int             lines = ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v | (uintptr_t)g.y | (uintptr_t)g.dq |
                              (uintptr_t)g.dk | (uintptr_t)g.dv) % 16 == 0;
-    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && g.type != DPO_BF16)) return 0;
+    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && (g.type != DPO_BF16 || g.d > DPOC_WIDEST))) return 0;
     if (!a->backward) {
         if (g.type == DPO_BF16) dpoc_attention_forward<DPO_BF16>(r, &g);
         else                    dpoc_attention_forward<DPO_F16>(r, &g);
