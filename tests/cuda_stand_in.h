@@ -66,7 +66,7 @@ struct stand_in_order {
     uint64_t n, from, step;
     explicit stand_in_order(uint64_t count) : n(count), from(0), step(1)
     {
-        if (stand_in_state.order < 0) { from = n - 1;  step = n - 1; }
+        if (stand_in_state.order < 0 && n > 1) { from = n - 1;  step = n - 1; }
         if (stand_in_state.order <= 0 || n < 2) return;
         from = stand_in_random() % n;
         for (step = 1 + stand_in_random() % n;; step++) {
@@ -74,8 +74,9 @@ struct stand_in_order {
             while (b) { uint64_t c = a % b;  a = b;  b = c; }
             if (a == 1) break;
         }
+        step %= n;
     }
-    uint64_t at(uint64_t i) const { return (from + i % n*(step % n)) % n; }
+    uint64_t next(void) { uint64_t at = from;  from += step;  if (from >= n) from -= n;  return at; }
 };
 
 /* ------------------------------------------------------------------------------------------ threads of a block */
@@ -135,7 +136,7 @@ static void stand_in_warp(int first, int end)
         int waiting = 0, n = end - first;
         stand_in_order order((uint64_t)n);
         for (int i = 0; i < n; i++) {
-            int t = first + (int)order.at((uint64_t)i);
+            int t = first + (int)order.next();
             if (stand_in_fibers[t].state == STAND_IN_READY) stand_in_resume(t);
         }
         for (int t = first; t < end; t++) waiting += stand_in_fibers[t].state == STAND_IN_WARP;
@@ -162,7 +163,7 @@ static void stand_in_block(int threads)
     for (int waiting = 1; waiting;) {
         stand_in_order order((uint64_t)warps);
         for (int i = 0; i < warps; i++) {
-            int w = (int)order.at((uint64_t)i);
+            int w = (int)order.next();
             stand_in_warp(w * 32, w * 32 + 32 < threads ? w * 32 + 32 : threads);
         }
         waiting = 0;
@@ -184,7 +185,7 @@ static void stand_in_grid(dim3 grid, dim3 block, const std::function<void()> &ke
     blockDim = block;
     stand_in_kernel = &kernel;
     for (uint64_t i = 0; i < blocks; i++) {
-        uint64_t at = order.at(i);
+        uint64_t at = order.next();
         blockIdx = dim3((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y), (unsigned)(at / grid.x / grid.y));
         stand_in_block((int)(block.x * block.y * block.z));
     }

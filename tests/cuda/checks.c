@@ -2,7 +2,7 @@
    type against the CPU.
 
    build   sh tests/test_cuda.sh builds it: with the stand-in (-DSTAND_IN), or with nvcc for the GPU that is there
-   run     build/cuda/checks [seed [rounds]]     from the project's folder                                                      */
+   run     build/cuda/checks [seed [rounds [part]]]     from the project's folder; part: "replay", say                                                      */
 #define main tiny_model_main
 #include "../tiny_model.c"
 #undef main
@@ -245,8 +245,9 @@ static dpo_tensor *probe_attention(probe *p, int wide)
     int64_t N = pick(p, 1, 2), heads = pick(p, 1, 3), d = wide ? 8*pick(p, 1, 20) : pick(p, 1, 70), T = pick(p, 1, 150), S = pick(p, 1, 150);
     int     causal = pick(p, 0, 2) == 0;
     dpo_tensor *q, *k, *v;
-    if (pick(p, 0, 15) == 0) d = 264;
-    if (causal) S = T;
+    if (wide > 1 || pick(p, 0, 15) == 0) d = wide ? 8*pick(p, 21, 66) : 264;
+    if (S < 2) S = 2;                     /* of one key there is no gradient but rounding */
+    if (causal) T = S;
     snprintf(p->name, sizeof p->name, "attention %dx%d, %d keys, %d heads of %d%s", (int)N, (int)T, (int)S, (int)heads, (int)d, causal ? ", causal" : "");
     q = input(p, 0, 3, N, T, heads*d, 1);
     k = input(p, 0, 3, N, S, heads*d, 1);
@@ -289,7 +290,7 @@ static void run_probe(probe *p, int kind)
     int64_t     scope = dpo_scope(p->c);
     dpo_tensor *y, *dy;
     float      *v;
-    y = kind < 6 ? probe_conv(p, kind % 2) : kind < 10 ? probe_attention(p, kind % 2) : kind < 14 ? probe_norm(p, kind % 2) : probe_small(p, kind - 14);
+    y = kind < 0 ? probe_attention(p, 2) : kind < 6 ? probe_conv(p, kind % 2) : kind < 10 ? probe_attention(p, kind % 2) : kind < 14 ? probe_norm(p, kind % 2) : probe_small(p, kind - 14);
     p->n[8] = dpo_count(y);
     v = (float *)malloc((size_t)p->n[8] * sizeof *v + 4);
     p->out[8] = (float *)calloc((size_t)p->n[8] + 1, sizeof(float));
@@ -354,7 +355,7 @@ static dpo_ctx *open_on(dpo_backend *b)
 }
 
 /* Against the CPU's plain C; with and without tensor cores; and with the stand-in in both orders of threads, bit for bit. */
-static void check_types(uint64_t seed, int rounds)
+static void check_types(uint64_t seed, int rounds, int wide_heads)
 {
     dpo_backend *b = open_cuda(0), *plain = open_cuda(0), *rounding = open_cuda(0), *tf32 = open_cuda(0);
     dpo_ctx     *cpu = open_on(NULL), *cuda = open_on(b), *simple = open_on(plain), *rounded = open_on(rounding);
@@ -363,14 +364,14 @@ static void check_types(uint64_t seed, int rounds)
     dpo_cuda_set(rounding, DPO_CUDA_PRODUCTS, DPO_BF16);
     dpo_cuda_set(tf32, DPO_CUDA_TF32, 1);
     for (int k = 0; k < rounds; k++) {
-        int   kind = k % 34;
+        int   kind = wide_heads ? -1 : k % 34, dtype = (wide_heads ? k : k/34) % 3;
         probe p[6];
-        int   probes = k/34 % 3 == DPO_F32 && kind < 6 ? 6 : 5;        /* TF32 is for convolutions of F32 */
+        int   probes = dtype == DPO_F32 && kind >= 0 && kind < 6 ? 6 : 5;        /* TF32 is for convolutions of F32 */
         memset(p, 0, sizeof p);
         for (int i = 0; i < probes; i++) {
             p[i].c = i == 0 ? cpu : i == 2 ? simple : i == 4 ? rounded : i == 5 ? fast : cuda;
             p[i].seed = seed + (uint64_t)k;
-            p[i].dtype = k/34 % 3;
+            p[i].dtype = dtype;
             p[i].exact = 1;
 #ifdef STAND_IN
             stand_in()->order = i != 3 ? 0 : k % 3 ? k : -1;
@@ -688,24 +689,45 @@ static void check_failures(void)
 }
 #endif
 
+static uint64_t first_seed = 1;
+static int      rounds = 34*3;
+static const char *only;                  /* part of the name of what is wanted */
+
+static void check_all_types(void)       { check_types(first_seed, rounds, 0); }
+static void check_wide_heads(void)      { check_types(first_seed, (rounds + 5)/6, 1); }
+static void check_replay_all(void)      { check_replay(0, 0); }
+static void check_replay_adapters(void) { check_replay(4, 0.9f); }
+
+static void part(const char *name, void (*run)(void))
+{
+    double began = dpo_seconds();
+    if (only && !strstr(name, only)) return;
+    run();
+    printf("%-22s %6.1f s\n", name, dpo_seconds() - began);
+}
+
 int main(int argc, char **argv)
 {
     char *make[2];
     make[0] = (char *)"tiny_model";
     make[1] = (char *)TINY;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc > 1) first_seed = (uint64_t)atoll(argv[1]);
+    if (argc > 2) rounds = atoi(argv[2]);
+    if (argc > 3) only = argv[3];
     if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
-    check_opening();
-    check_reduce();
-    check_check();
-    check_dry();
-    check_sampling();
-    check_optimizers();
+    part("opening", check_opening);
+    part("sums over GPUs", check_reduce);
+    part("check backend", check_check);
+    part("dry backend", check_dry);
+    part("sampling", check_sampling);
+    part("optimizers", check_optimizers);
 #ifdef STAND_IN
-    check_failures();
+    part("failures", check_failures);
 #endif
-    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, argc > 2 ? atoi(argv[2]) : 34*3);
-    check_replay(0, 0);
-    check_replay(4, 0.9f);
+    part("types", check_all_types);
+    part("wide heads", check_wide_heads);
+    part("replay of all weights", check_replay_all);
+    part("replay of adapters", check_replay_adapters);
     return test_report();
 }
