@@ -1398,6 +1398,14 @@ extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count,
 #pragma push_macro("I")
 #undef I
 
+/* For small functions that many places call where time does not matter: copies of them in each made the compiler's work
+   and the program a twentieth larger. */
+#ifdef __GNUC__
+#define DPOI_APART __attribute__((noinline))
+#else
+#define DPOI_APART
+#endif
+
 #ifdef __FAST_MATH__
 #error "diffdpo.h needs IEEE arithmetic: its guards against NaN do not work under -ffast-math"
 #endif
@@ -1557,7 +1565,7 @@ static int  dpoi_cores(void)
 #endif
 
 /* Strict C99 hides the steady clock of POSIX; the wall clock stands in. */
-DPO_DEF double dpo_seconds(void)
+DPOI_APART DPO_DEF double dpo_seconds(void)
 {
 #if defined(_WIN32)
     LARGE_INTEGER now, per_second;
@@ -1619,7 +1627,7 @@ static void *dpoi_resize(const dpoi_mem *m, void *p, size_t old, size_t now)
 }
 
 /* n must be what was asked for: the host's allocator is told sizes and may count on them. */
-static void dpoi_free(const dpoi_mem *m, void *p, size_t n)
+DPOI_APART static void dpoi_free(const dpoi_mem *m, void *p, size_t n)
 {
     if (p) m->fn(m->user, p, n ? n : 1, 0);
 }
@@ -1733,7 +1741,7 @@ static int dpoi_fail(dpo_ctx *c, int status, const char *fmt, ...)
 }
 
 /* bytes: what was asked for, (size_t)-1 where the product did not even fit. */
-static int dpoi_no_memory(dpo_ctx *c, size_t bytes)
+DPOI_APART static int dpoi_no_memory(dpo_ctx *c, size_t bytes)
 {
     return dpoi_fail(c, DPO_OUT_OF_MEMORY, "out of memory: %llu bytes more were needed", (unsigned long long)bytes);
 }
@@ -1747,7 +1755,7 @@ static int dpoi_fail_device(dpo_ctx *c, const char *doing, size_t bytes)
 }
 
 /* 1 while the context can work: no error yet, nobody cancelled. */
-static int dpoi_ok(dpo_ctx *c)
+DPOI_APART static int dpoi_ok(dpo_ctx *c)
 {
     if (!c || c->status != DPO_OK) return 0;
     if (dpoi_word_load(&c->cancel)) return dpoi_fail(c, DPO_CANCELLED, "cancelled");
@@ -1789,10 +1797,10 @@ DPOI_UNUSED static void *dpoi_calloc(dpo_ctx *c, size_t count, size_t size)
     return p;                             /* fails the context here, so that no caller words it */
 }
 
-DPOI_UNUSED static void dpoi_release(dpo_ctx *c, void *p, size_t bytes) { dpoi_free(&c->mem, p, bytes); }
+DPOI_APART DPOI_UNUSED static void dpoi_release(dpo_ctx *c, void *p, size_t bytes) { dpoi_free(&c->mem, p, bytes); }
 
 /* A copy for dpoi_strfree.  Its length must not change meanwhile: that is the size handed to the allocator. */
-DPOI_UNUSED static char *dpoi_strdup(dpo_ctx *c, const char *s)
+DPOI_APART DPOI_UNUSED static char *dpoi_strdup(dpo_ctx *c, const char *s)
 {
     size_t n = strlen(s) + 1;
     char  *copy = (char *)dpoi_calloc(c, n, 1);
@@ -1800,7 +1808,7 @@ DPOI_UNUSED static char *dpoi_strdup(dpo_ctx *c, const char *s)
     return copy;
 }
 
-DPOI_UNUSED static void dpoi_strfree(dpo_ctx *c, char *s) { if (s) dpoi_release(c, s, strlen(s) + 1); }
+DPOI_APART DPOI_UNUSED static void dpoi_strfree(dpo_ctx *c, char *s) { if (s) dpoi_release(c, s, strlen(s) + 1); }
 
 /* Make room for `want` elements in a growing array.  *room is updated; 0 and an error if there is no memory.
    Doubles, so that n appends cost O(n).  On failure *array is unchanged and still owned. */
@@ -1822,7 +1830,7 @@ DPOI_UNUSED static int dpoi_grow(dpo_ctx *c, void *array, int64_t *room, int64_t
 
 /* Objects that die with the context: destroyed newest first.
    On failure the object is destroyed at once: the caller forgets it in both cases, and nothing leaks. */
-DPOI_UNUSED static int dpoi_own(dpo_ctx *c, void *object, void (*destroy)(dpo_ctx *c, void *object))
+DPOI_APART DPOI_UNUSED static int dpoi_own(dpo_ctx *c, void *object, void (*destroy)(dpo_ctx *c, void *object))
 {
     dpoi_owned *o = (dpoi_owned *)dpoi_calloc(c, 1, sizeof *o);
     if (!o) { destroy(c, object); return 0; }
@@ -2184,7 +2192,7 @@ static int dpoi_wide(const char *path, WCHAR *out)
 }
 
 /* DPOI_PATH_: a link counts as what it leads to. */
-static int dpoi_sys_kind(const char *path)
+DPOI_APART static int dpoi_sys_kind(const char *path)
 {
     WCHAR w[DPOI_WIN_PATH];
     DWORD a = dpoi_wide(path, w) ? GetFileAttributesW(w) : INVALID_FILE_ATTRIBUTES;
@@ -2235,7 +2243,7 @@ static int dpoi_sys_write(dpoi_fd f, const char *p, size_t n, size_t *put)
 }
 
 static int dpoi_sys_sync(dpoi_fd f) { return FlushFileBuffers(f) ? 0 : (int)GetLastError(); }
-static int dpoi_sys_close(dpoi_fd f) { return CloseHandle(f) ? 0 : (int)GetLastError(); }
+DPOI_APART static int dpoi_sys_close(dpoi_fd f) { return CloseHandle(f) ? 0 : (int)GetLastError(); }
 static void dpoi_sys_sync_folder(const char *folder) { (void)folder; }        /* MOVEFILE_WRITE_THROUGH did it */
 
 /* WRITE_THROUGH: returns when the move is on the disk.
@@ -2365,7 +2373,7 @@ int madvise(void *, size_t, int);
 #endif
 
 /* DPOI_PATH_: a link counts as what it leads to. */
-static int dpoi_sys_kind(const char *path)
+DPOI_APART static int dpoi_sys_kind(const char *path)
 {
     struct stat s;
     if (stat(path, &s)) return DPOI_PATH_NONE;
@@ -2413,7 +2421,7 @@ static int dpoi_sys_write(dpoi_fd f, const char *p, size_t n, size_t *put)
 }
 
 static int dpoi_sys_sync(dpoi_fd f) { return fsync(f) && errno != EINVAL ? errno : 0; }      /* EINVAL: has no sync */
-static int dpoi_sys_close(dpoi_fd f) { return close(f) ? errno : 0; }
+DPOI_APART static int dpoi_sys_close(dpoi_fd f) { return close(f) ? errno : 0; }
 static int dpoi_sys_rename(const char *from, const char *to) { return rename(from, to) ? errno : 0; }
 static void dpoi_sys_remove(const char *path) { unlink(path); }
 static void dpoi_sys_remove_folder(const char *path) { rmdir(path); }        /* an empty one */
@@ -2516,7 +2524,7 @@ static const char *dpoi_sys_reason(int e)
 #define DPOI_ERROR_EXISTS 2
 #define DPOI_ERROR_KIND   3
 
-static int dpoi_sys_kind(const char *path)
+DPOI_APART static int dpoi_sys_kind(const char *path)
 {
     FILE *f = fopen(path, "rb");
     if (f) fclose(f);
@@ -2541,7 +2549,7 @@ static int dpoi_sys_size(dpoi_fd f, uint64_t *size)
 static int dpoi_sys_read(dpoi_fd f, char *p, size_t n, size_t *got) { *got = fread(p, 1, n, f); return ferror(f) != 0; }
 static int dpoi_sys_write(dpoi_fd f, const char *p, size_t n, size_t *put) { return (*put = fwrite(p, 1, n, f)) < n; }
 static int dpoi_sys_sync(dpoi_fd f) { return fflush(f) != 0; }
-static int dpoi_sys_close(dpoi_fd f) { return fclose(f) != 0; }
+DPOI_APART static int dpoi_sys_close(dpoi_fd f) { return fclose(f) != 0; }
 static int dpoi_sys_rename(const char *from, const char *to) { return rename(from, to) != 0; }
 static void dpoi_sys_remove(const char *path) { remove(path); }
 static void dpoi_sys_remove_folder(const char *path) { remove(path); }
@@ -3098,7 +3106,7 @@ typedef struct dpoi_json_in {             /* the parser's state */
 
 /* Where reading stopped, and why.  Returns 0.
    Bytes count from 0, a byte order mark included. */
-static int dpoi_json_bad(dpoi_json_in *in, const char *what)
+DPOI_APART static int dpoi_json_bad(dpoi_json_in *in, const char *what)
 {
     return dpoi_fail(in->c, DPO_BAD_FILE, "%.400s: broken JSON at byte %llu: %s", in->doc->name,
                      (unsigned long long)in->at, what);
@@ -3126,7 +3134,7 @@ static int dpoi_json_less(const void *arg, uint32_t a, uint32_t b)
 
 /* The four characters that RFC 8259 calls white space, no others.
    Not isspace: it would ask the locale, and take vertical tabs. */
-static void dpoi_json_space(dpoi_json_in *in)
+DPOI_APART static void dpoi_json_space(dpoi_json_in *in)
 {
     while (in->at < in->n && (in->text[in->at] == ' ' || in->text[in->at] == '\t' || in->text[in->at] == '\n' ||
                               in->text[in->at] == '\r')) in->at++;
@@ -3488,21 +3496,21 @@ DPO_DEF dpo_json *dpo_json_load(dpo_ctx *c, const char *path)
 }
 
 /* All values of the document go with its root. */
-DPO_DEF void dpo_json_free(dpo_json *root) { if (root) dpoi_disown(root->doc->c, root->doc); }
+DPOI_APART DPO_DEF void dpo_json_free(dpo_json *root) { if (root) dpoi_disown(root->doc->c, root->doc); }
 
 /* WHOLE is a private kind of number. */
-DPO_DEF int dpo_json_type(const dpo_json *v)
+DPOI_APART DPO_DEF int dpo_json_type(const dpo_json *v)
 {
     return !v ? DPO_JSON_NONE : v->type == DPOI_JSON_WHOLE ? (int)DPO_JSON_NUMBER : (int)v->type;
 }
 
-DPO_DEF int64_t dpo_json_count(const dpo_json *v)
+DPOI_APART DPO_DEF int64_t dpo_json_count(const dpo_json *v)
 {
     return v && (v->type == DPO_JSON_ARRAY || v->type == DPO_JSON_OBJECT) ? (int64_t)v->count : 0;
 }
 
 /* Children stand side by side: one addition. */
-DPO_DEF const dpo_json *dpo_json_at(const dpo_json *v, int64_t i)
+DPOI_APART DPO_DEF const dpo_json *dpo_json_at(const dpo_json *v, int64_t i)
 {
     return i >= 0 && i < dpo_json_count(v) ? v->doc->nodes + v->v.at + i : NULL;
 }
@@ -3528,7 +3536,7 @@ DPO_DEF const dpo_json *dpo_json_get(const dpo_json *v, const char *key)
 DPO_DEF const char *dpo_json_key(const dpo_json *v) { return v && v->key ? dpoi_json_name(v) : NULL; }
 
 /* The text has a zero behind it; *n counts the zeros inside. */
-DPO_DEF const char *dpo_json_text(const dpo_json *v, size_t *n)
+DPOI_APART DPO_DEF const char *dpo_json_text(const dpo_json *v, size_t *n)
 {
     if (!v || v->type != DPO_JSON_STRING) return NULL;
     if (n) *n = v->count;
@@ -3536,7 +3544,7 @@ DPO_DEF const char *dpo_json_text(const dpo_json *v, size_t *n)
 }
 
 /* A whole number beyond 2^53 is rounded here, and only here. */
-DPO_DEF int dpo_json_double(const dpo_json *v, double *out)
+DPOI_APART DPO_DEF int dpo_json_double(const dpo_json *v, double *out)
 {
     if (dpo_json_type(v) != DPO_JSON_NUMBER) return 0;
     *out = v->type == DPOI_JSON_WHOLE ? (double)v->v.whole : v->v.number;
@@ -3605,7 +3613,7 @@ DPO_DEF double dpo_json_want_double(const dpo_json *v, const char *key, double o
 }
 
 /* Strings such as "true" are refused. */
-DPO_DEF int dpo_json_want_bool(const dpo_json *v, const char *key, int otherwise)
+DPOI_APART DPO_DEF int dpo_json_want_bool(const dpo_json *v, const char *key, int otherwise)
 {
     const dpo_json *m = dpoi_json_given(v, key);
     if (!m) return otherwise;
@@ -3634,7 +3642,7 @@ typedef struct dpoi_text {                /* a growing text; zero it and set c t
 } dpoi_text;
 
 static void dpoi_text_start(dpoi_text *t, dpo_ctx *c) { memset(t, 0, sizeof *t); t->c = c; }
-static void dpoi_text_free(dpoi_text *t) { dpoi_release(t->c, t->at, (size_t)t->room); dpoi_text_start(t, t->c); }
+DPOI_APART static void dpoi_text_free(dpoi_text *t) { dpoi_release(t->c, t->at, (size_t)t->room); dpoi_text_start(t, t->c); }
 
 /* The one function that grows a text.  After a failure all others do nothing: one check at the end is enough. */
 static int dpoi_text_bytes(dpoi_text *t, const char *p, size_t n)
@@ -3650,7 +3658,7 @@ static int dpoi_text_bytes(dpoi_text *t, const char *p, size_t n)
     return 1;
 }
 
-DPOI_UNUSED static int dpoi_text_add(dpoi_text *t, const char *s) { return dpoi_text_bytes(t, s, strlen(s)); }
+DPOI_APART DPOI_UNUSED static int dpoi_text_add(dpoi_text *t, const char *s) { return dpoi_text_bytes(t, s, strlen(s)); }
 DPOI_UNUSED static int dpoi_text_format(dpoi_text *t, const char *fmt, ...) DPOI_PRINTF(2, 3);
 
 /* As printf, up to 1023 bytes.  Not for %f, %e, %g, which obey the host's locale: dpoi_text_number does not.
@@ -3867,7 +3875,7 @@ static int dpoi_st_recognise(dpo_ctx *c, const char *path, const unsigned char *
 
 /* "file: tensor name: what".  Returns 0.
    The name comes from the file and is cleaned by dpoi_shown. */
-static int dpoi_st_wrong(dpo_file *f, const dpoi_shard *s, const char *name, const char *what)
+DPOI_APART static int dpoi_st_wrong(dpo_file *f, const dpoi_shard *s, const char *name, const char *what)
 {
     char shown[128];
     return dpoi_fail(f->c, DPO_BAD_FILE, "%.300s: tensor \"%s\": %s", s->path, dpoi_shown(shown, name), what);
@@ -4232,7 +4240,7 @@ DPO_DEF dpo_file *dpo_safetensors_open_folder(dpo_ctx *c, const char *folder, co
 /* ------------------------------------------------------------------------------------------ what is in it */
 
 /* Entries, names and data end here; the context closes what is still open. */
-DPO_DEF void        dpo_file_close(dpo_file *f) { if (f) dpoi_disown(f->c, f); }
+DPOI_APART DPO_DEF void        dpo_file_close(dpo_file *f) { if (f) dpoi_disown(f->c, f); }
 DPO_DEF int64_t     dpo_file_count(const dpo_file *f) { return f ? f->count : 0; }
 DPO_DEF const char *dpo_file_path(const dpo_file *f) { return f ? f->path : NULL; }
 
@@ -4421,7 +4429,7 @@ static void dpoi_writer_destroy(dpo_ctx *c, void *object)
 }
 
 /* Safe at any time before dpo_writer_save, which frees by itself. */
-DPO_DEF void dpo_writer_free(dpo_writer *w) { if (w) dpoi_disown(w->c, w); }
+DPOI_APART DPO_DEF void dpo_writer_free(dpo_writer *w) { if (w) dpoi_disown(w->c, w); }
 
 /* "format": "pt" is what transformers looks for before it loads a file. */
 DPO_DEF dpo_writer *dpo_writer_new(dpo_ctx *c, const char *path)
@@ -5790,7 +5798,7 @@ DPO_DEF int64_t dpo_count(const dpo_tensor *x)
 
 /* Bytes of a view's memory: whole panels, see dpo_view.  Rounding up to them cannot overflow: dpoi_set_shape allows
    2^47 elements, and a panel is 16 channels on the CPU, no more than 64 elsewhere. */
-static size_t dpoi_view_bytes(const dpo_view *v)
+DPOI_APART static size_t dpoi_view_bytes(const dpo_view *v)
 {
     int64_t n = v->shape[0];
     if (v->panel) n = (n + v->panel - 1) / v->panel * v->panel;
@@ -5863,7 +5871,7 @@ static int dpoi_set_shape(dpo_ctx *c, dpo_tensor *t, int dtype, int rank, const 
 }
 
 /* Gives the block up; x stays a tensor without data, which every op refuses by name. */
-static void dpoi_drop_data(dpo_tensor *t)
+DPOI_APART static void dpoi_drop_data(dpo_tensor *t)
 {
     if (t->block) dpoi_block_drop(t->ctx, t->block);  /* refs fall by one; a twin or the tape may still hold it */
     t->block = NULL;
@@ -5898,14 +5906,14 @@ static int dpoi_zero(dpo_tensor *x)
     return dpoi_fail_device(x->ctx, "clearing", dpoi_view_bytes(&v));
 }
 
-DPO_DEF dpo_tensor *dpo_tensor_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape)
+DPOI_APART DPO_DEF dpo_tensor *dpo_tensor_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape)
 {
     dpo_tensor *x = shape ? dpoi_temp(c, dtype, rank, shape, 0, NULL) : NULL;
     return dpoi_zero(x) ? x : NULL;
 }
 
 /* `values` are copied before this returns; a failed write leaves a temporary behind that its scope frees. */
-DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values)
+DPOI_APART DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values)
 {
     dpo_tensor *x = shape && values ? dpoi_temp(c, dtype, rank, shape, 0, NULL) : NULL;
     return x && dpo_write(x, values) ? x : NULL;
@@ -5935,7 +5943,7 @@ static dpo_tensor *dpoi_persistent(dpo_ctx *c, int dtype, int rank, const int64_
     return x;
 }
 
-DPO_DEF dpo_tensor *dpo_param_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name)
+DPOI_APART DPO_DEF dpo_tensor *dpo_param_new(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name)
 {
     return dpoi_persistent(c, dtype, rank, shape, 0, name);
 }
@@ -5985,7 +5993,7 @@ DPO_DEF dpo_tensor *dpo_last(dpo_tensor *x)
 }
 
 /* A scope's name is the number of temporaries at its start. */
-DPO_DEF int64_t dpo_scope(dpo_ctx *c) { return c ? c->temp_count : 0; }
+DPOI_APART DPO_DEF int64_t dpo_scope(dpo_ctx *c) { return c ? c->temp_count : 0; }
 
 /* A node without device memory stands in the scope's list for the host memory. */
 DPO_DEF void *dpo_scope_alloc(dpo_ctx *c, size_t bytes)
@@ -6167,9 +6175,9 @@ static int dpoi_transfer(dpo_tensor *x, void *values, int up)
     return ok;
 }
 
-DPO_DEF int dpo_read(dpo_tensor *x, void *values) { return values ? dpoi_transfer(x, values, 0) : 0; }
+DPOI_APART DPO_DEF int dpo_read(dpo_tensor *x, void *values) { return values ? dpoi_transfer(x, values, 0) : 0; }
 
-DPO_DEF int dpo_write(dpo_tensor *x, const void *values)
+DPOI_APART DPO_DEF int dpo_write(dpo_tensor *x, const void *values)
 {
     return values ? dpoi_transfer(x, (void *)(uintptr_t)values, 1) : 0;  /* read only */
 }
@@ -6350,7 +6358,7 @@ static int dpoi_takes_panels(int op, int i)
 
 /* Start a call: NULL inputs are left out, released ones are an error.
    The result's dtype is that of the first input, unless the op sets another. */
-static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *in, int n)
+DPOI_APART static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *in, int n)
 {
     memset(k, 0, sizeof *k);
     k->a.op = op;
@@ -6446,7 +6454,7 @@ static dpo_tensor *dpoi_apply(dpo_ctx *c, dpoi_call *k)
 }
 
 /* Calls nest: a count, not a flag. */
-DPO_DEF void dpo_no_grad(dpo_ctx *c, int change) { if (c) c->no_grad += change; }
+DPOI_APART DPO_DEF void dpo_no_grad(dpo_ctx *c, int change) { if (c) c->no_grad += change; }
 
 /* ------------------------------------------------------------------------------------------ gradients */
 
@@ -9434,7 +9442,7 @@ static void dpoi_job_task(void *arg, int64_t i)
 
 /* Units 0..n-1, of `size` floats each, so many at a time that a task is worth handing out.
    step depends on the units' size alone: the cut is the same for any number of threads. */
-static void dpoi_cut(dpoi_cpu *cpu, const dpo_args *a, int64_t n, int64_t size, const void *more,
+DPOI_APART static void dpoi_cut(dpoi_cpu *cpu, const dpo_args *a, int64_t n, int64_t size, const void *more,
                      void (*fn)(const dpoi_job *j, int64_t from, int64_t to))
 {
     dpoi_job j;
@@ -15943,7 +15951,7 @@ static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int64_t O, int k, int64_
 }
 
 /* A copy of *e to change, or one with nothing in it. */
-static dpo_extra dpoi_extra_of(const dpo_extra *e)
+DPOI_APART static dpo_extra dpoi_extra_of(const dpo_extra *e)
 {
     dpo_extra copy;
     memset(&copy, 0, sizeof copy);
@@ -17779,7 +17787,7 @@ static int dpoi_up_form(int form) { return form == DPOI_LINEAR ? DPOI_LINEAR : D
 
 /* The name of a parameter without its last part: the module that an adapter sits at.
    "to_q.weight" -> the length of "to_q". */
-static size_t dpoi_module_length(const char *name)
+DPOI_APART static size_t dpoi_module_length(const char *name)
 {
     const char *dot = strrchr(name, '.');
     return dot ? (size_t)(dot - name) : strlen(name);
@@ -21562,7 +21570,7 @@ DPO_DEF int dpo_image_new(dpo_ctx *c, int width, int height, dpo_image *out)
 
 /* Twice is once: the picture is empty afterwards.
    The picture must be one that dpo_image_new made: its first pixel is what the context knows it by. */
-DPO_DEF void dpo_image_free(dpo_ctx *c, dpo_image *x)
+DPOI_APART DPO_DEF void dpo_image_free(dpo_ctx *c, dpo_image *x)
 {
     if (!c || !x || !x->rgb) return;
     dpoi_disown(c, x->rgb);
@@ -22714,7 +22722,7 @@ static void dpoi_loader_destroy(dpo_loader *l);
 static size_t dpoi_bitmap_bytes(const dpoi_bitmap *x) { return (size_t)x->width * (size_t)x->height * 3; }
 
 /* Width and height stay: whose room it was is asked for before, not after. */
-static void dpoi_bitmap_free(dpo_ctx *c, dpoi_bitmap *x)
+DPOI_APART static void dpoi_bitmap_free(dpo_ctx *c, dpoi_bitmap *x)
 {
     if (x->rgb) dpoi_release(c, x->rgb, dpoi_bitmap_bytes(x));
     x->rgb = NULL;
@@ -23036,7 +23044,7 @@ typedef struct dpoi_manifest_row {
 } dpoi_manifest_row;
 
 /* JSON's null counts as missing. */
-static const dpo_json *dpoi_row_value(const dpoi_manifest_row *r, const char *key)
+DPOI_APART static const dpo_json *dpoi_row_value(const dpoi_manifest_row *r, const char *key)
 {
     const dpo_json *v = r->v ? dpo_json_get(r->v, key) : NULL;
     return dpo_json_type(v) == DPO_JSON_NULL ? NULL : v;
@@ -23096,7 +23104,7 @@ static int dpoi_row_number(const dpoi_manifest_row *r, const char *key, double *
 static char dpoi_small(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + 32) : c; }
 
 /* ASCII letters of either case. */
-static int dpoi_same_word(const char *a, const char *b)
+DPOI_APART static int dpoi_same_word(const char *a, const char *b)
 {
     while (*a && dpoi_small(*a) == dpoi_small(*b)) a++, b++;
     return *a == *b;
@@ -23793,7 +23801,7 @@ static int dpoi_shot_view(dpo_ctx *c, const dpoi_shot *s, const dpo_window *v, u
 }
 
 /* What another context found wrong, with the pair's place. */
-static int dpoi_duel_failed(const dpo_pairs *p, int64_t i, int status, const char *error)
+DPOI_APART static int dpoi_duel_failed(const dpo_pairs *p, int64_t i, int status, const char *error)
 {
     char where[480];
     if (status == DPO_OUT_OF_MEMORY || status == DPO_UNSUPPORTED) return dpoi_fail(p->c, status, "%s", error);
@@ -23801,7 +23809,7 @@ static int dpoi_duel_failed(const dpo_pairs *p, int64_t i, int status, const cha
 }
 
 /* Pair i has picture `which`, or the context fails. */
-static int dpoi_duel_ask(dpo_pairs *p, int64_t i, int which)
+DPOI_APART static int dpoi_duel_ask(dpo_pairs *p, int64_t i, int which)
 {
     char where[480];
     if (!p || !dpoi_ok(p->c)) return 0;
@@ -24277,7 +24285,7 @@ DPO_DEF dpo_key dpo_hash_end(const dpo_hash *h)
     return k;
 }
 
-DPO_DEF void dpo_hash_int(dpo_hash *h, int64_t x)
+DPOI_APART DPO_DEF void dpo_hash_int(dpo_hash *h, int64_t x)
 {
     uint8_t b[8];
     dpoi_store64(b, (uint64_t)x);
@@ -24285,7 +24293,7 @@ DPO_DEF void dpo_hash_int(dpo_hash *h, int64_t x)
 }
 
 /* The length first: "ab" and "c" are not "a" and "bc". */
-DPO_DEF void dpo_hash_text(dpo_hash *h, const char *text)
+DPOI_APART DPO_DEF void dpo_hash_text(dpo_hash *h, const char *text)
 {
     size_t n = text ? strlen(text) : 0;
     dpo_hash_int(h, text ? (int64_t)n : -1);
@@ -24300,7 +24308,7 @@ DPO_DEF void dpo_hash_float(dpo_hash *h, double x)
     dpo_hash_int(h, bits);
 }
 
-DPO_DEF void dpo_hash_begin(dpo_hash *h, const char *purpose)
+DPOI_APART DPO_DEF void dpo_hash_begin(dpo_hash *h, const char *purpose)
 {
     if (!h) return;
     memset(h, 0, sizeof *h);
