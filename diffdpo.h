@@ -255,7 +255,8 @@ DPO_DEF dpo_tensor *dpo_tensor_new (dpo_ctx *c, int dtype, int rank, const int64
 DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values);
 DPO_DEF dpo_tensor *dpo_param_new  (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 
-/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads. */
+/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads; other
+   ops refuse them. */
 DPO_DEF dpo_tensor *dpo_weight_new (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 DPO_DEF void        dpo_param_free (dpo_tensor *x);        /* give a persistent tensor back early; its gradient too */
 
@@ -283,7 +284,8 @@ typedef struct dpo_extra {
     float       scale;                    /* the adapter's alpha / rank */
     dpo_tensor *vec;                      /* [N,O] or NULL: the time embedding */
     dpo_tensor *residual;                 /* shape of y, or NULL */
-    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I] and [O,1,1,r] (linear: [r,I], [O,r]), or NULL both */
+    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I] and [O,1,1,r] (linear: [r,I], [O,r]), or NULL */
+                                          /* both; made by dpo_weight_new */
     dpo_tensor *strength;                 /* [N], 0 turns a sample's adapter off; NULL: 1 for all */
 } dpo_extra;
 
@@ -1137,7 +1139,7 @@ typedef struct dpo_train_desc {
     const char        *output;            /* folder for checkpoints, or NULL */
     int64_t            save_every;        /* steps; 0: only at the end */
     int                resume;            /* 1: go on from the last checkpoint in output, if there is one */
-    dpo_progress_fn    on_step;           /* after every step */
+    dpo_progress_fn    on_step;           /* after every step, in their order; see dpo_train_step */
     void              *user;
 
     float              lr_cycles, lr_power, lr_end;          /* see dpo_lr_desc */
@@ -1186,7 +1188,10 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void);         /* adapters on a small mo
 /* Train the model's UNet on the pairs.  dpo_train does it all; a host that keeps its own loop calls begin, step until
    it returns 0, and end.  Draws depend on (seed, step, sample) alone, so that a resumed run equals an uninterrupted
    one to the bit, for any number of threads.  A step that was cancelled is done again by the next call after
-   dpo_clear_error; one that was cancelled inside its update cannot be: load a checkpoint. */
+   dpo_clear_error; one that was cancelled inside its update cannot be: load a checkpoint.
+   With `out` dpo_train_step waits for the step's figures.  Without it, on a device that computes beside the host, on_step
+   is told of a step when the next one is under way already, so that nobody waits: its "stop" then comes a step later.
+   Before a checkpoint, dpo_train_held, dpo_train_save and dpo_train_end all steps so far are told. */
 typedef struct dpo_trainer dpo_trainer;
 DPO_DEF int          dpo_train      (dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
@@ -1332,6 +1337,10 @@ struct dpo_backend {
     int         (*sync)   (void *self);
     int         (*step)   (void *self, int begin);        /* or NULL.  1 before and 0 after calls that will come again, */
                                           /* the same with other numbers: a device may record and replay them */
+    void       *(*send)   (void *self, const void *from, size_t bytes);  /* or NULL, with take.  Begins a copy down, and */
+                                          /* returns at once what stands for it; NULL: a failure */
+    int         (*take)   (void *self, void *sent, void *to, size_t bytes);    /* waits for that copy and for no later */
+                                          /* call; `sent` is then gone, and with `to` NULL so are its numbers */
     const char *(*explain)(void *self);   /* the last failure in words, or NULL */
     void        (*close)  (void *self);
 };
@@ -6333,6 +6342,12 @@ static int dpoi_takes_ids(int op, int i)
     return (op == DPO_OP_EMBED && i == 1) || (op == DPO_OP_MIX && i == 4) || op == DPO_OP_RANDN || op >= DPO_OP_COUNT;
 }
 
+/* Panels are read by products: w, down, up; a segment's stand-ins lie as its inputs do. */
+static int dpoi_takes_panels(int op, int i)
+{
+    return (op == DPO_OP_CONV && (i == 1 || i == 5 || i == 6)) || op == DPOI_SEGMENT;
+}
+
 /* Start a call: NULL inputs are left out, released ones are an error.
    The result's dtype is that of the first input, unless the op sets another. */
 static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *in, int n)
@@ -6347,6 +6362,9 @@ static int dpoi_call_begin(dpo_ctx *c, dpoi_call *k, int op, dpo_tensor *const *
                              in[i]->ctx && in[i]->ctx != c ? "belongs to another context" : "was released before");
         if (in[i]->dtype == DPO_I32 && !dpoi_takes_ids(op, i))
             return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: input %d holds whole numbers (I32)", dpoi_row_name(op), i);
+        if (in[i]->panel && !dpoi_takes_panels(op, i))
+            return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: input %d \"%s\" was made by dpo_weight_new, for products alone",
+                             dpoi_row_name(op), i, in[i]->name ? in[i]->name : "");
         k->in[i] = in[i];
         k->a.in[i] = dpoi_view(in[i]);
     }
@@ -6629,7 +6647,7 @@ DPO_DEF int dpo_backward_from(dpo_tensor *y, dpo_tensor *dy)
 {
     dpo_ctx *c = y ? y->ctx : NULL;
     if (!c || !dy || !dpoi_ok(c)) return 0;
-    if (dpo_count(y) != dpo_count(dy) || dy->dtype != DPO_F32 || !dy->data)
+    if (dpo_count(y) != dpo_count(dy) || dy->dtype != DPO_F32 || dy->panel != y->panel || !dy->data)
         return dpoi_fail(c, DPO_BAD_SHAPE, "backward: the gradient must be F32 and of the shape of what it belongs to");
     if (!y->needs_grad) return dpoi_fail(c, DPO_BAD_ARGUMENT, "backward: nothing below needs a gradient");
     return dpoi_grad_give(y, dy) && dpoi_walk(c, 0);
@@ -6753,13 +6771,18 @@ static int dpoi_check_vector(dpo_ctx *c, const char *op, const dpo_tensor *x, co
 
 /* ------------------------------------------------------------------------------------------ products */
 
-/* The layout first: a dense tensor read as panels would be read past its end.  Then the channels that the
-   product sums over. */
+/* A dense tensor read as panels would be read past its end. */
+static int dpoi_check_panels(dpo_ctx *c, const char *op, const dpo_tensor *w)
+{
+    if (w->panel == c->backend->panel) return 1;
+    return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s \"%s\": its weights were not made by dpo_weight_new", op,
+                     w->name ? w->name : "");
+}
+
+/* The layout first.  Then the channels that the product sums over. */
 static int dpoi_check_weight(dpo_ctx *c, const char *op, const dpo_tensor *x, const dpo_tensor *w)
 {
-    if (w->panel != c->backend->panel)
-        return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s \"%s\": its weights were not made by dpo_weight_new", op,
-                         w->name ? w->name : "");
+    if (!dpoi_check_panels(c, op, w)) return 0;
     if (w->rank != 4 || w->shape[3] != dpoi_width_of(x))
         return dpoi_bad_shapes(c, op, x, w, "the last axes, input channels, must agree");
     return 1;
@@ -6780,6 +6803,7 @@ static int dpoi_check_extra(dpo_ctx *c, const char *op, dpoi_call *k, const dpo_
     if (k->in[4] && dpo_count(k->in[4]) != y->shape[0] * y->shape[1] * y->shape[2] * y->shape[3])
         return dpoi_bad_shapes(c, op, w, k->in[4], "the residual must have the result's shape");
     if (!down != !up) return dpoi_fail(c, DPO_BAD_ARGUMENT, "%s: an adapter needs both down and up", op);
+    if (down && (!dpoi_check_panels(c, op, down) || !dpoi_check_panels(c, op, up))) return 0;
     if (down && (down->rank != 4 || up->rank != 4 || down->shape[1] != w->shape[1] || down->shape[2] != w->shape[2] ||
                  down->shape[3] != w->shape[3] || up->shape[0] != w->shape[0] ||
                  dpo_count(up) != up->shape[0] * down->shape[0]))
@@ -7381,6 +7405,8 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model)
     b->run = dpoi_dry_run;
     b->sync = dpoi_dry_sync;
     b->step = NULL;
+    b->send = NULL;                       /* figures are zeros at once */
+    b->take = NULL;
     b->explain = dpoi_dry_explain;
     b->close = dpoi_dry_close;
     return b;
@@ -7593,6 +7619,8 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->run = dpoi_check_run;
     b->sync = dpoi_check_sync;
     b->step = NULL;                       /* each call is compared as it comes */
+    b->send = NULL;
+    b->take = NULL;
     b->explain = dpoi_check_explain;
     b->close = dpoi_check_close;
     return b;
@@ -8228,17 +8256,15 @@ enum {
     DPOI_MAP_COUNT
 };
 
-/* Those that every instruction set has: the others run in plain C. */
-#define DPOI_MAPS(X) \
-    X(DPO_NONE) X(DPO_SILU) X(DPO_GELU) X(DPO_QUICK_GELU) X(DPO_SIGMOID) X(DPO_EXP) X(DPO_SQUARE) X(DPO_RELU) \
-    X(DPOI_MAP_BACK + DPO_NONE) X(DPOI_MAP_BACK + DPO_SILU) X(DPOI_MAP_BACK + DPO_GELU) \
-    X(DPOI_MAP_BACK + DPO_QUICK_GELU) X(DPOI_MAP_BINARY + DPO_ADD) X(DPOI_MAP_BINARY + DPO_SUB) \
+/* Those without a branch or a function of libm: in plain C, too, each has a loop of its own. */
+#define DPOI_MAPS_PLAIN(X) \
+    X(DPO_NONE) X(DPO_SQUARE) X(DPOI_MAP_BACK + DPO_NONE) X(DPOI_MAP_BINARY + DPO_ADD) X(DPOI_MAP_BINARY + DPO_SUB) \
     X(DPOI_MAP_BINARY + DPO_MUL) X(DPOI_MAP_BINARY + DPO_DIV) X(DPOI_MAP_AFFINE) X(DPOI_MAP_MIX) X(DPOI_MAP_DIFF) \
-    X(DPOI_MAP_LERP) X(DPOI_MAP_GEGLU) X(DPOI_MAP_GEGLU_BACK) X(DPOI_MAP_NORM) X(DPOI_MAP_NORM_DH) \
-    X(DPOI_MAP_NORM_DOT) X(DPOI_MAP_NORM_BACK) X(DPOI_MAP_SQUARE) X(DPOI_MAP_SQUARE_DIFF)
+    X(DPOI_MAP_LERP) X(DPOI_MAP_NORM) X(DPOI_MAP_NORM_DH) X(DPOI_MAP_NORM_DOT) X(DPOI_MAP_NORM_BACK) \
+    X(DPOI_MAP_SQUARE) X(DPOI_MAP_SQUARE_DIFF)
 
 /* Those whose sums are asked for. */
-#define DPOI_SUMS(X) \
+#define DPOI_MAPS_SUMMED(X) \
     X(DPO_NONE) X(DPOI_MAP_BINARY + DPO_MUL) X(DPOI_MAP_NORM_DOT) X(DPOI_MAP_SQUARE) X(DPOI_MAP_SQUARE_DIFF)
 
 /* What group norm knows of each channel c of one sample, z = (x - mean) scale + beta before the activation:
@@ -8307,13 +8333,13 @@ DPOI_INLINE float dpoi_act_slope(int act, float x)
     }
 }
 
-/* f(a, b, c; s): the list above, line by line.
-   DIV_BACK takes a, b, c = dividend, divisor, dy. */
-DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s)
+/* f(a, b, c; s) of the list above that take no more than arithmetic. */
+DPOI_INLINE float dpoi_map_simple(int op, float a, float b, float c, const float *s)
 {
-    if (op < DPO_ACTS)        return dpoi_act(op, a);
-    if (op < DPOI_MAP_BINARY) return b*dpoi_act_slope(op - DPOI_MAP_BACK, a);
     switch (op) {
+    case DPO_NONE:                  return a;
+    case DPO_SQUARE:                return a*a;
+    case DPOI_MAP_BACK + DPO_NONE:  return b;
     case DPOI_MAP_BINARY + DPO_ADD: return a + b;
     case DPOI_MAP_BINARY + DPO_SUB: return a - b;
     case DPOI_MAP_BINARY + DPO_MUL: return a*b;
@@ -8324,8 +8350,6 @@ DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s
     case DPOI_MAP_LERP:             return b + s[0]*(a - b);
     case DPOI_MAP_CLAMP:            return a < s[0] ? s[0] : a > s[1] ? s[1] : a;
     case DPOI_MAP_CLAMP_BACK:       return a < s[0] || a > s[1] ? 0 : b;
-    case DPOI_MAP_GEGLU:            return a*b*dpoi_normal(b);
-    case DPOI_MAP_GEGLU_BACK:       return c*a*dpoi_act_slope(DPO_GELU, b);
     case DPOI_MAP_DIV_BACK:         return -c*a/(b*b);
     case DPOI_MAP_NORM:             return (a - s[0])*s[1]*b + c;
     case DPOI_MAP_NORM_DH:          return b*((a - s[0])*s[1]);
@@ -8337,48 +8361,49 @@ DPOI_INLINE float dpoi_map_one(int op, float a, float b, float c, const float *s
     }
 }
 
-/* Unused operands are read, but not used: `a` stands in for them.
+/* All of them. */
+static float dpoi_map_one(int op, float a, float b, float c, const float *s)
+{
+    if (op < DPO_ACTS)             return dpoi_act(op, a);
+    if (op < DPOI_MAP_BINARY)      return b*dpoi_act_slope(op - DPOI_MAP_BACK, a);
+    if (op == DPOI_MAP_GEGLU)      return a*b*dpoi_normal(b);
+    if (op == DPOI_MAP_GEGLU_BACK) return c*a*dpoi_act_slope(DPO_GELU, b);
+    return dpoi_map_simple(op, a, b, c, s);
+}
+
+/* The loop of one simple formula, which compilers can turn into vectors where they dare.
+   Unused operands are read, but not used: `a` stands in for them.
    y may be a, b or c themselves (LERP runs in place): each number is read before it is written. */
 DPOI_INLINE void dpoi_map_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
                                float *y, int add)
 {
+    for (int64_t i = 0; i < n; i++) {
+        float f = dpoi_map_simple(op, a[i], b[i], c[i], s);
+        y[i] = add ? y[i] + f : f;
+    }
+}
+
+/* dpoi_rows.map */
+#define DPOI_MAP_CASE(op) case op: dpoi_map_loop(op, n, a, b, c, s, y, add); return;
+static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
+                           int add)
+{
+    b = b ? b : a;  c = c ? c : a;
+    switch (op) { DPOI_MAPS_PLAIN(DPOI_MAP_CASE) default: break; }
     for (int64_t i = 0; i < n; i++) {
         float f = dpoi_map_one(op, a[i], b[i], c[i], s);
         y[i] = add ? y[i] + f : f;
     }
 }
 
-/* dpoi_rows.map */
-#define DPOI_MAP_CASE(op) case op: dpoi_map_loop(op, n, a, b, c, s, y, add); break;
-/* A case for each formula makes a loop of its own, which compilers can turn into vectors where they
-   dare. */
-static void dpoi_map_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s, float *y,
-                           int add)
-{
-    b = b ? b : a;  c = c ? c : a;
-    switch (op) {
-    DPOI_MAPS(DPOI_MAP_CASE)
-    default: dpoi_map_loop(op, n, a, b, c, s, y, add);
-    }
-}
-
 /* The sum of f over a row, in double.
    One chain of additions in double: the oracle for the order-free sums of the other sets. */
-DPOI_INLINE double dpoi_sum_loop(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
-{
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += dpoi_map_one(op, a[i], b[i], c[i], s);
-    return sum;
-}
-
-#define DPOI_SUM_CASE(op) case op: return dpoi_sum_loop(op, n, a, b, c, s);
 static double dpoi_sum_plain(int op, int64_t n, const float *a, const float *b, const float *c, const float *s)
 {
+    double sum = 0;
     b = b ? b : a;  c = c ? c : a;
-    switch (op) {
-    DPOI_SUMS(DPOI_SUM_CASE)
-    default: return dpoi_sum_loop(op, n, a, b, c, s);
-    }
+    for (int64_t i = 0; i < n; i++) sum += dpoi_map_one(op, a[i], b[i], c[i], s);
+    return sum;
 }
 
 /* Number i of F32 or BF16.  The loops below are made once for each type, which is constant in them. */
@@ -8489,8 +8514,8 @@ static dpoi_rows dpoi_rows_plain(void)
 /* --------------------------------------------------------------------------------------- AVX2 and AVX-512
 
    The same once for 8 and once for 16 floats side by side.  Rows end in masked loads and stores, never in scalar code,
-   so that an element's bits do not depend on where in a row it stands.  A loop is made for each formula by inlining it
-   with `op` constant: the switch in the formula costs nothing. */
+   so that an element's bits do not depend on where in a row it stands.  Each formula of a map has a loop of its own, made
+   by a macro: a switch inside of one loop, inlined with `op` constant, would run as fast, but compile twenty times. */
 #ifdef DPOI_SIMD_256
 
 /* exp(x) = 2^n exp(r), n = round(x/ln 2), r = x - n ln 2 in two parts; 1 + r + r^2 P(r) as in Cephes' expf, which is
@@ -8590,86 +8615,106 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_gelu_slope_256(dpoi_f256 x)
     return dpoi_fma_256(x, density, P);
 }
 
-/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number.
+/* x P(x), and x^2. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_gelu_256(dpoi_f256 x)
+{
+    dpoi_f256 density;
+    return dpoi_mul_256(x, dpoi_normal_256(x, &density));
+}
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_square_256(dpoi_f256 x)                  { return dpoi_mul_256(x, x); }
+
+/* Layer norm's normalised number h = (a - s0) s1, and its backward pass s1 (b c - s2 - h s3).
    fma rounds once where plain C rounds twice: the last bit may differ from the oracle's. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_norm_256(int op, dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_centred_256(dpoi_f256 a, const float *s)
 {
-    dpoi_f256 h = dpoi_mul_256(dpoi_sub_256(a, dpoi_all_256(s[0])), dpoi_all_256(s[1]));
-    if (op == DPOI_MAP_NORM)     return dpoi_fma_256(h, b, c);
-    if (op == DPOI_MAP_NORM_DH)  return dpoi_mul_256(h, b);
-    if (op == DPOI_MAP_NORM_DOT) return dpoi_mul_256(h, dpoi_mul_256(b, c));
-    h = dpoi_fnma_256(h, dpoi_all_256(s[3]), dpoi_fms_256(b, c, dpoi_all_256(s[2])));
-    return dpoi_mul_256(h, dpoi_all_256(s[1]));
+    return dpoi_mul_256(dpoi_sub_256(a, dpoi_all_256(s[0])), dpoi_all_256(s[1]));
+}
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_centred_back_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
+{
+    dpoi_f256 e = dpoi_fms_256(b, c, dpoi_all_256(s[2]));
+    return dpoi_mul_256(dpoi_fnma_256(dpoi_centred_256(a, s), dpoi_all_256(s[3]), e), dpoi_all_256(s[1]));
 }
 
-/* The formulas of dpoi_map_one for 8 numbers; `op` is a constant wherever this is inlined.
+/* The formulas of dpoi_map_one for 8 numbers; the others run in plain C.
    RELU: max(0, a) in this order returns a where a is NaN. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_256(int op, dpoi_f256 a, dpoi_f256 b, dpoi_f256 c, const float *s)
+#define DPOI_MAPS_256(X) \
+    X(DPO_NONE,       a) \
+    X(DPO_SILU,       dpoi_mul_256(a, dpoi_sigmoid_256(a))) \
+    X(DPO_GELU,       dpoi_gelu_256(a)) \
+    X(DPO_QUICK_GELU, dpoi_mul_256(a, dpoi_sigmoid_256(dpoi_mul_256(a, dpoi_all_256(1.702f))))) \
+    X(DPO_SIGMOID,    dpoi_sigmoid_256(a)) \
+    X(DPO_EXP,        dpoi_exp_256(a)) \
+    X(DPO_SQUARE,     dpoi_mul_256(a, a)) \
+    X(DPO_RELU,       dpoi_max_256(dpoi_zero_256(), a)) \
+    X(DPOI_MAP_BACK + DPO_NONE,       b) \
+    X(DPOI_MAP_BACK + DPO_SILU,       dpoi_mul_256(b, dpoi_silu_slope_256(a, 1))) \
+    X(DPOI_MAP_BACK + DPO_GELU,       dpoi_mul_256(b, dpoi_gelu_slope_256(a))) \
+    X(DPOI_MAP_BACK + DPO_QUICK_GELU, dpoi_mul_256(b, dpoi_silu_slope_256(a, 1.702f))) \
+    X(DPOI_MAP_BINARY + DPO_ADD,      dpoi_add_256(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_SUB,      dpoi_sub_256(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_MUL,      dpoi_mul_256(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_DIV,      dpoi_div_256(a, b)) \
+    X(DPOI_MAP_AFFINE,      dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_all_256(s[1]))) \
+    X(DPOI_MAP_MIX,         dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_mul_256(b, dpoi_all_256(s[1])))) \
+    X(DPOI_MAP_DIFF,        dpoi_mul_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]))) \
+    X(DPOI_MAP_LERP,        dpoi_fma_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]), b)) \
+    X(DPOI_MAP_GEGLU,       dpoi_mul_256(a, dpoi_gelu_256(b))) \
+    X(DPOI_MAP_GEGLU_BACK,  dpoi_mul_256(dpoi_mul_256(c, a), dpoi_gelu_slope_256(b))) \
+    X(DPOI_MAP_NORM,        dpoi_fma_256(dpoi_centred_256(a, s), b, c)) \
+    X(DPOI_MAP_NORM_DH,     dpoi_mul_256(dpoi_centred_256(a, s), b)) \
+    X(DPOI_MAP_NORM_DOT,    dpoi_mul_256(dpoi_centred_256(a, s), dpoi_mul_256(b, c))) \
+    X(DPOI_MAP_NORM_BACK,   dpoi_centred_back_256(a, b, c, s)) \
+    X(DPOI_MAP_SQUARE,      dpoi_square_256(dpoi_sub_256(a, dpoi_all_256(s[0])))) \
+    X(DPOI_MAP_SQUARE_DIFF, dpoi_square_256(dpoi_sub_256(a, b)))
+
+/* y = f(a, b, c; s), or y += f, over whole vectors: n is a multiple of 8.  0 for a formula that is not in the list. */
+#define DPOI_MAP_CASE_256(op, formula) \
+    case op: \
+        for (int64_t i = 0; i < n; i += 8) { \
+            dpoi_f256 a = dpoi_read_256(x + i), b = dpoi_read_256(x2 + i), c = dpoi_read_256(x3 + i), f = formula; \
+            (void)a;  (void)b;  (void)c; \
+            dpoi_write_256(y + i, add ? dpoi_add_256(dpoi_read_256(y + i), f) : f); \
+        } \
+        return 1;
+DPOI_256 static int dpoi_map_whole_8(int op, int64_t n, const float *x, const float *x2, const float *x3,
+                                     const float *s, float *y, int add)
 {
-    dpoi_f256 t;
-    switch (op) {
-    case DPO_SILU:         return dpoi_mul_256(a, dpoi_sigmoid_256(a));
-    case DPO_GELU:         return dpoi_mul_256(a, dpoi_normal_256(a, &t));
-    case DPO_QUICK_GELU:   return dpoi_mul_256(a, dpoi_sigmoid_256(dpoi_mul_256(a, dpoi_all_256(1.702f))));
-    case DPO_SIGMOID:      return dpoi_sigmoid_256(a);
-    case DPO_EXP:          return dpoi_exp_256(a);
-    case DPO_SQUARE:       return dpoi_mul_256(a, a);
-    case DPO_RELU:         return dpoi_max_256(dpoi_zero_256(), a);
-    case DPOI_MAP_BACK + DPO_NONE:       return b;
-    case DPOI_MAP_BACK + DPO_SILU:       return dpoi_mul_256(b, dpoi_silu_slope_256(a, 1));
-    case DPOI_MAP_BACK + DPO_GELU:       return dpoi_mul_256(b, dpoi_gelu_slope_256(a));
-    case DPOI_MAP_BACK + DPO_QUICK_GELU: return dpoi_mul_256(b, dpoi_silu_slope_256(a, 1.702f));
-    case DPOI_MAP_BINARY + DPO_ADD:      return dpoi_add_256(a, b);
-    case DPOI_MAP_BINARY + DPO_SUB:      return dpoi_sub_256(a, b);
-    case DPOI_MAP_BINARY + DPO_MUL:      return dpoi_mul_256(a, b);
-    case DPOI_MAP_BINARY + DPO_DIV:      return dpoi_div_256(a, b);
-    case DPOI_MAP_AFFINE:  return dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_all_256(s[1]));
-    case DPOI_MAP_MIX:     return dpoi_fma_256(a, dpoi_all_256(s[0]), dpoi_mul_256(b, dpoi_all_256(s[1])));
-    case DPOI_MAP_DIFF:    return dpoi_mul_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]));
-    case DPOI_MAP_LERP:    return dpoi_fma_256(dpoi_sub_256(a, b), dpoi_all_256(s[0]), b);
-    case DPOI_MAP_GEGLU:   return dpoi_mul_256(a, dpoi_mul_256(b, dpoi_normal_256(b, &t)));
-    case DPOI_MAP_GEGLU_BACK:   return dpoi_mul_256(dpoi_mul_256(c, a), dpoi_gelu_slope_256(b));
-    case DPOI_MAP_SQUARE:       t = dpoi_sub_256(a, dpoi_all_256(s[0]));  return dpoi_mul_256(t, t);
-    case DPOI_MAP_SQUARE_DIFF:  t = dpoi_sub_256(a, b);  return dpoi_mul_256(t, t);
-    case DPOI_MAP_NORM: case DPOI_MAP_NORM_DH: case DPOI_MAP_NORM_DOT: case DPOI_MAP_NORM_BACK:
-        return dpoi_map_norm_256(op, a, b, c, s);
-    default: return a;
-    }
+    switch (op) { DPOI_MAPS_256(DPOI_MAP_CASE_256) default: return 0; }
 }
 
-/* f at number i of the row, of which `left` are still to do.
-   Whole vectors have left = 8, a constant, so that the masked path vanishes from the main loop. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_map_at_256(int op, int64_t i, int64_t left, const float *a, const float *b,
-                                             const float *c, const float *s)
-{
-    return dpoi_map_256(op, dpoi_load_256(a + i, left), dpoi_load_256(b + i, left), dpoi_load_256(c + i, left), s);
-}
-
-/* The loop of one formula: whole vectors, then what is left under a mask. */
-DPOI_256 DPOI_INLINE void dpoi_map_loop_256(int op, int64_t n, const float *a, const float *b, const float *c,
-                                             const float *s, float *y, int add)
-{
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        dpoi_f256 f = dpoi_map_at_256(op, i, 8, a, b, c, s);
-        dpoi_write_256(y + i, add ? dpoi_add_256(dpoi_read_256(y + i), f) : f);
-    }
-    if (i < n) {
-        dpoi_f256 f = dpoi_map_at_256(op, i, n - i, a, b, c, s);
-        dpoi_store_256(y + i, n - i, add ? dpoi_add_256(dpoi_load_256(y + i, n - i), f) : f);
-    }
-}
-
-/* dpoi_rows.map: one loop a formula, plain C for those that are not in DPOI_MAPS. */
-#define DPOI_MAP_CASE_256(op) case op: dpoi_map_loop_256(op, n, a, b, c, s, y, add); break;
+/* dpoi_rows.map: whole vectors in place, then what is left as one vector on the stack. */
 DPOI_256 static void dpoi_map_8(int op, int64_t n, const float *a, const float *b, const float *c, const float *s,
-                                    float *y, int add)
+                                float *y, int add)
 {
+    int64_t left = n & 7, whole = n - left;
+    float few[4][8];
     b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
-    switch (op) {
-    DPOI_MAPS(DPOI_MAP_CASE_256)
-    default: dpoi_map_plain(op, n, a, b, c, s, y, add);
+    if (!dpoi_map_whole_8(op, whole, a, b, c, s, y, add)) {
+        dpoi_map_plain(op, n, a, b, c, s, y, add);
+        return;
     }
+    if (!left) return;
+    dpoi_write_256(few[0], dpoi_load_256(a + whole, left));
+    dpoi_write_256(few[1], dpoi_load_256(b + whole, left));
+    dpoi_write_256(few[2], dpoi_load_256(c + whole, left));
+    if (add) dpoi_write_256(few[3], dpoi_load_256(y + whole, left));
+    dpoi_map_whole_8(op, 8, few[0], few[1], few[2], s, few[3], add);
+    dpoi_store_256(y + whole, left, dpoi_read_256(few[3]));
+}
+
+/* f at number i of the row, of which `left` are still to do: those formulas whose sums are asked for.
+   Whole vectors have left = 8, a constant, so that the masked path vanishes from the main loop. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_summand_256(int op, int64_t i, int64_t left, const float *pa, const float *pb,
+                                                const float *pc, const float *s)
+{
+    dpoi_f256 a = dpoi_load_256(pa + i, left), b;
+    if (op == DPO_NONE) return a;
+    if (op == DPOI_MAP_SQUARE) return dpoi_square_256(dpoi_sub_256(a, dpoi_all_256(s[0])));
+    b = dpoi_load_256(pb + i, left);
+    if (op == DPOI_MAP_SQUARE_DIFF) return dpoi_square_256(dpoi_sub_256(a, b));
+    if (op == DPOI_MAP_NORM_DOT)
+        return dpoi_mul_256(dpoi_centred_256(a, s), dpoi_mul_256(b, dpoi_load_256(pc + i, left)));
+    return dpoi_mul_256(a, b);
 }
 
 /* Four sums of 8 floats each, emptied into doubles after every block.
@@ -8683,13 +8728,13 @@ DPOI_256 DPOI_INLINE double dpoi_sum_loop_256(int op, int64_t n, const float *a,
         int64_t to = dpoi_least(n, from + DPOI_SUM_BLOCK), i = from;
         dpoi_f256 f0 = dpoi_zero_256(), f1 = f0, f2 = f0, f3 = f0;
         for (; i + 32 <= to; i += 32) {
-            f0 = dpoi_add_256(f0, dpoi_map_at_256(op, i, 8, a, b, c, s));
-            f1 = dpoi_add_256(f1, dpoi_map_at_256(op, i + 8, 8, a, b, c, s));
-            f2 = dpoi_add_256(f2, dpoi_map_at_256(op, i + 16, 8, a, b, c, s));
-            f3 = dpoi_add_256(f3, dpoi_map_at_256(op, i + 24, 8, a, b, c, s));
+            f0 = dpoi_add_256(f0, dpoi_summand_256(op, i, 8, a, b, c, s));
+            f1 = dpoi_add_256(f1, dpoi_summand_256(op, i + 8, 8, a, b, c, s));
+            f2 = dpoi_add_256(f2, dpoi_summand_256(op, i + 16, 8, a, b, c, s));
+            f3 = dpoi_add_256(f3, dpoi_summand_256(op, i + 24, 8, a, b, c, s));
         }
         for (; i < to; i += 8) {
-            dpoi_f256 f = dpoi_map_at_256(op, i, to - i, a, b, c, s);
+            dpoi_f256 f = dpoi_summand_256(op, i, to - i, a, b, c, s);
             f0 = dpoi_add_256(f0, dpoi_first_256(f, to - i));
         }
         total = dpoi_add_d256(total, dpoi_doubles_256(dpoi_add_256(dpoi_add_256(f0, f1), dpoi_add_256(f2, f3))));
@@ -8703,7 +8748,7 @@ DPOI_256 static double dpoi_sum_8(int op, int64_t n, const float *a, const float
 {
     b = b ? b : a;  c = c ? c : a;
     switch (op) {
-    DPOI_SUMS(DPOI_SUM_CASE_256)
+    DPOI_MAPS_SUMMED(DPOI_SUM_CASE_256)
     default: return dpoi_sum_plain(op, n, a, b, c, s);
     }
 }
@@ -9024,84 +9069,104 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_gelu_slope_512(__m512 x)
     return _mm512_fmadd_ps(x, density, P);
 }
 
-/* The four formulas of layer norm: h = (a - s0) s1 is the normalised number.
-   The same formulas and roundings as for 8 numbers. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_norm_512(int op, __m512 a, __m512 b, __m512 c, const float *s)
+/* x P(x), and x^2. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_gelu_512(__m512 x)
 {
-    __m512 h = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_set1_ps(s[0])), _mm512_set1_ps(s[1]));
-    if (op == DPOI_MAP_NORM)     return _mm512_fmadd_ps(h, b, c);
-    if (op == DPOI_MAP_NORM_DH)  return _mm512_mul_ps(h, b);
-    if (op == DPOI_MAP_NORM_DOT) return _mm512_mul_ps(h, _mm512_mul_ps(b, c));
-    h = _mm512_fnmadd_ps(h, _mm512_set1_ps(s[3]), _mm512_fmsub_ps(b, c, _mm512_set1_ps(s[2])));
-    return _mm512_mul_ps(h, _mm512_set1_ps(s[1]));
+    __m512 density;
+    return _mm512_mul_ps(x, dpoi_normal_512(x, &density));
+}
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_square_512(__m512 x)                  { return _mm512_mul_ps(x, x); }
+
+/* Layer norm's normalised number h = (a - s0) s1, and its backward pass s1 (b c - s2 - h s3). */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_centred_512(__m512 a, const float *s)
+{
+    return _mm512_mul_ps(_mm512_sub_ps(a, _mm512_set1_ps(s[0])), _mm512_set1_ps(s[1]));
+}
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_centred_back_512(__m512 a, __m512 b, __m512 c, const float *s)
+{
+    __m512 e = _mm512_fmsub_ps(b, c, _mm512_set1_ps(s[2]));
+    return _mm512_mul_ps(_mm512_fnmadd_ps(dpoi_centred_512(a, s), _mm512_set1_ps(s[3]), e), _mm512_set1_ps(s[1]));
 }
 
-/* The formulas of dpoi_map_one for 16 numbers; `op` is a constant wherever this is inlined. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_512(int op, __m512 a, __m512 b, __m512 c, const float *s)
+/* The formulas of dpoi_map_one for 16 numbers. */
+#define DPOI_MAPS_512(X) \
+    X(DPO_NONE,       a) \
+    X(DPO_SILU,       _mm512_mul_ps(a, dpoi_sigmoid_512(a))) \
+    X(DPO_GELU,       dpoi_gelu_512(a)) \
+    X(DPO_QUICK_GELU, _mm512_mul_ps(a, dpoi_sigmoid_512(_mm512_mul_ps(a, _mm512_set1_ps(1.702f))))) \
+    X(DPO_SIGMOID,    dpoi_sigmoid_512(a)) \
+    X(DPO_EXP,        dpoi_exp_512(a)) \
+    X(DPO_SQUARE,     _mm512_mul_ps(a, a)) \
+    X(DPO_RELU,       _mm512_max_ps(_mm512_setzero_ps(), a)) \
+    X(DPOI_MAP_BACK + DPO_NONE,       b) \
+    X(DPOI_MAP_BACK + DPO_SILU,       _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1))) \
+    X(DPOI_MAP_BACK + DPO_GELU,       _mm512_mul_ps(b, dpoi_gelu_slope_512(a))) \
+    X(DPOI_MAP_BACK + DPO_QUICK_GELU, _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1.702f))) \
+    X(DPOI_MAP_BINARY + DPO_ADD,      _mm512_add_ps(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_SUB,      _mm512_sub_ps(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_MUL,      _mm512_mul_ps(a, b)) \
+    X(DPOI_MAP_BINARY + DPO_DIV,      _mm512_div_ps(a, b)) \
+    X(DPOI_MAP_AFFINE,      _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]))) \
+    X(DPOI_MAP_MIX,         _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_mul_ps(b, _mm512_set1_ps(s[1])))) \
+    X(DPOI_MAP_DIFF,        _mm512_mul_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]))) \
+    X(DPOI_MAP_LERP,        _mm512_fmadd_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]), b)) \
+    X(DPOI_MAP_GEGLU,       _mm512_mul_ps(a, dpoi_gelu_512(b))) \
+    X(DPOI_MAP_GEGLU_BACK,  _mm512_mul_ps(_mm512_mul_ps(c, a), dpoi_gelu_slope_512(b))) \
+    X(DPOI_MAP_NORM,        _mm512_fmadd_ps(dpoi_centred_512(a, s), b, c)) \
+    X(DPOI_MAP_NORM_DH,     _mm512_mul_ps(dpoi_centred_512(a, s), b)) \
+    X(DPOI_MAP_NORM_DOT,    _mm512_mul_ps(dpoi_centred_512(a, s), _mm512_mul_ps(b, c))) \
+    X(DPOI_MAP_NORM_BACK,   dpoi_centred_back_512(a, b, c, s)) \
+    X(DPOI_MAP_SQUARE,      dpoi_square_512(_mm512_sub_ps(a, _mm512_set1_ps(s[0])))) \
+    X(DPOI_MAP_SQUARE_DIFF, dpoi_square_512(_mm512_sub_ps(a, b)))
+
+/* y = f(a, b, c; s), or y += f, over whole vectors: n is a multiple of 16.  0 for a formula that is not in the list. */
+#define DPOI_MAP_CASE_512(op, formula) \
+    case op: \
+        for (int64_t i = 0; i < n; i += 16) { \
+            __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x2 + i), c = _mm512_loadu_ps(x3 + i), f = formula; \
+            (void)a;  (void)b;  (void)c; \
+            _mm512_storeu_ps(y + i, add ? _mm512_add_ps(_mm512_loadu_ps(y + i), f) : f); \
+        } \
+        return 1;
+DPOI_AVX512 static int dpoi_map_whole_avx512(int op, int64_t n, const float *x, const float *x2, const float *x3,
+                                             const float *s, float *y, int add)
 {
-    __m512 t;
-    switch (op) {
-    case DPO_SILU:         return _mm512_mul_ps(a, dpoi_sigmoid_512(a));
-    case DPO_GELU:         return _mm512_mul_ps(a, dpoi_normal_512(a, &t));
-    case DPO_QUICK_GELU:   return _mm512_mul_ps(a, dpoi_sigmoid_512(_mm512_mul_ps(a, _mm512_set1_ps(1.702f))));
-    case DPO_SIGMOID:      return dpoi_sigmoid_512(a);
-    case DPO_EXP:          return dpoi_exp_512(a);
-    case DPO_SQUARE:       return _mm512_mul_ps(a, a);
-    case DPO_RELU:         return _mm512_max_ps(_mm512_setzero_ps(), a);
-    case DPOI_MAP_BACK + DPO_NONE:       return b;
-    case DPOI_MAP_BACK + DPO_SILU:       return _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1));
-    case DPOI_MAP_BACK + DPO_GELU:       return _mm512_mul_ps(b, dpoi_gelu_slope_512(a));
-    case DPOI_MAP_BACK + DPO_QUICK_GELU: return _mm512_mul_ps(b, dpoi_silu_slope_512(a, 1.702f));
-    case DPOI_MAP_BINARY + DPO_ADD:      return _mm512_add_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_SUB:      return _mm512_sub_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_MUL:      return _mm512_mul_ps(a, b);
-    case DPOI_MAP_BINARY + DPO_DIV:      return _mm512_div_ps(a, b);
-    case DPOI_MAP_AFFINE:  return _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
-    case DPOI_MAP_MIX:     return _mm512_fmadd_ps(a, _mm512_set1_ps(s[0]), _mm512_mul_ps(b, _mm512_set1_ps(s[1])));
-    case DPOI_MAP_DIFF:    return _mm512_mul_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]));
-    case DPOI_MAP_LERP:    return _mm512_fmadd_ps(_mm512_sub_ps(a, b), _mm512_set1_ps(s[0]), b);
-    case DPOI_MAP_GEGLU:   return _mm512_mul_ps(a, _mm512_mul_ps(b, dpoi_normal_512(b, &t)));
-    case DPOI_MAP_GEGLU_BACK:   return _mm512_mul_ps(_mm512_mul_ps(c, a), dpoi_gelu_slope_512(b));
-    case DPOI_MAP_SQUARE:       t = _mm512_sub_ps(a, _mm512_set1_ps(s[0]));  return _mm512_mul_ps(t, t);
-    case DPOI_MAP_SQUARE_DIFF:  t = _mm512_sub_ps(a, b);  return _mm512_mul_ps(t, t);
-    case DPOI_MAP_NORM: case DPOI_MAP_NORM_DH: case DPOI_MAP_NORM_DOT: case DPOI_MAP_NORM_BACK:
-        return dpoi_map_norm_512(op, a, b, c, s);
-    default: return a;
-    }
+    switch (op) { DPOI_MAPS_512(DPOI_MAP_CASE_512) default: return 0; }
 }
 
-/* f at number i of the row, of which `left` are still to do. */
-DPOI_AVX512 DPOI_INLINE __m512 dpoi_map_at_512(int op, int64_t i, int64_t left, const float *a, const float *b,
-                                               const float *c, const float *s)
-{
-    return dpoi_map_512(op, dpoi_load_512(a + i, left), dpoi_load_512(b + i, left), dpoi_load_512(c + i, left), s);
-}
-
-/* The loop of one formula: whole vectors, then what is left under a mask. */
-DPOI_AVX512 DPOI_INLINE void dpoi_map_loop_512(int op, int64_t n, const float *a, const float *b, const float *c,
-                                               const float *s, float *y, int add)
-{
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        __m512 f = dpoi_map_at_512(op, i, 16, a, b, c, s);
-        _mm512_storeu_ps(y + i, add ? _mm512_add_ps(_mm512_loadu_ps(y + i), f) : f);
-    }
-    if (i < n) {
-        __m512 f = dpoi_map_at_512(op, i, n - i, a, b, c, s);
-        dpoi_store_512(y + i, n - i, add ? _mm512_add_ps(dpoi_load_512(y + i, n - i), f) : f);
-    }
-}
-
-/* dpoi_rows.map: one loop a formula, plain C for those that are not in DPOI_MAPS. */
-#define DPOI_MAP_CASE_512(op) case op: dpoi_map_loop_512(op, n, a, b, c, s, y, add); break;
+/* dpoi_rows.map: whole vectors in place, then what is left as one vector on the stack. */
 DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
                                         const float *s, float *y, int add)
 {
+    int64_t left = n & 15, whole = n - left;
+    float few[4][16];
     b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
-    switch (op) {
-    DPOI_MAPS(DPOI_MAP_CASE_512)
-    default: dpoi_map_plain(op, n, a, b, c, s, y, add);
+    if (!dpoi_map_whole_avx512(op, whole, a, b, c, s, y, add)) {
+        dpoi_map_plain(op, n, a, b, c, s, y, add);
+        return;
     }
+    if (!left) return;
+    _mm512_storeu_ps(few[0], dpoi_load_512(a + whole, left));
+    _mm512_storeu_ps(few[1], dpoi_load_512(b + whole, left));
+    _mm512_storeu_ps(few[2], dpoi_load_512(c + whole, left));
+    if (add) _mm512_storeu_ps(few[3], dpoi_load_512(y + whole, left));
+    dpoi_map_whole_avx512(op, 16, few[0], few[1], few[2], s, few[3], add);
+    dpoi_store_512(y + whole, left, _mm512_loadu_ps(few[3]));
+}
+
+/* f at number i of the row, of which `left` are still to do: those formulas whose sums are asked for.
+   Whole vectors have left = 16, a constant, so that the masked path vanishes from the main loop. */
+DPOI_AVX512 DPOI_INLINE __m512 dpoi_summand_512(int op, int64_t i, int64_t left, const float *pa, const float *pb,
+                                                const float *pc, const float *s)
+{
+    __m512 a = dpoi_load_512(pa + i, left), b;
+    if (op == DPO_NONE) return a;
+    if (op == DPOI_MAP_SQUARE) return dpoi_square_512(_mm512_sub_ps(a, _mm512_set1_ps(s[0])));
+    b = dpoi_load_512(pb + i, left);
+    if (op == DPOI_MAP_SQUARE_DIFF) return dpoi_square_512(_mm512_sub_ps(a, b));
+    if (op == DPOI_MAP_NORM_DOT)
+        return _mm512_mul_ps(dpoi_centred_512(a, s), _mm512_mul_ps(b, dpoi_load_512(pc + i, left)));
+    return _mm512_mul_ps(a, b);
 }
 
 /* Four sums of 16 floats each, emptied into doubles after every block.
@@ -9115,13 +9180,13 @@ DPOI_AVX512 DPOI_INLINE double dpoi_sum_loop_512(int op, int64_t n, const float 
         int64_t to = dpoi_least(n, from + DPOI_SUM_BLOCK), i = from;
         __m512 f0 = _mm512_setzero_ps(), f1 = f0, f2 = f0, f3 = f0;
         for (; i + 64 <= to; i += 64) {
-            f0 = _mm512_add_ps(f0, dpoi_map_at_512(op, i, 16, a, b, c, s));
-            f1 = _mm512_add_ps(f1, dpoi_map_at_512(op, i + 16, 16, a, b, c, s));
-            f2 = _mm512_add_ps(f2, dpoi_map_at_512(op, i + 32, 16, a, b, c, s));
-            f3 = _mm512_add_ps(f3, dpoi_map_at_512(op, i + 48, 16, a, b, c, s));
+            f0 = _mm512_add_ps(f0, dpoi_summand_512(op, i, 16, a, b, c, s));
+            f1 = _mm512_add_ps(f1, dpoi_summand_512(op, i + 16, 16, a, b, c, s));
+            f2 = _mm512_add_ps(f2, dpoi_summand_512(op, i + 32, 16, a, b, c, s));
+            f3 = _mm512_add_ps(f3, dpoi_summand_512(op, i + 48, 16, a, b, c, s));
         }
         for (; i < to; i += 16) {
-            __m512 f = dpoi_map_at_512(op, i, to - i, a, b, c, s);
+            __m512 f = dpoi_summand_512(op, i, to - i, a, b, c, s);
             f0 = _mm512_add_ps(f0, dpoi_first_512(f, to - i));
         }
         total = _mm512_add_pd(total, dpoi_doubles_512(_mm512_add_ps(_mm512_add_ps(f0, f1), _mm512_add_ps(f2, f3))));
@@ -9136,7 +9201,7 @@ DPOI_AVX512 static double dpoi_sum_avx512(int op, int64_t n, const float *a, con
 {
     b = b ? b : a;  c = c ? c : a;
     switch (op) {
-    DPOI_SUMS(DPOI_SUM_CASE_512)
+    DPOI_MAPS_SUMMED(DPOI_SUM_CASE_512)
     default: return dpoi_sum_plain(op, n, a, b, c, s);
     }
 }
@@ -18051,19 +18116,25 @@ static const char *dpoi_component(const dpo_json *index, const char *name)
 
 enum { DPOI_PLANNED = -1, DPOI_ZEROS, DPOI_READ };         /* networks without tensors; of zeros; as the files say */
 
+/* The weights' files of a component's folder, s->f to be closed. */
+static int dpoi_model_origin(dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s)
+{
+    char *folder = dpoi_model_place(m, sub);
+    memset(s, 0, sizeof *s);
+    s->prefix = "";
+    s->f = folder ? dpo_safetensors_open_folder(m->c, folder, n->kind->stem) : NULL;
+    dpoi_strfree(m->c, folder);
+    return s->f != NULL;
+}
+
 /* Values for a planned network out of the files of its sub-folder, which are closed again: what they hold was copied
    into the order that kernels read. */
 static int dpoi_model_fill(dpo_model *m, dpo_net **n, const char *sub)
 {
     dpoi_origin s;
-    char       *folder = dpoi_model_place(m, sub);
-    memset(&s, 0, sizeof s);
-    s.prefix = "";
-    s.f = folder ? dpo_safetensors_open_folder(m->c, folder, (*n)->kind->stem) : NULL;
-    *n = s.f ? dpoi_net_realise(*n, &s) : NULL;
+    *n = dpoi_model_origin(m, *n, sub, &s) ? dpoi_net_realise(*n, &s) : NULL;
     if (*n) dpoi_file_unknown(m->c, s.f, (*n)->kind->name);
     dpo_file_close(s.f);
-    dpoi_strfree(m->c, folder);
     return *n != NULL;
 }
 
@@ -18259,17 +18330,11 @@ static int dpoi_net_wake(dpo_net *n, const dpoi_origin *s)
 static int dpoi_model_wake(dpo_model *m, dpo_net *n, const char *sub)
 {
     dpoi_origin s;
-    char       *folder;
     int         ok;
     if (!n || n->list || !m->files || !dpoi_ok(m->c)) return 1;
     if (m->family && !dpoi_model_own(m, sub)) return dpoi_family_wake(m, n, sub);
-    memset(&s, 0, sizeof s);
-    s.prefix = "";
-    folder = dpoi_model_place(m, sub);
-    s.f = folder ? dpo_safetensors_open_folder(m->c, folder, n->kind->stem) : NULL;
-    ok = s.f && dpoi_net_wake(n, &s);
+    ok = dpoi_model_origin(m, n, sub, &s) && dpoi_net_wake(n, &s);
     dpo_file_close(s.f);
-    dpoi_strfree(m->c, folder);
     return ok;
 }
 
@@ -18279,13 +18344,19 @@ static int dpoi_model_wake_all(dpo_model *m)
            dpoi_model_wake(m, m->text[1], dpoi_text_folders[1]) && dpoi_model_wake(m, m->vae, "vae");
 }
 
+/* The weights of text encoders and VAE. */
+static void dpoi_model_drop(dpo_model *m)
+{
+    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
+    if (m->vae) dpoi_net_drop(m->vae);
+}
+
 DPO_DEF int dpo_model_rest(dpo_model *m)
 {
     if (!m || !dpoi_ok(m->c)) return 0;
     if (!m->files)
         return dpoi_fail(m->c, DPO_BAD_ARGUMENT, "%s was not loaded from files: its weights cannot come back", m->path);
-    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
-    if (m->vae) dpoi_net_drop(m->vae);
+    dpoi_model_drop(m);
     return 1;
 }
 
@@ -25301,6 +25372,13 @@ typedef struct dpoi_parcel {
     int64_t     uses, open;               /* shares that a backward adds; those that are still to come */
 } dpoi_parcel;
 
+/* A step that the device has, of which on_step was not told. */
+typedef struct dpoi_awaited {
+    dpo_progress p;                       /* what the host knows of it; p.step 0: there is none */
+    double       began;
+    void        *sent;                    /* its figures on their way, see dpo_backend.send; NULL: on the device */
+} dpoi_awaited;
+
 /* A micro-batch before anything was computed. */
 typedef struct dpoi_lot {
     int64_t    step;                      /* -1: none; held-out batches have none either */
@@ -25358,19 +25436,22 @@ struct dpo_trainer {
     float          *weight, *liked, *sizes;               /* [B] [N] [N][6] */
     size_t          x0_count;             /* numbers of the largest picture as it is diffused */
 
-    dpo_tensor     *metrics;              /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1] */
-    float          *figures, *signs;      /* the same on the host; [accumulation][N] of liked */
+    dpo_tensor     *metrics;              /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1]; */
+                                          /* then the step record */
+    float          *figures, *signs;      /* the same on the host; [2][accumulation][N] of liked: of a step whose number */
+                                          /* is even, and odd, since one may be awaited while the next is computed */
+    dpoi_awaited    awaited[2];           /* likewise */
     float          *known;                /* [steps][accumulation][N] reference errors computed ahead, or NULL */
     int64_t         known_count;
     float          *held_known;           /* [helds][DPO_HELD_RANGES][2], or NULL */
     int             row;
-    double          began, data;          /* data: seconds of this step spent in gathering */
+    double          began, told, data;    /* told: the last report; data: seconds of this step spent in gathering */
     int64_t         encoded, cached;
 
     dpo_cache      *cache;
     dpo_loader     *loader;
     dpo_key         unet_key, vae_key, text_key;          /* what was computed with, of the cache and of checkpoints */
-    dpo_key        *ref_key;              /* [accumulation][B] of the step's reference errors; zero: known */
+    dpo_key        *ref_key;              /* [2][accumulation][B] of a step's reference errors; zero: known */
 };
 
 /* Of one text in memory. */
@@ -25416,9 +25497,9 @@ static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx 
     *ok = each(c, (void **)&t->weight, B, sizeof *t->weight) && *ok;
     *ok = each(c, (void **)&t->liked, N, sizeof *t->liked) && *ok;
     *ok = each(c, (void **)&t->sizes, N * 6, sizeof *t->sizes) && *ok;
-    *ok = each(c, (void **)&t->figures, (size_t)t->row * acc, sizeof *t->figures) && *ok;
-    *ok = each(c, (void **)&t->signs, N * acc, sizeof *t->signs) && *ok;
-    *ok = each(c, (void **)&t->ref_key, B * acc, sizeof *t->ref_key) && *ok;
+    *ok = each(c, (void **)&t->figures, (size_t)t->row * acc + DPO_REC_COUNT, sizeof *t->figures) && *ok;
+    *ok = each(c, (void **)&t->signs, 2 * N * acc, sizeof *t->signs) && *ok;
+    *ok = each(c, (void **)&t->ref_key, 2 * B * acc, sizeof *t->ref_key) && *ok;
 }
 
 /* The two things that are done to all of them. */
@@ -25462,6 +25543,8 @@ static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 {
     dpo_trainer *t = (dpo_trainer *)object;
     int          ok = 1;
+    for (int k = 0; k < 2; k++)
+        if (t->awaited[k].sent) (void)c->backend->take(c->backend->self, t->awaited[k].sent, NULL, 0);
     dpo_loader_free(t->loader);
     dpo_cache_close(t->cache);
     dpo_optim_free(t->o);
@@ -25887,7 +25970,7 @@ static int dpoi_train_buffers(dpo_trainer *t)
     if (!emb) return 0;
     dpoi_trainer_arrays(t, c, dpoi_array_new, &ok);
     t->plan[0].step = t->plan[1].step = -1;
-    shape[0] = (int64_t)t->row * t->d.accumulation;
+    shape[0] = (int64_t)t->row * t->d.accumulation + DPO_REC_COUNT;
     t->metrics = ok ? dpo_param_new(c, DPO_F32, 1, shape, NULL) : NULL;
     return t->metrics != NULL;
 }
@@ -26010,11 +26093,14 @@ DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train
     return NULL;
 }
 
+static int dpoi_train_settle(dpo_trainer *t);
+
 /* The trained weights stay in the model.  An earlier failure is still the answer. */
 DPO_DEF int dpo_train_end(dpo_trainer *t)
 {
     dpo_ctx *c = t ? t->c : NULL;
     if (!t) return 0;
+    dpoi_train_settle(t);                 /* a step that is done is told, whatever failed after it */
     dpoi_disown(c, t);
     return dpo_status(c) == DPO_OK;
 }
@@ -26545,8 +26631,7 @@ static int dpoi_train_encode_all(dpo_trainer *t)
     t->rests = 1;
     dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text encoders "
              "and VAE rest", (long long)t->encoded);
-    for (int i = 0; i < 2; i++) if (m->text[i]) dpoi_net_drop(m->text[i]);
-    dpoi_net_drop(m->vae);
+    dpoi_model_drop(m);
     return 1;
 }
 
@@ -26874,11 +26959,12 @@ static int dpoi_train_micro(dpo_trainer *t, int micro)
     dpo_terms     terms;
     dpo_objective o = dpoi_train_objective(t);
     dpo_tensor   *loss = NULL;
-    dpo_key      *keys = t->ref_key + (int64_t)micro * t->B;
+    int64_t       at = (t->steps_done & 1) * t->d.accumulation + micro;   /* of what is kept for two steps */
+    dpo_key      *keys = t->ref_key + at * t->B;
     dpoi_lot    *plan = dpoi_train_plans(t, t->steps_done, micro);
     memset(keys, 0, (size_t)t->B * sizeof *keys);
     if (plan && dpoi_train_gather(t, plan, &d)) {
-        memcpy(t->signs + (int64_t)micro * t->N, t->liked, (size_t)t->N * sizeof *t->signs);
+        memcpy(t->signs + at * t->N, t->liked, (size_t)t->N * sizeof *t->signs);
         d.reference = dpoi_train_known(t, plan, keys);
         t->data += dpo_seconds() - began;
         if (dpoi_ok(t->c)) loss = dpo_diffusion_loss(dpo_model_unet(t->m), t->noise, &d, &o, &terms);
@@ -26902,13 +26988,14 @@ static int dpoi_train_reduce(dpo_trainer *t)
 enum { DPOI_SUM_W, DPOI_SUM_L, DPOI_SUM_REF_W, DPOI_SUM_REF_L, DPOI_SUM_WON, DPOI_SUM_LOST, DPOI_SUM_LOSS,
        DPOI_SUM_RIGHT, DPOI_SUM_COUNT };
 
-/* Sums over the figures of all micro-batches: of pairs, or of pictures that were liked and not. */
-static void dpoi_train_sums(dpo_trainer *t, double *sum)
+/* Sums over the figures of all micro-batches: of pairs, or of pictures that were liked and not, by signs
+   [accumulation][N]. */
+static void dpoi_train_sums(dpo_trainer *t, const float *signs, double *sum)
 {
     for (int k = 0; k < t->d.accumulation; k++) {
         const float *f = t->figures + (int64_t)k * t->row, *ref = f + t->N, *in = f + 2*t->N;
         for (int i = 0; i < t->N; i++) {
-            int lost = t->each == 2 ? i >= t->B : t->signs[(int64_t)k * t->N + i] < 0;
+            int lost = t->each == 2 ? i >= t->B : signs[(int64_t)k * t->N + i] < 0;
             sum[lost ? DPOI_SUM_L : DPOI_SUM_W] += f[i];
             sum[lost ? DPOI_SUM_REF_L : DPOI_SUM_REF_W] += ref[i];
             sum[lost ? DPOI_SUM_LOST : DPOI_SUM_WON] += 1;
@@ -26937,12 +27024,12 @@ static int dpoi_train_sums_reduce(dpo_trainer *t, double *sum)
 
 /* Means over the figures of all micro-batches and processes.
    margin = mean of (R_w - L_w) - (R_l - L_l), which for pairs is that of 2 inside/beta. */
-static int dpoi_train_means(dpo_trainer *t, dpo_progress *p)
+static int dpoi_train_means(dpo_trainer *t, const float *signs, dpo_progress *p)
 {
     double sum[DPOI_SUM_COUNT], n = (double)t->B * t->d.accumulation * t->d.team.count, won, lost;
     double limit = 1 + (double)t->d.degrading_limit;
     memset(sum, 0, sizeof sum);
-    dpoi_train_sums(t, sum);
+    dpoi_train_sums(t, signs, sum);
     if (!dpoi_train_sums_reduce(t, sum)) return 0;
     won = sum[DPOI_SUM_WON] > 0 ? sum[DPOI_SUM_WON] : 1;
     lost = sum[DPOI_SUM_LOST] > 0 ? sum[DPOI_SUM_LOST] : 1;
@@ -26958,33 +27045,74 @@ static int dpoi_train_means(dpo_trainer *t, dpo_progress *p)
     return 1;
 }
 
-/* The one place where a step waits for the device.
-   Everything that a progress callback may see; the memory figure is the peak since opening. */
-static int dpoi_train_report(dpo_trainer *t, double started, float lr, dpo_progress *p)
+/* What the host knows of a step when the device has it: all but its figures.  sends: begin to bring these
+   down, too. */
+static int dpoi_train_await(dpo_trainer *t, dpoi_awaited *w, double began, float lr, int sends)
 {
-    double now;
-    if (!dpo_read(t->metrics, t->figures) || !dpo_optim_read(t->o, &p->grad_norm, &p->skipped)) return 0;
-    for (int k = 0; k < t->d.accumulation && t->cache; k++)
-        dpoi_train_reference_put(t, t->ref_key + (int64_t)k * t->B, t->B, t->figures + (int64_t)k * t->row + t->N);
-    now = dpo_seconds();
-    if (!dpoi_train_means(t, p)) return 0;
+    dpo_backend  *b = t->c->backend;
+    dpo_progress *p = &w->p;
+    memset(w, 0, sizeof *w);
+    w->began = began;
     p->step = t->steps_done;
     p->steps = t->d.steps;
     p->pairs = t->steps_done * t->d.accumulation * t->B * t->d.team.count;
     p->lr = lr;
-    p->seconds = now - t->began;
-    /* a clock may stand still between two readings */
-    p->pairs_per_second = now > started ? (double)t->B * t->d.accumulation * t->d.team.count / (now - started) : 0;
     p->memory = dpo_memory_peak(t->c, 0);
-    p->left_out = p->skipped > t->skipped;
-    t->skipped = p->skipped;
     p->seconds_data = t->data;
     p->encoded = t->encoded;
     p->cached = t->cached;
-    if (p->left_out)
+    if (!sends || (w->sent = b->send(b->self, t->metrics->data, (size_t)dpo_count(t->metrics) * sizeof(float)))) return 1;
+    return dpoi_fail_device(t->c, "copying", (size_t)dpo_count(t->metrics) * sizeof(float));
+}
+
+/* The one place where a trainer waits for the device: for an awaited step's figures. */
+static int dpoi_train_figures(dpo_trainer *t, dpoi_awaited *w)
+{
+    dpo_backend *b = t->c->backend;
+    void        *sent = w->sent;
+    size_t       bytes = (size_t)dpo_count(t->metrics) * sizeof *t->figures;
+    w->sent = NULL;
+    if (!sent) return dpo_read(t->metrics, t->figures);
+    return b->take(b->self, sent, t->figures, bytes) == DPO_OK || dpoi_fail_device(t->c, "copying", bytes);
+}
+
+/* Tell of an awaited step, if there is one, once its figures are there: everything that a callback may see.  The time of
+   a step that had to wait for the one before it is what passed since that one's report. */
+static int dpoi_train_tell(dpo_trainer *t, int which, dpo_progress *out)
+{
+    dpoi_awaited *w = &t->awaited[which];
+    dpo_progress  p = w->p;
+    double        now, began = w->began > t->told ? w->began : t->told, pairs = (double)t->B * t->d.accumulation;
+    const float  *signs = t->signs + (int64_t)which * t->d.accumulation * t->N;
+    const float  *record = t->figures + (int64_t)t->d.accumulation * t->row;
+    dpo_key      *keys = t->ref_key + (int64_t)which * t->d.accumulation * t->B;
+    if (!p.step) return 1;
+    w->p.step = 0;                        /* whatever happens now, it is not told twice */
+    if (!dpoi_train_figures(t, w)) return 0;
+    for (int k = 0; k < t->d.accumulation && t->cache; k++)
+        dpoi_train_reference_put(t, keys + (int64_t)k * t->B, t->B, t->figures + (int64_t)k * t->row + t->N);
+    now = t->told = dpo_seconds();
+    if (!dpoi_train_means(t, signs, &p)) return 0;
+    p.grad_norm = record[DPO_REC_NORM];
+    p.skipped = (int64_t)record[DPO_REC_SKIPPED];
+    p.seconds = now - t->began;
+    /* a clock may stand still between two readings */
+    p.pairs_per_second = now > began ? pairs * t->d.team.count / (now - began) : 0;
+    p.left_out = p.skipped > t->skipped;
+    t->skipped = p.skipped;
+    if (p.left_out)
         dpoi_log(t->c, DPO_LOG_WARNING, "step %lld was left out: its loss or gradient is not finite (%lld so far)",
-                 (long long)p->step, (long long)p->skipped);
+                 (long long)p.step, (long long)p.skipped);
+    if (out) *out = p;                    /* before the callback: both see the same step */
+    if (t->d.on_step && t->d.on_step(t->d.user, &p)) t->stopped = 1;
     return 1;
+}
+
+/* All steps that the device has. */
+static int dpoi_train_settle(dpo_trainer *t)
+{
+    int last = !(t->steps_done & 1);      /* where the last one stands: it began when one less was done */
+    return dpoi_train_tell(t, !last, NULL) && dpoi_train_tell(t, last, NULL);
 }
 
 static int dpoi_train_checkpoint(dpo_trainer *t);
@@ -27024,7 +27152,8 @@ static int dpoi_train_update(dpo_trainer *t, float lr)
 {
     float decay = dpo_average_decay(t->steps_done, t->d.average);
     if (!dpo_optim_step(t->o, lr)) return 0;
-    return !t->average || dpo_average(t->c, t->average, t->params, t->count, decay);
+    if (t->average && !dpo_average(t->c, t->average, t->params, t->count, decay)) return 0;
+    return dpoi_copy_into(t->metrics, (int64_t)t->d.accumulation * t->row, t->o->record);
 }
 
 /* All that the device does in a step, from draws to weights; *updating: when the gradients were there. */
@@ -27038,16 +27167,29 @@ static int dpoi_train_work(dpo_trainer *t, float lr, double *updating)
     return dpoi_train_update(t, lr);
 }
 
-/* The figures are read only after the whole step was handed to the device.
-   The learning rate is that of the number of steps done before, 0 at the first. */
+/* A checkpoint every save_every steps, at the end, and where the callback stopped the run. */
+static int dpoi_train_saves(const dpo_trainer *t)
+{
+    int64_t every = t->d.save_every;
+    return t->d.output && (t->stopped || t->steps_done == t->d.steps || (every && t->steps_done % every == 0));
+}
+
+/* May this step's figures come while the next one is computed?  A team's are summed over its processes first, through
+   the device. */
+static int dpoi_train_late(const dpo_trainer *t, const dpo_progress *out)
+{
+    return t->c->backend->send && !out && t->d.team.count < 2 && t->steps_done < t->d.steps && !dpoi_train_saves(t);
+}
+
+/* The figures are waited for only after the whole step was handed to the device, and where they may be late only after
+   the next one was.  The learning rate is that of the number of steps done before, 0 at the first. */
 DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
-    dpo_progress p;
-    double       started = dpo_seconds(), updating = started;
-    float        lr;
-    int          ok;
+    double started = dpo_seconds(), updating = started;
+    float  lr;
+    int    ok, which, late;
     if (!dpoi_train_ready(t)) return 0;
-    memset(&p, 0, sizeof p);
+    which = (int)(t->steps_done & 1);
     t->phase = DPOI_GRADIENTS;
     t->data = 0;
     lr = dpoi_train_rate(t);
@@ -27055,14 +27197,13 @@ DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
     if (!dpoi_device_step(t->c, 0) || !ok) return 0;
     t->phase = DPOI_BETWEEN;
     t->steps_done++;
-    p.seconds_optimizer = dpo_seconds() - updating;
-    if (!dpoi_train_report(t, started, lr, &p)) return 0;
-    if (out) *out = p;                    /* before the callback: both see the same step */
-    if (t->d.on_step && t->d.on_step(t->d.user, &p)) t->stopped = 1;
-    if (!t->d.output) return 1;
-    /* A checkpoint every save_every steps, at the end, and where the callback stopped the run. */
-    if (!t->stopped && t->steps_done < t->d.steps && (!t->d.save_every || t->steps_done % t->d.save_every)) return 1;
-    return dpoi_train_checkpoint(t);
+    late = dpoi_train_late(t, out);
+    if (!dpoi_train_await(t, &t->awaited[which], started, lr, late)) return 0;
+    t->awaited[which].p.seconds_optimizer = dpo_seconds() - updating;
+    if (!dpoi_train_tell(t, !which, NULL)) return 0;
+    if (late && !t->stopped) return 1;
+    if (!dpoi_train_tell(t, which, out)) return 0;
+    return !dpoi_train_saves(t) || dpoi_train_checkpoint(t);
 }
 
 /* A NULL trainer makes the loop end at once, and dpo_train_end say no. */
@@ -27169,7 +27310,7 @@ DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
     memset(right, 0, sizeof right);
     memset(sum, 0, sizeof sum);
     if (out) memset(out, 0, sizeof *out);
-    if (!t || !out || !dpoi_ok(t->c)) return 0;
+    if (!t || !out || !dpoi_ok(t->c) || !dpoi_train_settle(t)) return 0;
     if (!t->helds) return 1;
     if (!t->held_known && !(t->held_known = (float *)dpoi_calloc(t->c, (size_t)t->helds * 2 * DPO_HELD_RANGES,
                                                                  sizeof *t->held_known))) return 0;
@@ -27321,7 +27462,7 @@ DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
 {
     char *part, *above;
     int   ok, e = 0;
-    if (!t || !folder || !dpoi_ok(t->c)) return 0;
+    if (!t || !folder || !dpoi_ok(t->c) || !dpoi_train_settle(t)) return 0;
     if (t->d.team.index) return 1;        /* all processes hold the same: the first one writes */
     if (dpoi_is_folder(folder)) return dpoi_train_write(t, folder);
     /* A .part that is there already is what a killed run left: its files are replaced. */
@@ -27343,7 +27484,8 @@ DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
     dpoi_state    s;
     char         *path;
     int           ok;
-    if (!t || !folder || !dpoi_ok(t->c) || !(path = dpoi_join(t->c, folder, "state.safetensors"))) return 0;
+    if (!t || !folder || !dpoi_ok(t->c) || !dpoi_train_settle(t)) return 0;
+    if (!(path = dpoi_join(t->c, folder, "state.safetensors"))) return 0;
     s = dpoi_train_state(t, &k);
     ok = dpoi_state_load(&s, path);
     dpoi_strfree(t->c, path);

@@ -83,6 +83,15 @@ typedef struct dpoc_pending {
     dpoc_one   one[DPOC_BATCH];
 } dpoc_pending;
 
+/* Numbers on their way to the host, see dpo_backend.send. */
+typedef struct dpoc_box {
+    char       *p;                        /* page-locked, `room` bytes */
+    size_t      room;
+    cudaEvent_t came;                     /* they are there */
+    int         used;                     /* sent and not taken */
+    struct dpoc_box *next;
+} dpoc_box;
+
 typedef struct dpoc {
     dpo_backend  backend;
     int          device, major, minor, processors;  /* its number, compute capability, multiprocessors */
@@ -93,6 +102,7 @@ typedef struct dpoc {
     cudaEvent_t  staged[DPOC_STAGES];     /* the copy out of it is over */
     int          turn;                    /* the stage that is being filled */
     size_t       stage_used;              /* bytes of it */
+    dpoc_box    *boxes;                   /* all there are */
     void        *blas, *dnn;              /* handles */
     void        *scratch;                 /* of cuBLASLt and cuDNN, DPOC_SCRATCH_BYTES */
     struct dpoc_plans *plans;             /* what cuBLASLt chose, by shape */
@@ -255,6 +265,31 @@ static int dpoc_copy_now(dpoc *d, void *to, const void *from, size_t bytes, int 
                                            : cudaMemcpyDeviceToDevice, d->stream), "cudaMemcpyAsync");
     if (status != DPO_OK || direction != DPO_COPY_DOWN) return status;
     return dpoc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize");
+}
+
+/* One more box, in the list even where something failed: dpoc_close frees what there is. */
+static int dpoc_box_new(dpoc *d, size_t bytes)
+{
+    dpoc_box *b = (dpoc_box *)calloc(1, sizeof *b);
+    int       status;
+    if (!b) return dpoc_fail(d, DPO_OUT_OF_MEMORY, "send", "no memory on the host");
+    b->next = d->boxes;
+    d->boxes = b;
+    status = dpoc_check(d, cudaEventCreateWithFlags(&b->came, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    if (status == DPO_OK) status = dpoc_check(d, cudaMallocHost((void **)&b->p, bytes), "cudaMallocHost");
+    if (status == DPO_OK) b->room = bytes;
+    return status;
+}
+
+/* A free box of at least `bytes`; NULL: a failure.  Where there is none two are made: the next one is wanted before the
+   first is free again, and no later step should have to ask for memory. */
+static dpoc_box *dpoc_box_for(dpoc *d, size_t bytes)
+{
+    for (int made = 0; made < 2; made++) {
+        for (dpoc_box *b = d->boxes; b; b = b->next) if (!b->used && b->room >= bytes) return b;
+        if (dpoc_box_new(d, bytes) != DPO_OK || dpoc_box_new(d, bytes) != DPO_OK) return NULL;
+    }
+    return NULL;
 }
 
 /* At once, in the order of the stream.  All bits 0 is 0 in every type of storage. */
@@ -2183,14 +2218,22 @@ static __device__ __forceinline__ void dpoc_walk(dpoc_digits *d, const dpoc_digi
 }
 
 /* What a thread fetches of one factor: one or two units of each slice.  Where depth runs along a line both have the
-   same depth, else both have the same line: the first of `depth` and k, or of the others, then stands for both. */
+   same depth, else both have the same line: the first of `depth`, or of the others, then stands for both. */
 typedef struct dpoc_feed {
     dpoc_digits depth[2], step;           /* step: a slice's depth */
     int64_t base[2];                      /* the part of the offset that stays */
     int     y[2], x[2];                   /* X, DYT: the part of the place in the picture that stays */
-    int     first[2], k[2];               /* the first number: its line and its depth */
+    int     first[2], k;                  /* the first number: its line and its depth; the second unit's depth is k too, */
+                                          /* or dpoc_feed_apart further on */
     int     lines, end, till[2];          /* both end before these; till: end, or 0 for a line that is not there */
 } dpoc_feed;
+
+/* Lines of pixels that are not there stand outside of every picture instead, which saves their `till`. */
+enum { DPOC_NOWHERE = -(1 << 30) };
+static __device__ __forceinline__ int dpoc_by_pixel(int from, int deep)
+{
+    return from == DPOC_FROM_DYT || (from == DPOC_FROM_X && !deep);
+}
 
 /* The parts of a line that stay.  X as rows: the pixel's corner of the kernel; X as columns: tap and channel. */
 static __device__ __forceinline__ void dpoc_feed_line(const dpoc_tiles &g, int from, int deep, dpoc_feed *f, int e)
@@ -2212,27 +2255,30 @@ static __device__ __forceinline__ void dpoc_feed_line(const dpoc_tiles &g, int f
         f->y[e] = d.mid + g.top;
         f->x[e] = d.lo + g.left;
         f->base[e] = g.stride > 1 ? (int64_t)d.hi*g.Y : (((int64_t)d.hi*g.Y + f->y[e])*g.X + f->x[e])*g.O;
-    } else f->base[e] = from == DPOC_FROM_W ? (int64_t)line*g.kh*g.kw*g.I : line;
+    } else f->base[e] = from == DPOC_FROM_W ? (int64_t)line*g.kh*g.kw*g.I : 0;
+    if (dpoc_by_pixel(from, deep) && line >= f->lines) f->y[e] = DPOC_NOWHERE;
 }
+
+/* How far apart in depth a thread's two units lie where depth runs down the rows. */
+template<int E, int lines> static __device__ __forceinline__ int dpoc_feed_apart(void) { return DPOC_THREADS*E/lines; }
 
 /* Threads are dealt out so that neighbours fetch neighbours: four units of a line where depth runs along it, else all
    units of a row.  Lines behind the last one are dealt out too, and fetch zeros: every thread makes the same turns. */
 template<int mode, int second, int E, int lines>
-static __device__ __forceinline__ void dpoc_feed_open(const dpoc_tiles &g, dpoc_feed *f, int64_t line, int64_t k0,
-                                                      int64_t end)
+static __device__ __forceinline__ void dpoc_feed_open(const dpoc_tiles &g, dpoc_feed *f, int line, int k0, int end)
 {
     int deep = dpoc_deep(mode, second), from = dpoc_from(mode, second);
     int mid = dpoc_radix(g, from, deep, 0), lo = dpoc_radix(g, from, deep, 1);
     f->lines = (int)(second ? g.cols : g.rows);
-    f->end = (int)end;
+    f->end = end;
     f->step = dpoc_split(4*E, mid, lo);
+    f->k = k0 + (deep ? (int)threadIdx.x/(lines/E) : (int)threadIdx.x % 4*E);
     DPOC_UNROLL
     for (int e = 0; e < lines/64; e++) {
         int v = (int)threadIdx.x + e*DPOC_THREADS;
-        f->first[e] = (int)line + (deep ? v % (lines/E)*E : v/4);
-        f->k[e] = (int)k0 + (deep ? v/(lines/E) : v % 4*E);
+        f->first[e] = line + (deep ? v % (lines/E)*E : v/4);
         f->till[e] = f->first[e] < f->lines ? f->end : 0;
-        f->depth[e] = dpoc_split(f->k[e], mid, lo);
+        f->depth[e] = dpoc_split(f->k + (deep ? e*dpoc_feed_apart<E, lines>() : 0), mid, lo);
         dpoc_feed_line(g, from, deep, f, e);
     }
 }
@@ -2265,8 +2311,8 @@ static __device__ __forceinline__ int dpoc_spot(const dpoc_tiles &g, int from, i
         }
         return (unsigned)y < (unsigned)g.Y && (unsigned)x < (unsigned)g.X;
     }
-    *at = f->base[l] + (from == DPOC_FROM_W ? d.lo : from == DPOC_FROM_DY ? (int64_t)d.lo*g.O
-        : ((int64_t)d.lo*g.kh*g.kw + d.mid)*g.I);
+    if (from == DPOC_FROM_W) *at = f->base[l] + d.lo;
+    else *at = f->first[l] + (from == DPOC_FROM_DY ? (int64_t)d.lo*g.O : ((int64_t)d.lo*g.kh*g.kw + d.mid)*g.I);
     return 1;
 }
 
@@ -2300,18 +2346,17 @@ static __device__ __forceinline__ void dpoc_feed_next(const dpoc_tiles &g, dpoc_
     DPOC_UNROLL
     for (int e = 0; e < lines/64; e++) {
         int    v = (int)threadIdx.x + e*DPOC_THREADS, l = deep ? 0 : e, d = deep ? e : 0;
+        int    k = f->k + d*dpoc_feed_apart<E, lines>();
         uint4 *u = to + (deep ? dpoc_unit_down<E, lines>(v/(lines/E), v % (lines/E)) : dpoc_unit_along<E>(v/4, v % 4));
         if (wide > 64 || g.wide[second]) {            /* what is slow is not even in the code of the widest kernels */
             int64_t at;
             int     on = dpoc_spot(g, from, deep, f, l, f->depth[d], &at);
-            dpoc_fetch16(u, p + at*(16/E), on && f->k[d] < f->till[l]);
-        } else *u = dpoc_feed_slow<type, mode, second>(g, f->first[l], f->k[d], f->lines, f->end);
+            dpoc_fetch16(u, p + at*(16/E), on && k < (dpoc_by_pixel(from, deep) ? f->end : f->till[l]));
+        } else *u = dpoc_feed_slow<type, mode, second>(g, f->first[l], k, f->lines, f->end);
     }
+    f->k += 4*E;
     DPOC_UNROLL
-    for (int d = 0; d < (deep ? lines/64 : 1); d++) {
-        f->k[d] += 4*E;
-        dpoc_walk(&f->depth[d], f->step, mid, lo);
-    }
+    for (int d = 0; d < (deep ? lines/64 : 1); d++) dpoc_walk(&f->depth[d], f->step, mid, lo);
 }
 
 /* One register of a factor whose depth runs down the rows, for TF32: ldmatrix turns numbers of 16 bits only. */
@@ -2401,7 +2446,7 @@ static __device__ __forceinline__ void dpoc_store2(const dpoc_tiles &g, int64_t 
    own: the warp's 16 rows, 40 floats apart, so that the lanes of a half write to different banks. */
 enum { DPOC_OWN = 40 };
 template<int mode, int M>
-static __device__ __forceinline__ void dpoc_store_warp(const dpoc_tiles &g, float *own, int64_t row, int64_t col,
+static __device__ __forceinline__ void dpoc_store_warp(const dpoc_tiles &g, float *own, int row, int col,
                                                        const float sum[M][4][4])
 {
     int lane = (int)threadIdx.x % 32;
@@ -2430,9 +2475,9 @@ template<int type, int mode, int wide> static __device__ __forceinline__ void dp
     uint4  *pool = dpoc_pool<stages*units>();
     int     warp = (int)threadIdx.x/32;
     int     high = wide == 128 ? warp/4*64 : warp/2*32, across = wide == 128 ? warp%4*32 : warp%2*32;
-    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*wide;
-    int64_t k0 = blockIdx.z*g.span, end = dpoc_min(k0 + g.span, g.depth);
-    int     slices = (int)((end - k0 + 4*E - 1)/(4*E));
+    int     row = (int)blockIdx.x*DPOC_HIGH, col = (int)blockIdx.y*wide;         /* below 2^31, as rows and depth are */
+    int     k0 = (int)(blockIdx.z*g.span), end = (int)dpoc_min(k0 + g.span, g.depth);
+    int     slices = (end - k0 + 4*E - 1)/(4*E);
     float   sum[M][4][4];
     dpoc_feed a, b;
     DPOC_UNROLL
@@ -2493,9 +2538,9 @@ template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_c
     enum { wide = DPOC_SIDE, stages = 4, units = (DPOC_HIGH + wide)*4, da = mode == DPOC_DW, db = mode != DPOC_Y };
     uint4  *pool = dpoc_pool<stages*units>();
     int     ti = (int)threadIdx.x/16, tj = (int)threadIdx.x % 16;
-    int64_t row = (int64_t)blockIdx.x*DPOC_HIGH, col = (int64_t)blockIdx.y*wide;
-    int64_t k0 = blockIdx.z*g.span, end = dpoc_min(k0 + g.span, g.depth);
-    int     slices = (int)((end - k0 + DPOC_SLICE - 1)/DPOC_SLICE);
+    int     row = (int)blockIdx.x*DPOC_HIGH, col = (int)blockIdx.y*wide;
+    int     k0 = (int)(blockIdx.z*g.span), end = (int)dpoc_min(k0 + g.span, g.depth);
+    int     slices = (end - k0 + DPOC_SLICE - 1)/DPOC_SLICE;
     float   sum[8][4];
     dpoc_feed a, b;
     for (int i = 0; i < 8; i++) for (int j = 0; j < 4; j++) sum[i][j] = 0;
@@ -2530,7 +2575,7 @@ template<int mode> static __global__ void __launch_bounds__(DPOC_THREADS) dpoc_c
     __syncthreads();
     DPOC_ROLLED
     for (int u = (int)threadIdx.x; u < DPOC_HIGH*wide/2; u += DPOC_THREADS)
-        dpoc_store2<mode>(g, blockIdx.z, row + u/(wide/2), col + u%(wide/2)*2, *(float2 *)(all + 2*u));
+        dpoc_store2<mode>(g, blockIdx.z, (int64_t)row + u/(wide/2), col + u%(wide/2)*2, *(float2 *)(all + 2*u));
 }
 
 /* ------------------------------------------------------------------------------------------ cuDNN, where it was asked
@@ -3208,17 +3253,30 @@ static __device__ __forceinline__ void dpoc_share_rows(const uint16_t *x, int64_
     }
 }
 
-/* s [16][R] = own rows times R shared rows.  One load of four pieces is the second factor of two products: 16 rows by
-   16 channels. */
+/* Keys and values from j0 on for one round, if there are any, as a group of fetches: keys first. */
+template<int chunks, int R>
+static __device__ __forceinline__ void dpoc_share_keys(const dpoc_attention &g, int64_t k, int64_t j0, int64_t keys,
+                                                       uint4 *to)
+{
+    if (j0 < keys) {
+        dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + j0*g.D, g.S - j0, g, to);
+        dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + j0*g.D, g.S - j0, g, to + R*(2*chunks + 1));
+    }
+    dpoc_fetch_commit();
+}
+
+/* s [16][R] = own rows times R shared rows, or where `more` += that.  One load of four pieces is the second factor of two
+   products: 16 rows by 16 channels. */
 template<int type, int chunks, int R>
-static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], const uint4 *b, float s[R/8][4])
+static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], const uint4 *b, float s[R/8][4],
+                                                   int more = 0)
 {
     int lane = (int)threadIdx.x % 32;
     b += (lane%8 + lane/16*8)*(2*chunks + 1) + lane/8%2;
     DPOC_UNROLL
     for (int j = 0; j < R/16; j++) {
         DPOC_UNROLL
-        for (int e = 0; e < 8; e++) s[2*j + e/4][e%4] = 0;
+        for (int e = 0; e < 8; e++) if (!more) s[2*j + e/4][e%4] = 0;
         DPOC_UNROLL
         for (int c = 0; c < chunks; c++) {
             uint32_t fb[4];
@@ -3317,6 +3375,22 @@ static __device__ __forceinline__ void dpoc_soften(const dpoc_attention &g, floa
     }
 }
 
+/* What is left when all keys were seen: lse, once for all strips, and in place of total what sums are multiplied by. */
+static __device__ __forceinline__ void dpoc_soften_end(const dpoc_attention &g, int64_t u, int64_t own,
+                                                       const float most[2], float total[2])
+{
+    int lane = (int)threadIdx.x % 32;
+    DPOC_UNROLL
+    for (int h = 0; h < 2; h++) {
+        int64_t i = own + lane/4 + 8*h;
+        total[h] += __shfl_xor_sync(~0u, total[h], 1);
+        total[h] += __shfl_xor_sync(~0u, total[h], 2);
+        if (g.lse && lane % 4 == 0 && blockIdx.y == 0 && i < g.T)
+            g.lse[u*g.T + i] = (most[h] + log2f(total[h]))/DPOC_LOG2E;
+        total[h] = 1/total[h];
+    }
+}
+
 /* Forward, 64 queries a block.  Their own numbers are loaded once and stay in registers; keys and values go by. */
 template<int type, int chunks, int R>
 static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_kernel(dpoc_attention g)
@@ -3333,12 +3407,8 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
     dpoc_own_rows<chunks>((const uint16_t *)g.q, q, g.T - own, g, f);
     for (int64_t j0 = -R; j0 < keys; j0 += R, turn ^= 1) {
         uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
-        if (j0 + R < keys) {              /* the first round only fetches */
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + (j0 + R)*g.D, g.S - j0 - R, g, next);
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + (j0 + R)*g.D, g.S - j0 - R, g, next + units);
-        }
-        dpoc_fetch_commit();
-        if (j0 < 0) continue;
+        dpoc_share_keys<chunks, R>(g, k, j0 + R, keys, next);
+        if (j0 < 0) continue;             /* the first round only fetches */
         dpoc_fetch_wait<1>();
         __syncthreads();
         dpoc_scores<type, chunks, R>(f, now, s);
@@ -3351,15 +3421,60 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
         dpoc_gather_rows<type, chunks, R>(s, now + units, sum);
         __syncthreads();                  /* the keys after the next come to the same place */
     }
-    DPOC_UNROLL
-    for (int h = 0; h < 2; h++) {
-        total[h] += __shfl_xor_sync(~0u, total[h], 1);
-        total[h] += __shfl_xor_sync(~0u, total[h], 2);
-        if (g.lse && lane % 4 == 0 && own + lane/4 + 8*h < g.T) g.lse[u*g.T + own + lane/4 + 8*h] =
-            (most[h] + log2f(total[h]))/DPOC_LOG2E;
-        total[h] = 1/total[h];
-    }
+    dpoc_soften_end(g, u, own, most, total);
     dpoc_spill_rows<chunks>(sum, total, g, g.y, g.otype, q, g.T - own, 0);
+}
+
+/* Forward of wide heads, the 512 channels of a VAE: 64 queries and a strip of 128 channels of the result a block.  Queries
+   do not fit into registers, nor all channels of anything into 48 KB: both they and the keys go by in slices of 64
+   channels, whose products add up to the scores, two slices in turn; the strip's values come with the second slice of a
+   round, when those of the round before were read.  Each strip makes the scores anew: of 512 channels 2.5 times the products
+   that are needed, all on tensor cores, in place of one time on none. */
+enum { DPOC_SLICE_CHUNKS = 4, DPOC_STRIP_CHUNKS = 8, DPOC_WIDEST = 160 };
+template<int type> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_split_kernel(dpoc_attention g)
+{
+    enum { chunks = DPOC_SLICE_CHUNKS, strip = DPOC_STRIP_CHUNKS, R = 32, wide = 16*chunks, line = 2*chunks + 1,
+           units = (DPOC_QUERIES + R)*line };
+    uint4   *pool = dpoc_pool<2*units + R*(2*strip + 1)>(), *values = pool + 2*units;
+    int64_t  row, u = dpoc_block_rows(g.T, &row), k = dpoc_head(g, u, g.S), q = dpoc_head(g, u, g.T) + row*g.D;
+    int64_t  own = row + (int)threadIdx.x/32*16, first = (int64_t)blockIdx.y*16*strip;
+    int      lane = (int)threadIdx.x % 32, slices = (int)((g.d + wide - 1)/wide);
+    int64_t  steps = (dpoc_keys(g, row + DPOC_QUERIES) + R - 1)/R*slices;
+    float    sum[2*strip][4], most[2] = { -FLT_MAX, -FLT_MAX }, total[2] = { 0, 0 }, shrink[2], s[R/8][4];
+    dpoc_attention part = g, own_strip = g;           /* d: the channels that are left from a slice or strip on */
+    own_strip.d = g.d - first;
+    DPOC_UNROLL
+    for (int n = 0; n < 2*strip; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+    for (int64_t step = -1, j0 = 0; step < steps; step++) {
+        uint32_t f[chunks][4];
+        int64_t  to = step + 1, j = to/slices*R, c = to%slices;
+        uint4   *now = pool + (step & 1)*units, *next = pool + (to & 1)*units;
+        if (to < steps) {
+            part.d = g.d - c*wide;
+            dpoc_share_rows<chunks, DPOC_QUERIES>((const uint16_t *)g.q, q + c*wide, g.T - row, part, next);
+            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + j*g.D + c*wide, g.S - j, part, next + DPOC_QUERIES*line);
+            if (c == 1)
+                dpoc_share_rows<strip, R>((const uint16_t *)g.v, k + j*g.D + first, g.S - j, own_strip, values);
+        }
+        dpoc_fetch_commit();
+        if (step < 0) continue;
+        dpoc_fetch_wait<1>();
+        __syncthreads();
+        DPOC_UNROLL
+        for (int e = 0; e < chunks; e++)
+            dpoc_load4(f[e], now + ((int)threadIdx.x/32*16 + lane%16)*line + 2*e + lane/16, 0);
+        dpoc_scores<type, chunks, R>(f, now + DPOC_QUERIES*line, s, step%slices != 0);
+        if (step%slices == slices - 1) {
+            dpoc_soften<R>(g, s, own + lane/4, j0, most, total, shrink);
+            DPOC_UNROLL
+            for (int n = 0; n < 8*strip; n++) sum[n/4][n%4] *= shrink[n%4/2];
+            dpoc_gather_rows<type, strip, R>(s, values, sum);
+            j0 += R;
+        }
+        __syncthreads();                  /* the slice after the next comes to the same place */
+    }
+    dpoc_soften_end(g, u, own, most, total);
+    dpoc_spill_rows<strip>(sum, total, own_strip, g.y, g.otype, dpoc_head(g, u, g.T) + own*g.D + first, g.T - own, 0);
 }
 
 /* p and ds of a warp's tile of scores, in place of s and dp; lse and delta of the query that each number belongs to. */
@@ -3395,11 +3510,7 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_dq_tensor_kernel(
     }
     for (int64_t j0 = -R; j0 < keys; j0 += R, turn ^= 1) {
         uint4 *now = pool + turn*2*units, *next = pool + (turn ^ 1)*2*units;
-        if (j0 + R < keys) {
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + (j0 + R)*g.D, g.S - j0 - R, g, next);
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.v, k + (j0 + R)*g.D, g.S - j0 - R, g, next + units);
-        }
-        dpoc_fetch_commit();
+        dpoc_share_keys<chunks, R>(g, k, j0 + R, keys, next);
         if (j0 < 0) continue;
         dpoc_fetch_wait<1>();
         __syncthreads();
@@ -3484,6 +3595,13 @@ template<int type, int chunks> static void dpoc_attention_wide(dpoc_run *r, dpoc
     enum { R = chunks <= 5 ? 64 : 32 };   /* fewer, longer rounds: their barriers and rescaling cost */
     DPOC_LAUNCH(r, (dpoc_attention_tensor_kernel<type, chunks, R>), queries, DPOC_FOUR_WARPS, (g));
 }
+/* Heads that are wider than that. */
+template<int type> static void dpoc_attention_split(dpoc_run *r, dpoc_attention g)
+{
+    dim3 strips((unsigned)(dpoc_pieces(g.T, DPOC_QUERIES)*g.N*g.heads),
+                (unsigned)dpoc_pieces(g.d, 16*DPOC_STRIP_CHUNKS));
+    DPOC_LAUNCH(r, dpoc_attention_split_kernel<type>, strips, DPOC_FOUR_WARPS, (g));
+}
 /* Three kernels at most, none of which adds to what another wrote.
    dk and dv share their scores, and dq makes them again: 7 products instead of 5, but no block adds to another's rows.
    Heads of more than 80 channels have no room for the sums of both in registers: dk and dv are launches of their own,
@@ -3506,24 +3624,26 @@ template<int type> static void dpoc_attention_forward(dpoc_run *r, const dpoc_at
     else if (g->d <= 64)  dpoc_attention_wide<type, 4>(r, *g);
     else if (g->d <= 80)  dpoc_attention_wide<type, 5>(r, *g);
     else if (g->d <= 128) dpoc_attention_wide<type, 8>(r, *g);
-    else                  dpoc_attention_wide<type, 10>(r, *g);
+    else if (g->d <= DPOC_WIDEST) dpoc_attention_wide<type, 10>(r, *g);
+    else dpoc_attention_split<type>(r, *g);
 }
 
-/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Tensor cores take them up to
-   160 channels, if the numbers have 16 bits.  Decided by shape and options, never by what was there before. */
+/* Heads of Stable Diffusion: 40, 80, 160 channels (1.x), 64 (2.x, XL, CLIP), 512 (VAE).  Tensor cores take them if the
+   numbers have 16 bits.  Decided by shape and options, never by what was there before. */
 static int dpoc_attention_fits(const dpoc_run *r, const dpoc_attention *g)
 {
-    return r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g->d % 8 == 0 && g->d <= 160;
+    return r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g->d % 8 == 0;
 }
 
-/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain. */
+/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain, and so is that of wide heads, which
+   only a reward through a VAE wants. */
 static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = *attention;
     int             lines = ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v | (uintptr_t)g.y | (uintptr_t)g.dq |
                              (uintptr_t)g.dk | (uintptr_t)g.dv) % 16 == 0;
-    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && g.type != DPO_BF16)) return 0;
+    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && (g.type != DPO_BF16 || g.d > DPOC_WIDEST))) return 0;
     if (!a->backward) {
         if (g.type == DPO_BF16) dpoc_attention_forward<DPO_BF16>(r, &g);
         else                    dpoc_attention_forward<DPO_F16>(r, &g);
@@ -4655,6 +4775,34 @@ static int dpoc_backend_sync(void *self)
     return status == DPO_OK ? dpoc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize") : status;
 }
 
+/* A copy down that nobody waits for, behind all calls so far; a step's end has put these on the stream as one graph. */
+static void *dpoc_send(void *self, const void *from, size_t bytes)
+{
+    dpoc     *d = (dpoc *)self;
+    int       status = dpoc_enter(d);
+    dpoc_box *b;
+    if (status == DPO_OK) status = dpoc_step_stop(d);
+    if (status != DPO_OK || !(b = dpoc_box_for(d, bytes))) return NULL;
+    status = dpoc_check(d, cudaMemcpyAsync(b->p, from, bytes, cudaMemcpyDeviceToHost, d->stream), "cudaMemcpyAsync");
+    if (status == DPO_OK) status = dpoc_check(d, cudaEventRecord(b->came, d->stream), "cudaEventRecord");
+    if (status != DPO_OK) return NULL;
+    b->used = 1;
+    return b;
+}
+
+/* Waits for that copy alone: calls behind it go on.  A box that nobody reads can be sent again without waiting, for
+   copies keep their order. */
+static int dpoc_take(void *self, void *sent, void *to, size_t bytes)
+{
+    dpoc     *d = (dpoc *)self;
+    dpoc_box *b = (dpoc_box *)sent;
+    int       status = to ? dpoc_enter(d) : (int)DPO_OK;
+    if (to && status == DPO_OK) status = dpoc_check(d, cudaEventSynchronize(b->came), "cudaEventSynchronize");
+    if (to && status == DPO_OK) memcpy(to, b->p, bytes);
+    b->used = 0;
+    return status;
+}
+
 /* Call, reason, op. */
 static const char *dpoc_explain(void *self) { return ((dpoc *)self)->text[0] ? ((dpoc *)self)->text : NULL; }
 
@@ -4670,6 +4818,12 @@ static void dpoc_close(void *self)
     for (int i = 0; i < DPOC_STAGES; i++) {
         if (d->stage[i])  (void)cudaFreeHost(d->stage[i]);
         if (d->staged[i]) (void)cudaEventDestroy(d->staged[i]);
+    }
+    for (dpoc_box *b = d->boxes, *next; b; b = next) {
+        next = b->next;
+        if (b->p)    (void)cudaFreeHost(b->p);
+        if (b->came) (void)cudaEventDestroy(b->came);
+        free(b);
     }
     if (d->scratch) (void)cudaFree(d->scratch);
     if (d->sums)    (void)cudaFree(d->sums);
@@ -4728,6 +4882,7 @@ static void dpoc_fill(dpoc *d)
     b->copy = dpoc_backend_copy;       b->zero = dpoc_backend_zero;
     b->workspace = dpoc_workspace;     b->run = dpoc_backend_run;
     b->sync = dpoc_backend_sync;       b->step = dpoc_backend_step;
+    b->send = dpoc_send;               b->take = dpoc_take;
     b->explain = dpoc_explain;         b->close = dpoc_close;
 }
 

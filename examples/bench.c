@@ -142,6 +142,152 @@ static int write_pipeline(const char *unet, int width, int pooled)
         && write_text_encoder(0, pooled ? width / 2 : width, 0) && (!pooled || write_text_encoder(1, width / 2, pooled));
 }
 
+/* ----------------------------------------------------------------------------------------------- the machine's peak */
+
+typedef struct peak_job {
+    int             isa, half;            /* half: products of BF16, where the processor has them */
+    double          least, seconds, work; /* how long at least, how long it was; flop, or bytes */
+    const uint64_t *memory;
+    size_t          count;
+    volatile float    result;
+    volatile uint64_t sum;
+} peak_job;
+
+/* Twelve independent chains hide the latency of the multiply-add; each counts 2 flop a lane. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PEAK(name, isa_target, vector, set1, fma, lanes, sum) \
+    __attribute__((target(isa_target))) static double name(int64_t rounds, volatile float *result) { \
+        vector x[12], a = set1(0.999f), b = set1(0.001f); \
+        for (int i = 0; i < 12; i++) x[i] = set1((float)i); \
+        for (int64_t r = 0; r < rounds; r++) { \
+            x[0] = fma(x[0], a, b); x[1] = fma(x[1], a, b); x[2] = fma(x[2], a, b); x[3] = fma(x[3], a, b); \
+            x[4] = fma(x[4], a, b); x[5] = fma(x[5], a, b); x[6] = fma(x[6], a, b); x[7] = fma(x[7], a, b); \
+            x[8] = fma(x[8], a, b); x[9] = fma(x[9], a, b); x[10] = fma(x[10], a, b); x[11] = fma(x[11], a, b); \
+        } \
+        for (int i = 1; i < 12; i++) x[0] = fma(x[i], a, x[0]); \
+        *result = sum(x[0]); \
+        return 24.0 * lanes * (double)rounds; \
+    }
+#define SUM_512(v) _mm512_cvtss_f32(v)
+#define SUM_256(v) _mm256_cvtss_f32(v)
+PEAK(peak_avx512, "avx512f", __m512, _mm512_set1_ps, _mm512_fmadd_ps, 16, SUM_512)
+PEAK(peak_avx2, "avx2,fma", __m256, _mm256_set1_ps, _mm256_fmadd_ps, 8, SUM_256)
+#endif
+
+/* BF16: four tiles of 16x16 sums over 32 numbers. */
+#ifdef DPOI_SIMD_AMX
+DPOI_AMX static double peak_tiles(int64_t rounds, volatile float *result)
+{
+    static const uint16_t zeros[512];
+    float c[256];
+    dpoi_amx_begin();
+    _tile_zero(0);  _tile_zero(1);  _tile_zero(2);  _tile_zero(3);
+    _tile_loadd(4, zeros, 64);  _tile_loadd(5, zeros, 64);  _tile_loadd(6, zeros, 64);  _tile_loadd(7, zeros, 64);
+    for (int64_t r = 0; r < rounds; r++) {
+        _tile_dpbf16ps(0, 4, 6);  _tile_dpbf16ps(1, 4, 7);  _tile_dpbf16ps(2, 5, 6);  _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 64);
+    dpoi_amx_end();
+    *result = c[0];
+    return 4.0 * 2*16*16*32 * (double)rounds;
+}
+#endif
+
+static double peak_plain(int64_t rounds, volatile float *result)
+{
+    float x[16], a = 0.999f, b = 0.001f, sum = 0;
+    for (int i = 0; i < 16; i++) x[i] = (float)i;
+    for (int64_t r = 0; r < rounds; r++)
+        for (int i = 0; i < 16; i++) x[i] = x[i]*a + b;
+    for (int i = 0; i < 16; i++) sum += x[i];
+    *result = sum;
+    return 32.0 * (double)rounds;
+}
+
+static double peak_rounds(peak_job *j, int64_t rounds)
+{
+#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef DPOI_SIMD_AMX
+    if (j->half && j->isa == DPO_ISA_AMX) return peak_tiles(rounds / 20, &j->result);
+#endif
+    if (j->isa >= DPO_ISA_AVX512) return peak_avx512(rounds, &j->result);
+    if (j->isa == DPO_ISA_AVX2) return peak_avx2(rounds, &j->result);
+#endif
+    return peak_plain(rounds, &j->result);
+}
+
+static void *peak_arithmetic(void *arg)
+{
+    peak_job *j = (peak_job *)arg;
+    double    start = dpo_seconds();
+    j->work = 0;
+    while ((j->seconds = dpo_seconds() - start) < j->least) j->work += peak_rounds(j, 200000);
+    return NULL;
+}
+
+/* Reads this thread's share.  Eight sums of whole numbers, so that the additions do not wait for each other. */
+static void *peak_memory(void *arg)
+{
+    peak_job *j = (peak_job *)arg;
+    double    start = dpo_seconds();
+    uint64_t  s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+    j->work = 0;
+    while ((j->seconds = dpo_seconds() - start) < j->least) {
+        for (const uint64_t *p = j->memory, *end = p + j->count/8*8; p < end; p += 8) {
+            s0 += p[0];  s1 += p[1];  s2 += p[2];  s3 += p[3];  s4 += p[4];  s5 += p[5];  s6 += p[6];  s7 += p[7];
+        }
+        j->work += (double)j->count * sizeof *j->memory;
+    }
+    j->sum = s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7;
+    return NULL;
+}
+
+/* The sum of all threads' rates, of one run. */
+static double peak_once(void *(*work)(void *), const peak_job *what, int threads)
+{
+    pthread_t id[64];
+    peak_job  jobs[64];
+    double    rate = 0;
+    for (int i = 0; i < threads; i++) {
+        jobs[i] = *what;
+        jobs[i].count = what->count / (size_t)threads;
+        if (what->memory) jobs[i].memory = what->memory + (size_t)i * jobs[i].count;
+        if (pthread_create(&id[i], NULL, work, &jobs[i]) != 0) threads = i;
+    }
+    for (int i = 0; i < threads; i++) {
+        pthread_join(id[i], NULL);
+        rate += jobs[i].work / jobs[i].seconds;
+    }
+    return rate;
+}
+
+/* How many run: --threads, or one a processor. */
+static int thread_count(const options *o)
+{
+    long n = o->threads > 0 ? o->threads : sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 64 ? 64 : (int)n;
+}
+
+static dpo_desc desc_of(const options *o)
+{
+    dpo_desc d;
+    memset(&d, 0, sizeof d);
+    d.isa = o->isa;
+    d.threads = o->threads;
+    d.products = o->products;
+    return d;
+}
+
+/* What the library would use. */
+static int best_isa(const options *o)
+{
+    dpo_desc     d = desc_of(o);
+    dpo_backend *b = dpo_cpu_open(&d);
+    int          isa = b ? ((dpoi_cpu *)b->self)->isa : DPO_ISA_PLAIN;
+    if (b) b->close(b->self);
+    return isa;
+}
+
 /* ----------------------------------------------------------------------------------------------- counting
 
    A backend that hands every call on to another one, and counts what it was. */
@@ -149,12 +295,18 @@ static int write_pipeline(const char *unet, int width, int pooled)
 #define BENCH_NAME(name, inputs, grads, keeps) #name,
 static const char *const op_names[] = { DPO_OPS(BENCH_NAME) "CONV 3x3" };
 
-typedef struct tally { double seconds, flop, bytes; int64_t calls; } tally;
+typedef struct tally {
+    double  seconds, flop, bytes, possible;       /* possible: flop of the machine's peak in that time */
+    int64_t calls;
+} tally;
 
 typedef struct meter {
     dpo_backend  shell, *inner;
     tally        ops[DPO_OP_COUNT + 1][2];                /* by op, forward and backward; the last: CONV larger than 1x1 */
     int          timed;
+    peak_job     peak;                                    /* with --profile on a CPU, where least > 0: the peak of the moment, */
+    int          threads;                                 /* taken anew every fifth of a second for a hundredth; */
+    double       rate, taken, aside;                      /* flop/s, when, and the seconds that this took */
 } meter;
 
 static double count(const dpo_view *v) { return v->data ? (double)v->shape[0]*v->shape[1]*v->shape[2]*v->shape[3] : 0; }
@@ -178,12 +330,23 @@ static double attention_flop(const dpo_args *a)
     return 4.0 * q->shape[0]*q->shape[1]*k->shape[1]*q->shape[2] * (a->backward ? 2 : 1);
 }
 
+/* The machine's peak changes from second to second where others share it: a rate is held against that of its moment. */
+static void meter_peak(meter *m)
+{
+    double start = dpo_seconds();
+    if (m->peak.least <= 0 || start - m->taken < 0.2) return;
+    m->rate = peak_once(peak_arithmetic, &m->peak, m->threads);
+    m->taken = dpo_seconds();
+    m->aside += m->taken - start;
+}
+
 static void meter_note(meter *m, const dpo_args *a, double seconds)
 {
     int    wide = a->op == DPO_OP_CONV && a->in[1].shape[1]*a->in[1].shape[2] > 1;
     tally *t = &m->ops[wide ? (int)DPO_OP_COUNT : a->op][a->backward != 0];
     t->calls++;
     t->seconds += seconds;
+    t->possible += seconds * m->rate;
     if (a->op == DPO_OP_CONV) t->flop += product_flop(a);
     if (a->op == DPO_OP_ATTENTION) t->flop += attention_flop(a);
     t->bytes += bytes(&a->out) + bytes(&a->dout);
@@ -193,8 +356,11 @@ static void meter_note(meter *m, const dpo_args *a, double seconds)
 static int meter_run(void *self, const dpo_args *a)
 {
     meter *m = (meter *)self;
-    double start = m->timed ? dpo_seconds() : 0;
-    int    status = m->inner->run(m->inner->self, a);
+    double start;
+    int    status;
+    if (m->timed) meter_peak(m);
+    start = m->timed ? dpo_seconds() : 0;
+    status = m->inner->run(m->inner->self, a);
     if (m->timed) m->inner->sync(m->inner->self);
     meter_note(m, a, m->timed ? dpo_seconds() - start : 0);
     return status;
@@ -226,6 +392,8 @@ static dpo_backend *meter_open(meter *m, dpo_backend *inner)
     m->shell.run = meter_run;
     m->shell.sync = meter_sync;
     m->shell.step = inner->step ? meter_step : NULL;
+    m->shell.send = NULL;
+    m->shell.take = NULL;
     m->shell.explain = meter_explain;
     m->shell.close = meter_close;
     return &m->shell;
@@ -241,15 +409,15 @@ static double meter_flop(const meter *m)
 static void meter_print(const meter *m, int steps, double seconds)
 {
     double inside = 0;
-    printf("%-22s %8s %10s %7s %10s %8s\n", "op, one step", "calls", "ms", "share", "GFLOP/s", "GB/s");
+    printf("%-22s %8s %10s %7s %10s %8s %8s\n", "op, one step", "calls", "ms", "share", "GFLOP/s", "of peak", "GB/s");
     for (int i = 0; i <= DPO_OP_COUNT; i++)
         for (int k = 0; k < 2; k++) {
             const tally *t = &m->ops[i][k];
             if (!t->calls) continue;
             inside += t->seconds / steps;
-            printf("%-13s %-8s %8.0f %10.2f %6.1f%% %10.1f %8.1f\n", op_names[i], k ? "backward" : "forward",
+            printf("%-13s %-8s %8.0f %10.2f %6.1f%% %10.1f %7.1f%% %8.1f\n", op_names[i], k ? "backward" : "forward",
                    (double)t->calls / steps, 1e3 * t->seconds / steps, 100 * t->seconds / steps / seconds,
-                   t->flop / t->seconds / 1e9, t->bytes / t->seconds / 1e9);
+                   t->flop / t->seconds / 1e9, t->possible > 0 ? 100 * t->flop / t->possible : 0, t->bytes / t->seconds / 1e9);
         }
     printf("%-22s %8s %10.2f %6.1f%%\n", "outside of ops", "", 1e3 * (seconds - inside), 100 * (seconds - inside) / seconds);
 }
@@ -271,16 +439,6 @@ typedef struct bench {
 
 typedef struct step_in { dpo_unet_in u; dpo_tensor *noise; } step_in;
 typedef struct step_out { dpo_tensor *y, *policy, *reference, *loss; } step_out;
-
-static dpo_desc desc_of(const options *o)
-{
-    dpo_desc d;
-    memset(&d, 0, sizeof d);
-    d.isa = o->isa;
-    d.threads = o->threads;
-    d.products = o->products;
-    return d;
-}
 
 static dpo_ctx *open_context(const options *o, meter *m)
 {
@@ -385,7 +543,8 @@ static double timed_step(bench *b)
     }
     if (replay) b->m.inner->step(b->m.inner->self, 0);
     b->m.inner->sync(b->m.inner->self);
-    seconds = dpo_seconds() - start;
+    seconds = dpo_seconds() - start - b->m.aside;
+    b->m.aside = 0;
     if (b->task != FORWARD && dpo_read(out.loss, &loss)) dpo_optim_read(b->optim, &norm, &skipped);
     b->loss = loss;
     b->grad_norm = norm;
@@ -476,6 +635,12 @@ static int run_work(bench *b)
     flop = 0;
     memset(b->m.ops, 0, sizeof b->m.ops);
     b->m.timed = b->o->profile;
+    if (b->o->profile && strcmp(b->o->device, "cpu") == 0) {
+        b->m.peak.isa = best_isa(b->o);
+        b->m.peak.half = b->o->dtype != DPO_F32 || b->o->products == DPO_BF16;
+        b->m.peak.least = 0.01;
+        b->m.threads = thread_count(b->o);
+    }
     for (int i = 0; i < n && !dpo_error(b->c); i++) sum += times[i] = timed_step(b);
     if (failed(b->c)) { dpo_close(b->c); return 1; }
     flop = meter_flop(&b->m) / n;
@@ -661,151 +826,41 @@ static int run_check(bench *b, const char *dir)
     return bad != 0;
 }
 
-/* ----------------------------------------------------------------------------------------------- the machine's peak */
+/* ----------------------------------------------------------------------------------------------- bench peak */
 
-typedef struct peak_job { int isa, half; double seconds, work; const float *memory; size_t count; volatile float result; } peak_job;
-
-/* Twelve independent chains hide the latency of the multiply-add; each counts 2 flop a lane. */
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PEAK(name, isa_target, vector, set1, fma, lanes, sum) \
-    __attribute__((target(isa_target))) static double name(int64_t rounds, volatile float *result) { \
-        vector x[12], a = set1(0.999f), b = set1(0.001f); \
-        for (int i = 0; i < 12; i++) x[i] = set1((float)i); \
-        for (int64_t r = 0; r < rounds; r++) { \
-            x[0] = fma(x[0], a, b); x[1] = fma(x[1], a, b); x[2] = fma(x[2], a, b); x[3] = fma(x[3], a, b); \
-            x[4] = fma(x[4], a, b); x[5] = fma(x[5], a, b); x[6] = fma(x[6], a, b); x[7] = fma(x[7], a, b); \
-            x[8] = fma(x[8], a, b); x[9] = fma(x[9], a, b); x[10] = fma(x[10], a, b); x[11] = fma(x[11], a, b); \
-        } \
-        for (int i = 1; i < 12; i++) x[0] = fma(x[i], a, x[0]); \
-        *result = sum(x[0]); \
-        return 24.0 * lanes * (double)rounds; \
-    }
-#define SUM_512(v) _mm512_cvtss_f32(v)
-#define SUM_256(v) _mm256_cvtss_f32(v)
-PEAK(peak_avx512, "avx512f", __m512, _mm512_set1_ps, _mm512_fmadd_ps, 16, SUM_512)
-PEAK(peak_avx2, "avx2,fma", __m256, _mm256_set1_ps, _mm256_fmadd_ps, 8, SUM_256)
-#endif
-
-/* BF16: four tiles of 16x16 sums over 32 numbers. */
-#ifdef DPOI_SIMD_AMX
-DPOI_AMX static double peak_tiles(int64_t rounds, volatile float *result)
+/* The best of five runs of half a second. */
+static double peak_of(void *(*work)(void *), const peak_job *what, int threads)
 {
-    static const uint16_t zeros[512];
-    float c[256];
-    dpoi_amx_begin();
-    _tile_zero(0);  _tile_zero(1);  _tile_zero(2);  _tile_zero(3);
-    _tile_loadd(4, zeros, 64);  _tile_loadd(5, zeros, 64);  _tile_loadd(6, zeros, 64);  _tile_loadd(7, zeros, 64);
-    for (int64_t r = 0; r < rounds; r++) {
-        _tile_dpbf16ps(0, 4, 6);  _tile_dpbf16ps(1, 4, 7);  _tile_dpbf16ps(2, 5, 6);  _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, c, 64);
-    dpoi_amx_end();
-    *result = c[0];
-    return 4.0 * 2*16*16*32 * (double)rounds;
-}
-#endif
-
-static double peak_plain(int64_t rounds, volatile float *result)
-{
-    float x[16], a = 0.999f, b = 0.001f, sum = 0;
-    for (int i = 0; i < 16; i++) x[i] = (float)i;
-    for (int64_t r = 0; r < rounds; r++)
-        for (int i = 0; i < 16; i++) x[i] = x[i]*a + b;
-    for (int i = 0; i < 16; i++) sum += x[i];
-    *result = sum;
-    return 32.0 * (double)rounds;
-}
-
-static double peak_rounds(peak_job *j, int64_t rounds)
-{
-#if defined(__x86_64__) && defined(__GNUC__)
-#ifdef DPOI_SIMD_AMX
-    if (j->half && j->isa == DPO_ISA_AMX) return peak_tiles(rounds / 20, &j->result);
-#endif
-    if (j->isa >= DPO_ISA_AVX512) return peak_avx512(rounds, &j->result);
-    if (j->isa == DPO_ISA_AVX2) return peak_avx2(rounds, &j->result);
-#endif
-    return peak_plain(rounds, &j->result);
-}
-
-static void *peak_arithmetic(void *arg)
-{
-    peak_job *j = (peak_job *)arg;
-    double    start = dpo_seconds();
-    j->work = 0;
-    while ((j->seconds = dpo_seconds() - start) < 0.5) j->work += peak_rounds(j, 200000);
-    return NULL;
-}
-
-/* Reads this thread's share, as whole cache lines: eight sums, so that the additions do not wait for each other. */
-static void *peak_memory(void *arg)
-{
-    peak_job *j = (peak_job *)arg;
-    double    start = dpo_seconds();
-    float     sum[16];
-    memset(sum, 0, sizeof sum);
-    j->work = 0;
-    while ((j->seconds = dpo_seconds() - start) < 0.5) {
-        for (size_t i = 0; i + 16 <= j->count; i += 16)
-            for (int k = 0; k < 16; k++) sum[k] += j->memory[i + (size_t)k];
-        j->work += (double)j->count * sizeof(float);
-    }
-    for (int k = 1; k < 16; k++) sum[0] += sum[k];
-    j->result = sum[0];
-    return NULL;
-}
-
-/* The sum of all threads' rates; the best of five. */
-static double peak_of(void *(*work)(void *), int isa, int half, int threads, const float *memory, size_t floats)
-{
-    pthread_t id[64];
-    peak_job  jobs[64];
-    double    best = 0;
+    double best = 0;
     for (int round = 0; round < 5; round++) {
-        double rate = 0;
-        for (int i = 0; i < threads; i++) {
-            jobs[i].isa = isa;
-            jobs[i].half = half;
-            jobs[i].count = floats / (size_t)threads;
-            jobs[i].memory = memory ? memory + (size_t)i * jobs[i].count : NULL;
-            if (pthread_create(&id[i], NULL, work, &jobs[i]) != 0) threads = i;
-        }
-        for (int i = 0; i < threads; i++) {
-            pthread_join(id[i], NULL);
-            rate += jobs[i].work / jobs[i].seconds;
-        }
+        double rate = peak_once(work, what, threads);
         if (rate > best) best = rate;
     }
     return best;
 }
 
-/* What the library would use. */
-static int best_isa(const options *o)
-{
-    dpo_desc     d = desc_of(o);
-    dpo_backend *b = dpo_cpu_open(&d);
-    int          isa = b ? ((dpoi_cpu *)b->self)->isa : DPO_ISA_PLAIN;
-    if (b) b->close(b->self);
-    return isa;
-}
-
 static int run_peak(const options *o)
 {
-    size_t floats = (size_t)1 << 27;      /* 512 MiB: larger than any cache */
-    int    isa = best_isa(o), half = o->dtype != DPO_F32, threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
-    float *memory = (float *)malloc(floats * sizeof *memory);
-    double flops, bandwidth = 0;
-    if (threads < 1) threads = 1;
-    if (threads > 64) threads = 64;
-    flops = peak_of(peak_arithmetic, isa, half, threads, NULL, 0);
+    size_t    words = (size_t)1 << 26;    /* 512 MiB: larger than any cache */
+    int       threads = thread_count(o);
+    uint64_t *memory = (uint64_t *)malloc(words * sizeof *memory);
+    peak_job  job;
+    double    flops, bandwidth = 0;
+    memset(&job, 0, sizeof job);
+    job.isa = best_isa(o);
+    job.half = o->dtype != DPO_F32;
+    job.least = 0.5;
+    flops = peak_of(peak_arithmetic, &job, threads);
     if (memory) {
-        for (size_t i = 0; i < floats; i++) memory[i] = 1;
-        bandwidth = peak_of(peak_memory, isa, half, threads, memory, floats);
+        for (size_t i = 0; i < words; i++) memory[i] = i;
+        job.memory = memory;
+        job.count = words;
+        bandwidth = peak_of(peak_memory, &job, threads);
     }
     free(memory);
     printf("{\"work\": \"peak\", \"by\": \"diffdpo %d.%d.%d\", \"isa\": \"%s\", \"threads\": %d, \"gflops_%s\": %.1f,"
            " \"read_gigabytes_per_second\": %.1f}\n", DIFFDPO_VERSION >> 16, DIFFDPO_VERSION >> 8 & 255, DIFFDPO_VERSION & 255,
-           isa_names[isa], threads, half ? "bf16" : "f32", flops / 1e9, bandwidth / 1e9);
+           isa_names[job.isa], threads, job.half ? "bf16" : "f32", flops / 1e9, bandwidth / 1e9);
     return 0;
 }
 

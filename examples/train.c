@@ -574,11 +574,10 @@ static int watch(run *r, int64_t step)
 /* A run that was killed between a checkpoint and what is measured there measures it now. */
 static int steps(run *r)
 {
-    dpo_progress p;
-    int64_t      done = dpo_train_done(r->t);
+    int64_t done = dpo_train_done(r->t);
     if ((!done || r->held_at < done) && !watch(r, done)) return 0;
-    while (!r->stop_at && !r->failed && dpo_train_step(r->t, &p))
-        if (!r->failed && !watch(r, p.step)) return 0;
+    while (!r->stop_at && !r->failed && dpo_train_step(r->t, NULL))
+        if (!r->failed && !watch(r, dpo_train_done(r->t))) return 0;
     if (r->stop_at && !dpo_error(r->c))
         fail("stopped at step %lld: both errors have risen past the limit", (long long)r->stop_at);
     return dpo_error(r->c) == NULL && !r->failed;

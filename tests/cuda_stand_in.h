@@ -49,8 +49,9 @@ typedef struct stand_in_control {
     int    no_products;                   /* 1: cuBLASLt has a kernel for nothing */
     size_t memory, used;                  /* bytes of the device, and taken */
     int    allocs, launches, graphs, events;         /* counters: cudaMalloc and cudaMallocHost, kernels, graph launches; events alive */
+    int    waits, queued;                 /* times that the host waited for the whole stream; calls on it that are not done */
 } stand_in_control;
-static stand_in_control stand_in_state = { 1, 13000, 9, 0, 0, -1, -1, -1, -1, 0, (size_t)1 << 34, 0, 0, 0, 0, 0 };
+static stand_in_control stand_in_state = { 1, 13000, 9, 0, 0, -1, -1, -1, -1, 0, (size_t)1 << 34, 0, 0, 0, 0, 0, 0, 0 };
 extern "C" stand_in_control *stand_in(void);
 extern "C" stand_in_control *stand_in(void) { return &stand_in_state; }
 
@@ -65,7 +66,7 @@ struct stand_in_order {
     uint64_t n, from, step;
     explicit stand_in_order(uint64_t count) : n(count), from(0), step(1)
     {
-        if (stand_in_state.order < 0) { from = n - 1;  step = n - 1; }
+        if (stand_in_state.order < 0 && n > 1) { from = n - 1;  step = n - 1; }
         if (stand_in_state.order <= 0 || n < 2) return;
         from = stand_in_random() % n;
         for (step = 1 + stand_in_random() % n;; step++) {
@@ -73,8 +74,9 @@ struct stand_in_order {
             while (b) { uint64_t c = a % b;  a = b;  b = c; }
             if (a == 1) break;
         }
+        step %= n;
     }
-    uint64_t at(uint64_t i) const { return (from + i % n*(step % n)) % n; }
+    uint64_t next(void) { uint64_t at = from;  from += step;  if (from >= n) from -= n;  return at; }
 };
 
 /* ------------------------------------------------------------------------------------------ threads of a block */
@@ -134,7 +136,7 @@ static void stand_in_warp(int first, int end)
         int waiting = 0, n = end - first;
         stand_in_order order((uint64_t)n);
         for (int i = 0; i < n; i++) {
-            int t = first + (int)order.at((uint64_t)i);
+            int t = first + (int)order.next();
             if (stand_in_fibers[t].state == STAND_IN_READY) stand_in_resume(t);
         }
         for (int t = first; t < end; t++) waiting += stand_in_fibers[t].state == STAND_IN_WARP;
@@ -161,7 +163,7 @@ static void stand_in_block(int threads)
     for (int waiting = 1; waiting;) {
         stand_in_order order((uint64_t)warps);
         for (int i = 0; i < warps; i++) {
-            int w = (int)order.at((uint64_t)i);
+            int w = (int)order.next();
             stand_in_warp(w * 32, w * 32 + 32 < threads ? w * 32 + 32 : threads);
         }
         waiting = 0;
@@ -183,7 +185,7 @@ static void stand_in_grid(dim3 grid, dim3 block, const std::function<void()> &ke
     blockDim = block;
     stand_in_kernel = &kernel;
     for (uint64_t i = 0; i < blocks; i++) {
-        uint64_t at = order.at(i);
+        uint64_t at = order.next();
         blockIdx = dim3((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y), (unsigned)(at / grid.x / grid.y));
         stand_in_block((int)(block.x * block.y * block.z));
     }
@@ -351,14 +353,21 @@ static void stand_in_run_to(uint64_t mark)
         std::function<void()> call = std::move(stand_in_queue.front());
         stand_in_queue.pop_front();
         stand_in_done++;
+        stand_in_state.queued = (int)stand_in_queue.size();
         call();
     }
 }
 static uint64_t stand_in_end(void) { return stand_in_done + stand_in_queue.size(); }
+static void stand_in_wait_for_all(void)
+{
+    stand_in_state.waits++;
+    stand_in_run_to(stand_in_end());
+}
 static void stand_in_do(const std::function<void()> &call)
 {
     if (stand_in_capture) { stand_in_capture->calls->push_back(call);  return; }
     stand_in_queue.push_back(call);
+    stand_in_state.queued = (int)stand_in_queue.size();
     if (stand_in_queue.size() > 1000) stand_in_run_to(stand_in_done + 1);
 }
 /* A call that can fail for no reason of its own. */
@@ -416,7 +425,7 @@ static cudaError_t stand_in_free(void *p, int host)
     if (!p) return cudaSuccess;
     if (at == stand_in_pieces.end() || at->second.host != host) stand_in_die("freed what was not handed out");
     if (stand_in_capture) stand_in_die("freed while capturing");
-    stand_in_run_to(stand_in_end());      /* both wait for the device */
+    stand_in_wait_for_all();              /* both wait for the device */
     stand_in_state.used -= at->second.n;
     stand_in_pieces.erase(at);
     free(p);
@@ -436,15 +445,24 @@ static void stand_in_within(const void *p, size_t n, int host)
     if (at->second.host != host || (const char *)p + n > at->first + at->second.n) stand_in_die("a copy across a border of memory");
 }
 
-/* Up: from page-locked memory, which stands until somebody waits.  A graph holds copies on the device alone: what the host
-   has may be gone when it is launched. */
+/* Is p page-locked memory? */
+static int stand_in_locked(const void *p)
+{
+    std::map<const char *, stand_in_piece>::iterator at = stand_in_pieces.upper_bound((const char *)p);
+    return at != stand_in_pieces.begin() && (--at)->second.host && (const char *)p < at->first + at->second.n;
+}
+
+/* Up: from page-locked memory, which stands until somebody waits.  Down: to other memory than that it waits itself.  A
+   graph holds copies on the device alone: what the host has may be gone when it is launched. */
 static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, cudaStream_t)
 {
     if (stand_in_fails()) return cudaErrorUnknown;
     if (stand_in_capture && kind != cudaMemcpyDeviceToDevice) return cudaErrorStreamCaptureUnsupported;
     if (kind != cudaMemcpyDeviceToHost) stand_in_within(to, n, 0);
     stand_in_within(from, n, kind == cudaMemcpyHostToDevice);
+    if (kind == cudaMemcpyDeviceToHost && stand_in_locked(to)) stand_in_within(to, n, 1);
     stand_in_do([=] { memmove(to, from, n); });
+    if (kind == cudaMemcpyDeviceToHost && !stand_in_locked(to)) stand_in_wait_for_all();
     return cudaSuccess;
 }
 static cudaError_t cudaMemsetAsync(void *to, int byte, size_t n, cudaStream_t)
@@ -461,12 +479,12 @@ static cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, int)
     *s = &stream;
     return cudaSuccess;
 }
-static cudaError_t cudaStreamDestroy(cudaStream_t) { stand_in_run_to(stand_in_end());  return cudaSuccess; }
+static cudaError_t cudaStreamDestroy(cudaStream_t) { stand_in_wait_for_all();  return cudaSuccess; }
 static cudaError_t cudaStreamSynchronize(cudaStream_t)
 {
     if (stand_in_capture) return cudaErrorStreamCaptureUnsupported;
     if (stand_in_fails()) return cudaErrorUnknown;
-    stand_in_run_to(stand_in_end());
+    stand_in_wait_for_all();
     return cudaSuccess;
 }
 

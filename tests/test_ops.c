@@ -535,6 +535,33 @@ static void check_segments(dpo_ctx *c)
 }
 
 /* A released tensor, one of another shape, one of another context: errors that name the op. */
+/* A weight in panels is read by products alone, by its name in the error elsewhere. */
+static void check_panels(dpo_ctx *c)
+{
+    int64_t     wide[2] = { 21, 5 }, one[2] = { 1, 5 }, up[2] = { 21, 1 };
+    dpo_extra   e;
+    dpo_tensor *w = dpo_weight_new(c, DPO_F32, 2, wide, "proj"), *x = dpo_tensor_new(c, DPO_F32, 2, one), *no[6];
+    CHECK(w && dpo_linear(c, x, w, NULL, NULL), "a weight serves its product: %s", dpo_error(c));
+    if (!w->panel) { dpo_param_free(w); return; }          /* this device keeps rows */
+    for (int i = 0; i < 6; i++) {
+        no[i] = i == 0 ? dpo_affine(c, w, 2, 0) : i == 1 ? dpo_act(c, w, DPO_SILU) : i == 2 ? dpo_binary(c, DPO_ADD, x, w) :
+                i == 3 ? dpo_mean(c, w, -1) : i == 4 ? dpo_reshape(c, w, 2, wide) : dpo_cast(c, w, DPO_BF16);
+        CHECK(!no[i] && dpo_status(c) == DPO_BAD_ARGUMENT && strstr(dpo_error(c), "proj"), "op %d takes panels: %s", i,
+              dpo_error(c));
+        dpo_clear_error(c);
+    }
+    memset(&e, 0, sizeof e);
+    e.down = x;
+    e.up = dpo_tensor_new(c, DPO_F32, 2, up);
+    CHECK(!dpo_linear(c, x, w, NULL, &e) && dpo_status(c) == DPO_BAD_ARGUMENT, "an adapter in rows was read as panels");
+    dpo_clear_error(c);
+    w->needs_grad = 1;
+    CHECK(!dpo_backward_from(w, dpo_tensor_new(c, DPO_F32, 2, wide)) && dpo_status(c) == DPO_BAD_SHAPE,
+          "a gradient in rows was laid on panels");
+    dpo_clear_error(c);
+    dpo_param_free(w);
+}
+
 static void check_misuse(dpo_ctx *c)
 {
     int64_t     a = 3, b = 4, scope = dpo_scope(c);
@@ -545,6 +572,7 @@ static void check_misuse(dpo_ctx *c)
     CHECK(!dpo_act(c, x, DPO_SILU) && dpo_status(c) == DPO_BAD_ARGUMENT, "a released tensor was read");
     dpo_clear_error(c);
     CHECK(!dpo_act(c, NULL, DPO_SILU) && !dpo_error(c), "NULL in must be NULL out, without an error");
+    check_panels(c);
     dpo_cancel(c);
     CHECK(!dpo_act(c, y, DPO_SILU) && dpo_status(c) == DPO_CANCELLED, "cancel did not stop");
     dpo_clear_error(c);

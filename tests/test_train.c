@@ -983,6 +983,163 @@ static void test_left_out(void)
     dpo_close(c);
 }
 
+/* ---- a device that computes beside the host --------------------------------------------------------------------- */
+
+/* The CPU, but figures come when they are taken and not before: each is a copy of what was there when it was sent. */
+enum { TOLD = 16 };
+static struct { int sent, most, all; dpo_progress e[TOLD]; int told, ahead, saved, stop; const char *folder; } beside;
+static void *send_copy(void *self, const void *from, size_t bytes)
+{
+    void *p = malloc(bytes);
+    (void)self;
+    if (!p) return NULL;
+    memcpy(p, from, bytes);
+    beside.all++;
+    if (++beside.sent > beside.most) beside.most = beside.sent;
+    return p;
+}
+static int take_copy(void *self, void *sent, void *to, size_t bytes)
+{
+    (void)self;
+    if (to) memcpy(to, sent, bytes);
+    free(sent);
+    beside.sent--;
+    return DPO_OK;
+}
+static int tell(void *user, const dpo_progress *p)
+{
+    char path[128];
+    (void)user;
+    if (beside.told < TOLD) beside.e[beside.told] = *p;
+    beside.told++;
+    beside.ahead += beside.sent;          /* the next one is under way */
+    if (beside.folder) {
+        FILE *f;
+        snprintf(path, sizeof path, "%s/checkpoint-%d/state.safetensors", beside.folder, (int)p->step);
+        if ((f = fopen(path, "rb")) != NULL) { beside.saved++; fclose(f); }
+    }
+    return p->step == beside.stop;
+}
+
+/* Trains without waiting, on the CPU as it is or with figures that come late. */
+static numbers told_late(int late, dpo_train_desc d, int hold)
+{
+    dpo_desc     desc;
+    dpo_ctx     *c;
+    dpo_model   *m;
+    dpo_trainer *t;
+    numbers      out;
+    dpo_held     held;
+    memset(&desc, 0, sizeof desc);
+    memset(&beside.e, 0, sizeof beside.e);
+    beside.sent = beside.most = beside.all = beside.told = beside.ahead = beside.saved = 0;
+    desc.backend = dpo_cpu_open(NULL);
+    if (late) { desc.backend->send = send_copy;  desc.backend->take = take_copy; }
+    c = dpo_open(&desc);
+    m = dpo_model_create(c, TINY, 3);
+    d.on_step = tell;
+    t = dpo_train_begin(m, some_pairs(c, 7), &d);
+    while (dpo_train_step(t, NULL)) {
+        if (!hold) continue;
+        CHECK(dpo_train_held(t, &held) && beside.told == dpo_train_done(t), "%d of %d steps told before the held-out pairs", beside.told,
+              (int)dpo_train_done(t));
+    }
+    CHECK(dpo_train_end(t) && beside.sent == 0, "training beside: %s, %d not taken", why(c), beside.sent);
+    out = weights_of(m);
+    dpo_close(c);
+    return out;
+}
+
+/* Do two steps' figures agree, but for times? */
+static int same_figures(const dpo_progress *a, const dpo_progress *b)
+{
+    return a->step == b->step && a->steps == b->steps && a->pairs == b->pairs && a->skipped == b->skipped && a->loss == b->loss &&
+           a->implicit_acc == b->implicit_acc && a->policy_w == b->policy_w && a->policy_l == b->policy_l && a->reference_w == b->reference_w &&
+           a->reference_l == b->reference_l && a->margin == b->margin && a->grad_norm == b->grad_norm && a->lr == b->lr &&
+           a->left_out == b->left_out && a->encoded == b->encoded && a->cached == b->cached && a->degrading == b->degrading;
+}
+
+/* What is told late is what is told at once, in the same order; nothing of a run that stops is lost. */
+static void test_late(void)
+{
+    for (int kind = 0; kind < 3; kind++) {                /* DPO, KTO, whose signs differ from step to step; held-out pairs */
+        dpo_train_desc d = small_run(kind ? 0 : 3);
+        dpo_progress   e[TOLD];
+        numbers        x, y;
+        d.steps = 6;
+        d.lr_schedule = DPO_LR_LINEAR;
+        d.objective = kind == 1 ? DPO_KTO : DPO_DPO;
+        d.held_out = kind == 2 ? 0.3f : 0;
+        x = told_late(0, d, kind == 2);
+        memcpy(e, beside.e, sizeof e);
+        y = told_late(1, d, kind == 2);
+        CHECK(same(x, y) && beside.told == 6, "kind %d: other weights, %d steps told", kind, beside.told);
+        CHECK(beside.most == 2 - (kind == 2) && beside.all == 5 && beside.ahead == (kind == 2 ? 0 : 4),
+              "kind %d: %d figures sent, %d at once, %d times the next step was under way", kind, beside.all, beside.most, beside.ahead);
+        for (int k = 0; k < 6; k++) CHECK(same_figures(&e[k], &beside.e[k]), "kind %d: step %d is told as %d, loss %g for %g", kind, k + 1,
+                                          (int)beside.e[k].step, beside.e[k].loss, e[k].loss);
+        free(x.v); free(y.v);
+    }
+}
+
+/* A checkpoint comes after its steps were told; a stop one step later, which is told, too, and saved. */
+static void test_late_checkpoints(void)
+{
+    char           folder[64];
+    dpo_train_desc d = small_run(3);
+    numbers        whole, half, rest;
+    d.steps = 7;
+    whole = told_late(0, d, 0);
+    snprintf(folder, sizeof folder, FOLDER "/late-%llu", (unsigned long long)(dpo_seconds() * 1e6));
+    beside.folder = d.output = folder;
+    d.save_every = 2;
+    d.resume = 1;
+    beside.stop = 3;
+    half = told_late(1, d, 0);
+    CHECK(beside.told == 4 && beside.e[3].step == 4 && beside.saved == 0, "stopped: %d steps told, %d after their checkpoint", beside.told,
+          beside.saved);
+    beside.stop = 0;
+    rest = told_late(1, d, 0);
+    CHECK(beside.told == 3 && beside.e[0].step == 5 && beside.e[2].step == 7, "resumed: %d steps told from %d on", beside.told,
+          (int)beside.e[0].step);
+    CHECK(!same(whole, half) && same(whole, rest), "a run that was stopped and resumed with late figures differs");
+    beside.folder = NULL;
+    free(whole.v); free(half.v); free(rest.v);
+}
+
+/* Cancelled or out of memory at any point: what was told before stays in order, what was sent is taken or dropped. */
+static int cancel_beside(void *user, const dpo_progress *p)
+{
+    tell(NULL, p);
+    if (p->step == 2) dpo_cancel((dpo_ctx *)user);
+    return 0;
+}
+static void test_late_failures(void)
+{
+    for (int closes = 0; closes < 2; closes++) {
+        dpo_train_desc d = small_run(2);
+        dpo_desc       desc;
+        dpo_ctx       *c;
+        dpo_trainer   *t;
+        memset(&desc, 0, sizeof desc);
+        desc.backend = dpo_cpu_open(NULL);
+        desc.backend->send = send_copy;
+        desc.backend->take = take_copy;
+        beside.told = beside.sent = 0;
+        c = dpo_open(&desc);
+        d.steps = 6;
+        d.on_step = cancel_beside;
+        d.user = c;
+        t = dpo_train_begin(dpo_model_create(c, TINY, 3), some_pairs(c, 7), &d);
+        while (dpo_train_step(t, NULL)) { }
+        CHECK(dpo_status(c) == DPO_CANCELLED && beside.told == 2 && beside.sent == 1, "cancelled: %s, %d told, %d sent", why(c), beside.told,
+              beside.sent);
+        if (!closes) CHECK(!dpo_train_end(t) && beside.told == 3 && beside.e[2].step == 3, "%d steps told in the end", beside.told);
+        dpo_close(c);
+        CHECK(beside.sent == 0, "%d figures were left over", beside.sent);
+    }
+}
+
 /* A team of two contexts in two threads, whose sums meet here.  later: sums are only noted, with a copy of what they were
    given, and done by the wait, in whose time nobody may have touched the numbers. */
 #ifdef DPOI_THREADS
@@ -1505,6 +1662,9 @@ int main(int argc, char **argv)
     test_held();
     test_draws();
     test_left_out();
+    test_late();
+    test_late_checkpoints();
+    test_late_failures();
     test_team();
     test_mix();
     test_refused();

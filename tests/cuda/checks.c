@@ -2,7 +2,7 @@
    type against the CPU.
 
    build   sh tests/test_cuda.sh builds it: with the stand-in (-DSTAND_IN), or with nvcc for the GPU that is there
-   run     build/cuda/checks [seed [rounds]]     from the project's folder                                                      */
+   run     build/cuda/checks [seed [rounds|quick [part]]]     from the project's folder; part: "replay", say                                                      */
 #define main tiny_model_main
 #include "../tiny_model.c"
 #undef main
@@ -15,10 +15,15 @@
 typedef struct stand_in_control {         /* as in cuda_stand_in.h */
     int    devices, driver, major, minor, order, deny_alloc, deny_launch, deny_product, deny_call, no_products;
     size_t memory, used;
-    int    allocs, launches, graphs, events;
+    int    allocs, launches, graphs, events, waits, queued;
 } stand_in_control;
 extern stand_in_control *stand_in(void);
 #endif
+
+static uint64_t first_seed = 1;
+static int      rounds = 34*3;
+static int      quick;                    /* the same kinds, fewer of them */
+static const char *only;                  /* part of the name of what is wanted */
 
 static const char *why(dpo_ctx *c) { return dpo_error(c) ? dpo_error(c) : "no error"; }
 
@@ -43,10 +48,26 @@ static dpo_pairs *some_pairs(dpo_ctx *c, int n)
     return p;
 }
 
-typedef struct outcome { float *v; int64_t n; int graphs, allocs; float loss[16]; } outcome;
+typedef struct outcome { float *v; int64_t n; int graphs, allocs, told, waits, ahead; float loss[16]; } outcome;
 
-/* Trains `steps` steps on a backend; allocs: what was asked of the device after the third step. */
-static outcome train(dpo_backend *b, int rank, int steps, float average)
+/* Of a run that waits for no step: losses as they are told; how often the host waited for all of the stream from the third
+   report on, and how often the next step was on the stream already. */
+static int tell(void *user, const dpo_progress *p)
+{
+    outcome *o = (outcome *)user;
+    if (p->step == o->told + 1) o->loss[o->told % 16] = p->loss;
+    o->told++;
+#ifdef STAND_IN
+    if (p->step == 3) { o->waits = stand_in()->waits; o->allocs = stand_in()->allocs; }
+    if (p->step >= 3 && p->step + 2 <= p->steps) o->ahead += stand_in()->queued > 0;
+    if (p->step + 2 == p->steps) { o->waits = stand_in()->waits - o->waits; o->allocs = stand_in()->allocs - o->allocs; }
+#endif
+    return 0;
+}
+
+/* Trains `steps` steps on a backend; allocs: what was asked of the device after the third step; late: nobody waits for a
+   step's figures. */
+static outcome train(dpo_backend *b, int rank, int steps, float average, int late)
 {
     outcome        out;
     dpo_desc       desc;
@@ -64,7 +85,9 @@ static outcome train(dpo_backend *b, int rank, int steps, float average)
     c = dpo_open(&desc);
     m = dpo_model_create(c, TINY, 3);
     d.steps = steps;  d.batch = 2;  d.accumulation = 2;  d.rank = rank;  d.beta = 200;  d.seed = 7;  d.average = average;
+    if (late) { d.on_step = tell;  d.user = &out; }
     t = dpo_train_begin(m, some_pairs(c, 7), &d);
+    if (late) while (dpo_train_step(t, NULL)) { k++; }
     while (dpo_train_step(t, &e)) {
 #ifdef STAND_IN
         if (k == 2) out.allocs = stand_in()->allocs;
@@ -72,7 +95,7 @@ static outcome train(dpo_backend *b, int rank, int steps, float average)
         out.loss[k++ % 16] = e.loss;
     }
 #ifdef STAND_IN
-    out.allocs = stand_in()->allocs - out.allocs;
+    if (!late) out.allocs = stand_in()->allocs - out.allocs;
 #endif
     CHECK(dpo_train_end(t) && k == steps, "training: %s", why(c));
     x = rank ? dpo_adapter_params(dpo_model_unet(m), &n) : dpo_net_params(dpo_model_unet(m), &n);
@@ -95,13 +118,21 @@ static dpo_backend *open_cuda(int graphs)
 /* The same bits whether steps are replayed or not, and the CPU's weights but for rounding. */
 static void check_replay(int rank, float average)
 {
-    enum { STEPS = 10 };
-    outcome cpu = train(NULL, rank, STEPS, average), eager = train(open_cuda(0), rank, STEPS, average), graph;
+    enum { STEPS = 8 };
+    outcome cpu = train(NULL, rank, STEPS, average, 0), eager = train(open_cuda(0), rank, STEPS, average, 0), graph, late;
     double  worst = 0, most = 0;
 #ifdef STAND_IN
     int graphs = stand_in()->graphs;
 #endif
-    graph = train(open_cuda(1), rank, STEPS, average);
+    graph = train(open_cuda(1), rank, STEPS, average, 0);
+    late = train(open_cuda(1), rank, STEPS, average, 1);
+    CHECK(late.told == STEPS && !memcmp(late.loss, graph.loss, sizeof graph.loss) && late.n == graph.n &&
+          !memcmp(late.v, graph.v, (size_t)graph.n * sizeof(float)), "rank %d: what is told a step late differs", rank);
+#ifdef STAND_IN
+    CHECK(late.ahead == STEPS - 4 && late.waits == 0 && late.allocs == 0,
+          "rank %d: in %d of %d reports the next step was under way; %d waits, %d allocations", rank, late.ahead, STEPS - 4, late.waits,
+          late.allocs);
+#endif
     CHECK(graph.n > 0 && graph.n == eager.n && !memcmp(graph.v, eager.v, (size_t)graph.n * sizeof(float)),
           "rank %d: replayed steps give other weights", rank);
     CHECK(!memcmp(graph.loss, eager.loss, sizeof graph.loss), "rank %d: replayed steps report other losses", rank);
@@ -118,6 +149,7 @@ static void check_replay(int rank, float average)
     free(cpu.v);
     free(eager.v);
     free(graph.v);
+    free(late.v);
 }
 
 
@@ -148,6 +180,7 @@ static void check_sampling(void)
         dpo_close(c);
     }
     CHECK(!memcmp(rgb[0], rgb[1], sizeof rgb[0]), "replayed steps draw other pictures");
+    (void)graphs;
 #ifdef STAND_IN
     CHECK(graphs[0] == 0 && graphs[1] >= 12, "%d of 24 steps of sampling were replayed", graphs[1]);
 #endif
@@ -218,8 +251,9 @@ static dpo_tensor *probe_attention(probe *p, int wide)
     int64_t N = pick(p, 1, 2), heads = pick(p, 1, 3), d = wide ? 8*pick(p, 1, 20) : pick(p, 1, 70), T = pick(p, 1, 150), S = pick(p, 1, 150);
     int     causal = pick(p, 0, 2) == 0;
     dpo_tensor *q, *k, *v;
-    if (pick(p, 0, 15) == 0) d = 264;
-    if (causal) S = T;
+    if (wide > 1 || pick(p, 0, 15) == 0) d = wide ? 8*pick(p, 21, 66) : 264;
+    if (S < 2) S = 2;                     /* of one key there is no gradient but rounding */
+    if (causal) T = S;
     snprintf(p->name, sizeof p->name, "attention %dx%d, %d keys, %d heads of %d%s", (int)N, (int)T, (int)S, (int)heads, (int)d, causal ? ", causal" : "");
     q = input(p, 0, 3, N, T, heads*d, 1);
     k = input(p, 0, 3, N, S, heads*d, 1);
@@ -262,7 +296,7 @@ static void run_probe(probe *p, int kind)
     int64_t     scope = dpo_scope(p->c);
     dpo_tensor *y, *dy;
     float      *v;
-    y = kind < 6 ? probe_conv(p, kind % 2) : kind < 10 ? probe_attention(p, kind % 2) : kind < 14 ? probe_norm(p, kind % 2) : probe_small(p, kind - 14);
+    y = kind < 0 ? probe_attention(p, 2) : kind < 6 ? probe_conv(p, kind % 2) : kind < 10 ? probe_attention(p, kind % 2) : kind < 14 ? probe_norm(p, kind % 2) : probe_small(p, kind - 14);
     p->n[8] = dpo_count(y);
     v = (float *)malloc((size_t)p->n[8] * sizeof *v + 4);
     p->out[8] = (float *)calloc((size_t)p->n[8] + 1, sizeof(float));
@@ -327,7 +361,7 @@ static dpo_ctx *open_on(dpo_backend *b)
 }
 
 /* Against the CPU's plain C; with and without tensor cores; and with the stand-in in both orders of threads, bit for bit. */
-static void check_types(uint64_t seed, int rounds)
+static void check_types(uint64_t seed, int rounds, int wide_heads)
 {
     dpo_backend *b = open_cuda(0), *plain = open_cuda(0), *rounding = open_cuda(0), *tf32 = open_cuda(0);
     dpo_ctx     *cpu = open_on(NULL), *cuda = open_on(b), *simple = open_on(plain), *rounded = open_on(rounding);
@@ -336,14 +370,14 @@ static void check_types(uint64_t seed, int rounds)
     dpo_cuda_set(rounding, DPO_CUDA_PRODUCTS, DPO_BF16);
     dpo_cuda_set(tf32, DPO_CUDA_TF32, 1);
     for (int k = 0; k < rounds; k++) {
-        int   kind = k % 34;
+        int   kind = wide_heads ? -1 : k % 34, dtype = (k + k/34) % 3;            /* 102 rounds are each kind in each type */
         probe p[6];
-        int   probes = k/34 % 3 == DPO_F32 && kind < 6 ? 6 : 5;        /* TF32 is for convolutions of F32 */
+        int   probes = dtype == DPO_F32 && kind >= 0 && kind < 6 ? 6 : 5;        /* TF32 is for convolutions of F32 */
         memset(p, 0, sizeof p);
         for (int i = 0; i < probes; i++) {
             p[i].c = i == 0 ? cpu : i == 2 ? simple : i == 4 ? rounded : i == 5 ? fast : cuda;
             p[i].seed = seed + (uint64_t)k;
-            p[i].dtype = k/34 % 3;
+            p[i].dtype = dtype;
             p[i].exact = 1;
 #ifdef STAND_IN
             stand_in()->order = i != 3 ? 0 : k % 3 ? k : -1;
@@ -396,6 +430,22 @@ static dpo_ctx *open_device(int device, uint32_t version)
     return dpo_open(&d);
 }
 
+#ifdef STAND_IN
+/* A host that finds no device goes on with the CPU: the failed context is closed, another one opened. */
+static void check_going_on(void)
+{
+    dpo_ctx *c = open_device(0, DIFFDPO_VERSION);
+    int64_t  n = 2;
+    float    v[2] = { 1, 2 };
+    if (dpo_error(c)) {
+        dpo_close(c);
+        c = open_on(NULL);
+    }
+    CHECK(dpo_read(dpo_affine(c, dpo_tensor_from(c, DPO_F32, 1, &n, v), 2, 1), v) && v[1] == 5, "on the CPU instead: %s", why(c));
+    dpo_close(c);
+}
+#endif
+
 static void check_opening(void)
 {
     dpo_backend *b = dpo_cuda_open(0, DIFFDPO_VERSION), *cpu = dpo_cpu_open(NULL);
@@ -409,6 +459,7 @@ static void check_opening(void)
 #ifdef STAND_IN
     stand_in()->devices = 0;
     check_error(open_device(0, DIFFDPO_VERSION), "no device", "cudaGetDeviceCount", "no CUDA-capable device");
+    check_going_on();
     stand_in()->devices = 1;
     stand_in()->driver = 0;
     check_error(open_device(0, DIFFDPO_VERSION), "an old driver", "cudaGetDeviceCount", "driver version is insufficient");
@@ -523,6 +574,7 @@ static int64_t optimize(dpo_backend *b, int kind, float *w, int *launches)
     uint64_t       seed = 9;
     memset(&d, 0, sizeof d);
     memset(&f, 0, sizeof f);
+    (void)launches;
     for (int i = 0; i < OPTIM_WEIGHTS; i++) {
         int64_t shape[4] = { 1, 1, 1, 1 };
         memcpy(shape, shapes[i % 6], (size_t)ranks[i % 6] * sizeof *shape);
@@ -564,6 +616,7 @@ static void check_optimizers(void)
     float *w[3];
     for (int i = 0; i < 3; i++) w[i] = (float *)malloc(OPTIM_NUMBERS * sizeof(float));
     for (int kind = DPO_ADAMW; kind <= DPO_ADAMW8; kind++) {
+        if (quick && kind != DPO_ADAMW + (int)(first_seed % 3)) continue;      /* another one every day */
         double  worst = 0;
         int     launches = 0;
         int64_t n = optimize(dpo_cpu_open(NULL), kind, w[0], &launches);
@@ -661,24 +714,42 @@ static void check_failures(void)
 }
 #endif
 
+static void check_all_types(void)       { check_types(first_seed, rounds, 0); }
+static void check_wide_heads(void)      { check_types(first_seed, (rounds + 5)/6, 1); }
+static void check_replay_all(void)      { check_replay(0, 0); }
+static void check_replay_adapters(void) { check_replay(4, 0.9f); }
+
+static void part(const char *name, void (*run)(void))
+{
+    double began = dpo_seconds();
+    if (only && !strstr(name, only)) return;
+    run();
+    printf("%-22s %6.1f s\n", name, dpo_seconds() - began);
+}
+
 int main(int argc, char **argv)
 {
     char *make[2];
     make[0] = (char *)"tiny_model";
     make[1] = (char *)TINY;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc > 1) first_seed = (uint64_t)atoll(argv[1]);
+    if (argc > 2) quick = !strcmp(argv[2], "quick");
+    if (argc > 2) rounds = quick ? 34 : atoi(argv[2]);
+    if (argc > 3) only = argv[3];
     if (system("mkdir -p " FOLDER) != 0 || tiny_model_main(2, make) != 0) return 1;
-    check_opening();
-    check_reduce();
-    check_check();
-    check_dry();
-    check_sampling();
-    check_optimizers();
+    part("opening", check_opening);
+    part("sums over GPUs", check_reduce);
+    part("check backend", check_check);
+    part("dry backend", check_dry);
+    part("sampling", check_sampling);
+    part("optimizers", check_optimizers);
 #ifdef STAND_IN
-    check_failures();
+    part("failures", check_failures);
 #endif
-    check_types(argc > 1 ? (uint64_t)atoll(argv[1]) : 1, argc > 2 ? atoi(argv[2]) : 34*3);
-    check_replay(0, 0);
-    check_replay(4, 0.9f);
+    part("types", check_all_types);
+    part("wide heads", check_wide_heads);
+    if (!quick) part("replay of all weights", check_replay_all);
+    part("replay of adapters", check_replay_adapters);
     return test_report();
 }
