@@ -12702,10 +12702,16 @@ typedef struct dpoi_amx_strip {
     int64_t a_step, a_row, b_step, b_row, steps;
 } dpoi_amx_strip;
 
-/* What is wanted soon: `lines` of a cache at a time are called for while a step computes. */
+/* Results on their way to y, see below: a step's products leave time for some rows. */
+typedef struct dpoi_amx_later dpoi_amx_later;
+DPOI_AMX static void dpoi_amx_later_some(dpoi_amx_later *l);
+
+/* What is wanted soon: `lines` of a cache at a time are called for while a step computes.  later: NULL, or what is still
+   to be done. */
 typedef struct dpoi_amx_ahead {
     const uint16_t *next;
     int64_t lines;
+    dpoi_amx_later *later;
 } dpoi_amx_ahead;
 
 /* `two` and `wide` are constants where this is inlined. */
@@ -12723,6 +12729,7 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, dpoi_amx_ahead
         if (two)  _tile_loadd(4, a1, s->a_row);
         if (two && wide) _tile_dpbf16ps(3, 4, 7);
         if (two) _tile_dpbf16ps(2, 4, 6);
+        if (f->later) dpoi_amx_later_some(f->later);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
         if (wide) b1 += s->b_step;
@@ -12740,7 +12747,7 @@ DPOI_AMX static void dpoi_amx_run_ahead(const dpoi_amx_strip *s, dpoi_amx_ahead 
 
 DPOI_AMX static void dpoi_amx_run(const dpoi_amx_strip *s)
 {
-    dpoi_amx_ahead none = { NULL, 0 };
+    dpoi_amx_ahead none = { NULL, 0, NULL };
     dpoi_amx_run_ahead(s, &none);
 }
 
@@ -12933,6 +12940,7 @@ typedef struct dpoi_amx_product {
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
     int64_t range, ranges, rows;          /* chunks: tiles of channels, how often; kh: rows one by one, or 1 */
     int64_t group;                        /* times two panels that take turns at a chunk's slots */
+    int64_t some;                         /* rows of a result that are stored in a step of what comes next */
     float  *sums;                         /* [jobs][group][block][32], where k is more than one chunk */
     int64_t sums_at, room;                /* floats */
     int     source;                       /* that is brought over */
@@ -13009,6 +13017,7 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
         t->ranges = dpoi_pieces(steps, t->range);
         if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
     }
+    t->some = dpoi_most(4, dpoi_pieces(DPOI_AMX_ROWS, t->range*wide*(t->rows > 1 ? 1 : high)));
     worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O;
     jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_SMALL/1024) + 1);
     t->kept = t->rows*t->ranges == 1 && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
@@ -13196,18 +13205,28 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_stream(float *y, const int type, int64_t i, _
     } else _mm512_stream_si512((__m512i *)(void *)((uint16_t *)(void *)y + i), (__m512i)_mm512_cvtne2ps_pbh(f1, f0));
 }
 
-/* y = act(c + add + bias + vec) for channels o.. of a block, c [32][32]; type, that of y, and full are constants where
-   this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o,
-                                              const int type, const int full, float *c)
+/* Rows row..31 of the sums c [32][32] of channels o.. are still to be stored; t NULL: nothing is. */
+struct dpoi_amx_later {
+    const dpoi_amx_product *t;
+    const dpoi_amx_pixels *at;
+    int64_t o, row;
+    float  *c;
+};
+
+/* y = act(c + add + bias + vec) for rows up to `end`; type, that of y, and full are constants where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_later *l, int64_t end, const int type, const int full)
 {
+    const dpoi_amx_product *t = l->t;
+    const dpoi_amx_pixels *at = l->at;
+    int64_t o = l->o;
+    float  *c = l->c + l->row*DPOI_AMX_WIDE;
     const dpoi_cpu_product *p = t->p;
     int64_t width = full ? (int64_t)DPOI_AMX_WIDE : p->O - o;
     __mmask16 k0 = full || width > 15 ? (__mmask16)0xffff : (__mmask16)((1u << width) - 1);
     __mmask16 k1 = full ? (__mmask16)0xffff : width <= 16 ? (__mmask16)0 : (__mmask16)((1u << (width - 16)) - 1);
     __m512 b0 = _mm512_setzero_ps(), b1 = b0;
     if (p->bias) { b0 = _mm512_maskz_loadu_ps(k0, p->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, p->bias + o + 16); }
-    for (int i = 0; i < DPOI_AMX_ROWS; i++, c += DPOI_AMX_WIDE) {
+    for (int64_t i = l->row; i < end; i++, c += DPOI_AMX_WIDE) {
         int64_t place = at->place[i] + o;
         if (at->place[i] < 0) continue;
         __m512 f0 = _mm512_loadu_ps(c), f1 = _mm512_loadu_ps(c + 16);
@@ -13230,14 +13249,21 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const d
     }
 }
 
-DPOI_AMX static void dpoi_amx_store(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o, float *c)
+DPOI_AMX static void dpoi_amx_store(dpoi_amx_later *l, int64_t rows)
 {
-    int full = t->p->O - o >= DPOI_AMX_WIDE;
-    if (t->p->y_type == DPO_F32) { if (full) dpoi_amx_store_rows(t, at, o, DPO_F32, 1, c);
-                                   else      dpoi_amx_store_rows(t, at, o, DPO_F32, 0, c); }
-    else if (full) dpoi_amx_store_rows(t, at, o, DPO_BF16, 1, c);
-    else           dpoi_amx_store_rows(t, at, o, DPO_BF16, 0, c);
+    int64_t end = dpoi_least(DPOI_AMX_ROWS, l->row + rows);
+    int full = l->t->p->O - l->o >= DPOI_AMX_WIDE;
+    if (l->t->p->y_type == DPO_F32) { if (full) dpoi_amx_store_rows(l, end, DPO_F32, 1);
+                                      else      dpoi_amx_store_rows(l, end, DPO_F32, 0); }
+    else if (full) dpoi_amx_store_rows(l, end, DPO_BF16, 1);
+    else           dpoi_amx_store_rows(l, end, DPO_BF16, 0);
+    l->row = end;
+    if (end == DPOI_AMX_ROWS) l->t = NULL;
 }
+
+/* What a step has time for; all that are left, before others come. */
+DPOI_AMX static void dpoi_amx_later_some(dpoi_amx_later *l) { if (l->t) dpoi_amx_store(l, l->t->some); }
+DPOI_AMX static void dpoi_amx_later_all(dpoi_amx_later *l)  { if (l->t) dpoi_amx_store(l, DPOI_AMX_ROWS); }
 
 /* ---- products
 
@@ -13261,7 +13287,10 @@ DPOI_AMX static void dpoi_amx_sums_save(float *c)
 typedef struct dpoi_amx_job {
     const dpoi_amx_product *t;
     int64_t slot[2];                      /* of the copy: where its halves begin */
-    dpoi_amx_pixels at;
+    int     turn, page;                   /* of done and at: the others are what is stored later */
+    dpoi_amx_pixels at[2];
+    dpoi_amx_later later;
+    float   done[2][DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
     const uint16_t *tiles[2];
     float  *c;                            /* NULL: sums are in tiles; else where they are, [32][32] */
 } dpoi_amx_job;
@@ -13287,6 +13316,12 @@ static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
         j->slot[i] = j->t->f[0].way == DPOI_AMX_SLOTTED ? dpoi_amx_slot_of(j->t, m + i*16) : m + i*16;
         if (f->steps && !j->t->kept) j->tiles[i] = f->a + m/DPOI_AMX_ROWS*f->steps*2*DPOI_TILE_SIZE;
     }
+}
+
+static void dpoi_amx_job_pixels(dpoi_amx_job *j, int64_t m)
+{
+    j->page = !j->page;
+    dpoi_amx_pixels_at(j->t, m, &j->at[j->page]);
 }
 
 /* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
@@ -13324,22 +13359,27 @@ static void dpoi_amx_fetch_add(const dpoi_amx_job *j, int64_t panel)
 {
     const dpoi_cpu_product *p = j->t->p;
     for (int i = 0; p->add && i < DPOI_AMX_ROWS; i++)
-        if (j->at.place[i] >= 0) {
-            const float *line = dpoi_amx_at(p->add, p->add_type, j->at.place[i] + panel*DPOI_PANEL);
+        if (j->at[j->page].place[i] >= 0) {
+            const float *line = dpoi_amx_at(p->add, p->add_type, j->at[j->page].place[i] + panel*DPOI_PANEL);
             DPOI_FETCH(line);
             if (p->add_type == DPO_F32) DPOI_FETCH(line + 16);
         }
 }
 
-/* The sums so far are in the tiles: the second source, then y. */
-DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_job *j, int64_t panel)
+/* The sums so far are in the tiles: the second source, then y, in the course of what comes next. */
+DPOI_AMX static void dpoi_amx_finish(dpoi_amx_job *j, int64_t panel)
 {
-    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    dpoi_amx_ahead none = { NULL, 0 };
-    if (j->t->f[1].steps) dpoi_amx_part(j, 1, panel, 0, 0, j->t->f[1].steps, &none);
-    dpoi_amx_job_save(j, c);
+    dpoi_amx_ahead ahead = { NULL, 0, NULL };
+    dpoi_amx_later *l = &j->later;
+    if (!j->c) ahead.later = l;
+    if (j->t->f[1].steps) dpoi_amx_part(j, 1, panel, 0, 0, j->t->f[1].steps, &ahead);
+    dpoi_amx_later_all(l);
+    dpoi_amx_job_save(j, j->done[j->turn]);
     DPOI_AMX_READY();
-    dpoi_amx_store(j->t, &j->at, panel*DPOI_PANEL, j->c ? j->c : c);
+    l->t = j->t;  l->at = &j->at[j->page];  l->o = panel*DPOI_PANEL;  l->row = 0;
+    l->c = j->c ? j->c : j->done[j->turn];
+    if (j->c) dpoi_amx_later_all(l);
+    j->turn = !j->turn;
 }
 
 /* Two panels and a chunk of k: tiles c0..c1-1 of channels in rows ky0..ky1-1 of the kernel. */
@@ -13380,7 +13420,7 @@ static const uint16_t *dpoi_amx_chunk_weights(const dpoi_amx_product *t, const d
 
 /* 32 slots and a chunk.  soon: where they begin that are next, or NULL; of their two panels the i-th of n blocks of
    slots calls for a share, the first half of the blocks for the first panel. */
-DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon,
+DPOI_AMX static void dpoi_amx_chunk_block(dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon,
                                           int64_t i, int64_t n)
 {
     const dpoi_amx_product *t = j->t;
@@ -13389,7 +13429,8 @@ DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_
     int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN;
     int64_t steps = t->f[0].steps;
     int64_t half = dpoi_most(1, n/2), lines = soon && i < 2*half ? dpoi_pieces(16, half) : 0;
-    dpoi_amx_ahead ahead = { NULL, 0 };
+    dpoi_amx_ahead ahead = { NULL, 0, NULL };
+    ahead.later = &j->later;
     if (lines) soon += i/half*dpoi_amx_padded(s->K)*DPOI_PANEL;
     for (int64_t ky = c->ky0; ky < c->ky1; ky++)
         for (int64_t k = c->c0; k < c->c1; k += run) {
@@ -13414,7 +13455,7 @@ DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, i
         for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
             float *at = c.first && c.last ? own : sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
             dpoi_amx_job_at(j, m);
-            if (c.last) dpoi_amx_pixels_at(t, m, &j->at);
+            if (c.last) dpoi_amx_job_pixels(j, m);
             if (c.last) dpoi_amx_fetch_add(j, c.panel);
             if (c.first) dpoi_amx_job_zero(j, at);
             else dpoi_amx_job_load(j, at);
@@ -13439,11 +13480,12 @@ DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t e
         j->tiles[i] = tiles[i];
     }
     for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-        dpoi_amx_ahead ahead = { NULL, 0 };
+        dpoi_amx_ahead ahead = { NULL, 0, NULL };
+        ahead.later = &j->later;
         dpoi_amx_job_at(j, m);
-        dpoi_amx_pixels_at(t, m, &j->at);
+        dpoi_amx_job_pixels(j, m);
         for (int i = 0; i < 2; i++)
-            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at, tiles[i]);
+            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at[j->page], tiles[i]);
         DPOI_AMX_READY();
         if (t->f[0].way == DPOI_AMX_AS_IT_LIES && m + DPOI_AMX_ROWS < end) {
             ahead.next = t->f[0].a + (m + DPOI_AMX_ROWS)*I;
@@ -13465,12 +13507,12 @@ DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
     int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block);
     float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
     dpoi_amx_job j;
-    memset(&j, 0, sizeof j);
-    j.t = t;
+    j.t = t;  j.turn = j.page = 0;  j.later.t = NULL;  j.c = NULL;
     if (t->p->cpu->isa >= DPO_ISA_AMX) dpoi_amx_begin();
     else                               j.c = c;
     if (t->kept) dpoi_amx_slots_first(&j, m, end, i);
     else         dpoi_amx_chunks(&j, m, end, i);
+    dpoi_amx_later_all(&j.later);
     if (t->stream) _mm_sfence();
     if (t->p->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
 }
