@@ -4,7 +4,7 @@
    build   cc -O2 examples/quickstart.c -o build/quickstart -lm -lpthread
    run     build/quickstart [--judge warm|soft|compact] [--seed N] [--steps N]
                             [--model DIR] [--out DIR] [--threads N] [--isa plain|avx2|avx512]
-                            [--device cpu|cuda]
+                            [--device cpu|cuda|check]
    result  quickstart.html           pictures before and after, curves, win rate, settings: one file
            quickstart-out/           what it was computed from; the numbers are prompt and picture:
              base_000_0.png ...      before                aligned_000_0.png ...  after, from the same noise
@@ -560,14 +560,14 @@ static int find_isa(const char *name, int *isa)
     return fail("--isa is plain, avx2 or avx512, not \"%.40s\"", name);
 }
 
-/* cuda: in builds with -DDIFFDPO_CUDA and diffdpo_cuda.cu, see there. */
+/* cuda: in builds with -DDIFFDPO_CUDA and diffdpo_cuda.cu, see there; 2: each call is compared with the CPU's. */
 static int find_device(const char *name, int *cuda)
 {
-    *cuda = !strcmp(name, "cuda");
+    *cuda = !strcmp(name, "check") ? 2 : !strcmp(name, "cuda");
 #ifndef DIFFDPO_CUDA
     if (*cuda) return fail("this build has no CUDA; diffdpo_cuda.cu says how to make one");
 #endif
-    return *cuda || !strcmp(name, "cpu") ? 1 : fail("--device is cpu or cuda, not \"%.40s\"", name);
+    return *cuda || !strcmp(name, "cpu") ? 1 : fail("--device is cpu, cuda or check, not \"%.40s\"", name);
 }
 
 static int set_option(run *r, const char *name, const char *value)
@@ -607,6 +607,7 @@ static int prepare(run *r)
     d.isa = r->s.isa;
 #ifdef DIFFDPO_CUDA
     if (r->s.cuda) d.backend = dpo_cuda_open(0, DIFFDPO_VERSION);
+    if (r->s.cuda > 1) d.backend = dpo_check_open(d.backend, dpo_cpu_open(NULL), 1e-4f);
 #endif
     if (!(r->c = dpo_open(&d))) return fail("out of memory");
     r->m = dpo_model_load(r->c, r->s.model, DPO_F32);

@@ -1,8 +1,8 @@
 /* parity.c - does diffdpo.h compute what diffusers, transformers and PyTorch compute?
 
    build   cc -O2 tests/parity.c -o build/parity -lm -lpthread
-   run     build/parity DIR [--isa plain|avx2|avx512] [--threads N] [--device cpu|cuda]
-           cuda: built with -DDIFFDPO_CUDA and diffdpo_cuda.cu
+   run     build/parity DIR [--isa plain|avx2|avx512] [--threads N] [--device cpu|cuda|check]
+           cuda: built with -DDIFFDPO_CUDA and diffdpo_cuda.cu; check: every call of it beside the CPU's
    DIR     a folder that make_golden.py wrote: a pipeline case, schedules, or scorer
    output  a line a check: name  error  tolerance  ok | FAIL, or name  skip  reason; exit status 1 on a failure
 
@@ -23,6 +23,7 @@ static dpo_ctx *open_context(void)
 {
 #ifdef DIFFDPO_CUDA
     if (cuda) desc.backend = dpo_cuda_open(0, DIFFDPO_VERSION);
+    if (cuda > 1) desc.backend = dpo_check_open(desc.backend, dpo_cpu_open(NULL), 1e-4f);
 #endif
     return dpo_open(&desc);
 }
@@ -806,7 +807,7 @@ static void check_scorer(void)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: parity DIR [--isa plain|avx2|avx512] [--threads N] [--device cpu|cuda]\n");
+    fprintf(stderr, "usage: parity DIR [--isa plain|avx2|avx512] [--threads N] [--device cpu|cuda|check]\n");
     return 2;
 }
 
@@ -818,7 +819,7 @@ int main(int argc, char **argv)
         if (strcmp(argv[i], "--isa") == 0 && i + 1 < argc) {
             if (!(desc.isa = one_of(argv[++i], isas, 4)) && strcmp(argv[i], "best") != 0) return usage();
         } else if (strcmp(argv[i], "--device") == 0 && i + 1 < argc) {
-            cuda = strcmp(argv[++i], "cuda") == 0;
+            cuda = strcmp(argv[++i], "check") == 0 ? 2 : strcmp(argv[i], "cuda") == 0;
             if (!cuda && strcmp(argv[i], "cpu") != 0) return usage();
         } else if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc) desc.threads = atoi(argv[++i]);
         else if (argv[i][0] != '-' && !dir) dir = argv[i];

@@ -1,15 +1,19 @@
 #!/bin/sh
 # test_cuda.sh - diffdpo_cuda.cu: on the CPU through a stand-in for CUDA, by nvcc for every architecture, on a GPU if there is one.
 #
-#   sh tests/test_cuda.sh            all three
+#   sh tests/test_cuda.sh            all three, all of it
+#   sh tests/test_cuda.sh quick      two minutes: fewer shapes and runs; of nvcc one architecture, without linking.  So, too, where
+#                                    CUDA_ARCHS is set, as run.sh's default suite does
 #   sh tests/test_cuda.sh device     on the GPU alone: op tests, reference vectors, quickstart, compute-sanitizer, the comparison
 #                                    with PyTorch; run.sh knows it as cuda_device
 #
-# 1. The stand-in (tests/cuda_stand_in.h): op tests, whole networks and training runs against the reference vectors, replayed
-#    steps, errors.  Needs g++ alone.  Loads that are not aligned end a program with signal 4.
+# 1. The stand-in (tests/cuda_stand_in.h): op tests, whole networks and training runs against the reference vectors, and call by
+#    call against the CPU, replayed steps, errors.  Needs g++ alone.  Loads that are not aligned end a program with signal 4.
+#    Shapes come from SEED, which is the day's number unless it is set.  All: cuDNN's and NCCL's places, too, and the
+#    latent networks.
 # 2. nvcc: compiles without a warning for sm_80, sm_89, sm_90 and sm_100, as one fat object, and for the first of them with cuDNN
-#    and NCCL where their headers are; no kernel spills many registers; every example links.  CUDA_ARCHS="90" chooses some architectures
-#    (then only bench is linked), "none" none.  All of them take a quarter of an hour of one processor.
+#    and NCCL where their headers are; no kernel spills many registers; every example links.  CUDA_ARCHS="90" chooses some
+#    architectures, "none" none.  One takes a minute of a processor.
 # 3. A GPU: the same programs on it, and more.  Skipped loudly where there is none.
 # Environment: CC (cc), CXX (g++), PEER_PYTHON (a Python with torch, diffusers and peft, for the comparison).
 # The last line is N passed, N failed, N skipped.
@@ -17,7 +21,11 @@ cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc}
 CXX=${CXX:-g++}
 W="-Wall -Wextra"
+quick=
+if [ "${1:-}" = quick ] || [ "${CUDA_ARCHS:-}" ]; then quick=1; fi
+seed=${SEED:-$(($(date +%s) / 86400))}
 work=build/cuda
+log=$work/log
 passed=0 failed=0 skipped=0
 mkdir -p $work
 
@@ -28,20 +36,20 @@ skip() { echo "SKIPPED $1"; skipped=$((skipped + 1)); }
 step() {
     name=$1
     shift
-    if "$@" >$work/log 2>&1 && ! grep -q 'warning' $work/log; then passed=$((passed + 1)); echo "ok    $name"
-    else failed=$((failed + 1)); echo "FAIL  $name"; tail -n 20 $work/log | sed 's/^/      /'; return 1; fi
+    if "$@" >$log 2>&1 && ! grep -q 'warning' $log; then passed=$((passed + 1)); echo "ok    $name"
+    else failed=$((failed + 1)); echo "FAIL  $name"; tail -n 20 $log | sed 's/^/      /'; return 1; fi
 }
 
 # counts NAME COMMAND...: a program that ends with the line of counts, which are added.
 counts() {
     name=$1
     shift
-    "$@" >$work/log 2>&1
+    "$@" >$log 2>&1
     status=$?
-    last=$(grep -E '^[0-9]+ passed, [0-9]+ failed' $work/log | tail -n 1)
-    grep -E 'FAIL|SKIPPED' $work/log | head -n 10
+    last=$(grep -E '^[0-9]+ passed, [0-9]+ failed' $log | tail -n 1)
+    grep -E 'FAIL|SKIPPED' $log | head -n 10
     if [ -z "$last" ] || { [ $status -ne 0 ] && [ "${last#*passed, 0 failed}" != "$last" ]; }; then
-        echo "FAIL  $name: ended with status $status"; tail -n 5 $work/log; failed=$((failed + 1)); return
+        echo "FAIL  $name: ended with status $status"; tail -n 5 $log; failed=$((failed + 1)); return
     fi
     echo "ok    $name: $last"
     passed=$((passed + ${last%% passed*}))
@@ -51,18 +59,43 @@ counts() {
 
 # ------------------------------------------------------------------------------------------------ stand-in
 
+# stand_in_object FILE ARGUMENTS...: the backend as a C++ compiler sees it.
+stand_in_object() {
+    file=$1
+    shift
+    # shellcheck disable=SC2086
+    $CXX -std=c++11 -O2 -fno-strict-aliasing -fsanitize=alignment -fsanitize-undefined-trap-on-error $W \
+        -DDIFFDPO_CUDA_STAND_IN "$@" -x c++ -c diffdpo_cuda.cu -o "$file"
+}
+
+# stand_in_program NAME OBJECT PROGRAM ARGUMENTS...: the CPU beside it in plain C, which is the oracle anyway.
+stand_in_program() {
+    name=$1 object=$2 program=$3
+    shift 3
+    # shellcheck disable=SC2086
+    $CC -O1 $W -DDIFFDPO_CUDA -DSTAND_IN -DDIFFDPO_NO_SIMD "$@" "tests/$name.c" "$object" -o "$program" -lstdc++ -lm -lpthread
+}
+
 stand_in() {
-    if have "$CXX"; then
-        if step "the backend compiles as C++11" \
-                $CXX -std=c++11 -O2 -fno-strict-aliasing -fsanitize=alignment -fsanitize-undefined-trap-on-error $W -DDIFFDPO_CUDA_STAND_IN -x c++ -c diffdpo_cuda.cu -o $work/stand_in.o; then
-            for p in test_ops parity cuda/checks; do
-                step "$p with the stand-in" $CC -O1 $W -DDIFFDPO_CUDA -DSTAND_IN tests/$p.c $work/stand_in.o -o $work/"$(basename $p)" -lstdc++ -lm -lpthread
-            done
-            counts "ops" $work/test_ops
-            counts "networks and training runs" $work/parity tests/golden/pixels --device cuda
-            counts "types, steps, errors" $work/checks
-        fi
-    else skip "the stand-in: no $CXX"; fi
+    have "$CXX" || { skip "the stand-in: no $CXX"; return; }
+    step "the backend compiles as C++11" stand_in_object $work/stand_in.o || return
+    for p in test_ops parity cuda/checks; do
+        step "$p with the stand-in" stand_in_program $p $work/stand_in.o $work/"$(basename $p)"
+    done
+    counts "ops" $work/test_ops
+    if [ "$quick" ]; then
+        counts "networks and training runs, call by call" $work/parity tests/golden/pixels --device check
+        counts "types, steps, errors, seed $seed" $work/checks "$seed" quick
+        return
+    fi
+    for d in tests/golden/pixels ../shared/golden/sd15; do
+        if [ -d $d ]; then counts "$d" $work/parity $d --device cuda; fi
+    done
+    counts "networks and training runs, call by call" $work/parity tests/golden/pixels --device check
+    counts "types, steps, errors, seed $seed" $work/checks "$seed" 408
+    step "with cuDNN's and NCCL's places" stand_in_object $work/more_stand_in.o -DDIFFDPO_CUDNN -DDIFFDPO_NCCL &&
+        step "checks with them" stand_in_program cuda/checks $work/more_stand_in.o $work/more_checks -DDIFFDPO_CUDNN -DDIFFDPO_NCCL &&
+        for part in types "sums over"; do counts "$part, with them" $work/more_checks "$seed" 204 "$part"; done
 }
 
 # ------------------------------------------------------------------------------------------------ nvcc
@@ -77,7 +110,7 @@ compiled() {
     shift 2
     # shellcheck disable=SC2086
     step "$name" "$nvcc" $strict "$@" -c diffdpo_cuda.cu -o "$file" || return 1
-    spills=$(grep -c '[1-9][0-9][0-9][0-9]* bytes spill stores' $work/log)
+    spills=$(grep -c '[1-9][0-9][0-9][0-9]* bytes spill stores' $log)
     if [ "$spills" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAIL  $name: $spills kernels spill 100 bytes and more"; fi
 }
 
@@ -86,18 +119,17 @@ nvcc_all() {
     [ -x "$nvcc" ] || { skip "nvcc is not installed"; return; }
     include=$(dirname "$(dirname "$nvcc")")/include
     archs=${CUDA_ARCHS:-80 89 90 100}
+    [ ! "$quick" ] || archs=${CUDA_ARCHS:-90}
     fat=
     for a in $archs; do fat="$fat -gencode arch=compute_$a,code=sm_$a"; done
     # shellcheck disable=SC2086
-    if compiled "nvcc, for sm_$(echo "$archs" | sed "s/ /, sm_/g") as one fat object" $work/fat.o $fat; then
-        examples=bench
-        [ -n "${CUDA_ARCHS:-}" ] || examples="bench train sample quickstart"
-        for e in $examples; do
+    if compiled "nvcc, for sm_$(echo "$archs" | sed "s/ /, sm_/g") as one fat object" $work/fat.o $fat && [ ! "$quick" ]; then
+        for e in bench train sample quickstart; do
             step "examples/$e.c links with it" "$nvcc" -O1 -DDIFFDPO_CUDA "examples/$e.c" $work/fat.o -lcublas -lcublasLt -lpthread -o "$work/${e}_fat"
         done
     fi
     a=${archs%% *}
-    [ -z "${CUDA_ARCHS:-}" ] || { skip "cuDNN and NCCL: only where CUDA_ARCHS names no architecture"; return; }
+    [ ! "$quick" ] || return
     if [ -f "$include/cudnn.h" ] && [ -f "$include/nccl.h" ]; then
         compiled "nvcc, with cuDNN and NCCL" $work/more.o "-arch=sm_$a" -DDIFFDPO_CUDNN -DDIFFDPO_NCCL &&
             step "an example links with them" "$nvcc" -O1 -DDIFFDPO_CUDA examples/bench.c $work/more.o -lcublasLt -lcudnn -lnccl -lpthread -o $work/bench_more
@@ -116,10 +148,10 @@ gpu_program() {
 # compare WORK DTYPE OURS THEIRS: a line of ../shared/bench/compare.py, each side at its own batch.
 compare() {
     if "$PEER_PYTHON" ../shared/bench/compare.py $work/gpu_bench "$PEER_PYTHON" "$1" --dtype "$2" --device cuda --batch "$3" \
-            --peer-args="--compile --channels_last --batch $4" >$work/log 2>&1; then
+            --peer-args="--compile --channels_last --batch $4" >$log 2>&1; then
         passed=$((passed + 1))
-        grep "^$1" $work/log
-    else failed=$((failed + 1)); echo "FAIL  compare $1"; tail -n 5 $work/log; fi
+        grep "^$1" $log
+    else failed=$((failed + 1)); echo "FAIL  compare $1"; tail -n 5 $log; fi
 }
 
 device() {
@@ -136,8 +168,10 @@ device() {
     for d in tests/golden/* ../shared/golden/*; do
         if [ -d "$d" ]; then counts "$d on the GPU" $work/gpu_parity "$d" --device cuda; fi
     done
+    counts "each call beside the CPU's" $work/gpu_parity tests/golden/pixels --device check
     [ "$1" = all ] || return
-    gpu_program quickstart && step "quickstart on the GPU" $work/gpu_quickstart --device cuda --steps 20 --model examples/emoji --out $work
+    gpu_program quickstart && step "quickstart, each call beside the CPU's" $work/gpu_quickstart --device check --steps 2 --model examples/emoji --out $work
+    [ -x $work/gpu_quickstart ] && step "quickstart on the GPU" $work/gpu_quickstart --device cuda --steps 20 --model examples/emoji --out $work
     if have compute-sanitizer; then
         for tool in memcheck racecheck synccheck initcheck; do
             step "compute-sanitizer, $tool" compute-sanitizer --tool $tool --error-exitcode 9 $work/gpu_checks 1 34
@@ -151,7 +185,18 @@ device() {
     else skip "the comparison with PyTorch: PEER_PYTHON is not set"; fi
 }
 
+# nvcc beside the stand-in: two processors have time for both.
+both() {
+    (log=$work/nvcc.log; nvcc_all >$work/nvcc.out; echo "$passed $failed $skipped" >$work/nvcc.counts) &
+    stand_in
+    wait
+    cat $work/nvcc.out
+    read -r p f s <$work/nvcc.counts
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+}
+
 if [ "${1:-}" = device ]; then device all
+elif [ "$quick" ]; then both; device some
 else stand_in; nvcc_all; device some; fi
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]
