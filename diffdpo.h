@@ -3642,7 +3642,11 @@ typedef struct dpoi_text {                /* a growing text; zero it and set c t
 } dpoi_text;
 
 static void dpoi_text_start(dpoi_text *t, dpo_ctx *c) { memset(t, 0, sizeof *t); t->c = c; }
-DPOI_APART static void dpoi_text_free(dpoi_text *t) { dpoi_release(t->c, t->at, (size_t)t->room); dpoi_text_start(t, t->c); }
+DPOI_APART static void dpoi_text_free(dpoi_text *t)
+{
+    dpoi_release(t->c, t->at, (size_t)t->room);
+    dpoi_text_start(t, t->c);
+}
 
 /* The one function that grows a text.  After a failure all others do nothing: one check at the end is enough. */
 static int dpoi_text_bytes(dpoi_text *t, const char *p, size_t n)
@@ -3658,7 +3662,10 @@ static int dpoi_text_bytes(dpoi_text *t, const char *p, size_t n)
     return 1;
 }
 
-DPOI_APART DPOI_UNUSED static int dpoi_text_add(dpoi_text *t, const char *s) { return dpoi_text_bytes(t, s, strlen(s)); }
+DPOI_APART DPOI_UNUSED static int dpoi_text_add(dpoi_text *t, const char *s)
+{
+    return dpoi_text_bytes(t, s, strlen(s));
+}
 DPOI_UNUSED static int dpoi_text_format(dpoi_text *t, const char *fmt, ...) DPOI_PRINTF(2, 3);
 
 /* As printf, up to 1023 bytes.  Not for %f, %e, %g, which obey the host's locale: dpoi_text_number does not.
@@ -5913,7 +5920,8 @@ DPOI_APART DPO_DEF dpo_tensor *dpo_tensor_new(dpo_ctx *c, int dtype, int rank, c
 }
 
 /* `values` are copied before this returns; a failed write leaves a temporary behind that its scope frees. */
-DPOI_APART DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values)
+DPOI_APART DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape,
+                                               const void *values)
 {
     dpo_tensor *x = shape && values ? dpoi_temp(c, dtype, rank, shape, 0, NULL) : NULL;
     return x && dpo_write(x, values) ? x : NULL;
@@ -9452,7 +9460,7 @@ static void dpoi_job_task(void *arg, int64_t i)
 /* Units 0..n-1, of `size` floats each, so many at a time that a task is worth handing out.
    step depends on the units' size alone: the cut is the same for any number of threads. */
 DPOI_APART static void dpoi_cut(dpoi_cpu *cpu, const dpo_args *a, int64_t n, int64_t size, const void *more,
-                     void (*fn)(const dpoi_job *j, int64_t from, int64_t to))
+                                void (*fn)(const dpoi_job *j, int64_t from, int64_t to))
 {
     dpoi_job j;
     j.cpu = cpu;  j.a = a;  j.more = more;  j.fn = fn;  j.n = n;

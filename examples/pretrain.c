@@ -11,6 +11,7 @@
    The vocabulary is trained first, by byte-pair merging of the training captions; then the UNet and the text encoder
    learn together, by the objective of arXiv 2006.11239 with v prediction (2202.00512); what is saved is the moving
    average of their weights.  Pictures whose captions are "held" are never seen. */
+#include <stdio.h>
 #define DIFFDPO_IMPLEMENTATION
 #include "../diffdpo.h"
 

@@ -129,6 +129,9 @@ for e in examples/*.c; do
     [ -f "$e" ] && check "build line of $e" "head -n 12 $root/$e | grep -qE '^ +build +cc -O2 $e -o [a-z_/]+ '"
 done
 
+# Programs that run.sh builds only when they are asked for by name.
+for t in fullsize trainer_memory; do check "tests/$t.c" "$first -fsyntax-only -Wall -Wextra -Werror $root/tests/$t.c"; done
+
 # ------------------------------------------------------------------------------------------------ Windows, WebAssembly
 
 win=x86_64-w64-mingw32-gcc

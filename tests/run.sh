@@ -11,6 +11,8 @@
 #   sh tests/run.sh --install    first install the compilers that are missing (Debian, as root), then run
 #   sh tests/run.sh --list       the names
 #
+# Programs that use no name with dpoi_ are linked with one object of the implementation (SHARED below), the others
+# include it; of those only the ones that test or time kernels are optimised as far as CFLAGS says, the rest with -O1.
 # Environment: CC (cc), CFLAGS (-O2), JOBS (2).  What a test prints is kept in build/log/NAME.txt.
 # The last line is the sum over the tests: N passed, N failed, N skipped.  Exit status 1 if any failed.
 cd "$(dirname "$0")/.." || exit 1
@@ -30,20 +32,44 @@ source_of() { if [ -f "tests/$1.c" ]; then echo "tests/$1.c"; else echo "example
 
 # ------------------------------------------------------------------------------------------------ building
 
+SHARED="tiny_model test_events test_models test_samplers winrate convert emoji_quality pretrain quickstart sample train"
+QUICK="fuzz interop fullsize trainer_memory test_data test_files test_formats test_train test_vae"
+
+# among WORD LIST; prepare_shared: build/use is a copy of tests/ and examples/ without the line that asks for the
+# implementation, and a source with nothing else.
+among() { case " $2 " in *" $1 "*) ;; *) return 1 ;; esac; }
+prepare_shared() {
+    mkdir -p build/use/tests build/use/examples
+    ln -sf ../../diffdpo.h build/use/diffdpo.h
+    for f in tests/*.[ch] examples/*.[ch]; do
+        sed 's/^#define DIFFDPO_IMPLEMENTATION.*//' "$f" >build/use/part
+        if cmp -s build/use/part "build/use/$f"; then :; else mv build/use/part "build/use/$f"; fi
+    done
+    rm -f build/use/part
+    echo '#define DIFFDPO_IMPLEMENTATION' >build/use/implementation.c
+    echo '#include "../../diffdpo.h"' >>build/use/implementation.c
+}
+
 # build_one FOLDER NAME: FOLDER/NAME from its source, if that or a header is newer.  FOLDER chooses the compiler.
+# NAME `implementation` is the object that those of SHARED are linked with.
 build_one() {
-    out=$1/$2 src=$(source_of "$2") cc=$CC flags=$CFLAGS libs="-lm -lpthread" log=build/log/build-$2.txt
+    out=$1/$2 src=$(source_of "$2") cc=$CC flags=$CFLAGS libs="-lm -lpthread" log=build/log/build-$2.txt object=
+    if among "$2" "$QUICK" && [ "$CFLAGS" = -O2 ]; then flags=-O1; fi
+    if among "$2" "$SHARED"; then src=build/use/$src object=$1/implementation.o; fi
+    if [ "$2" = implementation ]; then out=$out.o src=build/use/implementation.c object=-c; fi
     case $1 in
     build/asan) cc=$SANITIZING flags="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
                 log=build/log/build-asan-$2.txt ;;
     build/valgrind) flags="-g -O1" log=build/log/build-valgrind-$2.txt ;;
-    build/wine) cc=x86_64-w64-mingw32-gcc flags="-O2 -static" libs="-lm" out=$out.exe log=build/log/build-wine-$2.txt ;;
+    build/wine) cc=x86_64-w64-mingw32-gcc flags="-O2 -static" libs="-lm" log=build/log/build-wine-$2.txt ;;
     esac
+    if [ "$1" = build/wine ] && [ "$2" != implementation ]; then out=$out.exe; fi
+    [ "$object" != -c ] || libs=
     [ -n "$cc" ] || return 1
     mkdir -p "$1" build/log
     if [ -f "$out" ] && [ -z "$(find "$src" diffdpo.h tests/*.h examples/*.h -newer "$out" 2>/dev/null)" ]; then return 0; fi
     # shellcheck disable=SC2086
-    if $cc $flags -Wall -Wextra "$src" -o "$out.part" $libs >"$log" 2>&1 && mv "$out.part" "$out"; then
+    if $cc $flags -Wall -Wextra "$src" $object -o "$out.part" $libs >"$log" 2>&1 && mv "$out.part" "$out"; then
         return 0
     fi
     echo "FAIL build of $2:"
@@ -57,7 +83,13 @@ build() {
     folder=$1
     shift
     [ $# -gt 0 ] || return 0
-    printf '%s\n' "$@" | xargs -n 1 -P "$JOBS" sh tests/run.sh --one "$folder"
+    mine= shared=
+    for p in "$@"; do if among "$p" "$SHARED"; then shared="$shared $p"; else mine="$mine $p"; fi; done
+    [ -z "$shared" ] || { prepare_shared; mine="implementation $mine"; }
+    # shellcheck disable=SC2086
+    printf '%s\n' $mine | xargs -n 1 -P "$JOBS" sh tests/run.sh --one "$folder"
+    # shellcheck disable=SC2086
+    [ -z "$shared" ] || printf '%s\n' $shared | xargs -n 1 -P "$JOBS" sh tests/run.sh --one "$folder"
 }
 
 sanitizing_compiler() {
@@ -129,6 +161,20 @@ run_logged() {
     "$@" >"$log" 2>&1
     status=$?
     count "$name" $status "$log" $(($(date +%s) - start))
+}
+
+# later NAME COMMAND...: the same without the counting, for a process beside this one; `collect NAME` counts it.
+later() {
+    name=$1
+    shift
+    start=$(date +%s)
+    "$@" >"build/log/$name.txt" 2>&1
+    echo "$? $(($(date +%s) - start))" >"build/log/$name.done"
+}
+collect() {
+    status=1 seconds=0
+    read -r status seconds <"build/log/$1.done"
+    count "$1" "$status" "build/log/$1.txt" "$seconds"
 }
 
 skip() {
@@ -263,22 +309,26 @@ run_named() {
 }
 LONG="isa asan valgrind wine fuzz-long quickstart"
 
+# Compilers keep one processor busy while the programs run: the three tests that compile most run beside the others.
+BESIDE="test_cuda test_arm compile"
 run_default() {
     # shellcheck disable=SC2046
-    build build $(programs)
+    build build $(programs | grep -vxE 'fullsize|trainer_memory')       # compile.sh parses these
     for p in $(programs); do
         case $p in test_*|fuzz|parity|tiny_model|interop|fullsize|trainer_memory|winrate) continue ;; esac
         if [ -f "build/$p" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi      # that it builds is its test
     done
-    for t in $(tests); do run_program build "$t" "$t"; done
     CUDA_ARCHS=${CUDA_ARCHS:-90}        # by name, test_cuda compiles for all
     export CUDA_ARCHS
-    for t in $(scripts); do run_logged "$t" sh "tests/$t.sh"; done
+    ( for t in $BESIDE; do rm -f "build/log/$t.done"; JOBS=1 later "$t" sh "tests/$t.sh"; done ) &
+    for t in $(tests); do run_program build "$t" "$t"; done
+    for t in $(scripts); do among "$t" "$BESIDE" || run_logged "$t" sh "tests/$t.sh"; done
     # shellcheck disable=SC2086
     run_parity build/parity parity $GOLDEN --
     run_named interop
     run_named header
-    run_named compile
+    wait
+    for t in $BESIDE; do collect "$t"; done
 }
 
 # ------------------------------------------------------------------------------------------------ command line
