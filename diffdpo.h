@@ -11439,7 +11439,7 @@ typedef struct dpoi_tile {
     const dpoi_segment *seg;
     int     segs, rows;                   /* rows up to the next 8 (or 6) are read and computed, not stored */
     int     spaced;                       /* 1: row i of a lies at i*DPOI_SPACED, not i; at most 16 rows */
-    int     lanes;                        /* of the last panel, 1..16: what may be written */
+    int     panels, lanes;                /* lanes of the last panel, 1..16: what may be written */
     int64_t shift;                        /* floats added to every a */
     int64_t to_step;
     float  *to[DPOI_TILE_ROWS];
@@ -11496,12 +11496,19 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
             DPOI_ROWS24(DPOI_FMA)
         }
     }
-    if (t->bias || t->vec[0]) {           /* the rare case in a loop, the others row by row */
+    if (t->vec[0]) {                      /* the rare case in a loop, the others row by row */
         float c[DPOI_TILE_ROWS*16];
 #define DPOI_STORE(i) if (i < R) _mm512_storeu_ps(c + i*16, c##i);
         DPOI_ROWS24(DPOI_STORE)
 #undef DPOI_STORE
         for (int i = 0; i < t->rows; i++) dpoi_store_avx512(t, i, j, lanes, _mm512_loadu_ps(c + i*16));
+    } else if (t->bias) {
+        const __m512 bias = _mm512_maskz_loadu_ps(lanes, t->bias + j*16);
+#define DPOI_STORE(i) if (i < R && i < t->rows) { \
+        if (t->from[0]) c##i = _mm512_add_ps(c##i, _mm512_maskz_loadu_ps(lanes, t->from[i] + at)); \
+        _mm512_mask_storeu_ps(t->to[i] + at, lanes, _mm512_add_ps(c##i, bias)); }
+        DPOI_ROWS24(DPOI_STORE)
+#undef DPOI_STORE
     } else if (t->from[0]) {
 #define DPOI_STORE(i) if (i < R && i < t->rows) \
         _mm512_mask_storeu_ps(t->to[i] + at, lanes, \
@@ -11517,11 +11524,11 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
 #undef DPOI_FMA
 }
 
-/* One copy of the kernel for each size of a tile, and one for strips that lie in rows. */
-DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int panels)
+/* Panels j..end-1, by a copy of the kernel for each size of a tile, and for strips that lie in rows. */
+DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int j, int end)
 {
-    for (int j = 0; j < panels; j++) {
-        __mmask16 lanes = (__mmask16)((1u << (j < panels - 1 ? DPOI_PANEL : t->lanes)) - 1);
+    for (; j < end; j++) {
+        __mmask16 lanes = (__mmask16)((1u << (j < t->panels - 1 ? DPOI_PANEL : t->lanes)) - 1);
         if (t->spaced && t->rows > 8) dpoi_tile_avx512(t, j, lanes, 16, DPOI_SPACED);
         else if (t->spaced)    dpoi_tile_avx512(t, j, lanes, 8, DPOI_SPACED);
         else if (t->rows > 16) dpoi_tile_avx512(t, j, lanes, 24, 1);
@@ -11569,10 +11576,10 @@ DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int lanes, cons
 #undef DPOI_STORE
 }
 
-DPOI_256 static void dpoi_tile_run_8(const dpoi_tile *t, int panels)
+DPOI_256 static void dpoi_tile_run_8(const dpoi_tile *t, int j, int end)
 {
-    for (int j = 0; j < panels; j++) {
-        int lanes = j < panels - 1 ? DPOI_PANEL : t->lanes;
+    for (; j < end; j++) {
+        int lanes = j < t->panels - 1 ? DPOI_PANEL : t->lanes;
         if (t->spaced) dpoi_tile_8(t, j, lanes, DPOI_SPACED);
         else           dpoi_tile_8(t, j, lanes, 1);
     }
@@ -11615,16 +11622,16 @@ static void dpoi_strip_pack(const float *const *row, int rows, int64_t n, float 
 static int64_t dpoi_tile_groups(int64_t O) { return dpoi_pieces(dpoi_pieces(O, DPOI_PANEL), DPOI_TILE_PANELS); }
 
 /* Only called where an instruction set is there: the plain path ends before. */
-static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int panels)
+static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int j, int end)
 {
 #if defined(DPOI_SIMD_X86)
-    if (cpu->isa >= DPO_ISA_AVX512) dpoi_tile_run_avx512(t, panels);
-    else                            dpoi_tile_run_8(t, panels);
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_tile_run_avx512(t, j, end);
+    else                            dpoi_tile_run_8(t, j, end);
 #elif defined(DPOI_SIMD_256)
     (void)cpu;
-    dpoi_tile_run_8(t, panels);
+    dpoi_tile_run_8(t, j, end);
 #else
-    (void)cpu;  (void)t;  (void)panels;
+    (void)cpu;  (void)t;  (void)j;  (void)end;
 #endif
 }
 
@@ -11643,7 +11650,7 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
     dpoi_segment s;
     dpoi_tile t;
     t.seg = &s;  t.segs = 1;  t.spaced = 0;  t.lanes = DPOI_PANEL;  t.shift = 0;  t.to_step = DPOI_PANEL;
-    t.bias = t.vec[0] = NULL;
+    t.bias = t.vec[0] = NULL;  t.panels = (int)(p->width/DPOI_PANEL);
     s.a = p->a;  s.b = p->b;  s.len = p->len;
     s.a_step = p->a_step;  s.b_step = p->b_step;  s.panel_step = p->panel_step;
     for (int64_t m = 0; m < p->rows; m += rows, s.a += p->a_tile) {
@@ -11653,7 +11660,7 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
             t.from[i] = p->from ? p->from + (m + i)*p->to_row : NULL;
             t.vec[i] = NULL;
         }
-        dpoi_tile_run(cpu, &t, (int)(p->width/DPOI_PANEL));
+        dpoi_tile_run(cpu, &t, 0, t.panels);
     }
 }
 
@@ -11748,16 +11755,25 @@ static void dpoi_product_pack(const dpoi_cpu_product *p, const dpoi_source *s, c
     }
 }
 
-/* Calls for what a tile is going to read of the first source.  Worth it where kernel places hardly overlap.
-   Rows of the next tile, while this one computes. */
-static void dpoi_product_fetch(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t k0, int64_t k1)
+/* What is wanted next, part by part while a tile computes: rows of the next tile, where kernel places hardly overlap, and
+   a share of the weights of the next chunk. */
+typedef struct dpoi_ahead {
+    dpoi_pixels at;                       /* no rows: this tile is the last, */
+    int64_t k0, k1;                       /* which read these values of k */
+    int64_t panel, panels, w0, w1;        /* weights: panels, and values of k */
+} dpoi_ahead;
+
+/* Part i of n. */
+static void dpoi_ahead_fetch(const dpoi_cpu_product *p, const dpoi_ahead *h, int64_t i, int64_t n)
 {
     const dpoi_source *s = p->source;
-    if (s->kh*s->kw > 1) return;
-    for (int i = 0; i < at->rows; i++) {
-        const float *x = s->x + ((at->n[i]*s->H + at->y[i]*s->stride)*s->W + at->x[i]*s->stride)*s->I;
-        for (int64_t k = k0; k < k1 && k < s->K; k += DPOI_PANEL) DPOI_FETCH(x + k);
+    int64_t row = h->at.rows*i/n, rows = s->kh*s->kw > 1 ? 0 : h->at.rows*(i + 1)/n;
+    for (; row < rows; row++) {
+        const float *x = s->x + ((h->at.n[row]*s->H + h->at.y[row]*s->stride)*s->W + h->at.x[row]*s->stride)*s->I;
+        for (int64_t k = h->k0; k < h->k1 && k < s->K; k += DPOI_PANEL) DPOI_FETCH_FAR(x + k);
     }
+    for (int64_t j = h->panels*i/n; j < h->panels*(i + 1)/n; j++)
+        for (int64_t k = h->w0; k < h->w1 && k < s->K; k++) DPOI_FETCH_FAR(s->w + ((h->panel + j)*s->K + k)*DPOI_PANEL);
 }
 
 /* Where the chunk ends that starts at k, on the line of both sources' k one after the other.
@@ -11782,14 +11798,14 @@ static void dpoi_product_segment(const dpoi_cpu_product *p, const dpoi_source *s
    The first chunk adds bias, vec and residual, the others what y holds; the last applies the
    activation, while the tile is still in the first-level cache. */
 static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t panel, int64_t panels,
-                              int64_t k0, int64_t k1, float *strip)
+                              int64_t k0, int64_t k1, float *strip, const dpoi_ahead *ahead)
 {
     dpoi_segment seg[2];
     dpoi_tile t;
     int64_t K = p->source[0].K, o = panel*DPOI_PANEL, width = dpoi_least(panels*DPOI_PANEL, p->O - o);
     int first = k0 == 0, last = k1 == K + p->source[1].K;
     t.seg = seg;  t.segs = 0;  t.rows = at->rows;  t.spaced = 0;  t.shift = 0;  t.to_step = DPOI_PANEL;
-    t.lanes = (int)(width - (panels - 1)*DPOI_PANEL);
+    t.panels = (int)panels;  t.lanes = (int)(width - (panels - 1)*DPOI_PANEL);
     if (k0 < K) dpoi_product_segment(p, p->source, at, panel, k0, dpoi_least(k1, K), strip, seg + t.segs++);
     if (k1 > K) {
         int64_t lo = k0 > K ? k0 - K : 0, used = k0 < K ? (K - k0)*dpoi_tile_step(p->cpu) : 0;
@@ -11802,19 +11818,12 @@ static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, 
         t.from[i] = !first ? t.to[i] : p->add ? p->add + place : NULL;
         t.vec[i] = first && p->vec ? p->vec + at->n[i]*p->O + o : NULL;
     }
-    dpoi_tile_run(p->cpu, &t, (int)panels);
+    for (int j = 0; j < t.panels; j++) {
+        dpoi_ahead_fetch(p, ahead, j, panels);
+        dpoi_tile_run(p->cpu, &t, j, j + 1);
+    }
     for (int i = 0; last && p->act != DPO_NONE && i < at->rows; i++)
         p->cpu->rows.map(p->act, width, t.to[i], NULL, NULL, NULL, t.to[i], 0);
-}
-
-/* Calls for part i of n of the weights that the chunk k0 <= k < k1 reads, while the chunk before is computed. */
-static void dpoi_product_ahead(const dpoi_cpu_product *p, int64_t panel, int64_t panels, int64_t k0, int64_t k1,
-                               int64_t i, int64_t n)
-{
-    const dpoi_source *s = p->source;
-    k1 = dpoi_least(k1, s->K);
-    for (int64_t j = panels*i/n; j < panels*(i + 1)/n; j++)
-        for (int64_t k = k0; k < k1; k++) DPOI_FETCH_FAR(s->w + ((panel + j)*s->K + k)*DPOI_PANEL);
 }
 
 /* A job is `block` pixels by `span` panels; jobs that share weights are neighbours.
@@ -11828,18 +11837,19 @@ static void dpoi_product_task(void *arg, int64_t i)
     float strip[(DPOI_CHUNK + DPOI_EXTRA)*DPOI_TILE_ROWS];
     int64_t rows = dpoi_tile_rows(p->cpu), tiles = dpoi_pieces(end - m0, rows);
     do {
-        int64_t then;
+        dpoi_ahead h;
         next = dpoi_product_next(p, k);
-        then = dpoi_product_next(p, next);
+        h.k0 = h.w0 = k;  h.k1 = h.w1 = next;
+        if (next < all) { h.w0 = next;  h.w1 = dpoi_product_next(p, next); }
         for (int64_t m = m0; m < end; m += rows) {
-            dpoi_pixels at, after;
+            int64_t tile = (m - m0)/rows;
+            dpoi_pixels at;
             dpoi_pixels_at(p, m, end, &at);
-            if (m + rows < end) {
-                dpoi_pixels_at(p, m + rows, end, &after);
-                dpoi_product_fetch(p, &after, k, next);
-            }
-            if (next < all) dpoi_product_ahead(p, panel, panels, next, then, (m - m0)/rows, tiles);
-            dpoi_product_tile(p, &at, panel, panels, k, next, strip);
+            h.at.rows = 0;
+            if (m + rows < end) dpoi_pixels_at(p, m + rows, end, &h.at);
+            h.panel = panel + panels*tile/tiles;
+            h.panels = next < all ? panel + panels*(tile + 1)/tiles - h.panel : 0;
+            dpoi_product_tile(p, &at, panel, panels, k, next, strip, &h);
         }
         k = next;
     } while (k < all);
@@ -12028,7 +12038,7 @@ static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t til
     int64_t panel = p->panels*group/p->groups, next = p->panels*(group + 1)/p->groups, rows = p->rows;
     dpoi_tile t;
     memset(&t, 0, sizeof t);
-    t.seg = j->seg;  t.lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
+    t.seg = j->seg;  t.panels = (int)(next - panel);  t.lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
     for (int64_t tap = 0; tap < p->kh*p->kw; tap++) {
         t.segs = dpoi_outer_segments(p, tap/p->kw, tap % p->kw, j);
         for (int64_t i = tile; i < end; i++) {
@@ -12039,7 +12049,7 @@ static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t til
                 t.to[r] = dw + place + r*DPOI_PANEL;
                 t.from[r] = from ? from + place + r*DPOI_PANEL : NULL;
             }
-            dpoi_tile_run(p->cpu, &t, (int)(next - panel));
+            dpoi_tile_run(p->cpu, &t, 0, t.panels);
         }
     }
 }
@@ -12497,7 +12507,7 @@ static void dpoi_wino_multiply(const dpoi_winograd *w, const float *v, const flo
     dpoi_segment s;
     dpoi_tile t;
     t.seg = &s;  t.segs = 1;  t.spaced = 1;  t.shift = 0;  t.to_step = DPOI_PANEL;  t.lanes = DPOI_PANEL;
-    t.bias = t.vec[0] = NULL;
+    t.bias = t.vec[0] = NULL;  t.panels = panels;
     s.b = u;  s.len = n;  s.a_step = 1;  s.b_step = DPOI_PANEL;  s.panel_step = w->chunk*DPOI_PANEL;
     for (int64_t m = 0; m < tiles; m += rows) {
         t.rows = (int)dpoi_least(rows, tiles - m);
@@ -12507,7 +12517,7 @@ static void dpoi_wino_multiply(const dpoi_winograd *w, const float *v, const flo
             t.from[i] = more ? t.to[i] : NULL;
             t.vec[i]  = NULL;
         }
-        dpoi_tile_run(w->p->cpu, &t, panels);
+        dpoi_tile_run(w->p->cpu, &t, 0, panels);
     }
 }
 
