@@ -11343,7 +11343,7 @@ typedef struct dpoi_segment {
     int64_t len, a_step, b_step, panel_step;
 } dpoi_segment;
 
-/* to, from and vec are per row, bias and panel steps per channel; a tile is up to 24 rows, one panel after the other. */
+/* to, from and vec are per row, bias and panel steps per channel; a tile is up to 24 rows, panel after panel. */
 typedef struct dpoi_tile {
     const dpoi_segment *seg;
     int     segs, rows;                   /* rows up to the next 8 (or 6) are read and computed, not stored */
@@ -11544,9 +11544,9 @@ static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int j, int en
 #endif
 }
 
-/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[k*a_step + i] b[k*b_step + o], the rows of
-   a in strips a_tile apart.  b is dense (panel_step 16) or panels of `width` lanes, a multiple of 16; from is NULL or laid
-   out as to. */
+/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[k*a_step + i] b[k*b_step + o].
+   The rows of a lie in strips a_tile apart; b is dense (panel_step 16) or panels, of `width` lanes, a multiple of 16; from
+   is NULL or laid out as to. */
 typedef struct dpoi_block_product {
     const float *a, *b, *from;
     float  *to;
