@@ -11434,7 +11434,7 @@ typedef struct dpoi_segment {
     int64_t len, a_step, b_step, panel_step;
 } dpoi_segment;
 
-/* to, from and vec are per row, bias and panel steps per channel; a tile is up to 24 rows, one panel after the other. */
+/* to, from and vec are per row, bias and panel steps per channel; a tile is up to 24 rows, panel after panel. */
 typedef struct dpoi_tile {
     const dpoi_segment *seg;
     int     segs, rows;                   /* rows up to the next 8 (or 6) are read and computed, not stored */
@@ -11635,9 +11635,9 @@ static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int j, int en
 #endif
 }
 
-/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[k*a_step + i] b[k*b_step + o], the rows of
-   a in strips a_tile apart.  b is dense (panel_step 16) or panels of `width` lanes, a multiple of 16; from is NULL or laid
-   out as to. */
+/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[k*a_step + i] b[k*b_step + o].
+   The rows of a lie in strips a_tile apart; b is dense (panel_step 16) or panels, of `width` lanes, a multiple of 16;
+   from is NULL or laid out as to. */
 typedef struct dpoi_block_product {
     const float *a, *b, *from;
     float  *to;
@@ -11697,7 +11697,7 @@ enum {
     DPOI_EXTRA   = 64,                    /* and so many more if the second source then shares the last chunk */
     DPOI_SPAN    = 24,                    /* panels of a job: x is packed once for them */
     DPOI_HELD    = 1 << 17,               /* floats of y that a job adds to chunk after chunk */
-    DPOI_BLOCK   = 192,                   /* the fewest pixels of a job that takes several chunks, if there are as many: */
+    DPOI_BLOCK   = 192,                   /* the fewest pixels of a job of several chunks, if there are as many: */
     DPOI_BRIEF   = 96,                    /* weights come from far for each job; or only one chunk */
     DPOI_JOB     = 4000000,               /* multiplications and additions that are worth a job: some 40 us */
     DPOI_JOBS    = 48,                    /* jobs wanted, */
@@ -11755,8 +11755,8 @@ static void dpoi_product_pack(const dpoi_cpu_product *p, const dpoi_source *s, c
     }
 }
 
-/* What is wanted next, part by part while a tile computes: rows of the next tile, where kernel places hardly overlap, and
-   a share of the weights of the next chunk. */
+/* What is wanted next, part by part while a tile computes: rows of the next tile, where kernel places hardly overlap,
+   and a share of the weights of the next chunk. */
 typedef struct dpoi_ahead {
     dpoi_pixels at;                       /* no rows: this tile is the last, */
     int64_t k0, k1;                       /* which read these values of k */
@@ -14642,8 +14642,8 @@ static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const f
     }
 }
 
-/* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis, which come in strips; `from` is the
-   first row of one. */
+/* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis, which come in strips;
+   `from` is the first row of one. */
 static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *pack,
                              int64_t from, int64_t rows, float *s)
 {
@@ -14663,7 +14663,8 @@ static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const flo
     dpoi_block_product b;
     b.a = x + u->across_at + from*g->d;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
     b.rows = g->d;  b.width = u->wide;  b.len = rows;
-    b.a_tile = dpoi_tile_rows(g->cpu);  b.a_step = g->d;  b.b_step = DPOI_LANES;  b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
+    b.a_tile = dpoi_tile_rows(g->cpu);  b.a_step = g->d;  b.b_step = DPOI_LANES;
+    b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &b);
 }
 
