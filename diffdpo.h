@@ -8051,25 +8051,25 @@ DPOI_256 DPOI_INLINE void dpoi_narrow_256(int dtype, dpoi_f256 x, uint16_t *h)
     _mm_storeu_si128((__m128i *)(void *)h, dtype == DPO_F16 ? _mm256_cvtps_ph(x, 0) : _mm256_castsi256_si128(r));
 }
 
-/* y[c*y_step + r] = x[r*x_step + c] of 8 by 8: pairs, then fours, then halves change places. */
-DPOI_256 static void dpoi_transpose_256(const float *x, int64_t x_step, float *y, int64_t y_step)
+/* y[c*y_step + r] = row[r][k + c] of 8 by 8: pairs, then fours, then halves change places.  Names for registers, as in
+   the tile kernel. */
+DPOI_256 static void dpoi_turn_256(const float *const *row, int64_t k, float *y, int64_t y_step)
 {
-    __m256 r[8], p[8];
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(x + i*x_step);
-    for (int i = 0; i < 8; i += 2) {
-        p[i]     = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        r[i]     = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(y + i*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(y + (i + 4)*y_step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-    }
+#define DPOI_PAIR(i, j) \
+    __m256 a##i = _mm256_loadu_ps(row[i] + k), a##j = _mm256_loadu_ps(row[j] + k); \
+    __m256 p##i = _mm256_unpacklo_ps(a##i, a##j), p##j = _mm256_unpackhi_ps(a##i, a##j);
+#define DPOI_FOUR(i, j, l, m) \
+    __m256 q##i = _mm256_shuffle_ps(p##i, p##l, 0x44), q##j = _mm256_shuffle_ps(p##i, p##l, 0xee); \
+    __m256 q##l = _mm256_shuffle_ps(p##j, p##m, 0x44), q##m = _mm256_shuffle_ps(p##j, p##m, 0xee);
+#define DPOI_HALF(i, j) \
+    _mm256_storeu_ps(y + i*y_step, _mm256_permute2f128_ps(q##i, q##j, 0x20)); \
+    _mm256_storeu_ps(y + j*y_step, _mm256_permute2f128_ps(q##i, q##j, 0x31));
+    DPOI_PAIR(0, 1) DPOI_PAIR(2, 3) DPOI_PAIR(4, 5) DPOI_PAIR(6, 7)
+    DPOI_FOUR(0, 1, 2, 3) DPOI_FOUR(4, 5, 6, 7)
+    DPOI_HALF(0, 4) DPOI_HALF(1, 5) DPOI_HALF(2, 6) DPOI_HALF(3, 7)
+#undef DPOI_PAIR
+#undef DPOI_FOUR
+#undef DPOI_HALF
 }
 #endif /* DPOI_SIMD_X86 */
 
@@ -8229,15 +8229,14 @@ DPOI_INLINE void dpoi_narrow_256(int dtype, dpoi_f256 x, uint16_t *h)
     vst1_u16(h + 4, dpoi_narrow_128(dtype, x.h));
 }
 
-/* y[c*y_step + r] = x[r*x_step + c] of 8 by 8, as four blocks of 4 by 4: pairs change places, then fours. */
-static void dpoi_transpose_256(const float *x, int64_t x_step, float *y, int64_t y_step)
+/* y[c*y_step + r] = row[r][k + c] of 8 by 8, as four blocks of 4 by 4: pairs change places, then fours. */
+static void dpoi_turn_256(const float *const *row, int64_t k, float *y, int64_t y_step)
 {
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 8; j += 4) {
-            const float *from = x + i*x_step + j;
             float *to = y + j*y_step + i;
-            float32x4x2_t p = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + x_step));
-            float32x4x2_t q = vtrnq_f32(vld1q_f32(from + 2*x_step), vld1q_f32(from + 3*x_step));
+            float32x4x2_t p = vtrnq_f32(vld1q_f32(row[i] + k + j), vld1q_f32(row[i + 1] + k + j));
+            float32x4x2_t q = vtrnq_f32(vld1q_f32(row[i + 2] + k + j), vld1q_f32(row[i + 3] + k + j));
             vst1q_f32(to,            vcombine_f32(vget_low_f32(p.val[0]), vget_low_f32(q.val[0])));
             vst1q_f32(to + y_step,   vcombine_f32(vget_low_f32(p.val[1]), vget_low_f32(q.val[1])));
             vst1q_f32(to + 2*y_step, vcombine_f32(vget_high_f32(p.val[0]), vget_high_f32(q.val[0])));
@@ -8245,6 +8244,16 @@ static void dpoi_transpose_256(const float *x, int64_t x_step, float *y, int64_t
         }
 }
 #endif /* DPOI_SIMD_NEON */
+
+#ifdef DPOI_SIMD_256
+/* y[c*y_step + r] = x[r*x_step + c] of 8 by 8. */
+DPOI_256 static void dpoi_transpose_256(const float *x, int64_t x_step, float *y, int64_t y_step)
+{
+    const float *row[8];
+    for (int i = 0; i < 8; i++) row[i] = x + i*x_step;
+    dpoi_turn_256(row, 0, y, y_step);
+}
+#endif
 /* ==========================================================================================================
    >>impl rows                                                     loops over floats, one set an instruction set
    ========================================================================================================== */
@@ -11403,30 +11412,35 @@ static int64_t dpoi_most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ------------------------------------------------------------------------------------------ the tile kernel
 
-   All fast products are sums of outer products of a few rows with a few panels, held in registers from first to last:
+   All fast products are sums of outer products of a few rows with panels, held in registers from first to last:
 
-     c[i][o] = sum over segments, sum_{k < len} row[i][k*a_step] * b[k*b_step + panel*panel_step + o]
+     c[i][o] = sum over segments, sum_{k < len} a[k*a_step + i] * b[k*b_step + panel*panel_step + o]
      to[i][panel*to_step + o] = c + from[i][...] + bias[o] + vec[i][o]
 
-   Rows are pointers, so a convolution reads its input where it lies: a segment is one place (ky,kx) of the kernel, its
-   rows the input pixels under it, and a pixel outside of the image a row of zeros.  Each c is summed by one lane in the
-   order of k, wherever in a tile it falls: no result depends on its neighbours, on the batch, or on the threads. */
+   The rows of a lie side by side for each k, a strip: a multiplication then takes its factor from memory by itself, so
+   that AVX-512 spends one instruction on it (and one on b for 24 of them); processors whose two threads share a decoder
+   are bound by that.  Strips are packed from wherever pixels lie, with zeros for those outside of the image.  Each c is
+   summed by one lane in the order of k, wherever in a tile it falls: no result depends on its neighbours, on the batch,
+   or on the threads. */
 
-enum { DPOI_TILE_ROWS = 8, DPOI_TILE_PANELS = 3 };         /* the most of any instruction set */
+enum {
+    DPOI_TILE_ROWS = 24, DPOI_TILE_PANELS = 3,          /* the most rows of any instruction set; panels of a group */
+    DPOI_SPACED = 144                     /* floats between the rows of a strip that lies [rows][k] */
+};
 
-/* row[i][k*a_step] and b[k*b_step] for k < len; panel_step: from one panel of b to the next. */
+/* a[k*a_step + i] and b[k*b_step] for k < len; panel_step: from one panel of b to the next. */
 typedef struct dpoi_segment {
-    const float *row[DPOI_TILE_ROWS], *b;
+    const float *a, *b;
     int64_t len, a_step, b_step, panel_step;
 } dpoi_segment;
 
-/* to, from and vec are per row, bias and panel steps per channel; a tile is up to 8 rows by 3 panels
-   of 16 channels. */
+/* to, from and vec are per row, bias and panel steps per channel; a tile is up to 24 rows, one panel after the other. */
 typedef struct dpoi_tile {
     const dpoi_segment *seg;
-    int     segs, rows;                   /* rows beyond these are read and computed, not stored */
-    int     b_lanes, to_lanes;            /* of the last panel, 1..16: what may be read of b and written */
-    int64_t panel, shift;                 /* the first panel; floats added to every row pointer */
+    int     segs, rows;                   /* rows up to the next 8 (or 6) are read and computed, not stored */
+    int     spaced;                       /* 1: row i of a lies at i*DPOI_SPACED, not i; at most 16 rows */
+    int     panels, lanes;                /* lanes of the last panel, 1..16: what may be written */
+    int64_t shift;                        /* floats added to every a */
     int64_t to_step;
     float  *to[DPOI_TILE_ROWS];
     const float *from[DPOI_TILE_ROWS], *vec[DPOI_TILE_ROWS], *bias;       /* all rows or none; NULL: nothing to add */
@@ -11443,75 +11457,84 @@ typedef struct dpoi_tile {
 /* Names for registers: a compiler keeps an array of accumulators in memory unless it unrolls every loop over it. */
 #define DPOI_ROWS8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define DPOI_ROWS6(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define DPOI_ROWS24(X) DPOI_ROWS8(X) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) \
+                       X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23)
 
 #ifdef DPOI_SIMD_X86
 
-/* Reads and writes only the lanes that exist: the last panel of y may end in mid-register.  extras: 0
-   nothing to add, 1 `from` alone, 2 ask for each. */
-DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int extras, int i, int j, __mmask16 lanes, __m512 c)
+/* to = c + from + bias + vec, where there are those. */
+DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int i, int j, __mmask16 lanes, __m512 c)
 {
-    if (extras == 1 || (extras && t->from[i]))
-        c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->from[i] + j*t->to_step));
-    if (extras > 1 && t->bias)   c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->bias + j*16));
-    if (extras > 1 && t->vec[i]) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->vec[i] + j*16));
+    if (t->from[i]) c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->from[i] + j*t->to_step));
+    if (t->bias)    c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->bias + j*16));
+    if (t->vec[i])  c = _mm512_add_ps(c, _mm512_maskz_loadu_ps(lanes, t->vec[i] + j*16));
     _mm512_mask_storeu_ps(t->to[i] + j*t->to_step, lanes, c);
 }
 
-/* 8 rows by P panels: 8*P accumulators, P registers of b and one of a, of 32.
-   Each step of k: P loads of b, 8 broadcasts of a, 8*P fused multiply-adds.  P is constant where this
-   is inlined, so that the branches on it vanish. */
-DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, const int P)
+/* R rows by panel j: R accumulators and a register of b, of 32.
+   Each step of k: a load of b, R multiplications that broadcast a.  R and row are constant where this is inlined, so
+   that the branches on them vanish.  Reads and writes only the lanes that exist: the last panel of y may end in
+   mid-register. */
+DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask16 lanes, const int R, const int row)
 {
-    const __mmask16 all = 0xffff, end = (__mmask16)((1u << t->b_lanes) - 1);
-    const __mmask16 lanes = (__mmask16)((1u << t->to_lanes) - 1);
     const __m512 zero = _mm512_setzero_ps();
-#define DPOI_ZERO(i) __m512 c##i##0 = zero, c##i##1 = zero, c##i##2 = zero;
-    DPOI_ROWS8(DPOI_ZERO)
+    const int64_t at = j*t->to_step;
+    for (int i = 0; i < t->rows; i++) {   /* wanted at the end, and no order that the processor could foresee */
+        DPOI_FETCH(t->to[i] + at);
+        if (t->from[0] && t->from[0] != t->to[0]) DPOI_FETCH(t->from[i] + at);
+    }
+#define DPOI_ZERO(i) __m512 c##i = zero;
+    DPOI_ROWS24(DPOI_ZERO)
     for (int s = 0; s < t->segs; s++) {
         const dpoi_segment *g = t->seg + s;
-        int64_t a_step = g->a_step, b_step = g->b_step, step = g->panel_step, last = g->len*a_step;
-        const float *b = g->b + t->panel*step;
-#define DPOI_ROW(i) const float *r##i = g->row[i] + t->shift;
-        DPOI_ROWS8(DPOI_ROW)
-        for (int64_t k = 0; k != last; k += a_step, b += b_step) {
-            DPOI_FETCH(b + 128);          /* eight steps ahead where b is panels */
-            if (P > 1) DPOI_FETCH(b + step + 128);
-            if (P > 2) DPOI_FETCH(b + 2*step + 128);
-            __m512 a, b0 = P == 1 ? _mm512_maskz_loadu_ps(end, b) : _mm512_loadu_ps(b), b1 = zero, b2 = zero;
-            if (P > 1) b1 = P == 2 ? _mm512_maskz_loadu_ps(end, b + step) : _mm512_loadu_ps(b + step);
-            if (P > 2) b2 = _mm512_maskz_loadu_ps(end, b + 2*step);
-#define DPOI_FMA(i) a = _mm512_set1_ps(r##i[k]);  c##i##0 = _mm512_fmadd_ps(a, b0, c##i##0); \
-            if (P > 1) c##i##1 = _mm512_fmadd_ps(a, b1, c##i##1); \
-            if (P > 2) c##i##2 = _mm512_fmadd_ps(a, b2, c##i##2);
-            DPOI_ROWS8(DPOI_FMA)
+        const float *a = g->a + t->shift, *b = g->b + j*g->panel_step;
+        const int64_t a_step = g->a_step, b_step = g->b_step;
+        for (int64_t k = g->len; k; k--, a += a_step, b += b_step) {
+            __m512 w = _mm512_loadu_ps(b);
+            DPOI_FETCH(b + 256);          /* sixteen steps ahead where b is panels */
+#define DPOI_FMA(i) if (i < R) c##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i*row]), w, c##i);
+            DPOI_ROWS24(DPOI_FMA)
         }
     }
-#define DPOI_STORE(i) if (i < t->rows) { \
-        dpoi_store_avx512(t, extras, i, 0, P == 1 ? lanes : all, c##i##0); \
-        if (P > 1) dpoi_store_avx512(t, extras, i, 1, P == 2 ? lanes : all, c##i##1); \
-        if (P > 2) dpoi_store_avx512(t, extras, i, 2, lanes, c##i##2); }
-    if (t->bias || t->vec[0]) {           /* once, in place of three questions an element */
-        const int extras = 2;
-        DPOI_ROWS8(DPOI_STORE)
+    if (t->vec[0]) {                      /* the rare case in a loop, the others row by row */
+        float c[DPOI_TILE_ROWS*16];
+#define DPOI_STORE(i) if (i < R) _mm512_storeu_ps(c + i*16, c##i);
+        DPOI_ROWS24(DPOI_STORE)
+#undef DPOI_STORE
+        for (int i = 0; i < t->rows; i++) dpoi_store_avx512(t, i, j, lanes, _mm512_loadu_ps(c + i*16));
+    } else if (t->bias) {
+        const __m512 bias = _mm512_maskz_loadu_ps(lanes, t->bias + j*16);
+#define DPOI_STORE(i) if (i < R && i < t->rows) { \
+        if (t->from[0]) c##i = _mm512_add_ps(c##i, _mm512_maskz_loadu_ps(lanes, t->from[i] + at)); \
+        _mm512_mask_storeu_ps(t->to[i] + at, lanes, _mm512_add_ps(c##i, bias)); }
+        DPOI_ROWS24(DPOI_STORE)
+#undef DPOI_STORE
     } else if (t->from[0]) {
-        const int extras = 1;
-        DPOI_ROWS8(DPOI_STORE)
+#define DPOI_STORE(i) if (i < R && i < t->rows) \
+        _mm512_mask_storeu_ps(t->to[i] + at, lanes, \
+                              _mm512_add_ps(c##i, _mm512_maskz_loadu_ps(lanes, t->from[i] + at)));
+        DPOI_ROWS24(DPOI_STORE)
+#undef DPOI_STORE
     } else {
-        const int extras = 0;
-        DPOI_ROWS8(DPOI_STORE)
+#define DPOI_STORE(i) if (i < R && i < t->rows) _mm512_mask_storeu_ps(t->to[i] + at, lanes, c##i);
+        DPOI_ROWS24(DPOI_STORE)
+#undef DPOI_STORE
     }
 #undef DPOI_ZERO
-#undef DPOI_ROW
 #undef DPOI_FMA
-#undef DPOI_STORE
 }
 
-/* One copy of the kernel for each number of panels. */
-DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int panels)
+/* Panels j..end-1, by a copy of the kernel for each size of a tile, and for strips that lie in rows. */
+DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int j, int end)
 {
-    if (panels == 3)      dpoi_tile_avx512(t, 3);
-    else if (panels == 2) dpoi_tile_avx512(t, 2);
-    else                  dpoi_tile_avx512(t, 1);
+    for (; j < end; j++) {
+        __mmask16 lanes = (__mmask16)((1u << (j < t->panels - 1 ? DPOI_PANEL : t->lanes)) - 1);
+        if (t->spaced && t->rows > 8) dpoi_tile_avx512(t, j, lanes, 16, DPOI_SPACED);
+        else if (t->spaced)    dpoi_tile_avx512(t, j, lanes, 8, DPOI_SPACED);
+        else if (t->rows > 16) dpoi_tile_avx512(t, j, lanes, 24, 1);
+        else if (t->rows > 8)  dpoi_tile_avx512(t, j, lanes, 16, 1);
+        else                   dpoi_tile_avx512(t, j, lanes, 8, 1);
+    }
 }
 
 #endif /* DPOI_SIMD_X86 */
@@ -11527,27 +11550,21 @@ DPOI_256 DPOI_INLINE void dpoi_store_8(const dpoi_tile *t, int i, int j, int o, 
     dpoi_write_some_256(t->to[i] + at, lanes, c);
 }
 
-/* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16.
-   Masks of b are needed only where b is no panel and may end early; masked loads are slower, hence two
-   copies. */
-DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int b_lanes, int lanes, const int masked)
+/* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16.  row is constant where this is inlined. */
+DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int lanes, const int row)
 {
-    const dpoi_m256 low = dpoi_lanes_256(b_lanes), high = dpoi_lanes_256(b_lanes - 8);
     const dpoi_m256 to_low = dpoi_lanes_256(lanes), to_high = dpoi_lanes_256(lanes - 8);
     const dpoi_f256 zero = dpoi_zero_256();
 #define DPOI_ZERO(i) dpoi_f256 c##i##0 = zero, c##i##1 = zero;
     DPOI_ROWS6(DPOI_ZERO)
     for (int s = 0; s < t->segs; s++) {
         const dpoi_segment *g = t->seg + s;
-        int64_t a_step = g->a_step, b_step = g->b_step, last = g->len*a_step;
-        const float *b = g->b + (t->panel + j)*g->panel_step;
-#define DPOI_ROW(i) const float *r##i = g->row[i] + t->shift;
-        DPOI_ROWS6(DPOI_ROW)
-        for (int64_t k = 0; k != last; k += a_step, b += b_step) {
-            dpoi_f256 a, b0 = masked ? dpoi_read_some_256(b, low) : dpoi_read_256(b);
-            dpoi_f256 b1 = masked ? dpoi_read_some_256(b + 8, high) : dpoi_read_256(b + 8);
-#define DPOI_FMA(i) a = dpoi_all_256(r##i[k]); \
-            c##i##0 = dpoi_fma_256(a, b0, c##i##0);  c##i##1 = dpoi_fma_256(a, b1, c##i##1);
+        const float *a = g->a + t->shift, *b = g->b + j*g->panel_step;
+        const int64_t a_step = g->a_step, b_step = g->b_step;
+        for (int64_t k = g->len; k; k--, a += a_step, b += b_step) {
+            dpoi_f256 x, b0 = dpoi_read_256(b), b1 = dpoi_read_256(b + 8);
+#define DPOI_FMA(i) x = dpoi_all_256(a[i*row]); \
+            c##i##0 = dpoi_fma_256(x, b0, c##i##0);  c##i##1 = dpoi_fma_256(x, b1, c##i##1);
             DPOI_ROWS6(DPOI_FMA)
         }
     }
@@ -11555,18 +11572,17 @@ DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int b_lanes, in
         dpoi_store_8(t, i, j, 0, to_low, c##i##0);  dpoi_store_8(t, i, j, 8, to_high, c##i##1); }
     DPOI_ROWS6(DPOI_STORE)
 #undef DPOI_ZERO
-#undef DPOI_ROW
 #undef DPOI_FMA
 #undef DPOI_STORE
 }
 
-/* Panel after panel: 16 registers do not hold more than one. */
-DPOI_256 static void dpoi_tile_run_8(const dpoi_tile *t, int panels)
+DPOI_256 static void dpoi_tile_run_8(const dpoi_tile *t, int j, int end)
 {
-    for (int j = 0; j < panels; j++)
-        if (j < panels - 1) dpoi_tile_8(t, j, DPOI_PANEL, DPOI_PANEL, 0);
-        else if (t->b_lanes == DPOI_PANEL) dpoi_tile_8(t, j, DPOI_PANEL, t->to_lanes, 0);
-        else dpoi_tile_8(t, j, t->b_lanes, t->to_lanes, 1);
+    for (; j < end; j++) {
+        int lanes = j < t->panels - 1 ? DPOI_PANEL : t->lanes;
+        if (t->spaced) dpoi_tile_8(t, j, lanes, DPOI_SPACED);
+        else           dpoi_tile_8(t, j, lanes, 1);
+    }
 }
 #endif /* DPOI_SIMD_256 */
 
@@ -11584,59 +11600,67 @@ static void dpoi_transpose(int64_t rows, int64_t columns, const float *x, int64_
         for (int64_t c = r < r8 ? c8 : 0; c < columns; c++) y[c*y_step + r] = x[r*x_step + c];
 }
 
-/* Rows that an instruction set holds in registers. */
-static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? 8 : 6; }
+/* Rows that an instruction set holds in registers, and the numbers of a strip for each k, which come in eights. */
+static int dpoi_tile_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? DPOI_TILE_ROWS : 6; }
+static int dpoi_tile_step(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? DPOI_TILE_ROWS : 8; }
+
+/* to[k*step + i] = row[i][k] for k < n: `rows` of them, a multiple of 8. */
+static void dpoi_strip_pack(const float *const *row, int rows, int64_t n, float *to, int64_t step)
+{
+    for (int i = 0; i < rows; i += 8) {
+        int64_t k = 0;
+#ifdef DPOI_SIMD_256
+        for (; k + 8 <= n; k += 8) dpoi_turn_256(row + i, k, to + k*step + i, step);
+#endif
+        for (; k < n; k++)
+            for (int j = i; j < i + 8; j++) to[k*step + j] = row[j][k];
+    }
+}
 
 /* Panels go into groups of at most 3, of even sizes; group g is panels first..end-1.
    Even sizes: 4 panels are 2 + 2, not 3 + 1, for a tile of one panel uses the registers badly. */
 static int64_t dpoi_tile_groups(int64_t O) { return dpoi_pieces(dpoi_pieces(O, DPOI_PANEL), DPOI_TILE_PANELS); }
 
 /* Only called where an instruction set is there: the plain path ends before. */
-static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int panels)
+static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int j, int end)
 {
 #if defined(DPOI_SIMD_X86)
-    if (cpu->isa >= DPO_ISA_AVX512) dpoi_tile_run_avx512(t, panels);
-    else                            dpoi_tile_run_8(t, panels);
+    if (cpu->isa >= DPO_ISA_AVX512) dpoi_tile_run_avx512(t, j, end);
+    else                            dpoi_tile_run_8(t, j, end);
 #elif defined(DPOI_SIMD_256)
     (void)cpu;
-    dpoi_tile_run_8(t, panels);
+    dpoi_tile_run_8(t, j, end);
 #else
-    (void)cpu;  (void)t;  (void)panels;
+    (void)cpu;  (void)t;  (void)j;  (void)end;
 #endif
 }
 
-/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[i*a_row + k*a_step] b[k*b_step + o].
-   b is dense (panel_step 16) or panels; from is NULL or laid out as to. */
+/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[k*a_step + i] b[k*b_step + o], the rows of
+   a in strips a_tile apart.  b is dense (panel_step 16) or panels of `width` lanes, a multiple of 16; from is NULL or laid
+   out as to. */
 typedef struct dpoi_block_product {
     const float *a, *b, *from;
     float  *to;
-    int64_t rows, width, len, a_row, a_step, b_step, panel_step, to_row;
+    int64_t rows, width, len, a_tile, a_step, b_step, panel_step, to_row;
 } dpoi_block_product;
 
-/* Rows beyond the last repeat the first one of the tile, so that all pointers are valid. */
 static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product *p)
 {
     int rows = dpoi_tile_rows(cpu);
-    int64_t panels = dpoi_pieces(p->width, DPOI_PANEL), groups = dpoi_tile_groups(p->width);
     dpoi_segment s;
     dpoi_tile t;
-    memset(&t, 0, sizeof t);
-    t.seg = &s;  t.segs = 1;  t.to_step = DPOI_PANEL;
-    s.b = p->b;  s.len = p->len;  s.a_step = p->a_step;  s.b_step = p->b_step;  s.panel_step = p->panel_step;
-    for (int64_t m = 0; m < p->rows; m += rows) {
+    t.seg = &s;  t.segs = 1;  t.spaced = 0;  t.lanes = DPOI_PANEL;  t.shift = 0;  t.to_step = DPOI_PANEL;
+    t.bias = t.vec[0] = NULL;  t.panels = (int)(p->width/DPOI_PANEL);
+    s.a = p->a;  s.b = p->b;  s.len = p->len;
+    s.a_step = p->a_step;  s.b_step = p->b_step;  s.panel_step = p->panel_step;
+    for (int64_t m = 0; m < p->rows; m += rows, s.a += p->a_tile) {
         t.rows = (int)dpoi_least(rows, p->rows - m);
-        for (int i = 0; i < rows; i++) s.row[i] = p->a + (m + (i < t.rows ? i : 0))*p->a_row;
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t end = panels*(g + 1)/groups;
-            t.panel = panels*g/groups;
-            t.b_lanes = t.to_lanes = (int)dpoi_least(DPOI_PANEL, p->width - (end - 1)*DPOI_PANEL);
-            for (int i = 0; i < t.rows; i++) {
-                int64_t place = (m + i)*p->to_row + t.panel*DPOI_PANEL;
-                t.to[i] = p->to + place;
-                t.from[i] = p->from ? p->from + place : NULL;
-            }
-            dpoi_tile_run(cpu, &t, (int)(end - t.panel));
+        for (int i = 0; i < t.rows; i++) {
+            t.to[i] = p->to + (m + i)*p->to_row;
+            t.from[i] = p->from ? p->from + (m + i)*p->to_row : NULL;
+            t.vec[i] = NULL;
         }
+        dpoi_tile_run(cpu, &t, 0, t.panels);
     }
 }
 
@@ -11665,15 +11689,19 @@ typedef struct dpoi_cpu_product {
     float  *room;                         /* for AMX: scratch, see dpoi_conv_room, */
     int     y_type, add_type;             /* and other types than F32 */
     int64_t M, panels, groups, block, blocks, span;        /* how the work is cut, see dpoi_product_run */
+    int64_t chunk[2];                     /* values of k of each source between two visits to y */
 } dpoi_cpu_product;
 
 enum {
-    DPOI_CHUNK   = 1024,                  /* values of k between two visits to y: 48 channels of them fill 192 KiB */
-    DPOI_TAPS    = 32,                    /* places of the kernel in one chunk, */
-    DPOI_EXTRA   = 16,                    /* and of the second source, if it shares the last chunk */
-    DPOI_CACHED  = 1 << 18,               /* floats of weights that a job keeps in its second-level cache */
+    DPOI_CHUNK   = 320,                   /* values of k between two visits to y: 24 rows of them fill 30 KiB, */
+    DPOI_EXTRA   = 64,                    /* and so many more if the second source then shares the last chunk */
+    DPOI_SPAN    = 24,                    /* panels of a job: x is packed once for them */
+    DPOI_HELD    = 1 << 17,               /* floats of y that a job adds to chunk after chunk */
+    DPOI_BLOCK   = 192,                   /* the fewest pixels of a job that takes several chunks, if there are as many: */
+    DPOI_BRIEF   = 96,                    /* weights come from far for each job; or only one chunk */
     DPOI_JOB     = 4000000,               /* multiplications and additions that are worth a job: some 40 us */
-    DPOI_JOBS    = 48                     /* jobs wanted */
+    DPOI_JOBS    = 48,                    /* jobs wanted, */
+    DPOI_FEW     = 8                      /* and for which x is packed more often */
 };
 
 /* The pixels of one tile. */
@@ -11682,11 +11710,13 @@ typedef struct dpoi_pixels {
     int64_t n[DPOI_TILE_ROWS], y[DPOI_TILE_ROWS], x[DPOI_TILE_ROWS];
 } dpoi_pixels;
 
-/* Rows beyond the last pixel repeat the first. */
-static void dpoi_pixels_at(const dpoi_cpu_product *p, int64_t m, int64_t end, int rows, dpoi_pixels *at)
+/* Rows beyond the last pixel repeat the first, up to a whole strip. */
+static void dpoi_pixels_at(const dpoi_cpu_product *p, int64_t m, int64_t end, dpoi_pixels *at)
 {
     int64_t x = m % p->X, y = m/p->X % p->Y, n = m/(p->X*p->Y);
-    at->rows = (int)dpoi_least(rows, end - m);
+    int rows = (int)dpoi_least(dpoi_tile_rows(p->cpu), end - m);
+    at->rows = rows;
+    rows = (rows + 7)/8*8;
     for (int i = 0; i < rows; i++) {
         at->n[i] = n;  at->y[i] = y;  at->x[i] = x;
         if (i >= at->rows) { at->n[i] = at->n[0];  at->y[i] = at->y[0];  at->x[i] = at->x[0]; }
@@ -11705,125 +11735,153 @@ static int dpoi_pixels_inside(const dpoi_source *s, const dpoi_pixels *at, int r
     return 1;
 }
 
-/* Segments for k0 <= k < k1 of one source.
-   Returns how many; at most DPOI_TAPS + 2 for a chunk, which the array below has room for. */
-static int dpoi_product_segments(const dpoi_cpu_product *p, const dpoi_source *s, const dpoi_pixels *at, int rows,
-                                 int64_t k0, int64_t k1, dpoi_segment *seg)
+/* The strip for k0 <= k < k1 of one source. */
+static void dpoi_product_pack(const dpoi_cpu_product *p, const dpoi_source *s, const dpoi_pixels *at, int64_t k0,
+                              int64_t k1, float *to)
 {
-    int inside = dpoi_pixels_inside(s, at, rows), count = 0;
+    int rows = (at->rows + 7)/8*8, step = dpoi_tile_step(p->cpu), inside = dpoi_pixels_inside(s, at, rows);
     int64_t run = inside ? s->kw*s->I : s->I;
+    const float *row[DPOI_TILE_ROWS];
     while (k0 < k1) {
         int64_t tap = k0/s->I, ky = tap/s->kw, kx = tap % s->kw, end = dpoi_least((k0/run + 1)*run, k1);
-        dpoi_segment *g = seg + count++;
-        g->b = s->w + k0*DPOI_PANEL;  g->b_step = DPOI_PANEL;  g->panel_step = s->K*DPOI_PANEL;
-        g->len = end - k0;  g->a_step = 1;
         for (int i = 0; i < rows; i++) {
             int64_t h = at->y[i]*s->stride + ky - s->top, v = at->x[i]*s->stride + kx - s->left;
-            g->row[i] = h < 0 || h >= s->H || v < 0 || v >= s->W ? p->zero
-                      : s->x + ((at->n[i]*s->H + h)*s->W + v)*s->I + k0 % s->I;
+            row[i] = h < 0 || h >= s->H || v < 0 || v >= s->W ? p->zero
+                   : s->x + ((at->n[i]*s->H + h)*s->W + v)*s->I + k0 % s->I;
         }
+        dpoi_strip_pack(row, rows, end - k0, to, step);
+        to += (end - k0)*step;
         k0 = end;
     }
-    return count;
 }
 
-/* Calls for what a tile is going to read of the first source.  Worth it where kernel places hardly overlap.
-   Rows of the next tile, while this one computes. */
-static void dpoi_product_fetch(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t k0, int64_t k1)
+/* What is wanted next, part by part while a tile computes: rows of the next tile, where kernel places hardly overlap, and
+   a share of the weights of the next chunk. */
+typedef struct dpoi_ahead {
+    dpoi_pixels at;                       /* no rows: this tile is the last, */
+    int64_t k0, k1;                       /* which read these values of k */
+    int64_t panel, panels, w0, w1;        /* weights: panels, and values of k */
+} dpoi_ahead;
+
+/* Part i of n. */
+static void dpoi_ahead_fetch(const dpoi_cpu_product *p, const dpoi_ahead *h, int64_t i, int64_t n)
 {
     const dpoi_source *s = p->source;
-    if (s->kh*s->kw > 1) return;
-    for (int i = 0; i < at->rows; i++) {
-        const float *x = s->x + ((at->n[i]*s->H + at->y[i]*s->stride)*s->W + at->x[i]*s->stride)*s->I;
-        for (int64_t k = k0; k < k1 && k < s->K; k += DPOI_PANEL) DPOI_FETCH(x + k);
+    int64_t row = h->at.rows*i/n, rows = s->kh*s->kw > 1 ? 0 : h->at.rows*(i + 1)/n;
+    for (; row < rows; row++) {
+        const float *x = s->x + ((h->at.n[row]*s->H + h->at.y[row]*s->stride)*s->W + h->at.x[row]*s->stride)*s->I;
+        for (int64_t k = h->k0; k < h->k1 && k < s->K; k += DPOI_PANEL) DPOI_FETCH_FAR(x + k);
     }
+    for (int64_t j = h->panels*i/n; j < h->panels*(i + 1)/n; j++)
+        for (int64_t k = h->w0; k < h->w1 && k < s->K; k++) DPOI_FETCH_FAR(s->w + ((h->panel + j)*s->K + k)*DPOI_PANEL);
 }
 
 /* Where the chunk ends that starts at k, on the line of both sources' k one after the other.
    A chunk never has parts of both sources unless it is the last and takes the whole second one. */
 static int64_t dpoi_product_next(const dpoi_cpu_product *p, int64_t k)
 {
-    const dpoi_source *s = p->source + (k >= p->source[0].K);
-    int64_t all = p->source[0].K + p->source[1].K, end = s == p->source ? s->K : all;
-    int64_t next = dpoi_least(end, k + dpoi_least(DPOI_CHUNK, DPOI_TAPS*s->I));
-    return next == p->source[0].K && p->source[1].kh*p->source[1].kw <= DPOI_EXTRA ? all : next;
+    int64_t K = p->source[0].K, all = K + p->source[1].K;
+    int64_t next = k < K ? dpoi_least(K, k + p->chunk[0]) : dpoi_least(all, k + p->chunk[1]);
+    return next == K && all - k <= DPOI_CHUNK + DPOI_EXTRA ? all : next;
+}
+
+/* Values lo <= k < hi of one source: its strip, and its weights from `panel` on. */
+static void dpoi_product_segment(const dpoi_cpu_product *p, const dpoi_source *s, const dpoi_pixels *at, int64_t panel,
+                                 int64_t lo, int64_t hi, float *strip, dpoi_segment *seg)
+{
+    dpoi_product_pack(p, s, at, lo, hi, strip);
+    seg->a = strip;  seg->a_step = dpoi_tile_step(p->cpu);  seg->len = hi - lo;
+    seg->b = s->w + (panel*s->K + lo)*DPOI_PANEL;  seg->b_step = DPOI_PANEL;  seg->panel_step = s->K*DPOI_PANEL;
 }
 
 /* One chunk of k for the pixels `at` and all of the job's panels.
    The first chunk adds bias, vec and residual, the others what y holds; the last applies the
    activation, while the tile is still in the first-level cache. */
-static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t group, int64_t groups,
-                              int64_t k0, int64_t k1)
+static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, int64_t panel, int64_t panels,
+                              int64_t k0, int64_t k1, float *strip, const dpoi_ahead *ahead)
 {
-    dpoi_segment seg[DPOI_TAPS + 2 + DPOI_EXTRA];
+    dpoi_segment seg[2];
     dpoi_tile t;
-    int64_t K = p->source[0].K;
-    int first = k0 == 0, last = k1 == K + p->source[1].K, rows = dpoi_tile_rows(p->cpu);
-    t.seg = seg;  t.segs = 0;  t.rows = at->rows;  t.shift = 0;  t.to_step = DPOI_PANEL;
-    if (k0 < K) t.segs = dpoi_product_segments(p, p->source, at, rows, k0, dpoi_least(k1, K), seg);
-    if (k1 > K) t.segs += dpoi_product_segments(p, p->source + 1, at, rows, k0 > K ? k0 - K : 0, k1 - K, seg + t.segs);
-    for (int64_t g = group; g < groups; g++) {
-        int64_t panel = p->panels*g/p->groups, end = p->panels*(g + 1)/p->groups, o = panel*DPOI_PANEL;
-        t.panel = panel;  t.b_lanes = DPOI_PANEL;
-        t.to_lanes = (int)dpoi_least(DPOI_PANEL, p->O - (end - 1)*DPOI_PANEL);
-        t.bias = first && p->bias ? p->bias + o : NULL;
-        for (int i = 0; i < at->rows; i++) {
-            int64_t place = at->n[i]*p->at_n + at->y[i]*p->at_y + at->x[i]*p->at_x + o;
-            t.to[i] = p->y + place;
-            t.from[i] = !first ? t.to[i] : p->add ? p->add + place : NULL;
-            t.vec[i] = first && p->vec ? p->vec + at->n[i]*p->O + o : NULL;
-        }
-        dpoi_tile_run(p->cpu, &t, (int)(end - panel));
-        for (int i = 0; last && p->act != DPO_NONE && i < at->rows; i++)
-            p->cpu->rows.map(p->act, dpoi_least(end*DPOI_PANEL, p->O) - o, t.to[i], NULL, NULL, NULL, t.to[i], 0);
+    int64_t K = p->source[0].K, o = panel*DPOI_PANEL, width = dpoi_least(panels*DPOI_PANEL, p->O - o);
+    int first = k0 == 0, last = k1 == K + p->source[1].K;
+    t.seg = seg;  t.segs = 0;  t.rows = at->rows;  t.spaced = 0;  t.shift = 0;  t.to_step = DPOI_PANEL;
+    t.panels = (int)panels;  t.lanes = (int)(width - (panels - 1)*DPOI_PANEL);
+    if (k0 < K) dpoi_product_segment(p, p->source, at, panel, k0, dpoi_least(k1, K), strip, seg + t.segs++);
+    if (k1 > K) {
+        int64_t lo = k0 > K ? k0 - K : 0, used = k0 < K ? (K - k0)*dpoi_tile_step(p->cpu) : 0;
+        dpoi_product_segment(p, p->source + 1, at, panel, lo, k1 - K, strip + used, seg + t.segs++);
     }
+    t.bias = first && p->bias ? p->bias + o : NULL;
+    for (int i = 0; i < at->rows; i++) {
+        int64_t place = at->n[i]*p->at_n + at->y[i]*p->at_y + at->x[i]*p->at_x + o;
+        t.to[i] = p->y + place;
+        t.from[i] = !first ? t.to[i] : p->add ? p->add + place : NULL;
+        t.vec[i] = first && p->vec ? p->vec + at->n[i]*p->O + o : NULL;
+    }
+    for (int j = 0; j < t.panels; j++) {
+        dpoi_ahead_fetch(p, ahead, j, panels);
+        dpoi_tile_run(p->cpu, &t, j, j + 1);
+    }
+    for (int i = 0; last && p->act != DPO_NONE && i < at->rows; i++)
+        p->cpu->rows.map(p->act, width, t.to[i], NULL, NULL, NULL, t.to[i], 0);
 }
 
-/* A job is `block` pixels by `span` groups of panels; jobs that share weights are neighbours.
+/* A job is `block` pixels by `span` panels; jobs that share weights are neighbours.
    For each chunk of k all pixels of the job: the chunk's weights stay in the cache while pixels stream
    by. */
 static void dpoi_product_task(void *arg, int64_t i)
 {
     const dpoi_cpu_product *p = (const dpoi_cpu_product *)arg;
     int64_t m0 = i % p->blocks*p->block, end = dpoi_least(p->M, m0 + p->block), all = p->source[0].K + p->source[1].K;
-    int64_t group = i/p->blocks*p->span, groups = dpoi_least(p->groups, group + p->span), k = 0, next;
-    int rows = dpoi_tile_rows(p->cpu);
+    int64_t panel = i/p->blocks*p->span, panels = dpoi_least(p->span, p->panels - panel), k = 0, next;
+    float strip[(DPOI_CHUNK + DPOI_EXTRA)*DPOI_TILE_ROWS];
+    int64_t rows = dpoi_tile_rows(p->cpu), tiles = dpoi_pieces(end - m0, rows);
     do {
+        dpoi_ahead h;
         next = dpoi_product_next(p, k);
+        h.k0 = h.w0 = k;  h.k1 = h.w1 = next;
+        if (next < all) { h.w0 = next;  h.w1 = dpoi_product_next(p, next); }
         for (int64_t m = m0; m < end; m += rows) {
-            dpoi_pixels at, after;
-            dpoi_pixels_at(p, m, end, rows, &at);
-            if (m + rows < end) {
-                dpoi_pixels_at(p, m + rows, end, rows, &after);
-                dpoi_product_fetch(p, &after, k, next);
-            }
-            dpoi_product_tile(p, &at, group, groups, k, next);
+            int64_t tile = (m - m0)/rows;
+            dpoi_pixels at;
+            dpoi_pixels_at(p, m, end, &at);
+            h.at.rows = 0;
+            if (m + rows < end) dpoi_pixels_at(p, m + rows, end, &h.at);
+            h.panel = panel + panels*tile/tiles;
+            h.panels = next < all ? panel + panels*(tile + 1)/tiles - h.panel : 0;
+            dpoi_product_tile(p, &at, panel, panels, k, next, strip, &h);
         }
         k = next;
     } while (k < all);
 }
 
-/* Panels go into groups as wide as the registers, of even sizes.  A job takes as many groups as leave their weights in
-   the cache and jobs enough, and as many pixels as make it worth its while.
-   The numbers come from shapes and constants alone, so that sums are the same for any number of
-   threads. */
+/* Chunks of even sizes. */
+static int64_t dpoi_product_chunk(int64_t K)
+{
+    return dpoi_pieces(dpoi_pieces(K, dpoi_most(1, dpoi_pieces(K, DPOI_CHUNK))), 8)*8;
+}
+
+/* A job takes as many panels as make packing x worth it, and so many pixels that what it holds of y, and one chunk's
+   weights, stay in the second-level cache.  The numbers come from shapes and constants alone, so that sums are the same
+   for any number of threads. */
 static void dpoi_product_run(dpoi_cpu_product *p)
 {
-    int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu);
-    int64_t wide = DPOI_PANEL*DPOI_TILE_PANELS, worth;
+    int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu), spans, least, wanted, worth;
     p->M = p->N*p->Y*p->X;
     if (!p->M) return;
+    for (int i = 0; i < 2; i++) p->chunk[i] = dpoi_product_chunk(p->source[i].K);
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    p->groups = dpoi_tile_groups(p->O);
-    p->span   = dpoi_least(p->groups, DPOI_CACHED/(all*wide) + 1);         /* x is read once a span */
-    while (p->span > 1 && dpoi_pieces(p->M, 4*rows)*dpoi_pieces(p->groups, p->span) < DPOI_JOBS) p->span--;
-    p->span   = dpoi_pieces(p->groups, dpoi_pieces(p->groups, p->span));
-    worth     = DPOI_JOB/(2*all*wide*p->span) + 1;
-    if (worth < 4*rows) worth = 4*rows;   /* fewer would read the weights too often */
-    p->blocks = dpoi_pieces(p->M, worth);
+    spans     = dpoi_pieces(p->panels, DPOI_SPAN);
+    least     = dpoi_least(p->M, all > DPOI_CHUNK + DPOI_EXTRA ? DPOI_BLOCK : DPOI_BRIEF);
+    while (p->M/least*spans < DPOI_FEW && dpoi_pieces(p->panels, spans + 1) >= DPOI_FEW) spans++;
+    p->span   = dpoi_pieces(p->panels, spans);
+    spans     = dpoi_pieces(p->panels, p->span);
+    wanted    = dpoi_most(p->M*p->span*DPOI_PANEL/DPOI_HELD, DPOI_JOBS/spans) + 1;
+    worth     = dpoi_most(least, DPOI_JOB/(2*all*DPOI_PANEL*p->span) + 1);
+    p->blocks = dpoi_most(1, dpoi_least(wanted, p->M/worth));
     p->block  = dpoi_pieces(dpoi_pieces(p->M, p->blocks), rows)*rows;
     p->blocks = dpoi_pieces(p->M, p->block);
-    dpoi_parallel(p->cpu, p->blocks*dpoi_pieces(p->groups, p->span), dpoi_product_task, p);
+    dpoi_parallel(p->cpu, p->blocks*spans, dpoi_product_task, p);
 }
 
 /* Weights in pairs serve as they lie where K ends with a tile, 32 values of k. */
@@ -11867,7 +11925,7 @@ static dpoi_source dpoi_source_pixel(const dpoi_conv *g, const float *x, const f
 enum {
     DPOI_PIXELS = 192,                    /* pixels between two visits to dw: 48 channels of dy fill 36 KiB */
     DPOI_RUNS   = 32,                     /* image rows in them */
-    DPOI_ROOM   = 6144,                   /* floats of packed x */
+    DPOI_ROOM   = 12288,                  /* floats of packed x */
     DPOI_WIDE   = DPOI_TILE_PANELS*DPOI_PANEL,
     DPOI_PARTS  = 64                      /* jobs wanted: fewer tiles than these, and pixels are cut into parts */
 };
@@ -11882,9 +11940,10 @@ typedef struct dpoi_outer {
     int64_t piece, pieces, units, chunk;  /* pixels a piece of an image row, pieces a row, in all, and a chunk */
     int64_t panels, groups, tiles, parts; /* of dy, of x, of pixels */
     int64_t wide, span, x_size;           /* a job: groups of panels, tiles of i; floats of packed x a tile */
+    int64_t rows, step;                   /* channels a tile, and floats a packed pixel */
 } dpoi_outer;
 
-/* What a job has at hand: a chunk of pixels of dy and of x, packed.  64 KiB, on its stack. */
+/* What a job has at hand: a chunk of pixels of dy and of x, packed.  86 KiB, on its stack. */
 typedef struct dpoi_outer_job {
     float   dy[DPOI_PIXELS*DPOI_WIDE], x[DPOI_ROOM];
     dpoi_segment seg[DPOI_RUNS];
@@ -11912,17 +11971,18 @@ static int64_t dpoi_outer_seen(const dpoi_outer *p, int64_t from, int64_t to)
     return (to - from - 1)*p->stride + p->kw;
 }
 
-/* Columns from..to-1 of one row of x, `valid` channels of each: to [columns][8], zeros for the others. */
+/* Columns from..to-1 of one row of x, `valid` channels of each: to [columns][step], zeros for the others. */
 static float *dpoi_outer_pack_row(const dpoi_outer *p, const float *x, int64_t valid, int64_t from, int64_t to,
                                   float *y)
 {
     int64_t begin = dpoi_least(to, dpoi_most(from, 0)), end = dpoi_most(begin, dpoi_least(to, p->W));
-    int64_t size = (to - from)*DPOI_TILE_ROWS;
-    if (!x || begin > from || end < to || valid < DPOI_TILE_ROWS) memset(y, 0, (size_t)size*sizeof(float));
+    int64_t size = (to - from)*p->step;
+    if (!x || begin > from || end < to || valid < p->step) memset(y, 0, (size_t)size*sizeof(float));
     if (!x || begin >= end) return y + size;
     x += begin*p->I;
-    for (float *at = y + (begin - from)*DPOI_TILE_ROWS; begin < end; begin++, x += p->I, at += DPOI_TILE_ROWS)
+    for (float *at = y + (begin - from)*p->step; begin < end; begin++, x += p->I, at += p->step)
         if (valid == DPOI_TILE_ROWS) memcpy(at, x, DPOI_TILE_ROWS*sizeof(float));
+        else if (valid == 8) memcpy(at, x, 8*sizeof(float));
         else for (int64_t i = 0; i < valid; i++) at[i] = x[i];
     return y + size;
 }
@@ -11937,7 +11997,7 @@ static int64_t dpoi_outer_below(const dpoi_outer *p, int64_t u, int64_t end)
    count of them take (count-1)*stride + kh rows of x. */
 static void dpoi_outer_pack_x(const dpoi_outer *p, int64_t i0, int64_t first, int64_t end, float *to)
 {
-    int64_t valid = dpoi_least(DPOI_TILE_ROWS, p->I - i0), count;
+    int64_t valid = dpoi_least(p->step, p->I - i0), count;
     for (int64_t u = first; u < end; u += count) {
         int64_t from = u % p->pieces*p->piece, last = dpoi_least(p->X, from + p->piece), v = from*p->stride - p->left;
         int64_t n = u/(p->pieces*p->Y), h = u/p->pieces % p->Y*p->stride - p->top, rows;
@@ -11958,14 +12018,13 @@ static int dpoi_outer_segments(const dpoi_outer *p, int64_t ky, int64_t kx, dpoi
     int segs = 0;
     for (int64_t u = j->first; u < j->last; u += count) {
         int64_t from = u % p->pieces*p->piece, len = dpoi_least(p->X, from + p->piece) - from;
-        int64_t row = dpoi_outer_seen(p, 0, len)*DPOI_TILE_ROWS;
+        int64_t row = dpoi_outer_seen(p, 0, len)*p->step;
         count = dpoi_outer_below(p, u, j->last);
         for (int64_t y = 0; y < count; y++, b += len*DPOI_WIDE) {
             dpoi_segment *g = j->seg + segs++;
-            const float *at = x + (y*p->stride + ky)*row + kx*DPOI_TILE_ROWS;
-            g->len = len;  g->a_step = p->stride*DPOI_TILE_ROWS;  g->b_step = DPOI_WIDE;  g->panel_step = DPOI_PANEL;
-            g->b = b;
-            for (int i = 0; i < DPOI_TILE_ROWS; i++) g->row[i] = at + i;
+            g->a = x + (y*p->stride + ky)*row + kx*p->step;  g->a_step = p->stride*p->step;
+            g->b = b;  g->b_step = DPOI_WIDE;  g->panel_step = DPOI_PANEL;
+            g->len = len;
         }
         x += ((count - 1)*p->stride + p->kh)*row;
     }
@@ -11976,10 +12035,10 @@ static int dpoi_outer_segments(const dpoi_outer *p, int64_t ky, int64_t kx, dpoi
 static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t tile, int64_t end, int64_t group,
                              float *dw, const float *from)
 {
-    int64_t panel = p->panels*group/p->groups, next = p->panels*(group + 1)/p->groups, rows = dpoi_tile_rows(p->cpu);
+    int64_t panel = p->panels*group/p->groups, next = p->panels*(group + 1)/p->groups, rows = p->rows;
     dpoi_tile t;
     memset(&t, 0, sizeof t);
-    t.seg = j->seg;  t.b_lanes = t.to_lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
+    t.seg = j->seg;  t.panels = (int)(next - panel);  t.lanes = DPOI_PANEL;  t.to_step = p->K*DPOI_PANEL;
     for (int64_t tap = 0; tap < p->kh*p->kw; tap++) {
         t.segs = dpoi_outer_segments(p, tap/p->kw, tap % p->kw, j);
         for (int64_t i = tile; i < end; i++) {
@@ -11990,7 +12049,7 @@ static void dpoi_outer_tiles(const dpoi_outer *p, dpoi_outer_job *j, int64_t til
                 t.to[r] = dw + place + r*DPOI_PANEL;
                 t.from[r] = from ? from + place + r*DPOI_PANEL : NULL;
             }
-            dpoi_tile_run(p->cpu, &t, (int)(next - panel));
+            dpoi_tile_run(p->cpu, &t, 0, t.panels);
         }
     }
 }
@@ -12002,7 +12061,7 @@ static void dpoi_outer_task(void *arg, int64_t i)
     const dpoi_outer *p = (const dpoi_outer *)arg;
     int64_t spans = dpoi_pieces(p->tiles, p->span), wides = dpoi_pieces(p->groups, p->wide), part = i/(spans*wides);
     int64_t chunks = dpoi_pieces(p->units, p->chunk), chunk = chunks*part/p->parts, end = chunks*(part + 1)/p->parts;
-    int64_t tile = i % spans*p->span, tiles = dpoi_least(p->tiles, tile + p->span), rows = dpoi_tile_rows(p->cpu);
+    int64_t tile = i % spans*p->span, tiles = dpoi_least(p->tiles, tile + p->span), rows = p->rows;
     int64_t group = i/spans % wides*p->wide, groups = dpoi_least(p->groups, group + p->wide);
     float *dw = p->parts == 1 ? p->dw : p->sums + part*p->panels*p->K*DPOI_PANEL;
     const float *from = p->parts == 1 && p->add ? p->dw : NULL;
@@ -12035,7 +12094,7 @@ static int64_t dpoi_outer_size(const dpoi_outer *p)
 {
     int64_t images = p->chunk % p->Y ? p->chunk/p->Y + 2 : p->chunk/p->Y;
     int64_t rows = p->chunk*p->stride + (p->kh > p->stride ? images*(p->kh - p->stride) : 0);
-    return rows*dpoi_outer_seen(p, 0, dpoi_least(p->X, p->piece))*DPOI_TILE_ROWS;
+    return rows*dpoi_outer_seen(p, 0, dpoi_least(p->X, p->piece))*p->step;
 }
 
 /* Whether one pixel's surroundings fit where a job packs them. */
@@ -12053,7 +12112,9 @@ static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
         p.X = p.W = g->M;
         p.N = p.H = p.Y = 1;
     }
-    p.piece  = dpoi_most(1, dpoi_least(DPOI_PIXELS, (DPOI_ROOM/DPOI_TILE_ROWS/p.kh - p.kw)/p.stride + 1));
+    p.rows   = dpoi_tile_rows(cpu);
+    p.step   = dpoi_tile_step(cpu);
+    p.piece  = dpoi_most(1, dpoi_least(DPOI_PIXELS, (DPOI_ROOM/p.step/p.kh - p.kw)/p.stride + 1));
     p.pieces = dpoi_pieces(p.X, p.piece);
     p.units  = p.N*p.Y*p.pieces;
     p.chunk  = p.X > p.piece ? 1 : dpoi_least(DPOI_RUNS, DPOI_PIXELS/p.X);
@@ -12061,7 +12122,7 @@ static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
     while ((p.x_size = dpoi_outer_size(&p)) > DPOI_ROOM && p.chunk > 1) p.chunk--;
     p.panels = dpoi_pieces(O, DPOI_PANEL);
     p.groups = dpoi_tile_groups(O);
-    p.tiles  = dpoi_pieces(p.I, dpoi_tile_rows(cpu));
+    p.tiles  = dpoi_pieces(p.I, p.rows);
     p.span   = dpoi_most(1, dpoi_least(dpoi_pieces(16, p.kh*p.kw), DPOI_ROOM/p.x_size));
     p.span   = dpoi_pieces(p.tiles, dpoi_pieces(p.tiles, p.span));
     p.wide   = p.kh*p.kw == 1 ? 4 : 1;    /* one place of the kernel alone would not make up for packing x */
@@ -12169,7 +12230,7 @@ typedef struct dpoi_winograd {
     int64_t across, tiles;                /* 4x4 tiles a row of an image and in all */
     int64_t block, blocks, span, jobs;    /* a job: tiles, groups of panels */
     int64_t chunk, wide;                  /* of channels; floats of one tile's sums at one point */
-    int64_t v_step, u_step, c_step;       /* v [36][block][chunk], u [6][panels][chunk][16], c [36][block][wide] */
+    int64_t v_step, u_step, c_step;       /* v [36][block][144], u [6][panels][chunk][16], c [36][block][wide] */
     int64_t size, slots;                  /* floats of all three; how many there are */
     intptr_t busy[DPOI_WINO_SLOTS];       /* 1: some job is in that slot */
 } dpoi_winograd;
@@ -12419,11 +12480,14 @@ static dpoi_wino_place dpoi_wino_at(const dpoi_winograd *w, int64_t t)
     return at;
 }
 
-/* v [36][tiles][chunk] of channels k.. of x, n of them; pixels outside of the image are zeros. */
+/* Tiles at a time: rows of a strip that lies as [rows][k]. */
+static int dpoi_wino_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? 16 : 6; }
+
+/* v [36][tiles][DPOI_SPACED] of channels k.. of x, n of them; pixels outside of the image are zeros. */
 static void dpoi_wino_read(const dpoi_winograd *w, int64_t tile, int64_t end, int64_t k, int64_t n, float *v)
 {
     const dpoi_source *s = w->p->source;
-    for (int64_t t = tile; t < end; t++, v += w->chunk) {
+    for (int64_t t = tile; t < end; t++, v += DPOI_SPACED) {
         dpoi_wino_place o = dpoi_wino_at(w, t);
         const float *at[36];
         for (int e = 0; e < 36; e++) {
@@ -12439,21 +12503,21 @@ static void dpoi_wino_read(const dpoi_winograd *w, int64_t tile, int64_t end, in
 static void dpoi_wino_multiply(const dpoi_winograd *w, const float *v, const float *u, float *c, int64_t tiles, int panels,
                                int64_t n, int more)
 {
-    int rows = dpoi_tile_rows(w->p->cpu);
+    int rows = dpoi_wino_rows(w->p->cpu);
     dpoi_segment s;
     dpoi_tile t;
-    memset(&t, 0, sizeof t);
-    t.seg = &s;  t.segs = 1;  t.to_step = DPOI_PANEL;  t.b_lanes = t.to_lanes = DPOI_PANEL;
+    t.seg = &s;  t.segs = 1;  t.spaced = 1;  t.shift = 0;  t.to_step = DPOI_PANEL;  t.lanes = DPOI_PANEL;
+    t.bias = t.vec[0] = NULL;  t.panels = panels;
     s.b = u;  s.len = n;  s.a_step = 1;  s.b_step = DPOI_PANEL;  s.panel_step = w->chunk*DPOI_PANEL;
     for (int64_t m = 0; m < tiles; m += rows) {
         t.rows = (int)dpoi_least(rows, tiles - m);
-        for (int i = 0; i < rows; i++) {
-            int64_t row = m + (i < t.rows ? i : 0);
-            s.row[i]  = v + row*w->chunk;
-            t.to[i]   = c + row*w->wide;
+        s.a = v + m*DPOI_SPACED;
+        for (int i = 0; i < t.rows; i++) {
+            t.to[i]   = c + (m + i)*w->wide;
             t.from[i] = more ? t.to[i] : NULL;
+            t.vec[i]  = NULL;
         }
-        dpoi_tile_run(w->p->cpu, &t, panels);
+        dpoi_tile_run(w->p->cpu, &t, 0, panels);
     }
 }
 
@@ -12546,7 +12610,7 @@ static int dpoi_wino_fits(const dpoi_cpu_product *p)
 /* Cut by the shapes; 16 floats keep points from lying a multiple of a page apart. */
 static void dpoi_wino_of(dpoi_winograd *w, dpoi_cpu_product *p)
 {
-    int rows = dpoi_tile_rows(p->cpu);
+    int rows = dpoi_wino_rows(p->cpu);
     memset(w, 0, sizeof *w);
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
     p->groups = dpoi_tile_groups(p->O);
@@ -12559,7 +12623,7 @@ static void dpoi_wino_of(dpoi_winograd *w, dpoi_cpu_product *p)
     w->jobs   = w->blocks*dpoi_pieces(p->groups, w->span);
     w->chunk  = dpoi_least(DPOI_WINO_CHUNK, dpoi_pieces(p->source[0].I, DPOI_PANEL)*DPOI_PANEL);
     w->wide   = w->span*DPOI_TILE_PANELS*DPOI_PANEL;
-    w->v_step = w->block*w->chunk + 16;
+    w->v_step = dpoi_pieces(w->block, rows)*rows*DPOI_SPACED + 16;      /* rows that a strip reads are there */
     w->u_step = DPOI_TILE_PANELS*w->chunk*DPOI_PANEL + 16;
     w->c_step = w->block*w->wide + 16;
     w->size   = 36*w->v_step + 6*w->u_step + 36*w->c_step;
@@ -12656,10 +12720,16 @@ typedef struct dpoi_amx_strip {
     int64_t a_step, a_row, b_step, b_row, steps;
 } dpoi_amx_strip;
 
-/* What is wanted soon: `lines` of a cache at a time are called for while a step computes. */
+/* Results on their way to y, see below: a step's products leave time for some rows. */
+typedef struct dpoi_amx_later dpoi_amx_later;
+DPOI_AMX static void dpoi_amx_later_some(dpoi_amx_later *l);
+
+/* What is wanted soon: `lines` of a cache at a time are called for while a step computes.  later: NULL, or what is still
+   to be done. */
 typedef struct dpoi_amx_ahead {
     const uint16_t *next;
     int64_t lines;
+    dpoi_amx_later *later;
 } dpoi_amx_ahead;
 
 /* `two` and `wide` are constants where this is inlined. */
@@ -12677,6 +12747,7 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, dpoi_amx_ahead
         if (two)  _tile_loadd(4, a1, s->a_row);
         if (two && wide) _tile_dpbf16ps(3, 4, 7);
         if (two) _tile_dpbf16ps(2, 4, 6);
+        if (f->later) dpoi_amx_later_some(f->later);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
         if (wide) b1 += s->b_step;
@@ -12694,7 +12765,7 @@ DPOI_AMX static void dpoi_amx_run_ahead(const dpoi_amx_strip *s, dpoi_amx_ahead 
 
 DPOI_AMX static void dpoi_amx_run(const dpoi_amx_strip *s)
 {
-    dpoi_amx_ahead none = { NULL, 0 };
+    dpoi_amx_ahead none = { NULL, 0, NULL };
     dpoi_amx_run_ahead(s, &none);
 }
 
@@ -12887,6 +12958,7 @@ typedef struct dpoi_amx_product {
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
     int64_t range, ranges, rows;          /* chunks: tiles of channels, how often; kh: rows one by one, or 1 */
     int64_t group;                        /* times two panels that take turns at a chunk's slots */
+    int64_t some;                         /* rows of a result that are stored in a step of what comes next */
     float  *sums;                         /* [jobs][group][block][32], where k is more than one chunk */
     int64_t sums_at, room;                /* floats */
     int     source;                       /* that is brought over */
@@ -12963,6 +13035,7 @@ static void dpoi_amx_cut(dpoi_amx_product *t)
         t->ranges = dpoi_pieces(steps, t->range);
         if (t->ranges > 1) t->group = DPOI_AMX_GROUP;
     }
+    t->some = dpoi_most(4, dpoi_pieces(DPOI_AMX_ROWS, t->range*wide*(t->rows > 1 ? 1 : high)));
     worth = t->slots*(s->K + p->source[1].K + 1)/1024*p->O;
     jobs = dpoi_least(DPOI_AMX_JOBS, worth/(DPOI_AMX_SMALL/1024) + 1);
     t->kept = t->rows*t->ranges == 1 && all <= DPOI_AMX_KEPT && t->slots >= DPOI_AMX_ROWS*jobs;
@@ -13150,18 +13223,28 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_stream(float *y, const int type, int64_t i, _
     } else _mm512_stream_si512((__m512i *)(void *)((uint16_t *)(void *)y + i), (__m512i)_mm512_cvtne2ps_pbh(f1, f0));
 }
 
-/* y = act(c + add + bias + vec) for channels o.. of a block, c [32][32]; type, that of y, and full are constants where
-   this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o,
-                                              const int type, const int full, float *c)
+/* Rows row..31 of the sums c [32][32] of channels o.. are still to be stored; t NULL: nothing is. */
+struct dpoi_amx_later {
+    const dpoi_amx_product *t;
+    const dpoi_amx_pixels *at;
+    int64_t o, row;
+    float  *c;
+};
+
+/* y = act(c + add + bias + vec) for rows up to `end`; type, that of y, and full are constants where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_later *l, int64_t end, const int type, const int full)
 {
+    const dpoi_amx_product *t = l->t;
+    const dpoi_amx_pixels *at = l->at;
+    int64_t o = l->o;
+    float  *c = l->c + l->row*DPOI_AMX_WIDE;
     const dpoi_cpu_product *p = t->p;
     int64_t width = full ? (int64_t)DPOI_AMX_WIDE : p->O - o;
     __mmask16 k0 = full || width > 15 ? (__mmask16)0xffff : (__mmask16)((1u << width) - 1);
     __mmask16 k1 = full ? (__mmask16)0xffff : width <= 16 ? (__mmask16)0 : (__mmask16)((1u << (width - 16)) - 1);
     __m512 b0 = _mm512_setzero_ps(), b1 = b0;
     if (p->bias) { b0 = _mm512_maskz_loadu_ps(k0, p->bias + o);  b1 = _mm512_maskz_loadu_ps(k1, p->bias + o + 16); }
-    for (int i = 0; i < DPOI_AMX_ROWS; i++, c += DPOI_AMX_WIDE) {
+    for (int64_t i = l->row; i < end; i++, c += DPOI_AMX_WIDE) {
         int64_t place = at->place[i] + o;
         if (at->place[i] < 0) continue;
         __m512 f0 = _mm512_loadu_ps(c), f1 = _mm512_loadu_ps(c + 16);
@@ -13184,14 +13267,21 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_store_rows(const dpoi_amx_product *t, const d
     }
 }
 
-DPOI_AMX static void dpoi_amx_store(const dpoi_amx_product *t, const dpoi_amx_pixels *at, int64_t o, float *c)
+DPOI_AMX static void dpoi_amx_store(dpoi_amx_later *l, int64_t rows)
 {
-    int full = t->p->O - o >= DPOI_AMX_WIDE;
-    if (t->p->y_type == DPO_F32) { if (full) dpoi_amx_store_rows(t, at, o, DPO_F32, 1, c);
-                                   else      dpoi_amx_store_rows(t, at, o, DPO_F32, 0, c); }
-    else if (full) dpoi_amx_store_rows(t, at, o, DPO_BF16, 1, c);
-    else           dpoi_amx_store_rows(t, at, o, DPO_BF16, 0, c);
+    int64_t end = dpoi_least(DPOI_AMX_ROWS, l->row + rows);
+    int full = l->t->p->O - l->o >= DPOI_AMX_WIDE;
+    if (l->t->p->y_type == DPO_F32) { if (full) dpoi_amx_store_rows(l, end, DPO_F32, 1);
+                                      else      dpoi_amx_store_rows(l, end, DPO_F32, 0); }
+    else if (full) dpoi_amx_store_rows(l, end, DPO_BF16, 1);
+    else           dpoi_amx_store_rows(l, end, DPO_BF16, 0);
+    l->row = end;
+    if (end == DPOI_AMX_ROWS) l->t = NULL;
 }
+
+/* What a step has time for; all that are left, before others come. */
+DPOI_AMX static void dpoi_amx_later_some(dpoi_amx_later *l) { if (l->t) dpoi_amx_store(l, l->t->some); }
+DPOI_AMX static void dpoi_amx_later_all(dpoi_amx_later *l)  { if (l->t) dpoi_amx_store(l, DPOI_AMX_ROWS); }
 
 /* ---- products
 
@@ -13215,7 +13305,10 @@ DPOI_AMX static void dpoi_amx_sums_save(float *c)
 typedef struct dpoi_amx_job {
     const dpoi_amx_product *t;
     int64_t slot[2];                      /* of the copy: where its halves begin */
-    dpoi_amx_pixels at;
+    int     turn, page;                   /* of done and at: the others are what is stored later */
+    dpoi_amx_pixels at[2];
+    dpoi_amx_later later;
+    float   done[2][DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
     const uint16_t *tiles[2];
     float  *c;                            /* NULL: sums are in tiles; else where they are, [32][32] */
 } dpoi_amx_job;
@@ -13241,6 +13334,12 @@ static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
         j->slot[i] = j->t->f[0].way == DPOI_AMX_SLOTTED ? dpoi_amx_slot_of(j->t, m + i*16) : m + i*16;
         if (f->steps && !j->t->kept) j->tiles[i] = f->a + m/DPOI_AMX_ROWS*f->steps*2*DPOI_TILE_SIZE;
     }
+}
+
+static void dpoi_amx_job_pixels(dpoi_amx_job *j, int64_t m)
+{
+    j->page = !j->page;
+    dpoi_amx_pixels_at(j->t, m, &j->at[j->page]);
 }
 
 /* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
@@ -13278,22 +13377,27 @@ static void dpoi_amx_fetch_add(const dpoi_amx_job *j, int64_t panel)
 {
     const dpoi_cpu_product *p = j->t->p;
     for (int i = 0; p->add && i < DPOI_AMX_ROWS; i++)
-        if (j->at.place[i] >= 0) {
-            const float *line = dpoi_amx_at(p->add, p->add_type, j->at.place[i] + panel*DPOI_PANEL);
+        if (j->at[j->page].place[i] >= 0) {
+            const float *line = dpoi_amx_at(p->add, p->add_type, j->at[j->page].place[i] + panel*DPOI_PANEL);
             DPOI_FETCH(line);
             if (p->add_type == DPO_F32) DPOI_FETCH(line + 16);
         }
 }
 
-/* The sums so far are in the tiles: the second source, then y. */
-DPOI_AMX static void dpoi_amx_finish(const dpoi_amx_job *j, int64_t panel)
+/* The sums so far are in the tiles: the second source, then y, in the course of what comes next. */
+DPOI_AMX static void dpoi_amx_finish(dpoi_amx_job *j, int64_t panel)
 {
-    float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    dpoi_amx_ahead none = { NULL, 0 };
-    if (j->t->f[1].steps) dpoi_amx_part(j, 1, panel, 0, 0, j->t->f[1].steps, &none);
-    dpoi_amx_job_save(j, c);
+    dpoi_amx_ahead ahead = { NULL, 0, NULL };
+    dpoi_amx_later *l = &j->later;
+    if (!j->c) ahead.later = l;
+    if (j->t->f[1].steps) dpoi_amx_part(j, 1, panel, 0, 0, j->t->f[1].steps, &ahead);
+    dpoi_amx_later_all(l);
+    dpoi_amx_job_save(j, j->done[j->turn]);
     DPOI_AMX_READY();
-    dpoi_amx_store(j->t, &j->at, panel*DPOI_PANEL, j->c ? j->c : c);
+    l->t = j->t;  l->at = &j->at[j->page];  l->o = panel*DPOI_PANEL;  l->row = 0;
+    l->c = j->c ? j->c : j->done[j->turn];
+    if (j->c) dpoi_amx_later_all(l);
+    j->turn = !j->turn;
 }
 
 /* Two panels and a chunk of k: tiles c0..c1-1 of channels in rows ky0..ky1-1 of the kernel. */
@@ -13334,7 +13438,7 @@ static const uint16_t *dpoi_amx_chunk_weights(const dpoi_amx_product *t, const d
 
 /* 32 slots and a chunk.  soon: where they begin that are next, or NULL; of their two panels the i-th of n blocks of
    slots calls for a share, the first half of the blocks for the first panel. */
-DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon,
+DPOI_AMX static void dpoi_amx_chunk_block(dpoi_amx_job *j, const dpoi_amx_chunk *c, const uint16_t *soon,
                                           int64_t i, int64_t n)
 {
     const dpoi_amx_product *t = j->t;
@@ -13343,7 +13447,8 @@ DPOI_AMX static void dpoi_amx_chunk_block(const dpoi_amx_job *j, const dpoi_amx_
     int64_t run = tiled || s->kh*s->kw == 1 ? dpoi_most(1, c->c1 - c->c0) : (int64_t)DPOI_AMX_RUN;
     int64_t steps = t->f[0].steps;
     int64_t half = dpoi_most(1, n/2), lines = soon && i < 2*half ? dpoi_pieces(16, half) : 0;
-    dpoi_amx_ahead ahead = { NULL, 0 };
+    dpoi_amx_ahead ahead = { NULL, 0, NULL };
+    ahead.later = &j->later;
     if (lines) soon += i/half*dpoi_amx_padded(s->K)*DPOI_PANEL;
     for (int64_t ky = c->ky0; ky < c->ky1; ky++)
         for (int64_t k = c->c0; k < c->c1; k += run) {
@@ -13368,7 +13473,7 @@ DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, i
         for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
             float *at = c.first && c.last ? own : sums + (c.turn*t->block + m - m0)*DPOI_AMX_WIDE;
             dpoi_amx_job_at(j, m);
-            if (c.last) dpoi_amx_pixels_at(t, m, &j->at);
+            if (c.last) dpoi_amx_job_pixels(j, m);
             if (c.last) dpoi_amx_fetch_add(j, c.panel);
             if (c.first) dpoi_amx_job_zero(j, at);
             else dpoi_amx_job_load(j, at);
@@ -13393,11 +13498,12 @@ DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t e
         j->tiles[i] = tiles[i];
     }
     for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
-        dpoi_amx_ahead ahead = { NULL, 0 };
+        dpoi_amx_ahead ahead = { NULL, 0, NULL };
+        ahead.later = &j->later;
         dpoi_amx_job_at(j, m);
-        dpoi_amx_pixels_at(t, m, &j->at);
+        dpoi_amx_job_pixels(j, m);
         for (int i = 0; i < 2; i++)
-            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at, tiles[i]);
+            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at[j->page], tiles[i]);
         DPOI_AMX_READY();
         if (t->f[0].way == DPOI_AMX_AS_IT_LIES && m + DPOI_AMX_ROWS < end) {
             ahead.next = t->f[0].a + (m + DPOI_AMX_ROWS)*I;
@@ -13419,12 +13525,12 @@ DPOI_AMX static void dpoi_amx_product_task(void *arg, int64_t i)
     int64_t m = i % t->blocks*t->block, end = dpoi_least(t->slots, m + t->block);
     float c[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
     dpoi_amx_job j;
-    memset(&j, 0, sizeof j);
-    j.t = t;
+    j.t = t;  j.turn = j.page = 0;  j.later.t = NULL;  j.c = NULL;
     if (t->p->cpu->isa >= DPO_ISA_AMX) dpoi_amx_begin();
     else                               j.c = c;
     if (t->kept) dpoi_amx_slots_first(&j, m, end, i);
     else         dpoi_amx_chunks(&j, m, end, i);
+    dpoi_amx_later_all(&j.later);
     if (t->stream) _mm_sfence();
     if (t->p->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
 }
@@ -14161,7 +14267,8 @@ typedef struct dpoi_attention {
     const float *q, *k, *v, *o, *dout;
     float  *y, *lse, *work, *dq, *dk, *dv;
     float  *scratch, *delta;              /* in work: of the jobs, and delta [N,heads,T] */
-    const float *passing[4];              /* q, k, v and do by head [N,heads,T or S,d], those that go by */
+    const float *passing[4];              /* q, k, v and do by head [N,heads,T or S,d], those that go by, */
+    const float *strip[4];                /* and in strips of rows [N,heads,strips,d,step], those that make scores */
     unsigned add;
     dpoi_cpu *cpu;
     int64_t length, jobs;                 /* length: of the axis that units are cut from */
@@ -14482,10 +14589,16 @@ static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backwa
 /* wide is a multiple of 16; the lanes behind `lanes` compute on zeros and are not stored. */
 typedef struct dpoi_unit {
     int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
-    int64_t across_at;                    /* offset of the other axis' first row in passing */
+    int64_t across_at, strips_at;         /* offsets of the other axis' first row in passing and in strip */
     float  *s, *ds;                       /* [96][48] */
     float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
 } dpoi_unit;
+
+/* Floats of one head's strips. */
+static int64_t dpoi_strips_size(const dpoi_attention *g, int64_t length)
+{
+    return dpoi_pieces(length, dpoi_tile_rows(g->cpu))*dpoi_tile_step(g->cpu)*g->d;
+}
 
 /* Lanes first.. of the axis of `length` rows (unit number i of its head), `across` rows on the other.
    Units of a head are of even sizes, as groups of panels are. */
@@ -14499,6 +14612,7 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
     u.lanes  = dpoi_least(u.wide, length - panel*DPOI_PANEL);
     u.at     = (n*length + panel*DPOI_PANEL)*g->D + slice;
     u.across_at = head*across*g->d;
+    u.strips_at = head*dpoi_strips_size(g, across);
     u.s = work;                          u.ds    = u.s + DPOI_FAR*DPOI_LANES;
     u.pack = u.ds + DPOI_FAR*DPOI_LANES; u.pack2 = u.pack + size;
     u.to = u.pack2 + size;               u.to2   = u.to + size;
@@ -14528,14 +14642,16 @@ static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const f
     }
 }
 
-/* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis. */
+/* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis, which come in strips; `from` is the
+   first row of one. */
 static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *pack,
                              int64_t from, int64_t rows, float *s)
 {
     dpoi_block_product p;
-    p.a = x + u->across_at + from*g->d;  p.b = pack;  p.from = NULL;  p.to = s;
+    p.a_step = dpoi_tile_step(g->cpu);  p.a_tile = p.a_step*g->d;
+    p.a = x + u->strips_at + from/dpoi_tile_rows(g->cpu)*p.a_tile;  p.b = pack;  p.from = NULL;  p.to = s;
     p.rows = rows;  p.width = u->wide;  p.len = g->d;
-    p.a_row = g->d;  p.a_step = 1;  p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = DPOI_LANES;
+    p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &p);
 }
 
@@ -14547,7 +14663,7 @@ static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const flo
     dpoi_block_product b;
     b.a = x + u->across_at + from*g->d;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
     b.rows = g->d;  b.width = u->wide;  b.len = rows;
-    b.a_row = 1;  b.a_step = g->d;  b.b_step = DPOI_LANES;  b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
+    b.a_tile = dpoi_tile_rows(g->cpu);  b.a_step = g->d;  b.b_step = DPOI_LANES;  b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
     dpoi_block_product_run(g->cpu, &b);
 }
 
@@ -14567,7 +14683,7 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->passing[1], u.pack, k0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
         if (dpoi_scores_run(g->cpu, &t, 0) && k0)
             for (float *to = u.to; to < u.to + g->d*DPOI_LANES; to += DPOI_LANES)
                 g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u.wide, to, shrink, NULL, NULL, to, 0);
@@ -14599,8 +14715,8 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
     for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->passing[1], u.pack, k0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->passing[2], u.pack2, k0, t.rows, u.ds);
+        dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->strip[2], u.pack2, k0, t.rows, u.ds);
         dpoi_scores_run(g->cpu, &t, 1);
         dpoi_unit_mix(g, &u, g->passing[1], u.ds, k0, t.rows, u.to, k0 > 0);
     }
@@ -14623,8 +14739,8 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
         t.rows = dpoi_least(DPOI_FAR, g->T - q0);
         t.offset = q0 - first;
         t.lse = g->lse + head*g->T + q0;  t.delta = g->delta + head*g->T + q0;
-        dpoi_unit_scores(g, &u, g->passing[0], u.pack, q0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->passing[3], u.pack2, q0, t.rows, u.ds);
+        dpoi_unit_scores(g, &u, g->strip[0], u.pack, q0, t.rows, u.s);
+        dpoi_unit_scores(g, &u, g->strip[3], u.pack2, q0, t.rows, u.ds);
         dpoi_scores_run(g->cpu, &t, 1);
         if (g->dk) dpoi_unit_mix(g, &u, g->passing[0], u.ds, q0, t.rows, u.to, q0 > start);
         if (g->dv) dpoi_unit_mix(g, &u, g->passing[3], u.s, q0, t.rows, u.to2, q0 > start);
@@ -14693,9 +14809,16 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
     g->jobs = dpoi_attention_jobs(g);
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
-    for (int i = backward ? 0 : 1; i < (backward ? 4 : 3) && g->heads > 1; i++) {
-        if (g->work) g->passing[i] = g->work + size;
-        size += g->N*(i == 1 || i == 2 ? g->S : g->T)*g->D;
+    for (int i = 0; i < 4; i++) {         /* forward: v by head, k in strips; backward: all but v, all */
+        int64_t length = i == 1 || i == 2 ? g->S : g->T;
+        if ((backward ? i != 2 : i == 2) && (g->heads > 1 || g->d % (dpoi_tile_step(g->cpu) == 8 ? 6 : 8))) {
+            if (g->work) g->passing[i] = g->work + size;
+            size += g->N*length*g->D + DPOI_PANEL;          /* a strip of channels may end behind the last row's */
+        }
+        if (backward || i == 1) {
+            if (g->work) g->strip[i] = g->work + size;
+            size += g->N*g->heads*dpoi_strips_size(g, length);
+        }
     }
     if (g->work && backward) g->delta = g->work + size;
     return size + (backward ? g->N*g->heads*g->T : 0);
@@ -14721,16 +14844,34 @@ static void dpoi_far_task(void *arg, int64_t task)
                    (size_t)g->d*sizeof(float));
 }
 
-/* Fills g->passing; a single head lies there already. */
+/* Rows of all heads of one strip: to [heads,strips,d,step]; what is missing of the last repeats a row. */
+static void dpoi_far_strip_task(void *arg, int64_t task)
+{
+    const dpoi_far *f = (const dpoi_far *)arg;
+    const dpoi_attention *g = f->g;
+    int64_t rows = dpoi_tile_rows(g->cpu), step = dpoi_tile_step(g->cpu), strips = dpoi_pieces(f->length, rows);
+    int64_t n = task/strips, first = task % strips*rows, valid = dpoi_least(rows, f->length - first);
+    for (int64_t h = 0; h < g->heads; h++) {
+        const float *x = f->x + (n*f->length + first)*g->D + h*g->d, *row[DPOI_TILE_ROWS];
+        int count = (int)(valid + 7)/8*8;
+        for (int i = 0; i < count; i++) row[i] = x + (i < valid ? i : 0)*g->D;
+        dpoi_strip_pack(row, count, g->d, f->to + ((n*g->heads + h)*strips + task % strips)*g->d*step, step);
+    }
+}
+
+/* Fills g->passing and g->strip; a single head lies by head already. */
 static void dpoi_far_run(dpoi_attention *g)
 {
     const float *x[4];
     x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
     for (int i = 0; i < 4; i++) {
         dpoi_far f;
-        if (!g->passing[i]) { g->passing[i] = x[i];  continue; }
-        f.g = g;  f.x = x[i];  f.to = (float *)g->passing[i];  f.length = i == 1 || i == 2 ? g->S : g->T;
-        dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, DPOI_FAR_ROWS), dpoi_far_task, &f);
+        f.g = g;  f.x = x[i];  f.length = i == 1 || i == 2 ? g->S : g->T;
+        f.to = (float *)g->strip[i];
+        if (f.to) dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, dpoi_tile_rows(g->cpu)), dpoi_far_strip_task, &f);
+        f.to = (float *)g->passing[i];
+        if (f.to) dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, DPOI_FAR_ROWS), dpoi_far_task, &f);
+        else g->passing[i] = x[i];
     }
 }
 
@@ -15338,7 +15479,8 @@ static void dpoi_amx_attention_backward(dpoi_amx_attention *t)
 /* Asked without work, when the pointers are NULL. */
 static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *a)
 {
-    dpoi_attention g = dpoi_attention_of(NULL, a);
+    dpoi_cpu copy = *cpu;
+    dpoi_attention g = dpoi_attention_of(&copy, a);
 #ifdef DPOI_SIMD_AMX
     dpoi_amx_attention t;
     if (dpoi_attention_rounds(cpu, a)) {

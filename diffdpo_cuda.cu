@@ -2901,8 +2901,9 @@ static void dpoc_conv_adapter(dpoc_run *r, const dpoc_conv *g, const void *x)
     dpoc_product(r, k);
 }
 
-/* With an adapter the product is stored bare, the adapter's is added to it, and what follows comes last: act sees the
-   whole sum.  Without one everything goes with the product. */
+/* Everything goes with the product, and an adapter's is added to what was stored: where that is zero, y is to the bit
+   what it is without, so that a policy begins as its reference.  With an activation, which must see the whole sum, the
+   product is stored bare, and what follows comes last. */
 static void dpoc_conv_forward(dpoc_run *r)
 {
     const dpo_args *a = r->a;
@@ -2916,10 +2917,9 @@ static void dpoc_conv_forward(dpoc_run *r)
     f.vec = a->in[3].data;       f.vtype = a->in[3].dtype;
     f.residual = a->in[4].data;  f.rtype = a->in[4].dtype;
     f.act = a->p.conv.act;
-    dpoc_conv_product(r, &g, x, w, g.O, g.r ? bare : f);
-    if (!g.r) return;
-    dpoc_conv_adapter(r, &g, x);          /* between the product and what follows it */
-    dpoc_finish_run(r, f);
+    dpoc_conv_product(r, &g, x, w, g.O, g.r && f.act != DPO_NONE ? bare : f);
+    if (g.r) dpoc_conv_adapter(r, &g, x);
+    if (g.r && f.act != DPO_NONE) dpoc_finish_run(r, f);
 }
 
 /* din = or += product; as matrices where it is one: C [m,n], A, B as dpoc_gemm takes them. */

@@ -617,6 +617,48 @@ static void test_rounding(uint64_t *seed, int most, int exact)
     finish(&t);
 }
 
+/* 3x3 kernels whose tiles begin at pixels: 16 of a row, or of the same row of all images in turns, and one where neither
+   fills them; chunks of channels, too.  Each sample alone lies otherwise and gives the same bits. */
+static void test_turns(uint64_t *seed)
+{
+    static const int shape[][5] = {       /* N, H, W, I, O */
+        { 2, 8, 8, 64, 48 }, { 16, 3, 1, 32, 20 }, { 4, 5, 4, 96, 33 }, { 1, 4, 16, 32, 70 }, { 2, 3, 8, 512, 40 },
+        { 3, 5, 6, 64, 24 }, { 2, 5, 48, 32, 130 }
+    };
+    const int *s = shape[test_int(seed, 0, 6)];
+    int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4];
+    dpo_backend *before[WAYS];
+    test_case t;
+    test_result oracle;
+    float *dout = (float *)malloc((size_t)(N*H*W*O)*4);
+    start(&t, DPO_OP_CONV, "3x3 in turns");
+    input(&t, 0, view(4, N, H, W, I), seed);
+    t.a.in[1] = view(4, O, 3, 3, I);
+    t.a.in[1].panel = ways[0]->panel;
+    fill(&t.a.in[1], seed);
+    input(&t, 2, view(1, O, 1, 1, 1), seed);
+    if (test_int(seed, 0, 1)) input(&t, 3, view(2, N, O, 1, 1), seed);
+    if (test_int(seed, 0, 1)) input(&t, 4, view(4, N, H, W, O), seed);
+    t.a.p.conv.stride = t.a.p.conv.pad_top = t.a.p.conv.pad_left = 1;
+    t.a.p.conv.scale = 1;
+    t.a.out = view(4, N, H, W, O);
+    for (int i = 0; i < 5; i++) if (t.a.in[i].data) round_off((float *)t.a.in[i].data, stored(&t.a.in[i]));
+    for (int64_t i = 0; i < N*H*W*O; i++) dout[i] = test_float(seed);
+    round_off(dout, (size_t)(N*H*W*O));
+    oracle = forward(ways[0], &t);
+    check_rounding(&t, 1e-5, &oracle, NULL, 0);
+    check_rounding(&t, 1e-5, &oracle, dout, 0);
+    check_rounding_half(&t, 1e-5, &oracle, dout);
+    memcpy(before, ways, sizeof ways);
+    memset(ways, 0, sizeof ways);
+    ways[0] = rounding[0];
+    check_batch(&t, 0x19);
+    memcpy(ways, before, sizeof ways);
+    free_result(&oracle);
+    free(dout);
+    finish(&t);
+}
+
 /* A product in stripes of a few rows, as large pictures take it, gives the same bits. */
 static void test_stripes(uint64_t *seed)
 {
@@ -1336,6 +1378,7 @@ int main(int argc, char **argv)
         for (int i = 0; rounding[0] && rounding[1] && i < 2*rounds; i++) {
             test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 4 != 3);
             test_stripes(&seed);
+            test_turns(&seed);
             if (((dpoi_cpu *)rounding[0]->self)->isa < DPO_ISA_AMX) continue;
             test_attention_rounding(&seed, i % 4 ? 40 : 170, i % 4 ? 50 : 600);
             test_attention_growing(&seed, 600);
