@@ -46,8 +46,8 @@ prepare_shared() {
         if cmp -s build/use/part "build/use/$f"; then :; else mv build/use/part "build/use/$f"; fi
     done
     rm -f build/use/part
-    echo '#define DIFFDPO_IMPLEMENTATION' >build/use/implementation.c
-    echo '#include "../../diffdpo.h"' >>build/use/implementation.c
+    [ -f build/use/implementation.c ] ||
+        printf '#define DIFFDPO_IMPLEMENTATION\n#include "../../diffdpo.h"\n' >build/use/implementation.c
 }
 
 # build_one FOLDER NAME: FOLDER/NAME from its source, if that or a header is newer.  FOLDER chooses the compiler.
