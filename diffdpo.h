@@ -1534,9 +1534,15 @@ static void *dpoi_thread_main(void *p)
     s->fn(s->arg);
     return NULL;
 }
-static int  dpoi_thread_open(dpoi_thread *t, dpoi_thread_start *s)
+/* A stack of a mebibyte: jobs keep up to a tenth of that there, and some systems give no more than 128 KiB. */
+static int dpoi_thread_open(dpoi_thread *t, dpoi_thread_start *s)
 {
-    return pthread_create(t, NULL, dpoi_thread_main, s) == 0;
+    pthread_attr_t a;
+    int            ok;
+    if (pthread_attr_init(&a) != 0) return 0;
+    ok = pthread_attr_setstacksize(&a, (size_t)1 << 20) == 0 && pthread_create(t, &a, dpoi_thread_main, s) == 0;
+    pthread_attr_destroy(&a);
+    return ok;
 }
 static void dpoi_thread_join(dpoi_thread *t)     { pthread_join(*t, NULL); }
 static int  dpoi_lock_open(dpoi_lock *l)         { return pthread_mutex_init(l, NULL) == 0; }
