@@ -458,6 +458,23 @@ static void test_conv(uint64_t *seed)
     check_case(&t, seed);
 }
 
+/* A 3x3 convolution of stride 1, s = N, H, W, I, O, with random numbers; an added vector and a residual half of the times. */
+static void start_3x3(test_case *t, const char *text, const int *s, int pad, uint64_t *seed)
+{
+    int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4], Y = H + 2*pad - 2, X = W + 2*pad - 2;
+    start(t, DPO_OP_CONV, text);
+    input(t, 0, view(4, N, H, W, I), seed);
+    t->a.in[1] = view(4, O, 3, 3, I);
+    t->a.in[1].panel = ways[0]->panel;
+    fill(&t->a.in[1], seed);
+    input(t, 2, view(1, O, 1, 1, 1), seed);
+    if (test_int(seed, 0, 1)) input(t, 3, view(2, N, O, 1, 1), seed);
+    if (test_int(seed, 0, 1)) input(t, 4, view(4, N, Y, X, O), seed);
+    t->a.p.conv.stride = 1;  t->a.p.conv.scale = 1;
+    t->a.p.conv.pad_top = t->a.p.conv.pad_left = pad;
+    t->a.out = view(4, N, Y, X, O);
+}
+
 /* 3x3 kernels of stride 1 that are done tile by tile: more tiles, channels and panels than one job takes, channels and
    pixels that end within a tile.  The oracle sums in double; `exact` is what F32 and the transforms may cost, relative to
    the largest result. */
@@ -467,7 +484,7 @@ static void test_winograd(uint64_t *seed)
         { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 }
     };
     const int *s = shape[test_int(seed, 0, 3)];
-    int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4], Y = H + 2*s[5] - 2, X = W + 2*s[5] - 2;
+    int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4];
     const double exact = 4e-6;
     unsigned wanted = 1;
     test_case t;
@@ -475,18 +492,8 @@ static void test_winograd(uint64_t *seed)
     float *dout;
     char text[64];
     snprintf(text, sizeof text, "%dx%dx%dx%d -> %d, in tiles", (int)N, (int)H, (int)W, (int)I, (int)O);
-    start(&t, DPO_OP_CONV, text);
-    input(&t, 0, view(4, N, H, W, I), seed);
-    t.a.in[1] = view(4, O, 3, 3, I);
-    t.a.in[1].panel = ways[0]->panel;
-    fill(&t.a.in[1], seed);
-    input(&t, 2, view(1, O, 1, 1, 1), seed);
-    if (test_int(seed, 0, 1)) input(&t, 3, view(2, N, O, 1, 1), seed);
-    if (test_int(seed, 0, 1)) input(&t, 4, view(4, N, Y, X, O), seed);
-    t.a.p.conv.stride = 1;  t.a.p.conv.scale = 1;
-    t.a.p.conv.pad_top = t.a.p.conv.pad_left = s[5];
+    start_3x3(&t, text, s, s[5], seed);
     t.a.p.conv.act = test_int(seed, 0, 1) ? DPO_SILU : DPO_NONE;
-    t.a.out = view(4, N, Y, X, O);
     o = forward(ways[0], &t);
     for (int w = 1; w < WAYS; w++) {
         if (!ways[w]) continue;
@@ -626,22 +633,12 @@ static void test_turns(uint64_t *seed)
         { 3, 5, 6, 64, 24 }, { 2, 5, 48, 32, 130 }
     };
     const int *s = shape[test_int(seed, 0, 6)];
-    int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4];
+    int64_t N = s[0], H = s[1], W = s[2], O = s[4];
     dpo_backend *before[WAYS];
     test_case t;
     test_result oracle;
     float *dout = (float *)malloc((size_t)(N*H*W*O)*4);
-    start(&t, DPO_OP_CONV, "3x3 in turns");
-    input(&t, 0, view(4, N, H, W, I), seed);
-    t.a.in[1] = view(4, O, 3, 3, I);
-    t.a.in[1].panel = ways[0]->panel;
-    fill(&t.a.in[1], seed);
-    input(&t, 2, view(1, O, 1, 1, 1), seed);
-    if (test_int(seed, 0, 1)) input(&t, 3, view(2, N, O, 1, 1), seed);
-    if (test_int(seed, 0, 1)) input(&t, 4, view(4, N, H, W, O), seed);
-    t.a.p.conv.stride = t.a.p.conv.pad_top = t.a.p.conv.pad_left = 1;
-    t.a.p.conv.scale = 1;
-    t.a.out = view(4, N, H, W, O);
+    start_3x3(&t, "3x3 in turns", s, 1, seed);
     for (int i = 0; i < 5; i++) if (t.a.in[i].data) round_off((float *)t.a.in[i].data, stored(&t.a.in[i]));
     for (int64_t i = 0; i < N*H*W*O; i++) dout[i] = test_float(seed);
     round_off(dout, (size_t)(N*H*W*O));
