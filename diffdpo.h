@@ -233,6 +233,7 @@ struct dpo_tensor {
     struct dpoi_block *block;             /* private from here on: what holds data, */
     int         last;                     /* set by dpo_last, */
     int         persistent;               /* outside every scope */
+    int         made;                     /* by an op that is recorded, 1 + its number: the gradient ends in backward */
     int         linear;                   /* a weight that was made as [O,I] */
 };
 
@@ -1308,7 +1309,9 @@ typedef union dpo_params {
 } dpo_params;
 
 /* One call of a kernel.  Backward is given `dout` and adds to (bit set in `add`) or writes each din[i] whose data is
-   not NULL; din are F32, and have the layout of their input.  stat.data may be NULL where nothing is recorded. */
+   not NULL; din have the layout of their input.  They are F32; on a backend with `halves`, what is written, not added to,
+   may be BF16 where BF16 numbers went between a GEGLU and a product, and dout of any op may be.  stat.data may be NULL
+   where nothing is recorded. */
 typedef struct dpo_args {
     int        op, backward;
     dpo_view   in[DPO_MAX_INPUTS], out, stat;
@@ -1328,6 +1331,7 @@ struct dpo_backend {
     void       *self;
     int         panel;                    /* P of dpo_view for weights of products; 0: dense */
     int         pairs;                    /* 1: those of BF16 lie in pairs where their K is even */
+    int         halves;                   /* 1: takes gradients in BF16, see dpo_args */
     void       *(*alloc)  (void *self, size_t bytes);                    /* NULL: no memory; 64-byte aligned */
     void        (*release)(void *self, void *data, size_t bytes);
     int         (*copy)   (void *self, void *to, const void *from, size_t bytes, int direction);
@@ -1940,8 +1944,8 @@ static void dpoi_trim(dpo_ctx *c)
 
 /* A new region of at least `size`: small requests share one that grows with what is held, large ones stand alone.
    share = held/16 + 256 KB, at most 32 MB: what lies idle stays a small part of what is held, and a model of a
-   thousand small tensors asks the backend a few dozen times.  Three attempts: the share, the bare size, the bare
-   size after giving back what is idle. */
+   thousand small tensors asks the backend a few dozen times.  Where more would be held than ever before, what is idle is
+   given back first.  Three attempts: the share, the bare size, the bare size after giving back what is idle. */
 static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
 {
     size_t      share = c->held / 16 + ((size_t)1 << 18), most = (size_t)32 << 20, bytes;
@@ -1949,6 +1953,7 @@ static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
     if (!b) return NULL;
     if (share > most) share = most;
     bytes = size > share ? size : share & ~(size_t)(DPOI_ALIGN - 1);
+    if (c->held + bytes > c->peak) dpoi_trim(c);
     for (int attempt = 0; attempt < 3 && !b->data; attempt++) {
         if (attempt == 1) bytes = size;
         if (attempt == 2) dpoi_trim(c);
@@ -6434,6 +6439,7 @@ static dpoi_row *dpoi_record(dpo_ctx *c, const dpoi_call *k, dpo_tensor *out, dp
     if (keeps & DPOI_OUT) dpoi_hold(r, DPO_MAX_INPUTS, out->block); else r->a.out.data = NULL;
     if (stat && (keeps & DPOI_STAT)) dpoi_hold(r, DPO_MAX_INPUTS + 1, stat); else r->a.stat.data = NULL;
     out->needs_grad = 1;
+    out->made = 1 + r->a.op;
     return r;
 }
 
@@ -6474,16 +6480,16 @@ DPOI_APART DPO_DEF void dpo_no_grad(dpo_ctx *c, int change) { if (c) c->no_grad 
 
 /* Memory for x's gradient that nobody wrote yet: a parameter's lives as long as it, others' in the current scope.
    share != NULL, for temporaries: it lies in that block, which others may read too (see dpoi_grad_own). */
-static dpo_tensor *dpoi_grad_new(dpo_tensor *x, dpoi_block *share)
+static dpo_tensor *dpoi_grad_new(dpo_tensor *x, int dtype, dpoi_block *share)
 {
     dpo_ctx *c = x->ctx;
-    if (x->persistent) return x->grad = dpoi_persistent(c, DPO_F32, x->rank, x->shape, x->panel, NULL);
-    return x->grad = dpoi_temp(c, DPO_F32, x->rank, x->shape, x->panel, share);
+    if (x->persistent) return x->grad = dpoi_persistent(c, dtype, x->rank, x->shape, x->panel, NULL);
+    return x->grad = dpoi_temp(c, dtype, x->rank, x->shape, x->panel, share);
 }
 
-/* y += x, both F32 and alike: the backward of an affine op.
+/* y = x, or with `add` y += x; y is F32, x alike but perhaps BF16: the backward of an affine op.
    The backward of y = 1*x is dx += dout, a kernel that every backend has. */
-static int dpoi_add_into(dpo_ctx *c, dpo_tensor *y, const dpo_view *x)
+static int dpoi_add_into(dpo_ctx *c, const dpo_view *y, const dpo_view *x, int add)
 {
     dpo_args a;
     memset(&a, 0, sizeof a);
@@ -6491,12 +6497,12 @@ static int dpoi_add_into(dpo_ctx *c, dpo_tensor *y, const dpo_view *x)
     a.backward = 1;
     a.p.affine.scale = 1;
     a.dout = *x;
-    a.din[0] = dpoi_view(y);
-    a.add = 1;
+    a.din[0] = *y;
+    a.add = (unsigned)add;
     return dpoi_run(c, &a);
 }
 
-/* x->grad as a place to add to: not shared with another tensor.
+/* x->grad as a place to add to: F32, and not shared with another tensor.
    A gradient that was handed on (through a reshape, a residual, a segment) is one block in two tensors;
    whichever is added to first takes a copy.  Parameters' are never handed on; a team's trainer lays several of them into
    one block. */
@@ -6505,16 +6511,19 @@ static int dpoi_grad_own(dpo_tensor *x)
     dpo_ctx    *c = x->ctx;
     dpo_tensor *g = x->grad;
     dpoi_block *b;
-    dpo_view    v = dpoi_view(g);
-    if (g->block->refs == 1 || x->persistent) return 1;
-    if (!(b = dpoi_block_new(c, dpoi_view_bytes(&v)))) return 0;
-    if (c->backend->copy(c->backend->self, b->data, g->data, dpoi_view_bytes(&v), DPO_COPY_ON) != DPO_OK) {
+    dpo_view    from = dpoi_view(g), to = from;
+    if (x->persistent || (g->block->refs == 1 && g->dtype == DPO_F32)) return 1;
+    to.dtype = DPO_F32;
+    if (!(b = dpoi_block_new(c, dpoi_view_bytes(&to)))) return 0;
+    to.data = b->data;
+    if (!dpoi_add_into(c, &to, &from, 0)) {
         dpoi_block_drop(c, b);
-        return dpoi_fail_device(c, "copying a gradient of", dpoi_view_bytes(&v));
+        return 0;
     }
     dpoi_block_drop(c, g->block);
     g->block = b;
     g->data = b->data;
+    g->dtype = DPO_F32;
     return 1;
 }
 
@@ -6528,29 +6537,38 @@ static void dpoi_graded(dpo_tensor *x)
    A parameter's gradient gets memory of its own: it outlives the walk, and lies where it lay in the last step. */
 static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
 {
-    dpo_view v;
-    if (!x->grad && !x->persistent) return dpoi_grad_new(x, dy->block) != NULL;
-    if (!x->grad && (!dpoi_grad_new(x, NULL) || !dpoi_zero(x->grad))) return 0;
-    v = dpoi_view(dy);
-    if (!dpoi_grad_own(x) || !dpoi_add_into(x->ctx, x->grad, &v)) return 0;
+    dpo_view to, from = dpoi_view(dy);
+    int      add = x->grad != NULL;
+    if (!add && !x->persistent && (x->made || dy->dtype == DPO_F32)) return dpoi_grad_new(x, dy->dtype, dy->block) != NULL;
+    if (add ? !dpoi_grad_own(x) : !dpoi_grad_new(x, DPO_F32, NULL)) return 0;
+    to = dpoi_view(x->grad);
+    if (!dpoi_add_into(x->ctx, &to, &from, add)) return 0;
     dpoi_graded(x);
     return dpoi_ok(x->ctx);
 }
 
+/* The type of the gradient that an op writes to input i.  Between a product and a GEGLU, the widest that a transformer
+   has, it is BF16 where the numbers are: the product rounds it in any case. */
+static int dpoi_grad_type(const dpoi_row *r, int i)
+{
+    const dpo_tensor *x = r->in[i];
+    int               op = r->a.op, from = x->made - 1;
+    if (!x->ctx->backend->halves || x->dtype != DPO_BF16) return DPO_F32;
+    return (op == DPO_OP_GEGLU && from == DPO_OP_CONV) || (op == DPO_OP_CONV && from == DPO_OP_GEGLU) ? DPO_BF16 : DPO_F32;
+}
+
 /* Point din[i] at x's gradient, new (written) or old (added to).
-   The row's view of the input has the shape and the panels; its gradient is F32 in the same layout. */
+   The row's view of the input has the shape and the panels; its gradient has the same layout. */
 static int dpoi_grad_aim(dpoi_row *r, int i)
 {
     dpo_tensor *x = r->in[i];
-    void       *data;
     if (x->grad) {
         if (!dpoi_grad_own(x)) return 0;
         r->a.add |= 1u << i;
-    } else if (!dpoi_grad_new(x, NULL)) return 0;
-    data = x->grad->data;
+    } else if (!dpoi_grad_new(x, dpoi_grad_type(r, i), NULL)) return 0;
     r->a.din[i] = r->a.in[i];
-    r->a.din[i].data = data;
-    r->a.din[i].dtype = DPO_F32;
+    r->a.din[i].data = x->grad->data;
+    r->a.din[i].dtype = x->grad->dtype;
     return 1;
 }
 
@@ -6563,7 +6581,7 @@ static int dpoi_kernel_backward(dpo_ctx *c, dpoi_row *r)
     r->a.backward = 1;
     r->a.dout = r->a.out;
     r->a.dout.data = r->out->grad->data;
-    r->a.dout.dtype = DPO_F32;
+    r->a.dout.dtype = r->out->grad->dtype;
     for (int i = 0; i < DPO_MAX_INPUTS; i++)
         if (r->in[i] && r->in[i]->needs_grad && (dpoi_ops[r->a.op].grads >> i & 1)) left |= 1u << i;
     if (r->a.op == DPO_OP_CONV) left &= ~(1u << 4);  /* the residual, see the last line */
@@ -7640,6 +7658,7 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->workspace = dpoi_check_workspace;
     b->run = dpoi_check_run;
     b->sync = dpoi_check_sync;
+    b->halves = tested->halves && oracle->halves;
     b->step = NULL;                       /* each call is compared as it comes */
     b->send = NULL;
     b->take = NULL;
@@ -9648,26 +9667,36 @@ static void dpoi_geglu_rows(const dpoi_job *j, int64_t from, int64_t to)
     }
 }
 /* A row of dx [2D] is da and db side by side, both from b's half of x.
-   Pieces of a row, so that what one of them reads is at hand for the other; x is widened where it is narrow. */
+   Pieces of a row, so that what one of them reads is at hand for the other; narrow x and dy are widened, a narrow dx
+   is narrowed. */
 static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to)
 {
-    const dpo_view *in = &j->a->in[0];
+    const dpo_view *in = &j->a->in[0], *din = &j->a->din[0];
+    const dpoi_rows *rows = &j->cpu->rows;
     int64_t D = dpoi_channels(&j->a->dout);
     int add = dpoi_a_adds(j->a, 0);
-    float tmp[2][1024];
+    float tmp[5][1024];
     for (int64_t r = from; r < to; r++)
         for (int64_t i = 0; i < D; i += 1024) {
-            int64_t n = dpoi_least(1024, D - i);
-            const float *a = dpoi_a_in(j->a, 0) + r*2*D + i, *b = a + D, *dy = dpoi_a_dout(j->a) + r*D + i;
-            float *dx = dpoi_a_din(j->a, 0) + r*2*D + i;
+            int64_t n = dpoi_least(1024, D - i), at = r*2*D + i;
+            const float *a = dpoi_a_in(j->a, 0) + at, *b = a + D, *dy = dpoi_a_dout(j->a) + r*D + i;
+            float *da = dpoi_a_din(j->a, 0) + at, *db = da + D;
             if (in->dtype != DPO_F32) {
-                const uint16_t *x = (const uint16_t *)in->data + r*2*D + i;
-                j->cpu->rows.widen(in->dtype, n, x, tmp[0]);
-                j->cpu->rows.widen(in->dtype, n, x + D, tmp[1]);
+                rows->widen(in->dtype, n, (const uint16_t *)in->data + at, tmp[0]);
+                rows->widen(in->dtype, n, (const uint16_t *)in->data + at + D, tmp[1]);
                 a = tmp[0];  b = tmp[1];
             }
-            j->cpu->rows.map(DPOI_MAP_GEGLU, n, dy, b, NULL, NULL, dx, add);
-            j->cpu->rows.map(DPOI_MAP_GEGLU_BACK, n, a, b, dy, NULL, dx + D, add);
+            if (j->a->dout.dtype != DPO_F32) {
+                rows->widen(j->a->dout.dtype, n, (const uint16_t *)j->a->dout.data + r*D + i, tmp[4]);
+                dy = tmp[4];
+            }
+            if (din->dtype != DPO_F32) { da = tmp[2];  db = tmp[3]; }
+            rows->map(DPOI_MAP_GEGLU, n, dy, b, NULL, NULL, da, add);
+            rows->map(DPOI_MAP_GEGLU_BACK, n, a, b, dy, NULL, db, add);
+            if (din->dtype != DPO_F32) {
+                rows->narrow(din->dtype, n, da, (uint16_t *)din->data + at);
+                rows->narrow(din->dtype, n, db, (uint16_t *)din->data + at + D);
+            }
         }
 }
 /* A unit is one row of 2D floats. */
@@ -11168,7 +11197,7 @@ typedef struct dpoi_conv {
     int     amx;                          /* products round their factors to BF16 */
     int     pairs;                        /* w lies in pairs, [ceil(O/16)][K/2][16][2] */
     int     x_type, w_type, residual_type, y_type;         /* DPO_F32, or with amx DPO_BF16 */
-    int     dy_type;                      /* DPO_BF16: products read a copy of dy, see >>impl convolution */
+    int     dy_type;                      /* DPO_BF16: dout's, or that of a copy, see >>impl convolution */
     const dpo_args *a;
 } dpoi_conv;
 
@@ -11179,10 +11208,12 @@ static int dpoi_conv_rounds(const dpoi_cpu *cpu, const dpo_args *a)
            (cpu->products == DPO_BF16 || a->in[0].dtype == DPO_BF16 || a->in[1].dtype == DPO_BF16);
 }
 
-/* Of dy's type where products read it: a linear layer whose products read dy several times rounds it once. */
+/* Of dy's type where products read it: a linear layer whose products read dy several times rounds it once, if it is not
+   rounded yet. */
 static int dpoi_conv_dy_type(const dpoi_conv *g)
 {
     const dpo_args *a = g->a;
+    if (a->dout.data && a->dout.dtype == DPO_BF16) return DPO_BF16;
     int uses = (a->din[0].data != NULL) + (a->din[1].data != NULL) + (g->r ? 1 + (a->din[6].data != NULL) : 0);
     return a->backward && g->amx && g->K == g->I && g->stride == 1 && uses > 1 ? DPO_BF16 : DPO_F32;
 }
@@ -13939,13 +13970,15 @@ static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_a
 static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
 {
     dpoi_axis y = dpoi_axis_of(a, g->top, g->kh, g->stride), x = dpoi_axis_of(b, g->left, g->kw, g->stride);
-    float *dx = (float *)g->a->din[0].data;
-    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->I, dx + (a*g->W + b)*g->I);
+    const dpo_view *dx = &g->a->din[0];
+    char *to = (char *)dx->data + (a*g->W + b)*g->I*(int64_t)dpoi_dtype_size(dx->dtype);
+    dpoi_cpu_product p = dpoi_product_of(cpu, g, NULL, NULL, g->I, (float *)(void *)to);
     int64_t places = y.count*x.count, first = dpoi_flip_room(g, g->I, places*g->O), at = first;
     memset(p.source, 0, sizeof p.source);
     p.Y = dpoi_pieces(g->H - a, g->stride);  p.X = dpoi_pieces(g->W - b, g->stride);
     p.at_n = g->H*g->W*g->I;  p.at_y = g->stride*g->W*g->I;  p.at_x = g->stride*g->I;
     p.add = g->a->add & 1 ? p.y : NULL;
+    p.y_type = dx->dtype;
     p.source[0] = dpoi_flip_source(g, y, x, g->dy, g->dy_type, g->O, work);
     if (g->r) {
         p.source[1] = dpoi_flip_source(g, y, x, du, DPO_F32, g->r, work ? work + first : NULL);
@@ -13980,6 +14013,42 @@ typedef struct dpoi_gradient {
     int64_t O;
 } dpoi_gradient;
 
+#ifdef DPOI_SIMD_AMX
+enum { DPOI_IN_TILES = 1 << 23 };           /* BF16 numbers of x and dy that lie in tiles at a time, 16 MB */
+
+/* A linear layer's rows are taken in parts of this many, the others' all at once: memory, and what was turned is read
+   again while it is near. */
+static int64_t dpoi_gradient_rows(const dpoi_conv *g, int64_t O)
+{
+    int64_t room = DPOI_IN_TILES/(g->I + O), parts = room > 0 ? dpoi_pieces(g->M, room) : 1;
+    int     linear = g->K == g->I && g->stride == 1 && g->M == g->N*g->H*g->W && !g->top && !g->left;
+    return linear ? dpoi_least(g->M, dpoi_pieces(dpoi_pieces(g->M, parts), 256)*256) : g->M;
+}
+
+/* `rows` of a linear layer's. */
+static dpoi_amx_outer dpoi_gradient_part(const dpoi_conv *g, int64_t O, int64_t rows)
+{
+    dpoi_conv part = *g;
+    if (rows == g->M) return dpoi_amx_outer_of(g, O);
+    part.N = part.H = part.Y = 1;
+    part.W = part.X = part.M = rows;
+    return dpoi_amx_outer_of(&part, O);
+}
+
+static void dpoi_gradient_amx(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O, const float *x, int x_type, const float *dy,
+                              int dy_type, float *dw, int add, float *work)
+{
+    int64_t rows = dpoi_gradient_rows(g, O);
+    for (int64_t from = 0; from < g->M; from += rows) {
+        dpoi_amx_outer p = dpoi_gradient_part(g, O, dpoi_least(rows, g->M - from));
+        p.x_type = x_type;
+        p.dy_type = dy_type;
+        dpoi_amx_outer_run(cpu, &p, dpoi_amx_at(x, x_type, from*g->I), dpoi_amx_at(dy, dy_type, from*O), dw,
+                           add || from, work);
+    }
+}
+#endif
+
 /* x [N,H,W,I] through g's window against [N,Y,X,O]. */
 static dpoi_gradient dpoi_gradient_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
 {
@@ -13988,7 +14057,7 @@ static dpoi_gradient dpoi_gradient_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t
     p.O = O;
 #ifdef DPOI_SIMD_AMX
     if (g->amx) {
-        p.amx = dpoi_amx_outer_of(g, O);
+        p.amx = dpoi_gradient_part(g, O, dpoi_gradient_rows(g, O));
         return p;
     }
 #endif
@@ -14012,9 +14081,8 @@ static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *
 {
 #ifdef DPOI_SIMD_AMX
     if (g->amx) {
-        p->amx.x_type = x == g->x ? g->x_type : DPO_F32;
-        p->amx.dy_type = dy == g->dy ? g->dy_type : DPO_F32;
-        dpoi_amx_outer_run(cpu, &p->amx, x, dy, dw, add, work);
+        dpoi_gradient_amx(cpu, g, p->O, x, x == g->x ? g->x_type : DPO_F32, dy, dy == g->dy ? g->dy_type : DPO_F32, dw,
+                          add, work);
         return;
     }
 #endif
@@ -14031,7 +14099,7 @@ enum { DPOI_SUMS = 512 };                 /* pixels a chunk */
 /* dvec or dbias may be NULL. */
 typedef struct dpoi_sums {
     dpoi_cpu *cpu;
-    const float *dy;
+    const dpo_view *dy;
     float  *sums, *dvec, *dbias;          /* sums [N,chunks,O] */
     int64_t N, P, O, chunks;
     unsigned add;
@@ -14041,7 +14109,8 @@ static void dpoi_sums_task(void *arg, int64_t i)
 {
     const dpoi_sums *p = (const dpoi_sums *)arg;
     int64_t n = i/p->chunks, from = i % p->chunks*DPOI_SUMS, rows = dpoi_least(DPOI_SUMS, p->P - from);
-    p->cpu->rows.columns(DPO_F32, rows, p->O, p->dy + (n*p->P + from)*p->O, NULL, p->sums + i*p->O);
+    const char *dy = (const char *)p->dy->data + (n*p->P + from)*p->O*(int64_t)dpoi_dtype_size(p->dy->dtype);
+    p->cpu->rows.columns(p->dy->dtype, rows, p->O, dy, NULL, p->sums + i*p->O);
 }
 
 /* Chunks in order, then samples in order, in double. */
@@ -14109,7 +14178,7 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     memset(&p, 0, sizeof p);
     p.u    = (g->kw*dpoi_most(dpoi_most(g->I, g->O), g->r) + 15)/16*16;
     p.step = p.dy = p.u + (g->M*g->r + 15)/16*16;
-    if (g->dy_type != DPO_F32) p.step += (g->M*g->O/2 + 16)/16*16;
+    if (g->dy_type != g->a->dout.dtype) p.step += (g->M*g->O/2 + 16)/16*16;
     if (g->r) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, NULL);
         step = dpoi_most(step, dpoi_conv_room(g, &down));
@@ -14214,7 +14283,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
     float *du = g->work + plan.u, *step = g->work + plan.step;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
-    if (g->dy_type != DPO_F32) dpoi_rounded_run(cpu, g, g->work + plan.dy);
+    if (g->dy_type != a->dout.dtype) dpoi_rounded_run(cpu, g, g->work + plan.dy);
     if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
         dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
@@ -14222,7 +14291,7 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
         dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
         dpoi_sums s;
-        s.cpu = cpu;  s.dy = (const float *)a->dout.data;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
+        s.cpu = cpu;  s.dy = &a->dout;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
         s.dbias = (float *)a->din[2].data;  s.dvec = (float *)a->din[3].data;  s.add = a->add;
         dpoi_sums_run(&s);
     }
@@ -15614,7 +15683,7 @@ static int dpoi_narrow_view(const dpo_view *v)
 static int dpoi_kept_narrow(const dpoi_cpu *cpu, const dpo_args *a, const dpo_args *w, const dpo_view *v)
 {
     int same = a->in[0].dtype == a->out.dtype && (!a->in[1].data || a->in[1].dtype == a->out.dtype);
-    if (a->op == DPO_OP_GEGLU && a->backward) return v == &w->in[0];
+    if (a->op == DPO_OP_GEGLU && a->backward) return v == &w->in[0] || v == &w->dout;
     if (a->op == DPO_OP_CONCAT || a->op == DPO_OP_SLICE || a->op == DPO_OP_UPSAMPLE || a->op == DPO_OP_GEGLU)
         return !a->backward && same;
     if (a->op == DPO_OP_LAYER_NORM || a->op == DPO_OP_GROUP_NORM) {
@@ -15625,7 +15694,7 @@ static int dpoi_kept_narrow(const dpoi_cpu *cpu, const dpo_args *a, const dpo_ar
     }
     if (a->op == DPO_OP_ATTENTION) return v->dtype == DPO_BF16 && dpoi_attention_rounds(cpu, a);
     return a->op == DPO_OP_CONV && v->dtype == DPO_BF16 && dpoi_conv_rounds(cpu, a) &&
-           (v == &w->in[0] || v == &w->in[1] || v == &w->in[4] || (v == &w->out && !a->backward));
+           (v == &w->in[0] || v == &w->in[1] || v == &w->in[4] || v == &w->dout || (v == &w->out && !a->backward));
 }
 
 /* *w = *a with F32 views in place of narrow ones, laid out in work; returns the bytes.  Without work (when only the
@@ -15641,7 +15710,7 @@ static size_t dpoi_widened(const dpoi_cpu *cpu, const dpo_args *a, dpo_args *w, 
     for (int i = 0; i < DPO_MAX_INPUTS; i++)
         if (!a->backward || (dpoi_ops[a->op].keeps >> i & 1)) views[n++] = &w->in[i];
     if (!a->backward || (dpoi_ops[a->op].keeps & DPOI_OUT)) views[n++] = &w->out;
-    views[n++] = &w->dout;                /* NULL in forward; stat and din are F32 always */
+    views[n++] = &w->dout;                /* NULL in forward; stat is F32 always, and kernels write BF16 to din themselves */
     for (int i = 0; i < n; i++) {
         if (!dpoi_narrow_view(views[i]) || dpoi_kept_narrow(cpu, a, w, views[i])) continue;
         if (work) views[i]->data = work + at;
@@ -15774,7 +15843,7 @@ static void dpoi_cpu_fill(dpoi_cpu *cpu)
     dpo_backend *b = &cpu->backend;
     b->size = (uint32_t)sizeof *b;       b->version = DIFFDPO_VERSION;
     b->name = "cpu";                     b->self = cpu;                  b->panel = 16;
-    b->pairs = cpu->rounds;
+    b->pairs = cpu->rounds;              b->halves = cpu->rounds;
     b->alloc = dpoi_cpu_alloc;           b->release = dpoi_cpu_release;
     b->copy = dpoi_cpu_copy_bytes;       b->zero = dpoi_cpu_zero;
     b->workspace = dpoi_cpu_workspace;   b->run = dpoi_cpu_run;
@@ -26055,7 +26124,7 @@ static int dpoi_train_params(dpo_trainer *t)
         dpo_tensor *x = t->params[i] = i < n ? first[i] : second[i - n];
         x->needs_grad = 1;
         /* Now rather than in the first backward: after the first step no step takes new memory. */
-        if (t->d.team.count < 2 && (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, NULL))) return 0;
+        if (t->d.team.count < 2 && (x->grad ? !dpo_zero_grad(x) : !dpoi_grad_new(x, DPO_F32, NULL))) return 0;
     }
     return (t->d.team.count < 2 || dpoi_train_parcels(t)) && dpoi_train_optimizer(t);
 }

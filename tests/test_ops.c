@@ -610,6 +610,73 @@ static void check_memory(void)
     CHECK(peak[0] == second[0], "a second step allocates");
 }
 
+/* y = geglu(x w^T + b) v^T.  `more` says what else reads the numbers between them, and x: the gradients of those that
+   several ops read are summed in F32, whatever the first of them wrote. */
+static dpo_tensor *gated(dpo_ctx *c, void *user, dpo_tensor **x)
+{
+    int         more = *(const int *)user;
+    int64_t     same[3] = { 1, 600, 96 };
+    dpo_tensor *h = dpo_linear(c, x[0], x[1], x[2], NULL), *g, *y, *z;
+    if (more == 1) h = dpo_reshape(c, h, 3, same);
+    g = dpo_geglu(c, h);
+    y = dpo_mean(c, dpo_act(c, dpo_linear(c, g, x[3], NULL, NULL), DPO_SILU), -1);
+    if (more < 2) return y;
+    z = dpo_binary(c, DPO_ADD, dpo_mean(c, dpo_act(c, h, DPO_SILU), -1), dpo_mean(c, dpo_act(c, g, DPO_SILU), -1));
+    return dpo_binary(c, DPO_ADD, y, z);
+}
+
+/* The gradients of x [600,64], w [96,64], b [96], v [40,48] one after the other; the caller frees them. */
+static float *gated_gradients(int isa, int more, int segment, int64_t *count)
+{
+    dpo_desc    d;
+    dpo_ctx    *c;
+    dpo_tensor *x[4], *y;
+    int64_t     shape[4][2] = { { 600, 64 }, { 96, 64 }, { 96, 1 }, { 40, 48 } }, at = 0;
+    float      *all = (float *)calloc(1 << 17, sizeof *all);
+    uint64_t    rng = 7;
+    memset(&d, 0, sizeof d);
+    d.isa = isa;
+    c = dpo_open(&d);
+    for (int i = 0; i < 4; i++) {
+        int64_t n = shape[i][0]*shape[i][1];
+        for (int64_t e = 0; e < n; e++) all[e] = (float)test_normal(&rng);
+        if (i % 2) x[i] = dpo_weight_new(c, DPO_BF16, 2, shape[i], "w");
+        else if (i) x[i] = dpo_param_new(c, DPO_BF16, 1, shape[i], "b");
+        else x[i] = dpo_tensor_new(c, DPO_BF16, 2, shape[i]);
+        dpo_write(x[i], all);
+        x[i]->needs_grad = 1;
+    }
+    y = segment ? dpo_checkpoint(c, gated, &more, x, 4) : gated(c, &more, x);
+    dpo_backward(y);
+    CHECK(!dpo_error(c), "%s", dpo_error(c));
+    for (int i = 0; i < 4 && !dpo_error(c); i++) {
+        CHECK(x[i]->grad->dtype == DPO_F32, "gradient %d is not F32", i);
+        dpo_read(x[i]->grad, all + at);
+        at += dpo_count(x[i]);
+    }
+    dpo_close(c);
+    *count = at;
+    return all;
+}
+
+/* BF16 between a product and a GEGLU against a device that keeps all gradients in F32. */
+static void check_halves(void)
+{
+    for (int more = 0; more < 3; more++)
+        for (int segment = 0; segment < 2; segment++) {
+            int64_t n, m;
+            float  *a = gated_gradients(DPO_ISA_BEST, more, segment, &n), *b = gated_gradients(DPO_ISA_PLAIN, more, segment, &m);
+            double  d = 0, all = 0;
+            for (int64_t e = 0; e < n && n == m; e++) {
+                d += ((double)a[e] - b[e])*((double)a[e] - b[e]);
+                all += (double)b[e]*b[e];
+            }
+            CHECK(n == m && sqrt(d) <= 1e-2*sqrt(all), "gradients %d %d: relative difference %g", more, segment, sqrt(d/all));
+            free(a);
+            free(b);
+        }
+}
+
 /* All of it on one device. */
 static void check_device(dpo_desc *d, const char *name, uint64_t *rng)
 {
@@ -647,5 +714,6 @@ int main(int argc, char **argv)
     }
 #endif
     check_memory();
+    check_halves();
     return test_report();
 }
