@@ -14414,84 +14414,16 @@ enum { DPOI_LANES = DPOI_TILE_PANELS*DPOI_PANEL, DPOI_FAR = 96 };
    is the largest score up to a factor of 2^16: floats have the same digits at 2^16 as at 1, and what was summed seldom
    has to shrink. */
 typedef struct dpoi_scores {
-    int64_t rows, lanes, offset;          /* lanes: a multiple of 16 */
+    int64_t rows, lanes, offset;          /* lanes: a multiple of 8 */
     int     causal;
     float   scale;
     float  *s, *ds;                       /* [rows][48] */
-    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_avx512; most over ln 2 */
+    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_8; most over ln 2 */
     const float *lse, *delta;             /* backward: a lane each, or */
     int     by_row;                       /* a row each */
 } dpoi_scores;
 
 enum { DPOI_SCORE_ROOM = 16 };            /* powers of two that a score may lie above `most` */
-
-#ifdef DPOI_SIMD_X86
-
-/* The lanes o..o+15 that see row j.
-   A mask instead of a score of minus infinity: masked lanes stay out of the maximum as well. */
-DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_seen_avx512(const dpoi_scores *t, int64_t j, int64_t o, int queries)
-{
-    int64_t edge = j + t->offset - o;
-    if (!t->causal) return 0xffff;
-    if (queries) return edge <= 0 ? (__mmask16)0xffff : edge > 15 ? (__mmask16)0 : (__mmask16)(0xffffu << edge);
-    return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
-}
-
-/* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
-   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where they
-   are minus infinity: shrink is 0 there, times a sum of 0. */
-DPOI_AVX512 static int dpoi_scores_forward_avx512(const dpoi_scores *t)
-{
-    const __m512 scale = _mm512_set1_ps(t->scale*DPOI_LOG2E), one = _mm512_set1_ps(1);
-    __mmask16 any = 0;
-    for (int64_t o = 0; o < t->lanes; o += 16) {
-        __m512 old = _mm512_loadu_ps(t->most + o), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), shrink;
-        __mmask16 grown;
-        for (int64_t j = 0; j < t->rows; j++)
-            most = _mm512_mask_max_ps(most, dpoi_seen_avx512(t, j, o, 1), most,
-                                      _mm512_loadu_ps(t->s + j*DPOI_LANES + o));
-        most = _mm512_mul_ps(most, scale);              /* positive */
-        grown = _mm512_cmp_ps_mask(most, _mm512_add_ps(old, _mm512_set1_ps(DPOI_SCORE_ROOM)), _CMP_GT_OQ);
-        most = _mm512_mask_mov_ps(old, grown, most);
-        for (int64_t j = 0; j < t->rows; j++) {
-            float *s = t->s + j*DPOI_LANES + o;
-            __m512 p = dpoi_exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, most));
-            p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, 1), p);
-            sum = _mm512_add_ps(sum, p);
-            _mm512_storeu_ps(s, p);
-        }
-        shrink = _mm512_mask_mov_ps(one, grown, dpoi_exp2_512(_mm512_sub_ps(old, most)));
-        _mm512_storeu_ps(t->shrink + o, shrink);
-        _mm512_storeu_ps(t->most + o, most);
-        _mm512_storeu_ps(t->sum + o, _mm512_fmadd_ps(_mm512_loadu_ps(t->sum + o), shrink, sum));
-        any |= grown;
-    }
-    return any != 0;
-}
-
-/* s becomes p, ds (which held do.v) becomes scale ds.
-   lse makes the softmax known at once: no maximum, no second pass. */
-DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
-{
-    const __m512 scale = _mm512_set1_ps(t->scale), log2e = _mm512_set1_ps(DPOI_LOG2E);
-    const __m512 power = _mm512_mul_ps(scale, log2e);
-    for (int64_t o = 0; o < t->lanes; o += 16) {
-        __m512 lse = _mm512_setzero_ps(), delta = lse;
-        if (!t->by_row) lse = _mm512_mul_ps(_mm512_loadu_ps(t->lse + o), log2e);
-        if (!t->by_row) delta = _mm512_loadu_ps(t->delta + o);
-        for (int64_t j = 0; j < t->rows; j++) {
-            float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
-            __m512 p;
-            if (t->by_row) { lse = _mm512_set1_ps(t->lse[j]*DPOI_LOG2E);  delta = _mm512_set1_ps(t->delta[j]); }
-            p = dpoi_exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s), power, lse));
-            p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, !t->by_row), p);
-            _mm512_storeu_ps(s, p);
-            _mm512_storeu_ps(ds, _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(_mm512_loadu_ps(ds), delta)));
-        }
-    }
-}
-
-#endif /* DPOI_SIMD_X86 */
 
 #ifdef DPOI_SIMD_256
 /* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's; 2^n is put together from its bits, so
@@ -14516,7 +14448,9 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_seen_8(const dpoi_scores *t, int64_t j, int6
     return dpoi_bits_256(queries ? dpoi_lanes + 16 - dpoi_lane_count(edge) : dpoi_lanes + 8 - dpoi_lane_count(edge + 1));
 }
 
-/* As for AVX-512, 8 lanes at a time, with masks as vectors. */
+/* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
+   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where they
+   are minus infinity: shrink is 0 there, times a sum of 0. */
 DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
 {
     const dpoi_f256 scale = dpoi_all_256(t->scale*DPOI_LOG2E), one = dpoi_all_256(1), low = dpoi_all_256(-INFINITY);
@@ -14527,7 +14461,7 @@ DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
             dpoi_f256 k = dpoi_seen_8(t, j, o, 1);
             most = dpoi_max_256(most, dpoi_where_256(k, dpoi_read_256(t->s + j*DPOI_LANES + o), low));
         }
-        most = dpoi_mul_256(most, scale);
+        most = dpoi_mul_256(most, scale);               /* positive */
         grown = dpoi_above_256(most, dpoi_add_256(old, dpoi_all_256(DPOI_SCORE_ROOM)));
         most = dpoi_where_256(grown, most, old);
         for (int64_t j = 0; j < t->rows; j++) {
@@ -14546,7 +14480,8 @@ DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
     return any;
 }
 
-/* As for AVX-512. */
+/* s becomes p, ds (which held do.v) becomes scale ds.
+   lse makes the softmax known at once: no maximum, no second pass. */
 DPOI_256 static void dpoi_scores_backward_8(const dpoi_scores *t)
 {
     const dpoi_f256 scale = dpoi_all_256(t->scale), log2e = dpoi_all_256(DPOI_LOG2E);
@@ -14568,17 +14503,10 @@ DPOI_256 static void dpoi_scores_backward_8(const dpoi_scores *t)
 }
 #endif /* DPOI_SIMD_256 */
 
-/* Plain C never comes here: it has functions of its own.  In forward, whether anything has to shrink. */
-static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
+/* Only where 8 floats go side by side.  In forward, whether anything has to shrink. */
+static int dpoi_scores_run(const dpoi_scores *t, int backward)
 {
-    (void)cpu;  (void)t;  (void)backward;
-#ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) {
-        if (!backward) return dpoi_scores_forward_avx512(t);
-        dpoi_scores_backward_avx512(t);
-        return 0;
-    }
-#endif
+    (void)t;  (void)backward;
 #ifdef DPOI_SIMD_256
     if (!backward) return dpoi_scores_forward_8(t);
     dpoi_scores_backward_8(t);
@@ -14594,10 +14522,10 @@ static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backwa
 
 /* wide is a multiple of 16; the lanes behind `lanes` compute on zeros and are not stored. */
 typedef struct dpoi_unit {
-    int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
+    int64_t at, first, lanes, wide;       /* offset of the first lane's row, that row, lanes in use, and whole panels */
     int64_t across_at, strips_at;         /* offsets of the other axis' first row in passing and in strip */
     float  *s, *ds;                       /* [96][48] */
-    float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
+    float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48], d rounded up to 8 */
 } dpoi_unit;
 
 /* Floats of one head's strips. */
@@ -14613,10 +14541,11 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
 {
     dpoi_unit u;
     int64_t n = head/g->heads, slice = head % g->heads*g->d, panels = dpoi_pieces(length, DPOI_PANEL);
-    int64_t units = dpoi_tile_groups(length), panel = panels*i/units, size = DPOI_LANES*g->d;
+    int64_t units = dpoi_tile_groups(length), panel = panels*i/units, size = DPOI_LANES*dpoi_pieces(g->d, 8)*8;
     u.wide   = (panels*(i + 1)/units - panel)*DPOI_PANEL;
-    u.lanes  = dpoi_least(u.wide, length - panel*DPOI_PANEL);
-    u.at     = (n*length + panel*DPOI_PANEL)*g->D + slice;
+    u.first  = panel*DPOI_PANEL;
+    u.lanes  = dpoi_least(u.wide, length - u.first);
+    u.at     = (n*length + u.first)*g->D + slice;
     u.across_at = head*across*g->d;
     u.strips_at = head*dpoi_strips_size(g, across);
     u.s = work;                          u.ds    = u.s + DPOI_FAR*DPOI_LANES;
@@ -14637,15 +14566,16 @@ static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const fl
 
 /* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed.
    add: the gradient of another reader is there already. */
-static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const float *to, const float *factor, float *y,
+static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *to, const float *factor, float *y,
                             int add)
 {
-    dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
-    for (int64_t lane = 0; lane < u->lanes; lane++) {
-        float s[2];
-        s[0] = factor ? factor[lane] : 1;  s[1] = 0;
-        g->cpu->rows.map(DPOI_MAP_AFFINE, g->d, u->pack + lane*g->d, NULL, NULL, s, y + u->at + lane*g->D, add);
-    }
+    for (float *x = to; factor && x < to + g->d*DPOI_LANES; x += DPOI_LANES)
+        g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u->wide, x, factor, NULL, NULL, x, 0);
+    if (add) {
+        dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
+        for (int64_t lane = 0; lane < u->lanes; lane++)
+            for (int64_t c = 0; c < g->d; c++) y[u->at + lane*g->D + c] += u->pack[lane*g->d + c];
+    } else dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, y + u->at, g->D);
 }
 
 /* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis, which come in strips;
@@ -14679,7 +14609,7 @@ static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const flo
 static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
-    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->T, keys = g->causal ? first + u.lanes : g->S;
+    int64_t first = u.first, keys = g->causal ? first + u.lanes : g->S;
     float most[DPOI_LANES], sum[DPOI_LANES], shrink[DPOI_LANES];
     dpoi_scores t;
     memset(&t, 0, sizeof t);
@@ -14691,7 +14621,7 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
         dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
-        if (dpoi_scores_run(g->cpu, &t, 0) && k0)
+        if (dpoi_scores_run(&t, 0) && k0)
             for (float *to = u.to; to < u.to + g->d*DPOI_LANES; to += DPOI_LANES)
                 g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u.wide, to, shrink, NULL, NULL, to, 0);
         dpoi_unit_mix(g, &u, g->passing[2], u.s, k0, t.rows, u.to, k0 > 0);
@@ -14707,7 +14637,7 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
 static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
-    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->T, keys = g->causal ? first + u.lanes : g->S;
+    int64_t first = u.first, keys = g->causal ? first + u.lanes : g->S;
     float lse[DPOI_LANES] = { 0 }, delta[DPOI_LANES] = { 0 };
     dpoi_scores t;
     memset(&t, 0, sizeof t);
@@ -14724,7 +14654,7 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
         t.offset = k0 - first;
         dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
         dpoi_unit_scores(g, &u, g->strip[2], u.pack2, k0, t.rows, u.ds);
-        dpoi_scores_run(g->cpu, &t, 1);
+        dpoi_scores_run(&t, 1);
         dpoi_unit_mix(g, &u, g->passing[1], u.ds, k0, t.rows, u.to, k0 > 0);
     }
     dpoi_unit_store(g, &u, u.to, NULL, g->dq, (int)(g->add & 1));
@@ -14734,8 +14664,7 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
 static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->S, g->T);
-    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->S;
-    int64_t start = g->causal ? first/DPOI_FAR*DPOI_FAR : 0;          /* queries before these see none of the keys */
+    int64_t first = u.first, start = g->causal ? first/DPOI_FAR*DPOI_FAR : 0;          /* queries before these see none of the keys */
     dpoi_scores t;
     memset(&t, 0, sizeof t);
     t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;  t.by_row = 1;
@@ -14748,13 +14677,156 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
         t.lse = g->lse + head*g->T + q0;  t.delta = g->delta + head*g->T + q0;
         dpoi_unit_scores(g, &u, g->strip[0], u.pack, q0, t.rows, u.s);
         dpoi_unit_scores(g, &u, g->strip[3], u.pack2, q0, t.rows, u.ds);
-        dpoi_scores_run(g->cpu, &t, 1);
+        dpoi_scores_run(&t, 1);
         if (g->dk) dpoi_unit_mix(g, &u, g->passing[0], u.ds, q0, t.rows, u.to, q0 > start);
         if (g->dv) dpoi_unit_mix(g, &u, g->passing[3], u.s, q0, t.rows, u.to2, q0 > start);
     }
     if (g->dk) dpoi_unit_store(g, &u, u.to, NULL, g->dk, (int)(g->add >> 1 & 1));
     if (g->dv) dpoi_unit_store(g, &u, u.to2, NULL, g->dv, (int)(g->add >> 2 & 1));
 }
+
+/* ------------------------------------------------------------------------------------------ scores in registers
+
+   AVX-512 has room for the scores of a strip of 24 keys by 16 queries: they stay in 24 of its 32 registers from the first
+   product to the last.  Sums begin at -most, queries are multiplied by scale/ln 2 before, so that s is the power of two
+   at once.  most need not be the largest score: p may well grow beyond 1, for its digits do not depend on its size.  It is
+   the first key's score, and only where a strip's sum leaves what floats hold easily, the largest that was seen. */
+#ifdef DPOI_SIMD_X86
+
+/* 16 queries from `first` on, and what they have gathered so far. */
+typedef struct dpoi_queries {
+    int64_t d, first, causal;
+    const float *q;                       /* [d][16], times scale/ln 2 */
+    float  *most, *sum, *o;               /* a lane each; o [d][48] */
+} dpoi_queries;
+
+/* The lanes from number n on. */
+DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_lanes_from(int64_t n)
+{
+    return (__mmask16)(n <= 0 ? 0xffff : n > 15 ? 0 : 0xffff << n);
+}
+
+/* p of R keys: o += p v, sum += p, unless that sum is too large (or NaN); not asked if sure.  k and v: a strip [d][24];
+   s of key i begins as begin[i*step].  R and the rest of the loops are constant where this is inlined. */
+DPOI_AVX512 DPOI_INLINE int dpoi_keys_avx512(const dpoi_queries *t, const float *k, const float *v, const float *begin,
+                                             int64_t step, int sure, const int R)
+{
+    const __m512 zero = _mm512_setzero_ps(), large = _mm512_set1_ps(1152921504606846976.0f);          /* 2^60 */
+    const float *q = t->q;
+    float *o = t->o;
+    __m512 sum = zero, odd = zero;
+#define DPOI_BEGIN(i) __m512 s##i = i < R ? _mm512_loadu_ps(begin + i*step) : zero;
+    DPOI_ROWS24(DPOI_BEGIN)
+    for (int64_t c = t->d; c; c--, k += DPOI_TILE_ROWS, q += 16) {
+        __m512 w = _mm512_loadu_ps(q);
+#define DPOI_FMA(i) if (i < R) s##i = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), w, s##i);
+        DPOI_ROWS24(DPOI_FMA)
+#undef DPOI_FMA
+    }
+#define DPOI_POWER(i) if (i < R) { \
+        s##i = dpoi_exp2_512(s##i); \
+        if (i % 2) odd = _mm512_add_ps(odd, s##i);  else sum = _mm512_add_ps(sum, s##i); }
+    DPOI_ROWS24(DPOI_POWER)
+    sum = _mm512_add_ps(sum, odd);
+    if (!sure && _mm512_cmp_ps_mask(sum, large, _CMP_NLT_UQ)) return 0;
+    _mm512_storeu_ps(t->sum, _mm512_add_ps(_mm512_loadu_ps(t->sum), sum));
+    for (int64_t c = t->d; c > 0; c -= 8, o += 8*DPOI_LANES, v += 8*DPOI_TILE_ROWS) {
+#define DPOI_LOAD(m) __m512 y##m = _mm512_loadu_ps(o + m*DPOI_LANES);
+        DPOI_ROWS8(DPOI_LOAD)
+#define DPOI_FMA(i, m) y##m = _mm512_fmadd_ps(_mm512_set1_ps(v[m*DPOI_TILE_ROWS + i]), s##i, y##m);
+#define DPOI_MIX(i) if (i < R) { DPOI_FMA(i, 0) DPOI_FMA(i, 1) DPOI_FMA(i, 2) DPOI_FMA(i, 3) \
+                                 DPOI_FMA(i, 4) DPOI_FMA(i, 5) DPOI_FMA(i, 6) DPOI_FMA(i, 7) }
+        DPOI_ROWS24(DPOI_MIX)
+#define DPOI_STORE(m) _mm512_storeu_ps(o + m*DPOI_LANES, y##m);
+        DPOI_ROWS8(DPOI_STORE)
+    }
+    return 1;
+#undef DPOI_BEGIN
+#undef DPOI_POWER
+#undef DPOI_LOAD
+#undef DPOI_FMA
+#undef DPOI_MIX
+#undef DPOI_STORE
+}
+
+/* most becomes the largest score so far, that of keys k0..k0+rows-1 included; sum and o shrink to match. */
+DPOI_AVX512 static void dpoi_queries_raise(const dpoi_queries *t, const float *k, int64_t k0, int64_t rows)
+{
+    __m512 old = _mm512_loadu_ps(t->most), most = old, shrink;
+    for (int64_t r = 0; r < rows; r++) {
+        __m512 s = _mm512_setzero_ps();
+        for (int64_t c = 0; c < t->d; c++)
+            s = _mm512_fmadd_ps(_mm512_set1_ps(k[c*DPOI_TILE_ROWS + r]), _mm512_loadu_ps(t->q + c*16), s);
+        most = _mm512_mask_max_ps(most, t->causal ? dpoi_lanes_from(k0 + r - t->first) : 0xffff, most, s);
+    }
+    shrink = dpoi_exp2_512(_mm512_sub_ps(old, most));
+    _mm512_storeu_ps(t->most, most);
+    _mm512_storeu_ps(t->sum, _mm512_mul_ps(_mm512_loadu_ps(t->sum), shrink));
+    for (float *o = t->o; o < t->o + t->d*DPOI_LANES; o += DPOI_LANES)
+        _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), shrink));
+}
+
+/* Queries meet a strip of keys, k0..k0+rows-1.  A score that must not be seen begins at minus infinity. */
+DPOI_AVX512 static void dpoi_queries_meet(const dpoi_queries *t, const float *k, const float *v, int64_t k0, int64_t rows)
+{
+    const __m512 never = _mm512_set1_ps(-INFINITY);
+    float begin[DPOI_TILE_ROWS*16];
+    int64_t step = rows % 8 || (t->causal && k0 + rows - 1 > t->first) ? 16 : 0;
+    for (int turn = 0, done = 0; !done; turn++) {
+        __m512 least;
+        if (turn) dpoi_queries_raise(t, k, k0, rows);
+        least = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(t->most));
+        for (int64_t r = 0; r < (step ? DPOI_TILE_ROWS : 1); r++) {
+            __mmask16 seen = r >= rows ? 0 : t->causal ? dpoi_lanes_from(k0 + r - t->first) : 0xffff;
+            _mm512_storeu_ps(begin + r*16, _mm512_mask_mov_ps(never, seen, least));
+        }
+        if (!step) _mm512_storeu_ps(begin, least);
+        done = rows > 16 ? dpoi_keys_avx512(t, k, v, begin, step, turn, 24)
+             : rows > 8  ? dpoi_keys_avx512(t, k, v, begin, step, turn, 16)
+                         : dpoi_keys_avx512(t, k, v, begin, step, turn, 8);
+    }
+}
+
+/* q of each of a unit's panels times scale/ln 2, and most = q.k of the first key, strip k; nothing is gathered yet. */
+DPOI_AVX512 static void dpoi_queries_start(const dpoi_attention *g, const dpoi_unit *u, const float *k, float *most)
+{
+    const __m512 scale = _mm512_set1_ps(g->scale*DPOI_LOG2E);
+    float *q = u->pack;
+    memset(u->to, 0, (size_t)(dpoi_pieces(g->d, 8)*8*DPOI_LANES)*sizeof(float));
+    for (int64_t p = 0; p < u->wide; p += 16) {
+        __m512 s = _mm512_setzero_ps();
+        for (int64_t c = 0; c < g->d; c++, q += 16) {
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(q), scale);
+            s = _mm512_fmadd_ps(x, _mm512_set1_ps(k[c*DPOI_TILE_ROWS]), s);
+            _mm512_storeu_ps(q, x);
+        }
+        _mm512_storeu_ps(most + p, s);
+    }
+}
+
+/* As dpoi_attention_unit. */
+static void dpoi_attention_unit_avx512(const dpoi_attention *g, float *work, int64_t head, int64_t i)
+{
+    dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
+    int64_t keys = g->causal ? u.first + u.lanes : g->S;
+    const float *k = g->strip[1] + u.strips_at, *v = g->strip[2] + u.strips_at;
+    float most[DPOI_LANES], sum[DPOI_LANES] = { 0 };
+    dpoi_unit_pack(g, &u, g->q, u.pack);
+    dpoi_queries_start(g, &u, k, most);
+    for (int64_t k0 = 0; k0 < keys; k0 += DPOI_TILE_ROWS, k += DPOI_TILE_ROWS*g->d, v += DPOI_TILE_ROWS*g->d)
+        for (int64_t p = 0; p < u.wide; p += DPOI_PANEL) {
+            dpoi_queries t;
+            t.d = g->d;  t.first = u.first + p;  t.causal = g->causal;
+            t.q = u.pack + p*g->d;  t.o = u.to + p;  t.most = most + p;  t.sum = sum + p;
+            dpoi_queries_meet(&t, k, v, k0, dpoi_least(DPOI_TILE_ROWS, keys - k0));
+        }
+    for (int64_t lane = 0; lane < u.wide; lane++) {
+        if (g->lse && lane < u.lanes) g->lse[head*g->T + u.first + lane] = most[lane]/DPOI_LOG2E + logf(sum[lane]);
+        sum[lane] = 1/sum[lane];
+    }
+    dpoi_unit_store(g, &u, u.to, sum, g->y, 0);
+}
+#endif /* DPOI_SIMD_X86 */
 
 /* ------------------------------------------------------------------------------------------ jobs
 
@@ -14765,7 +14837,7 @@ enum { DPOI_ATTENTION_JOBS = 64 };
 /* s and ds, two packs and two results: floats. */
 static int64_t dpoi_attention_scratch(const dpoi_attention *g)
 {
-    return 2*DPOI_FAR*DPOI_LANES + 4*DPOI_LANES*g->d;
+    return 2*DPOI_FAR*DPOI_LANES + 4*DPOI_LANES*dpoi_pieces(g->d, 8)*8;
 }
 
 /* Bounded by work: a job of less than DPOI_JOB multiplications is not worth a thread. */
@@ -14813,18 +14885,19 @@ static void dpoi_attention_delta_task(void *arg, int64_t head)
 static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 {
     int64_t size;
+    int registers = g->cpu->isa >= DPO_ISA_AVX512;
     g->jobs = dpoi_attention_jobs(g);
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
     for (int i = 0; i < 4; i++) {         /* forward: v by head, k in strips; backward: all but v, all */
         int64_t length = i == 1 || i == 2 ? g->S : g->T;
-        if ((backward ? i != 2 : i == 2) && (g->heads > 1 || g->d % (dpoi_tile_step(g->cpu) == 8 ? 6 : 8))) {
+        if (!(registers && !backward) && (backward ? i != 2 : i == 2) && (g->heads > 1 || g->d % (dpoi_tile_step(g->cpu) == 8 ? 6 : 8))) {
             if (g->work) g->passing[i] = g->work + size;
             size += g->N*length*g->D + DPOI_PANEL;          /* a strip of channels may end behind the last row's */
         }
-        if (backward || i == 1) {
+        if (backward || i == 1 || (registers && i == 2)) {
             if (g->work) g->strip[i] = g->work + size;
-            size += g->N*g->heads*dpoi_strips_size(g, length);
+            size += g->N*g->heads*dpoi_strips_size(g, length) + 8*DPOI_TILE_ROWS;
         }
     }
     if (g->work && backward) g->delta = g->work + size;
@@ -14860,9 +14933,8 @@ static void dpoi_far_strip_task(void *arg, int64_t task)
     int64_t n = task/strips, first = task % strips*rows, valid = dpoi_least(rows, f->length - first);
     for (int64_t h = 0; h < g->heads; h++) {
         const float *x = f->x + (n*f->length + first)*g->D + h*g->d, *row[DPOI_TILE_ROWS];
-        int count = (int)(valid + 7)/8*8;
-        for (int i = 0; i < count; i++) row[i] = x + (i < valid ? i : 0)*g->D;
-        dpoi_strip_pack(row, count, g->d, f->to + ((n*g->heads + h)*strips + task % strips)*g->d*step, step);
+        for (int64_t i = 0; i < step; i++) row[i] = x + (i < valid ? i : 0)*g->D;
+        dpoi_strip_pack(row, (int)step, g->d, f->to + ((n*g->heads + h)*strips + task % strips)*g->d*step, step);
     }
 }
 
@@ -15520,6 +15592,12 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     }
     dpoi_attention_layout(&g, 0);
     dpoi_far_run(&g);
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) {
+        dpoi_attention_run(&g, g.T, dpoi_attention_unit_avx512);
+        return DPO_OK;
+    }
+#endif
     dpoi_attention_run(&g, g.T, dpoi_attention_unit);
     return DPO_OK;
 }
