@@ -14747,23 +14747,29 @@ DPOI_AVX512 static void dpoi_lanes_pack(const float *x, int64_t step, int64_t ro
         for (int64_t i = 0; i < 16; i++) *to++ = i < rows ? scale*row[i][c] : 0;
 }
 
-/* The way back: y[lane][c] = factor[lane] x[c][lane] for lane < rows, or += ; the rows of x are 48 apart. */
+/* The way back, 16 channels at a time: y[lane][c] = factor[lane] x[c][lane] for lane < rows, or += ; the rows of x are 48
+   apart. */
 DPOI_AVX512 static void dpoi_lanes_unpack(const float *x, const float *factor, int64_t rows, int64_t d, float *y,
                                           int64_t step, int add)
 {
-    float part[64] DPOI_ALIGNED;
-    for (int64_t c = 0; c < d; c += 4) {
-        const int wide = (int)dpoi_least(4, d - c);
-        __m512 r[4];
-        for (int i = 0; i < 4; i++)
-            r[i] = _mm512_mul_ps(_mm512_loadu_ps(x + (c + i)*DPOI_LANES), _mm512_loadu_ps(factor));
-        dpoi_fours_turn(r);
-        for (int i = 0; i < 4; i++) _mm512_store_ps(part + i*16, r[i]);
+    const __m512 f = _mm512_loadu_ps(factor);
+    float part[4][64] DPOI_ALIGNED;       /* of four channels each: lane 4 b + a at [a][b] */
+    for (int64_t c = 0; c < d; c += 16, y += 16) {
+        const __mmask16 in = (__mmask16)~dpoi_lanes_from(d - c);
+        for (int64_t j = 0; j < 4 && c + 4*j < d; j++, x += 4*DPOI_LANES) {
+            __m512 r[4];
+            for (int i = 0; i < 4; i++) r[i] = _mm512_mul_ps(_mm512_loadu_ps(x + i*DPOI_LANES), f);
+            dpoi_fours_turn(r);
+            for (int i = 0; i < 4; i++) _mm512_store_ps(part[j] + i*16, r[i]);
+        }
         for (int64_t lane = 0; lane < rows; lane++) {
-            const float *from = part + lane % 4*16 + lane/4*4;
-            float *to = y + lane*step + c;
-            if (wide == 4) _mm_storeu_ps(to, add ? _mm_add_ps(_mm_load_ps(from), _mm_loadu_ps(to)) : _mm_load_ps(from));
-            else for (int i = 0; i < wide; i++) to[i] = from[i] + (add ? to[i] : 0);
+            int64_t at = lane % 4*16 + lane/4*4;
+            __m512 z = _mm512_castps128_ps512(_mm_load_ps(part[0] + at));
+            z = _mm512_insertf32x4(z, _mm_load_ps(part[1] + at), 1);
+            z = _mm512_insertf32x4(z, _mm_load_ps(part[2] + at), 2);
+            z = _mm512_insertf32x4(z, _mm_load_ps(part[3] + at), 3);
+            if (add) z = _mm512_add_ps(z, _mm512_maskz_loadu_ps(in, y + lane*step));
+            _mm512_mask_storeu_ps(y + lane*step, in, z);
         }
     }
 }
@@ -15066,6 +15072,7 @@ typedef struct dpoi_keys {
     dpoi_unit u;                          /* k (times scale/ln 2) and v in lanes; gathered dk/scale and dv */
     int64_t head, wide;                   /* wide: d rounded up to 16 */
     float  *k, *ds, *dq;                  /* [48][wide] with zeros around, [12][48], [T][wide] */
+    int     begun;                        /* dq holds something already */
 } dpoi_keys;
 
 /* Half a strip of q and do [d][24] against 16 keys: s of query i begins as begin[i], do.v as less[i]. */
@@ -15107,9 +15114,10 @@ DPOI_AVX512 static void dpoi_back_meet(const float *q, const float *dout, const 
 /* dq of 12 queries += ds k over the block's keys. */
 DPOI_AVX512 static void dpoi_back_dq(const dpoi_keys *b, float *dq)
 {
+    const __mmask16 old = (__mmask16)(b->begun ? 0xffff : 0);
     for (int64_t c = 0; c < b->wide; c += 16, dq += 16) {
         const float *k = b->k + c, *ds = b->ds, *end = ds + b->u.wide;
-#define DPOI_LOAD(i) __m512 y##i = _mm512_loadu_ps(dq + i*b->wide);
+#define DPOI_LOAD(i) __m512 y##i = _mm512_maskz_loadu_ps(old, dq + i*b->wide);
         DPOI_ROWS12(DPOI_LOAD)
         for (; ds < end; ds++, k += b->wide) {
             __m512 x = _mm512_loadu_ps(k);
@@ -15218,8 +15226,10 @@ static void dpoi_back_unit(const dpoi_attention *g, float *work, int64_t unit)
     b.head = unit/g->parts;
     b.wide = dpoi_pieces(g->d, 16)*16;
     b.dq = work + dpoi_attention_scratch(g) - dpoi_back_rows(g)*b.wide;
-    memset(b.dq, 0, (size_t)(dpoi_back_rows(g)*b.wide)*sizeof(float));
-    for (int64_t i = blocks*part/g->parts; i < blocks*(part + 1)/g->parts; i++) dpoi_back_keys(g, &b, work, i);
+    b.begun = g->causal && part;          /* the first queries see none of these keys */
+    if (b.begun) memset(b.dq, 0, (size_t)(dpoi_back_rows(g)*b.wide)*sizeof(float));
+    for (int64_t i = blocks*part/g->parts; i < blocks*(part + 1)/g->parts; i++, b.begun = 1)
+        dpoi_back_keys(g, &b, work, i);
     if (g->dq && g->parts == 1) dpoi_back_store(g, b.head, 0, g->T, b.dq, 0);
 }
 static void dpoi_back_task(void *arg, int64_t job)
