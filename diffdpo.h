@@ -14451,8 +14451,8 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_seen_8(const dpoi_scores *t, int64_t j, int6
 }
 
 /* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
-   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where they
-   are minus infinity: shrink is 0 there, times a sum of 0. */
+   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where
+   they are minus infinity: shrink is 0 there, times a sum of 0. */
 DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
 {
     const dpoi_f256 scale = dpoi_all_256(t->scale*DPOI_LOG2E), one = dpoi_all_256(1), low = dpoi_all_256(-INFINITY);
@@ -14672,7 +14672,8 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
 static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->S, g->T);
-    int64_t first = u.first, start = g->causal ? first/DPOI_FAR*DPOI_FAR : 0;          /* queries before these see none of the keys */
+    int64_t first = u.first;
+    int64_t start = g->causal ? first/DPOI_FAR*DPOI_FAR : 0;          /* queries before these see none of the keys */
     dpoi_scores t;
     memset(&t, 0, sizeof t);
     t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;  t.by_row = 1;
@@ -14695,10 +14696,10 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
 
 /* ------------------------------------------------------------------------------------------ scores in registers
 
-   AVX-512 has room for the scores of a strip of 24 keys by 16 queries: they stay in 24 of its 32 registers from the first
-   product to the last.  Sums begin at -most, queries are multiplied by scale/ln 2 before, so that s is the power of two
-   at once.  most need not be the largest score: p may well grow beyond 1, for its digits do not depend on its size.  It is
-   the first key's score, and only where a strip's sum leaves what floats hold easily, the largest that was seen. */
+   AVX-512 has room for the scores of a strip of 24 keys by 16 queries: they stay in 24 of its 32 registers from the
+   first product to the last.  Sums begin at -most, queries are multiplied by scale/ln 2 before, so that s is the power
+   of two at once.  most need not be the largest score: p may well grow beyond 1, for its digits do not depend on its
+   size.  It is the first key's score, and only where a strip's sum leaves what floats hold easily, the largest seen. */
 #ifdef DPOI_SIMD_X86
 
 /* 16 queries from `first` on, and what they have gathered so far. */
@@ -14747,8 +14748,8 @@ DPOI_AVX512 static void dpoi_lanes_pack(const float *x, int64_t step, int64_t ro
         for (int64_t i = 0; i < 16; i++) *to++ = i < rows ? scale*row[i][c] : 0;
 }
 
-/* The way back, 16 channels at a time: y[lane][c] = factor[lane] x[c][lane] for lane < rows, or += ; the rows of x are 48
-   apart. */
+/* The way back, 16 channels at a time: y[lane][c] = factor[lane] x[c][lane] for lane < rows, or += ; the rows of x are
+   48 apart. */
 DPOI_AVX512 static void dpoi_lanes_unpack(const float *x, const float *factor, int64_t rows, int64_t d, float *y,
                                           int64_t step, int add)
 {
@@ -14775,7 +14776,7 @@ DPOI_AVX512 static void dpoi_lanes_unpack(const float *x, const float *factor, i
 }
 
 /* p of R keys: o += p v, sum += p, unless that sum is too large (or NaN); not asked if sure.  k: a strip [d][24], v: a
-   strip [d/8][24][8]; s of key i begins as begin[i*step].  R and the rest of the loops are constant where this is inlined. */
+   strip [d/8][24][8]; s of key i begins as begin[i*step].  R is constant where this is inlined. */
 DPOI_AVX512 DPOI_INLINE int dpoi_keys_avx512(const dpoi_queries *t, const float *k, const float *v, const float *begin,
                                              int64_t step, int sure, const int R)
 {
@@ -14835,7 +14836,8 @@ DPOI_AVX512 static void dpoi_queries_raise(const dpoi_queries *t, const float *k
 }
 
 /* Queries meet a strip of keys, k0..k0+rows-1.  A score that must not be seen begins at minus infinity. */
-DPOI_AVX512 static void dpoi_queries_meet(const dpoi_queries *t, const float *k, const float *v, int64_t k0, int64_t rows)
+DPOI_AVX512 static void dpoi_queries_meet(const dpoi_queries *t, const float *k, const float *v, int64_t k0,
+                                          int64_t rows)
 {
     const __m512 never = _mm512_set1_ps(-INFINITY);
     float begin[DPOI_TILE_ROWS*16];
@@ -15063,8 +15065,8 @@ static void dpoi_far_run(dpoi_attention *g)
 /* ------------------------------------------------------------------------------------------ backward in registers
 
    AVX-512 has room for s and do.v of 12 queries, half a strip, by 16 keys.  So p and ds are made once, for all three
-   gradients: those of keys are lanes, which gather p do and ds q over the queries; ds waits in memory for dq, which gathers
-   ds k over the block's keys with channels side by side. */
+   gradients: those of keys are lanes, which gather p do and ds q over the queries; ds waits in memory for dq, which
+   gathers ds k over the block's keys with channels side by side. */
 #ifdef DPOI_SIMD_X86
 
 /* Keys of one head that go along all queries together. */
@@ -15132,7 +15134,7 @@ DPOI_AVX512 static void dpoi_back_dq(const dpoi_keys *b, float *dq)
     }
 }
 
-/* Queries i0..i0+11 meet a block of keys.  A pair that must not meet begins at minus infinity, so that p and ds are 0. */
+/* Queries i0..i0+11 meet a block of keys.  A pair that must not meet begins at minus infinity: p and ds are 0. */
 DPOI_AVX512 static void dpoi_back_half(const dpoi_attention *g, const dpoi_keys *b, int64_t i0)
 {
     const __m512 never = _mm512_set1_ps(-INFINITY);
@@ -15200,7 +15202,8 @@ DPOI_AVX512 static void dpoi_back_delta_task(void *arg, int64_t head)
     }
 }
 
-/* Rows first..end-1 of a head's dq [T,d] = scale times the sum of its parts [T][d rounded up to 16], `size` floats apart. */
+/* Rows first..end-1 of a head's dq [T,d] = scale times the sum of its parts [T][d rounded up to 16], which lie `size`
+   floats apart. */
 DPOI_AVX512 static void dpoi_back_store(const dpoi_attention *g, int64_t head, int64_t first, int64_t end,
                                         const float *part, int64_t size)
 {
@@ -15211,7 +15214,8 @@ DPOI_AVX512 static void dpoi_back_store(const dpoi_attention *g, int64_t head, i
             float *y = g->dq + (n*g->T + i)*g->D + head % g->heads*g->d + c;
             __mmask16 in = (__mmask16)~dpoi_lanes_from(g->d - c);
             __m512 sum = _mm512_loadu_ps(part + i*wide + c);
-            for (int64_t k = 1; k < g->parts; k++) sum = _mm512_add_ps(sum, _mm512_loadu_ps(part + k*size + i*wide + c));
+            for (int64_t k = 1; k < g->parts; k++)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(part + k*size + i*wide + c));
             sum = _mm512_mul_ps(sum, scale);
             if (g->add & 1) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(in, y));
             _mm512_mask_storeu_ps(y, in, sum);
