@@ -11494,7 +11494,8 @@ typedef struct dpoi_tile {
 /* Names for registers: a compiler keeps an array of accumulators in memory unless it unrolls every loop over it. */
 #define DPOI_ROWS8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define DPOI_ROWS6(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#define DPOI_ROWS24(X) DPOI_ROWS8(X) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) \
+#define DPOI_ROWS12(X) DPOI_ROWS8(X) X(8) X(9) X(10) X(11)
+#define DPOI_ROWS24(X) DPOI_ROWS12(X) X(12) X(13) X(14) X(15) \
                        X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23)
 
 #ifdef DPOI_SIMD_X86
@@ -14347,6 +14348,7 @@ typedef struct dpoi_attention {
     unsigned add;
     dpoi_cpu *cpu;
     int64_t length, jobs;                 /* length: of the axis that units are cut from */
+    int64_t parts;                        /* of a head's keys in backward, where they meet the queries once; or 0 */
     void  (*unit)(const struct dpoi_attention *g, float *work, int64_t head, int64_t i);
 } dpoi_attention;
 
@@ -14483,84 +14485,16 @@ enum { DPOI_LANES = DPOI_TILE_PANELS*DPOI_PANEL, DPOI_FAR = 96 };
    is the largest score up to a factor of 2^16: floats have the same digits at 2^16 as at 1, and what was summed seldom
    has to shrink. */
 typedef struct dpoi_scores {
-    int64_t rows, lanes, offset;          /* lanes: a multiple of 16 */
+    int64_t rows, lanes, offset;          /* lanes: a multiple of 8 */
     int     causal;
     float   scale;
     float  *s, *ds;                       /* [rows][48] */
-    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_avx512; most over ln 2 */
+    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_8; most over ln 2 */
     const float *lse, *delta;             /* backward: a lane each, or */
     int     by_row;                       /* a row each */
 } dpoi_scores;
 
 enum { DPOI_SCORE_ROOM = 16 };            /* powers of two that a score may lie above `most` */
-
-#ifdef DPOI_SIMD_X86
-
-/* The lanes o..o+15 that see row j.
-   A mask instead of a score of minus infinity: masked lanes stay out of the maximum as well. */
-DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_seen_avx512(const dpoi_scores *t, int64_t j, int64_t o, int queries)
-{
-    int64_t edge = j + t->offset - o;
-    if (!t->causal) return 0xffff;
-    if (queries) return edge <= 0 ? (__mmask16)0xffff : edge > 15 ? (__mmask16)0 : (__mmask16)(0xffffu << edge);
-    return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
-}
-
-/* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
-   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where they
-   are minus infinity: shrink is 0 there, times a sum of 0. */
-DPOI_AVX512 static int dpoi_scores_forward_avx512(const dpoi_scores *t)
-{
-    const __m512 scale = _mm512_set1_ps(t->scale*DPOI_LOG2E), one = _mm512_set1_ps(1);
-    __mmask16 any = 0;
-    for (int64_t o = 0; o < t->lanes; o += 16) {
-        __m512 old = _mm512_loadu_ps(t->most + o), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), shrink;
-        __mmask16 grown;
-        for (int64_t j = 0; j < t->rows; j++)
-            most = _mm512_mask_max_ps(most, dpoi_seen_avx512(t, j, o, 1), most,
-                                      _mm512_loadu_ps(t->s + j*DPOI_LANES + o));
-        most = _mm512_mul_ps(most, scale);              /* positive */
-        grown = _mm512_cmp_ps_mask(most, _mm512_add_ps(old, _mm512_set1_ps(DPOI_SCORE_ROOM)), _CMP_GT_OQ);
-        most = _mm512_mask_mov_ps(old, grown, most);
-        for (int64_t j = 0; j < t->rows; j++) {
-            float *s = t->s + j*DPOI_LANES + o;
-            __m512 p = dpoi_exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, most));
-            p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, 1), p);
-            sum = _mm512_add_ps(sum, p);
-            _mm512_storeu_ps(s, p);
-        }
-        shrink = _mm512_mask_mov_ps(one, grown, dpoi_exp2_512(_mm512_sub_ps(old, most)));
-        _mm512_storeu_ps(t->shrink + o, shrink);
-        _mm512_storeu_ps(t->most + o, most);
-        _mm512_storeu_ps(t->sum + o, _mm512_fmadd_ps(_mm512_loadu_ps(t->sum + o), shrink, sum));
-        any |= grown;
-    }
-    return any != 0;
-}
-
-/* s becomes p, ds (which held do.v) becomes scale ds.
-   lse makes the softmax known at once: no maximum, no second pass. */
-DPOI_AVX512 static void dpoi_scores_backward_avx512(const dpoi_scores *t)
-{
-    const __m512 scale = _mm512_set1_ps(t->scale), log2e = _mm512_set1_ps(DPOI_LOG2E);
-    const __m512 power = _mm512_mul_ps(scale, log2e);
-    for (int64_t o = 0; o < t->lanes; o += 16) {
-        __m512 lse = _mm512_setzero_ps(), delta = lse;
-        if (!t->by_row) lse = _mm512_mul_ps(_mm512_loadu_ps(t->lse + o), log2e);
-        if (!t->by_row) delta = _mm512_loadu_ps(t->delta + o);
-        for (int64_t j = 0; j < t->rows; j++) {
-            float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
-            __m512 p;
-            if (t->by_row) { lse = _mm512_set1_ps(t->lse[j]*DPOI_LOG2E);  delta = _mm512_set1_ps(t->delta[j]); }
-            p = dpoi_exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s), power, lse));
-            p = _mm512_maskz_mov_ps(dpoi_seen_avx512(t, j, o, !t->by_row), p);
-            _mm512_storeu_ps(s, p);
-            _mm512_storeu_ps(ds, _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(_mm512_loadu_ps(ds), delta)));
-        }
-    }
-}
-
-#endif /* DPOI_SIMD_X86 */
 
 #ifdef DPOI_SIMD_256
 /* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's; 2^n is put together from its bits, so
@@ -14585,7 +14519,9 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_seen_8(const dpoi_scores *t, int64_t j, int6
     return dpoi_bits_256(queries ? dpoi_lanes + 16 - dpoi_lane_count(edge) : dpoi_lanes + 8 - dpoi_lane_count(edge + 1));
 }
 
-/* As for AVX-512, 8 lanes at a time, with masks as vectors. */
+/* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
+   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where
+   they are minus infinity: shrink is 0 there, times a sum of 0. */
 DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
 {
     const dpoi_f256 scale = dpoi_all_256(t->scale*DPOI_LOG2E), one = dpoi_all_256(1), low = dpoi_all_256(-INFINITY);
@@ -14596,7 +14532,7 @@ DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
             dpoi_f256 k = dpoi_seen_8(t, j, o, 1);
             most = dpoi_max_256(most, dpoi_where_256(k, dpoi_read_256(t->s + j*DPOI_LANES + o), low));
         }
-        most = dpoi_mul_256(most, scale);
+        most = dpoi_mul_256(most, scale);               /* positive */
         grown = dpoi_above_256(most, dpoi_add_256(old, dpoi_all_256(DPOI_SCORE_ROOM)));
         most = dpoi_where_256(grown, most, old);
         for (int64_t j = 0; j < t->rows; j++) {
@@ -14615,7 +14551,8 @@ DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
     return any;
 }
 
-/* As for AVX-512. */
+/* s becomes p, ds (which held do.v) becomes scale ds.
+   lse makes the softmax known at once: no maximum, no second pass. */
 DPOI_256 static void dpoi_scores_backward_8(const dpoi_scores *t)
 {
     const dpoi_f256 scale = dpoi_all_256(t->scale), log2e = dpoi_all_256(DPOI_LOG2E);
@@ -14637,17 +14574,10 @@ DPOI_256 static void dpoi_scores_backward_8(const dpoi_scores *t)
 }
 #endif /* DPOI_SIMD_256 */
 
-/* Plain C never comes here: it has functions of its own.  In forward, whether anything has to shrink. */
-static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backward)
+/* Only where 8 floats go side by side.  In forward, whether anything has to shrink. */
+static int dpoi_scores_run(const dpoi_scores *t, int backward)
 {
-    (void)cpu;  (void)t;  (void)backward;
-#ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) {
-        if (!backward) return dpoi_scores_forward_avx512(t);
-        dpoi_scores_backward_avx512(t);
-        return 0;
-    }
-#endif
+    (void)t;  (void)backward;
 #ifdef DPOI_SIMD_256
     if (!backward) return dpoi_scores_forward_8(t);
     dpoi_scores_backward_8(t);
@@ -14663,11 +14593,17 @@ static int dpoi_scores_run(const dpoi_cpu *cpu, const dpoi_scores *t, int backwa
 
 /* wide is a multiple of 16; the lanes behind `lanes` compute on zeros and are not stored. */
 typedef struct dpoi_unit {
-    int64_t at, lanes, wide;              /* offset of the first lane's row, lanes in use, the same in whole panels */
+    int64_t at, first, lanes, wide;       /* offset of the first lane's row, that row, lanes in use, and whole panels */
     int64_t across_at, strips_at;         /* offsets of the other axis' first row in passing and in strip */
     float  *s, *ds;                       /* [96][48] */
-    float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48] */
+    float  *pack, *pack2, *to, *to2;      /* panels [3][d][16]; results [d][48], d rounded up to 8 */
 } dpoi_unit;
+
+/* Floats of one head's strips of eights [strips][d/8][24][8]. */
+static int64_t dpoi_eights_size(const dpoi_attention *g, int64_t length)
+{
+    return dpoi_pieces(length, DPOI_TILE_ROWS)*DPOI_TILE_ROWS*dpoi_pieces(g->d, 8)*8;
+}
 
 /* Floats of one head's strips. */
 static int64_t dpoi_strips_size(const dpoi_attention *g, int64_t length)
@@ -14682,10 +14618,11 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
 {
     dpoi_unit u;
     int64_t n = head/g->heads, slice = head % g->heads*g->d, panels = dpoi_pieces(length, DPOI_PANEL);
-    int64_t units = dpoi_tile_groups(length), panel = panels*i/units, size = DPOI_LANES*g->d;
+    int64_t units = dpoi_tile_groups(length), panel = panels*i/units, size = DPOI_LANES*dpoi_pieces(g->d, 8)*8;
     u.wide   = (panels*(i + 1)/units - panel)*DPOI_PANEL;
-    u.lanes  = dpoi_least(u.wide, length - panel*DPOI_PANEL);
-    u.at     = (n*length + panel*DPOI_PANEL)*g->D + slice;
+    u.first  = panel*DPOI_PANEL;
+    u.lanes  = dpoi_least(u.wide, length - u.first);
+    u.at     = (n*length + u.first)*g->D + slice;
     u.across_at = head*across*g->d;
     u.strips_at = head*dpoi_strips_size(g, across);
     u.s = work;                          u.ds    = u.s + DPOI_FAR*DPOI_LANES;
@@ -14706,15 +14643,16 @@ static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const fl
 
 /* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed.
    add: the gradient of another reader is there already. */
-static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, const float *to, const float *factor, float *y,
+static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *to, const float *factor, float *y,
                             int add)
 {
-    dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
-    for (int64_t lane = 0; lane < u->lanes; lane++) {
-        float s[2];
-        s[0] = factor ? factor[lane] : 1;  s[1] = 0;
-        g->cpu->rows.map(DPOI_MAP_AFFINE, g->d, u->pack + lane*g->d, NULL, NULL, s, y + u->at + lane*g->D, add);
-    }
+    for (float *x = to; factor && x < to + g->d*DPOI_LANES; x += DPOI_LANES)
+        g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u->wide, x, factor, NULL, NULL, x, 0);
+    if (add) {
+        dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
+        for (int64_t lane = 0; lane < u->lanes; lane++)
+            for (int64_t c = 0; c < g->d; c++) y[u->at + lane*g->D + c] += u->pack[lane*g->d + c];
+    } else dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, y + u->at, g->D);
 }
 
 /* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis, which come in strips;
@@ -14748,7 +14686,7 @@ static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const flo
 static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
-    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->T, keys = g->causal ? first + u.lanes : g->S;
+    int64_t first = u.first, keys = g->causal ? first + u.lanes : g->S;
     float most[DPOI_LANES], sum[DPOI_LANES], shrink[DPOI_LANES];
     dpoi_scores t;
     memset(&t, 0, sizeof t);
@@ -14760,7 +14698,7 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
         t.rows = dpoi_least(DPOI_FAR, keys - k0);
         t.offset = k0 - first;
         dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
-        if (dpoi_scores_run(g->cpu, &t, 0) && k0)
+        if (dpoi_scores_run(&t, 0) && k0)
             for (float *to = u.to; to < u.to + g->d*DPOI_LANES; to += DPOI_LANES)
                 g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u.wide, to, shrink, NULL, NULL, to, 0);
         dpoi_unit_mix(g, &u, g->passing[2], u.s, k0, t.rows, u.to, k0 > 0);
@@ -14776,7 +14714,7 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
 static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
-    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->T, keys = g->causal ? first + u.lanes : g->S;
+    int64_t first = u.first, keys = g->causal ? first + u.lanes : g->S;
     float lse[DPOI_LANES] = { 0 }, delta[DPOI_LANES] = { 0 };
     dpoi_scores t;
     memset(&t, 0, sizeof t);
@@ -14793,7 +14731,7 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
         t.offset = k0 - first;
         dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
         dpoi_unit_scores(g, &u, g->strip[2], u.pack2, k0, t.rows, u.ds);
-        dpoi_scores_run(g->cpu, &t, 1);
+        dpoi_scores_run(&t, 1);
         dpoi_unit_mix(g, &u, g->passing[1], u.ds, k0, t.rows, u.to, k0 > 0);
     }
     dpoi_unit_store(g, &u, u.to, NULL, g->dq, (int)(g->add & 1));
@@ -14803,7 +14741,7 @@ static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t
 static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->S, g->T);
-    int64_t first = (u.at - head % g->heads*g->d)/g->D - head/g->heads*g->S;
+    int64_t first = u.first;
     int64_t start = g->causal ? first/DPOI_FAR*DPOI_FAR : 0;          /* queries before these see none of the keys */
     dpoi_scores t;
     memset(&t, 0, sizeof t);
@@ -14817,7 +14755,7 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
         t.lse = g->lse + head*g->T + q0;  t.delta = g->delta + head*g->T + q0;
         dpoi_unit_scores(g, &u, g->strip[0], u.pack, q0, t.rows, u.s);
         dpoi_unit_scores(g, &u, g->strip[3], u.pack2, q0, t.rows, u.ds);
-        dpoi_scores_run(g->cpu, &t, 1);
+        dpoi_scores_run(&t, 1);
         if (g->dk) dpoi_unit_mix(g, &u, g->passing[0], u.ds, q0, t.rows, u.to, q0 > start);
         if (g->dv) dpoi_unit_mix(g, &u, g->passing[3], u.s, q0, t.rows, u.to2, q0 > start);
     }
@@ -14825,35 +14763,255 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
     if (g->dv) dpoi_unit_store(g, &u, u.to2, NULL, g->dv, (int)(g->add >> 2 & 1));
 }
 
+/* ------------------------------------------------------------------------------------------ scores in registers
+
+   AVX-512 has room for the scores of a strip of 24 keys by 16 queries: they stay in 24 of its 32 registers from the
+   first product to the last.  Sums begin at -most, queries are multiplied by scale/ln 2 before, so that s is the power
+   of two at once.  most need not be the largest score: p may well grow beyond 1, for its digits do not depend on its
+   size.  It is the first key's score, and only where a strip's sum leaves what floats hold easily, the largest seen. */
+#ifdef DPOI_SIMD_X86
+
+/* 16 queries from `first` on, and what they have gathered so far. */
+typedef struct dpoi_queries {
+    int64_t d, first, causal;
+    const float *q;                       /* [d][16], times scale/ln 2 */
+    float  *most, *sum, *o;               /* a lane each; o [d][48] */
+} dpoi_queries;
+
+/* In each quarter of four registers four by four change places. */
+DPOI_AVX512 DPOI_INLINE void dpoi_fours_turn(__m512 *r)
+{
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));  r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
+    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));  r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+}
+
+/* The lanes from number n on. */
+DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_lanes_from(int64_t n)
+{
+    return (__mmask16)(n <= 0 ? 0xffff : n > 15 ? 0 : 0xffff << n);
+}
+
+/* to[c][lane] = scale x[lane][c], the rows of x `step` apart; zeros where lane >= rows.  Four columns at a time, whose
+   rows i, i+4, i+8, i+12 come to lie in one register, so that four by four change places in each quarter. */
+DPOI_AVX512 static void dpoi_lanes_pack(const float *x, int64_t step, int64_t rows, int64_t d, float scale, float *to)
+{
+    const __mmask16 in = (__mmask16)~dpoi_lanes_from(rows);
+    const __m512 s = _mm512_set1_ps(scale);
+    const float *row[16];
+    int64_t c = 0;
+    for (int64_t i = 0; i < 16; i++) row[i] = x + dpoi_least(i, rows - 1)*step;
+    for (; c + 4 <= d; c += 4, to += 64) {
+        __m512 r[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm512_castps128_ps512(_mm_loadu_ps(row[i] + c));
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(row[i + 4] + c), 1);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(row[i + 8] + c), 2);
+            r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(row[i + 12] + c), 3);
+        }
+        dpoi_fours_turn(r);
+        for (int i = 0; i < 4; i++) _mm512_storeu_ps(to + i*16, _mm512_maskz_mul_ps(in, r[i], s));
+    }
+    for (; c < d; c++)
+        for (int64_t i = 0; i < 16; i++) *to++ = i < rows ? scale*row[i][c] : 0;
+}
+
+/* The way back, 16 channels at a time: y[lane][c] = factor[lane] x[c][lane] for lane < rows, or += ; the rows of x are
+   48 apart. */
+DPOI_AVX512 static void dpoi_lanes_unpack(const float *x, const float *factor, int64_t rows, int64_t d, float *y,
+                                          int64_t step, int add)
+{
+    const __m512 f = _mm512_loadu_ps(factor);
+    float part[4][64] DPOI_ALIGNED;       /* of four channels each: lane 4 b + a at [a][b] */
+    for (int64_t c = 0; c < d; c += 16, y += 16) {
+        const __mmask16 in = (__mmask16)~dpoi_lanes_from(d - c);
+        for (int64_t j = 0; j < 4 && c + 4*j < d; j++, x += 4*DPOI_LANES) {
+            __m512 r[4];
+            for (int i = 0; i < 4; i++) r[i] = _mm512_mul_ps(_mm512_loadu_ps(x + i*DPOI_LANES), f);
+            dpoi_fours_turn(r);
+            for (int i = 0; i < 4; i++) _mm512_store_ps(part[j] + i*16, r[i]);
+        }
+        for (int64_t lane = 0; lane < rows; lane++) {
+            int64_t at = lane % 4*16 + lane/4*4;
+            __m512 z = _mm512_castps128_ps512(_mm_load_ps(part[0] + at));
+            z = _mm512_insertf32x4(z, _mm_load_ps(part[1] + at), 1);
+            z = _mm512_insertf32x4(z, _mm_load_ps(part[2] + at), 2);
+            z = _mm512_insertf32x4(z, _mm_load_ps(part[3] + at), 3);
+            if (add) z = _mm512_add_ps(z, _mm512_maskz_loadu_ps(in, y + lane*step));
+            _mm512_mask_storeu_ps(y + lane*step, in, z);
+        }
+    }
+}
+
+/* p of R keys: o += p v, sum += p, unless that sum is too large (or NaN); not asked if sure.  k: a strip [d][24], v: a
+   strip [d/8][24][8]; s of key i begins as begin[i*step].  R is constant where this is inlined. */
+DPOI_AVX512 DPOI_INLINE int dpoi_keys_avx512(const dpoi_queries *t, const float *k, const float *v, const float *begin,
+                                             int64_t step, int sure, const int R)
+{
+    const __m512 zero = _mm512_setzero_ps(), large = _mm512_set1_ps(1152921504606846976.0f);          /* 2^60 */
+    const float *q = t->q;
+    float *o = t->o;
+    __m512 sum = zero, odd = zero;
+#define DPOI_BEGIN(i) __m512 s##i = i < R ? _mm512_loadu_ps(begin + i*step) : zero;
+    DPOI_ROWS24(DPOI_BEGIN)
+    for (int64_t c = t->d; c; c--, k += DPOI_TILE_ROWS, q += 16) {
+        __m512 w = _mm512_loadu_ps(q);
+#define DPOI_FMA(i) if (i < R) s##i = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), w, s##i);
+        DPOI_ROWS24(DPOI_FMA)
+#undef DPOI_FMA
+    }
+#define DPOI_POWER(i) if (i < R) { \
+        s##i = dpoi_exp2_512(s##i); \
+        if (i % 2) odd = _mm512_add_ps(odd, s##i);  else sum = _mm512_add_ps(sum, s##i); }
+    DPOI_ROWS24(DPOI_POWER)
+    sum = _mm512_add_ps(sum, odd);
+    if (!sure && _mm512_cmp_ps_mask(sum, large, _CMP_NLT_UQ)) return 0;
+    _mm512_storeu_ps(t->sum, _mm512_add_ps(_mm512_loadu_ps(t->sum), sum));
+    for (int64_t c = t->d; c > 0; c -= 8, o += 8*DPOI_LANES, v += 8*DPOI_TILE_ROWS) {
+#define DPOI_LOAD(m) __m512 y##m = _mm512_loadu_ps(o + m*DPOI_LANES);
+        DPOI_ROWS8(DPOI_LOAD)
+#define DPOI_FMA(i, m) y##m = _mm512_fmadd_ps(_mm512_set1_ps(v[i*8 + m]), s##i, y##m);
+#define DPOI_MIX(i) if (i < R) { DPOI_FMA(i, 0) DPOI_FMA(i, 1) DPOI_FMA(i, 2) DPOI_FMA(i, 3) \
+                                 DPOI_FMA(i, 4) DPOI_FMA(i, 5) DPOI_FMA(i, 6) DPOI_FMA(i, 7) }
+        DPOI_ROWS24(DPOI_MIX)
+#define DPOI_STORE(m) _mm512_storeu_ps(o + m*DPOI_LANES, y##m);
+        DPOI_ROWS8(DPOI_STORE)
+    }
+    return 1;
+#undef DPOI_BEGIN
+#undef DPOI_POWER
+#undef DPOI_LOAD
+#undef DPOI_FMA
+#undef DPOI_MIX
+#undef DPOI_STORE
+}
+
+/* most becomes the largest score so far, that of keys k0..k0+rows-1 included; sum and o shrink to match. */
+DPOI_AVX512 static void dpoi_queries_raise(const dpoi_queries *t, const float *k, int64_t k0, int64_t rows)
+{
+    __m512 old = _mm512_loadu_ps(t->most), most = old, shrink;
+    for (int64_t r = 0; r < rows; r++) {
+        __m512 s = _mm512_setzero_ps();
+        for (int64_t c = 0; c < t->d; c++)
+            s = _mm512_fmadd_ps(_mm512_set1_ps(k[c*DPOI_TILE_ROWS + r]), _mm512_loadu_ps(t->q + c*16), s);
+        most = _mm512_mask_max_ps(most, t->causal ? dpoi_lanes_from(k0 + r - t->first) : 0xffff, most, s);
+    }
+    shrink = dpoi_exp2_512(_mm512_sub_ps(old, most));
+    _mm512_storeu_ps(t->most, most);
+    _mm512_storeu_ps(t->sum, _mm512_mul_ps(_mm512_loadu_ps(t->sum), shrink));
+    for (float *o = t->o; o < t->o + t->d*DPOI_LANES; o += DPOI_LANES)
+        _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), shrink));
+}
+
+/* Queries meet a strip of keys, k0..k0+rows-1.  A score that must not be seen begins at minus infinity. */
+DPOI_AVX512 static void dpoi_queries_meet(const dpoi_queries *t, const float *k, const float *v, int64_t k0,
+                                          int64_t rows)
+{
+    const __m512 never = _mm512_set1_ps(-INFINITY);
+    float begin[DPOI_TILE_ROWS*16];
+    int64_t step = rows % 8 || (t->causal && k0 + rows - 1 > t->first) ? 16 : 0;
+    for (int turn = 0, done = 0; !done; turn++) {
+        __m512 least;
+        if (turn) dpoi_queries_raise(t, k, k0, rows);
+        least = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(t->most));
+        for (int64_t r = 0; r < (step ? DPOI_TILE_ROWS : 1); r++) {
+            __mmask16 seen = r >= rows ? 0 : t->causal ? dpoi_lanes_from(k0 + r - t->first) : 0xffff;
+            _mm512_storeu_ps(begin + r*16, _mm512_mask_mov_ps(never, seen, least));
+        }
+        if (!step) _mm512_storeu_ps(begin, least);
+        done = rows > 16 ? dpoi_keys_avx512(t, k, v, begin, step, turn, 24)
+             : rows > 8  ? dpoi_keys_avx512(t, k, v, begin, step, turn, 16)
+                         : dpoi_keys_avx512(t, k, v, begin, step, turn, 8);
+    }
+}
+
+/* A unit's queries in lanes, times scale/ln 2, and most = q.k of the first key, strip k; nothing is gathered yet. */
+DPOI_AVX512 static void dpoi_queries_start(const dpoi_attention *g, const dpoi_unit *u, const float *k, float *most)
+{
+    memset(u->to, 0, (size_t)(dpoi_pieces(g->d, 8)*8*DPOI_LANES)*sizeof(float));
+    for (int64_t p = 0; p < u->wide; p += 16) {
+        float *q = u->pack + p*g->d;
+        __m512 s = _mm512_setzero_ps();
+        dpoi_lanes_pack(g->q + u->at + p*g->D, g->D, dpoi_least(16, u->lanes - p), g->d, g->scale*DPOI_LOG2E, q);
+        for (int64_t c = 0; c < g->d; c++)
+            s = _mm512_fmadd_ps(_mm512_loadu_ps(q + c*16), _mm512_set1_ps(k[c*DPOI_TILE_ROWS]), s);
+        _mm512_storeu_ps(most + p, s);
+    }
+}
+
+/* As dpoi_attention_unit. */
+static void dpoi_attention_unit_avx512(const dpoi_attention *g, float *work, int64_t head, int64_t i)
+{
+    dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
+    int64_t keys = g->causal ? u.first + u.lanes : g->S;
+    const float *k = g->strip[1] + u.strips_at, *v = g->passing[2] + head*dpoi_eights_size(g, g->S);
+    float most[DPOI_LANES], sum[DPOI_LANES] = { 0 };
+    dpoi_queries_start(g, &u, k, most);
+    for (int64_t k0 = 0; k0 < keys; k0 += DPOI_TILE_ROWS) {
+        for (int64_t p = 0; p < u.wide; p += DPOI_PANEL) {
+            dpoi_queries t;
+            t.d = g->d;  t.first = u.first + p;  t.causal = g->causal;
+            t.q = u.pack + p*g->d;  t.o = u.to + p;  t.most = most + p;  t.sum = sum + p;
+            dpoi_queries_meet(&t, k, v, k0, dpoi_least(DPOI_TILE_ROWS, keys - k0));
+        }
+        k += DPOI_TILE_ROWS*g->d;  v += DPOI_TILE_ROWS*dpoi_pieces(g->d, 8)*8;
+    }
+    for (int64_t lane = 0; lane < u.wide; lane++) {
+        if (g->lse && lane < u.lanes) g->lse[head*g->T + u.first + lane] = most[lane]/DPOI_LOG2E + logf(sum[lane]);
+        sum[lane] = 1/sum[lane];
+    }
+    for (int64_t p = 0; p < u.wide; p += 16)
+        dpoi_lanes_unpack(u.to + p, sum + p, dpoi_least(16, u.lanes - p), g->d, g->y + u.at + p*g->D, g->D, 0);
+}
+#endif /* DPOI_SIMD_X86 */
+
 /* ------------------------------------------------------------------------------------------ jobs
 
    The units of a pass are dealt out evenly to at most 64 jobs, of which each has its own scratch. */
 
-enum { DPOI_ATTENTION_JOBS = 64 };
+enum {
+    DPOI_ATTENTION_JOBS = 64,
+    DPOI_HEADS = 16,                      /* that suffice as jobs */
+    DPOI_NEAR = 160000                    /* floats of k and v that stay in a second-level cache */
+};
 
-/* s and ds, two packs and two results: floats. */
+/* Rows of dq that a job gathers. */
+enum { DPOI_HALF = DPOI_TILE_ROWS/2 };
+static int64_t dpoi_back_rows(const dpoi_attention *g) { return dpoi_pieces(g->T, DPOI_HALF)*DPOI_HALF; }
+
+/* s and ds, two packs and two results: floats; keys as they are and dq. */
 static int64_t dpoi_attention_scratch(const dpoi_attention *g)
 {
-    return 2*DPOI_FAR*DPOI_LANES + 4*DPOI_LANES*g->d;
+    int64_t size = 2*DPOI_FAR*DPOI_LANES + 4*DPOI_LANES*dpoi_pieces(g->d, 8)*8;
+    return g->parts ? size + (DPOI_LANES + dpoi_back_rows(g))*dpoi_pieces(g->d, 16)*16 : size;
 }
 
 /* Bounded by work: a job of less than DPOI_JOB multiplications is not worth a thread. */
 static int64_t dpoi_attention_jobs(const dpoi_attention *g)
 {
-    int64_t units = g->N*g->heads*dpoi_tile_groups(g->T > g->S ? g->T : g->S);
+    int64_t units = g->N*g->heads*(g->parts ? g->parts : dpoi_tile_groups(g->T > g->S ? g->T : g->S));
     int64_t worth = 4*g->N*g->T*g->S/64*g->D/(DPOI_JOB/64) + 1;
-    return dpoi_least(dpoi_least(units, worth), DPOI_ATTENTION_JOBS);
+    return g->parts > 1 ? units : dpoi_least(dpoi_least(units, worth), DPOI_ATTENTION_JOBS);
+}
+
+/* Parts of a head's keys: more than one where there are few heads, and each is worth it. */
+static int64_t dpoi_back_parts(const dpoi_attention *g)
+{
+    int64_t parts = dpoi_least(dpoi_pieces(DPOI_HEADS, g->N*g->heads), dpoi_tile_groups(g->S));
+    return dpoi_least(parts, 10*g->T*g->S/64*g->d/(DPOI_JOB/64) + 1);
 }
 
 /* Job j takes units [units*j/jobs, units*(j+1)/jobs): which job a unit falls to changes no result,
-   only its scratch. */
+   only its scratch.  Heads take turns where the keys of all of them stay near: rows hold all heads side by side. */
 static void dpoi_attention_task(void *arg, int64_t job)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
     int64_t blocks = dpoi_tile_groups(g->length), units = g->N*g->heads*blocks;
     float *work = g->scratch + job*dpoi_attention_scratch(g);
+    int64_t near = 2*g->S*g->D <= DPOI_NEAR ? g->heads : 1, group = near*blocks;
     for (int64_t i = units*job/g->jobs; i < units*(job + 1)/g->jobs; i++)
-        g->unit(g, work, i/blocks, i % blocks);
+        g->unit(g, work, i/group*near + i % near, i % group/near);
 }
 
 static void dpoi_attention_run(dpoi_attention *g, int64_t length,
@@ -14882,18 +15040,21 @@ static void dpoi_attention_delta_task(void *arg, int64_t head)
 static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 {
     int64_t size;
+    int registers = g->cpu->isa >= DPO_ISA_AVX512;
+    g->parts = registers && backward ? dpoi_back_parts(g) : 0;
     g->jobs = dpoi_attention_jobs(g);
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
-    for (int i = 0; i < 4; i++) {         /* forward: v by head, k in strips; backward: all but v, all */
+    for (int i = 0; i < 4; i++) {         /* forward: v by head, k in strips; backward: all but v, all; or q, do */
         int64_t length = i == 1 || i == 2 ? g->S : g->T;
-        if ((backward ? i != 2 : i == 2) && (g->heads > 1 || g->d % (dpoi_tile_step(g->cpu) == 8 ? 6 : 8))) {
+        if (registers ? !backward && i == 2 : (backward ? i != 2 : i == 2) && (g->heads > 1 || g->d % 6)) {
             if (g->work) g->passing[i] = g->work + size;
-            size += g->N*length*g->D + DPOI_PANEL;          /* a strip of channels may end behind the last row's */
+            size += registers ? g->N*g->heads*dpoi_eights_size(g, length) : g->N*length*g->D;
+            size += DPOI_PANEL;           /* a strip of channels may end behind the last row's */
         }
-        if (backward || i == 1) {
+        if (registers && backward ? i == 0 || i == 3 : backward || i == 1) {
             if (g->work) g->strip[i] = g->work + size;
-            size += g->N*g->heads*dpoi_strips_size(g, length);
+            size += g->N*g->heads*dpoi_strips_size(g, length) + 4*DPOI_TILE_ROWS;          /* channels go by in fours */
         }
     }
     if (g->work && backward) g->delta = g->work + size;
@@ -14929,9 +15090,26 @@ static void dpoi_far_strip_task(void *arg, int64_t task)
     int64_t n = task/strips, first = task % strips*rows, valid = dpoi_least(rows, f->length - first);
     for (int64_t h = 0; h < g->heads; h++) {
         const float *x = f->x + (n*f->length + first)*g->D + h*g->d, *row[DPOI_TILE_ROWS];
-        int count = (int)(valid + 7)/8*8;
-        for (int i = 0; i < count; i++) row[i] = x + (i < valid ? i : 0)*g->D;
-        dpoi_strip_pack(row, count, g->d, f->to + ((n*g->heads + h)*strips + task % strips)*g->d*step, step);
+        for (int64_t i = 0; i < step; i++) row[i] = x + (i < valid ? i : 0)*g->D;
+        dpoi_strip_pack(row, (int)step, g->d, f->to + ((n*g->heads + h)*strips + task % strips)*g->d*step, step);
+    }
+}
+
+/* The same to [heads,strips,d/8,24,8], zeros where d ends. */
+static void dpoi_far_eights_task(void *arg, int64_t task)
+{
+    const dpoi_far *f = (const dpoi_far *)arg;
+    const dpoi_attention *g = f->g;
+    int64_t strips = dpoi_pieces(f->length, DPOI_TILE_ROWS), n = task/strips, first = task % strips*DPOI_TILE_ROWS;
+    for (int64_t h = 0; h < g->heads; h++) {
+        float *to = f->to + (n*g->heads + h)*dpoi_eights_size(g, f->length) + first*dpoi_pieces(g->d, 8)*8;
+        for (int64_t c = 0; c < g->d; c += 8)
+            for (int64_t i = 0; i < DPOI_TILE_ROWS; i++, to += 8) {
+                int64_t row = first + i < f->length ? first + i : first;
+                const float *x = f->x + (n*f->length + row)*g->D + h*g->d + c;
+                if (c + 8 <= g->d) memcpy(to, x, 8*sizeof(float));
+                else for (int64_t j = 0; j < 8; j++) to[j] = c + j < g->d ? x[j] : 0;
+            }
     }
 }
 
@@ -14946,10 +15124,214 @@ static void dpoi_far_run(dpoi_attention *g)
         f.to = (float *)g->strip[i];
         if (f.to) dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, dpoi_tile_rows(g->cpu)), dpoi_far_strip_task, &f);
         f.to = (float *)g->passing[i];
-        if (f.to) dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, DPOI_FAR_ROWS), dpoi_far_task, &f);
+        if (f.to && dpoi_tile_rows(g->cpu) == DPOI_TILE_ROWS)
+            dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, DPOI_TILE_ROWS), dpoi_far_eights_task, &f);
+        else if (f.to) dpoi_parallel(g->cpu, g->N*dpoi_pieces(f.length, DPOI_FAR_ROWS), dpoi_far_task, &f);
         else g->passing[i] = x[i];
     }
 }
+
+/* ------------------------------------------------------------------------------------------ backward in registers
+
+   AVX-512 has room for s and do.v of 12 queries, half a strip, by 16 keys.  So p and ds are made once, for all three
+   gradients: those of keys are lanes, which gather p do and ds q over the queries; ds waits in memory for dq, which
+   gathers ds k over the block's keys with channels side by side. */
+#ifdef DPOI_SIMD_X86
+
+/* Keys of one head that go along all queries together. */
+typedef struct dpoi_keys {
+    dpoi_unit u;                          /* k (times scale/ln 2) and v in lanes; gathered dk/scale and dv */
+    int64_t head, wide;                   /* wide: d rounded up to 16 */
+    float  *k, *ds, *dq;                  /* [48][wide] with zeros around, [12][48], [T][wide] */
+    int     begun;                        /* dq holds something already */
+} dpoi_keys;
+
+/* Half a strip of q and do [d][24] against 16 keys: s of query i begins as begin[i], do.v as less[i]. */
+DPOI_AVX512 static void dpoi_back_meet(const float *q, const float *dout, const float *k, const float *v, int64_t d,
+                                       const float *begin, const float *less, float *ds, float *dk, float *dv)
+{
+    const float *a = q, *b = dout;
+#define DPOI_BEGIN(i) __m512 s##i = _mm512_loadu_ps(begin + i*16), t##i = _mm512_set1_ps(less[i]);
+    DPOI_ROWS12(DPOI_BEGIN)
+    for (int64_t c = d; c; c--, a += DPOI_TILE_ROWS, b += DPOI_TILE_ROWS, k += 16, v += 16) {
+        __m512 x = _mm512_loadu_ps(k), y = _mm512_loadu_ps(v);
+#define DPOI_FMA(i) s##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), x, s##i); \
+        t##i = _mm512_fmadd_ps(_mm512_set1_ps(b[i]), y, t##i);
+        DPOI_ROWS12(DPOI_FMA)
+#undef DPOI_FMA
+    }
+#define DPOI_POWER(i) s##i = dpoi_exp2_512(s##i);  t##i = _mm512_mul_ps(t##i, s##i); \
+    _mm512_storeu_ps(ds + i*DPOI_LANES, t##i);
+    DPOI_ROWS12(DPOI_POWER)
+    for (int64_t c = d; c > 0; c -= 4, dk += 4*DPOI_LANES, dv += 4*DPOI_LANES) {
+#define DPOI_LOAD(m) __m512 x##m = _mm512_loadu_ps(dv + m*DPOI_LANES), y##m = _mm512_loadu_ps(dk + m*DPOI_LANES);
+        DPOI_LOAD(0) DPOI_LOAD(1) DPOI_LOAD(2) DPOI_LOAD(3)
+#define DPOI_FMA(i, m) x##m = _mm512_fmadd_ps(_mm512_set1_ps(dout[m*DPOI_TILE_ROWS + i]), s##i, x##m); \
+        y##m = _mm512_fmadd_ps(_mm512_set1_ps(q[m*DPOI_TILE_ROWS + i]), t##i, y##m);
+#define DPOI_MIX(i) DPOI_FMA(i, 0) DPOI_FMA(i, 1) DPOI_FMA(i, 2) DPOI_FMA(i, 3)
+        DPOI_ROWS12(DPOI_MIX)
+#define DPOI_STORE(m) _mm512_storeu_ps(dv + m*DPOI_LANES, x##m);  _mm512_storeu_ps(dk + m*DPOI_LANES, y##m);
+        DPOI_STORE(0) DPOI_STORE(1) DPOI_STORE(2) DPOI_STORE(3)
+        q += 4*DPOI_TILE_ROWS;  dout += 4*DPOI_TILE_ROWS;
+    }
+#undef DPOI_BEGIN
+#undef DPOI_POWER
+#undef DPOI_LOAD
+#undef DPOI_FMA
+#undef DPOI_MIX
+#undef DPOI_STORE
+}
+
+/* dq of 12 queries += ds k over the block's keys. */
+DPOI_AVX512 static void dpoi_back_dq(const dpoi_keys *b, float *dq)
+{
+    const __mmask16 old = (__mmask16)(b->begun ? 0xffff : 0);
+    for (int64_t c = 0; c < b->wide; c += 16, dq += 16) {
+        const float *k = b->k + c, *ds = b->ds, *end = ds + b->u.wide;
+#define DPOI_LOAD(i) __m512 y##i = _mm512_maskz_loadu_ps(old, dq + i*b->wide);
+        DPOI_ROWS12(DPOI_LOAD)
+        for (; ds < end; ds++, k += b->wide) {
+            __m512 x = _mm512_loadu_ps(k);
+#define DPOI_FMA(i) y##i = _mm512_fmadd_ps(_mm512_set1_ps(ds[i*DPOI_LANES]), x, y##i);
+            DPOI_ROWS12(DPOI_FMA)
+        }
+#define DPOI_STORE(i) _mm512_storeu_ps(dq + i*b->wide, y##i);
+        DPOI_ROWS12(DPOI_STORE)
+#undef DPOI_LOAD
+#undef DPOI_FMA
+#undef DPOI_STORE
+    }
+}
+
+/* Queries i0..i0+11 meet a block of keys.  A pair that must not meet begins at minus infinity: p and ds are 0. */
+DPOI_AVX512 static void dpoi_back_half(const dpoi_attention *g, const dpoi_keys *b, int64_t i0)
+{
+    const __m512 never = _mm512_set1_ps(-INFINITY);
+    int64_t at = b->head*dpoi_strips_size(g, g->T) + i0/DPOI_TILE_ROWS*DPOI_TILE_ROWS*g->d + i0 % DPOI_TILE_ROWS;
+    int64_t rows = dpoi_least(DPOI_HALF, g->T - i0);
+    const __mmask16 in = (__mmask16)~dpoi_lanes_from(rows);
+    const float *lse = g->lse + b->head*g->T + i0, *delta = g->delta + b->head*g->T + i0;
+    float begin[DPOI_HALF*16], less[16], power[16];
+    _mm512_storeu_ps(power, _mm512_mul_ps(_mm512_maskz_loadu_ps(in, lse), _mm512_set1_ps(-DPOI_LOG2E)));
+    _mm512_storeu_ps(less, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_maskz_loadu_ps(in, delta)));
+    for (int64_t p = 0; p < b->u.wide; p += 16) {
+        for (int64_t r = 0; r < DPOI_HALF; r++) {
+            int64_t end = g->causal ? dpoi_least(b->u.lanes, i0 + r + 1 - b->u.first) : b->u.lanes;
+            __mmask16 seen = (__mmask16)(r < rows ? ~dpoi_lanes_from(end - p) : 0);
+            _mm512_storeu_ps(begin + r*16, _mm512_mask_mov_ps(never, seen, _mm512_set1_ps(power[r])));
+        }
+        dpoi_back_meet(g->strip[0] + at, g->strip[3] + at, b->u.pack + p*g->d, b->u.pack2 + p*g->d, g->d, begin, less,
+                       b->ds + p, b->u.to + p, b->u.to2 + p);
+    }
+    if (g->dq) dpoi_back_dq(b, b->dq + i0*b->wide);
+}
+
+/* Keys number i of the head: all of their gradients, and what they add to dq. */
+DPOI_AVX512 static void dpoi_back_keys(const dpoi_attention *g, dpoi_keys *b, float *work, int64_t i)
+{
+    const __m512 one = _mm512_set1_ps(1), scale = _mm512_set1_ps(g->scale);
+    float factor[2][16];
+    int64_t size = DPOI_LANES*dpoi_pieces(g->d, 8)*8, first;
+    b->u = dpoi_unit_of(g, work, b->head, i, g->S, g->T);
+    b->ds = b->u.s;
+    b->k = b->u.to2 + size;
+    memset(b->k, 0, (size_t)(DPOI_LANES*b->wide)*sizeof(float));
+    memset(b->u.to, 0, (size_t)(2*size)*sizeof(float));
+    for (int64_t lane = 0; lane < b->u.lanes; lane++)
+        memcpy(b->k + lane*b->wide, g->k + b->u.at + lane*g->D, (size_t)g->d*sizeof(float));
+    for (int64_t p = 0; p < b->u.wide; p += 16) {
+        int64_t at = b->u.at + p*g->D, lanes = dpoi_least(16, b->u.lanes - p);
+        dpoi_lanes_pack(g->k + at, g->D, lanes, g->d, g->scale*DPOI_LOG2E, b->u.pack + p*g->d);
+        dpoi_lanes_pack(g->v + at, g->D, lanes, g->d, 1, b->u.pack2 + p*g->d);
+    }
+    first = g->causal ? b->u.first/DPOI_HALF*DPOI_HALF : 0;         /* queries before these see none of the keys */
+    for (int64_t i0 = first; i0 < g->T; i0 += DPOI_HALF) dpoi_back_half(g, b, i0);
+    _mm512_storeu_ps(factor[0], scale);
+    _mm512_storeu_ps(factor[1], one);
+    for (int64_t p = 0; p < b->u.wide; p += 16) {
+        int64_t at = b->u.at + p*g->D, lanes = dpoi_least(16, b->u.lanes - p);
+        if (g->dk) dpoi_lanes_unpack(b->u.to + p, factor[0], lanes, g->d, g->dk + at, g->D, (int)(g->add >> 1 & 1));
+        if (g->dv) dpoi_lanes_unpack(b->u.to2 + p, factor[1], lanes, g->d, g->dv + at, g->D, (int)(g->add >> 2 & 1));
+    }
+}
+
+/* delta of one head: dpoi_attention_delta_task with a query's sums side by side. */
+DPOI_AVX512 static void dpoi_back_delta_task(void *arg, int64_t head)
+{
+    const dpoi_attention *g = (const dpoi_attention *)arg;
+    int64_t at = head/g->heads*g->T*g->D + head % g->heads*g->d;
+    for (int64_t i = 0; i < g->T; i++, at += g->D) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < g->d; c += 16) {
+            __mmask16 in = (__mmask16)~dpoi_lanes_from(g->d - c);
+            sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(in, g->dout + at + c), _mm512_maskz_loadu_ps(in, g->o + at + c),
+                                  sum);
+        }
+        g->delta[head*g->T + i] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+/* Rows first..end-1 of a head's dq [T,d] = scale times the sum of its parts [T][d rounded up to 16], which lie `size`
+   floats apart. */
+DPOI_AVX512 static void dpoi_back_store(const dpoi_attention *g, int64_t head, int64_t first, int64_t end,
+                                        const float *part, int64_t size)
+{
+    const __m512 scale = _mm512_set1_ps(g->scale);
+    int64_t wide = dpoi_pieces(g->d, 16)*16, n = head/g->heads;
+    for (int64_t i = first; i < end; i++)
+        for (int64_t c = 0; c < g->d; c += 16) {
+            float *y = g->dq + (n*g->T + i)*g->D + head % g->heads*g->d + c;
+            __mmask16 in = (__mmask16)~dpoi_lanes_from(g->d - c);
+            __m512 sum = _mm512_loadu_ps(part + i*wide + c);
+            for (int64_t k = 1; k < g->parts; k++)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(part + k*size + i*wide + c));
+            sum = _mm512_mul_ps(sum, scale);
+            if (g->add & 1) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(in, y));
+            _mm512_mask_storeu_ps(y, in, sum);
+        }
+}
+
+/* Unit number `unit`: a head, or one of g->parts of its keys, whose shares of dq are still to be added up. */
+static void dpoi_back_unit(const dpoi_attention *g, float *work, int64_t unit)
+{
+    dpoi_keys b;
+    int64_t part = unit % g->parts, blocks = dpoi_tile_groups(g->S);
+    b.head = unit/g->parts;
+    b.wide = dpoi_pieces(g->d, 16)*16;
+    b.dq = work + dpoi_attention_scratch(g) - dpoi_back_rows(g)*b.wide;
+    b.begun = g->causal && part;          /* the first queries see none of these keys */
+    if (b.begun) memset(b.dq, 0, (size_t)(dpoi_back_rows(g)*b.wide)*sizeof(float));
+    for (int64_t i = blocks*part/g->parts; i < blocks*(part + 1)/g->parts; i++, b.begun = 1)
+        dpoi_back_keys(g, &b, work, i);
+    if (g->dq && g->parts == 1) dpoi_back_store(g, b.head, 0, g->T, b.dq, 0);
+}
+static void dpoi_back_task(void *arg, int64_t job)
+{
+    const dpoi_attention *g = (const dpoi_attention *)arg;
+    int64_t units = g->N*g->heads*g->parts;
+    for (int64_t i = units*job/g->jobs; i < units*(job + 1)/g->jobs; i++)
+        dpoi_back_unit(g, g->scratch + job*dpoi_attention_scratch(g), i);
+}
+
+/* One head after its parts: units are jobs then. */
+static void dpoi_back_sum_task(void *arg, int64_t task)
+{
+    const dpoi_attention *g = (const dpoi_attention *)arg;
+    int64_t blocks = dpoi_pieces(g->T, DPOI_FAR_ROWS), head = task/blocks, first = task % blocks*DPOI_FAR_ROWS;
+    int64_t size = dpoi_attention_scratch(g), wide = dpoi_pieces(g->d, 16)*16;
+    dpoi_back_store(g, head, first, dpoi_least(g->T, first + DPOI_FAR_ROWS),
+                    g->scratch + (head*g->parts + 1)*size - dpoi_back_rows(g)*wide, size);
+}
+
+static void dpoi_back_run(dpoi_attention *g)
+{
+    int64_t heads = g->N*g->heads;
+    dpoi_parallel(g->cpu, heads, dpoi_back_delta_task, g);
+    dpoi_parallel(g->cpu, g->jobs, dpoi_back_task, g);
+    if (g->dq && g->parts > 1)
+        dpoi_parallel(g->cpu, heads*dpoi_pieces(g->T, DPOI_FAR_ROWS), dpoi_back_sum_task, g);
+}
+#endif /* DPOI_SIMD_X86 */
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
@@ -15589,11 +15971,17 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     }
     dpoi_attention_layout(&g, 0);
     dpoi_far_run(&g);
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) {
+        dpoi_attention_run(&g, g.T, dpoi_attention_unit_avx512);
+        return DPO_OK;
+    }
+#endif
     dpoi_attention_run(&g, g.T, dpoi_attention_unit);
     return DPO_OK;
 }
 
-/* Scores are made twice, once a role: cheaper than storing T x S of them, or than sums that threads
+/* But for AVX-512 scores are made twice, once a role: cheaper than storing T x S of them, or than sums that threads
    share. */
 static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
@@ -15614,6 +16002,12 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
     }
     dpoi_attention_layout(&g, 1);
     dpoi_far_run(&g);
+#ifdef DPOI_SIMD_X86
+    if (g.parts) {
+        dpoi_back_run(&g);
+        return DPO_OK;
+    }
+#endif
     dpoi_parallel(cpu, heads, dpoi_attention_delta_task, &g);
     if (g.dq) dpoi_attention_run(&g, g.T, dpoi_attention_dq_unit);
     if (g.dk || g.dv) dpoi_attention_run(&g, g.S, dpoi_attention_dkv_unit);
