@@ -11481,21 +11481,26 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
 {
     const __m512 zero = _mm512_setzero_ps();
     const int64_t at = j*t->to_step;
-    for (int i = 0; i < t->rows; i++) {   /* wanted at the end, and no order that the processor could foresee */
-        DPOI_FETCH(t->to[i] + at);
-        if (t->from[0] && t->from[0] != t->to[0]) DPOI_FETCH(t->from[i] + at);
-    }
+    const int far = t->from[0] && t->from[0] != t->to[0];
+    int row = 0, end = 0;
 #define DPOI_ZERO(i) __m512 c##i = zero;
     DPOI_ROWS24(DPOI_ZERO)
     for (int s = 0; s < t->segs; s++) {
         const dpoi_segment *g = t->seg + s;
         const float *a = g->a + t->shift, *b = g->b + j*g->panel_step;
         const int64_t a_step = g->a_step, b_step = g->b_step;
-        for (int64_t k = g->len; k; k--, a += a_step, b += b_step) {
-            __m512 w = _mm512_loadu_ps(b);
-            DPOI_FETCH(b + 256);          /* sixteen steps ahead where b is panels */
+        for (int64_t k = g->len, n; k; k -= n) {
+            for (end = end < t->rows - 4 ? end + 4 : t->rows; row < end; row++) {
+                DPOI_FETCH(t->to[row] + at);              /* wanted at the end, in no order that the processor could */
+                if (far) DPOI_FETCH(t->from[row] + at);   /* foresee; all at once, they would wait for each other */
+            }
+            n = k < 16 ? k : 16;
+            for (int64_t left = n; left; left--, a += a_step, b += b_step) {
+                __m512 w = _mm512_loadu_ps(b);
+                DPOI_FETCH(b + 256);      /* sixteen steps ahead where b is panels */
 #define DPOI_FMA(i) if (i < R) c##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), w, c##i);
-            DPOI_ROWS24(DPOI_FMA)
+                DPOI_ROWS24(DPOI_FMA)
+            }
         }
     }
     if (t->vec[0]) {                      /* the rare case in a loop, the others row by row */
