@@ -12206,12 +12206,12 @@ static void dpoi_flip_task(void *arg, int64_t task)
                                                  infinity; A^T [4][6]: back to their coefficients
 
    The products .* are summed over the channels i: 36 points, each a matrix product of tiles x I by I x O.  What is
-   rounded on the way grows with the matrices' entries, and least where b = 1/a: with a = 2/3 the error in F32 is one and
-   a half times that of the direct sum in relative L2 (1.5e-6 against 1.0e-6 of 320 channels), at most 1e-5 of a
+   rounded on the way grows with the matrices' entries, and least where b = 1/a: with a = 2/3 the error in F32 is one
+   and a half times that of the direct sum in relative L2 (1.5e-6 against 1.0e-6 of 320 channels), at most 1e-5 of a
    result's deviation.
 
-   A job is a few strips of tiles by a few panels: v and the sums c of it stay in the second-level cache, u of six points
-   and one panel in the first.  v is made once for the panels, u once for the strips; nothing is kept from job to job.
+   A job is a few strips of tiles by a few panels: v and the sums c of it stay in the second-level cache, u of six
+   points and one panel in the first.  v is made once for the panels, u once for the strips; nothing is kept from job to job.
    A sum runs over the channels in chunks of one size, and whether a convolution comes here depends on the size of a
    single sample: no result depends on the batch, on how jobs are cut, or on the threads. */
 
@@ -12331,8 +12331,8 @@ DPOI_AVX512 static void dpoi_wino_weights_512(const float *w, int64_t tap, int r
 
 /* c[i] += sum_k v[i][k] u[k] of one point: R tiles by a panel, n channels k, blocks of 16 of them `step` apart.
    more: what c holds already is added. */
-DPOI_AVX512 DPOI_INLINE void dpoi_wino_dot_512(const float *v, int64_t step, int64_t n, const float *u, float *c, int more,
-                                               const int R)
+DPOI_AVX512 DPOI_INLINE void dpoi_wino_dot_512(const float *v, int64_t step, int64_t n, const float *u, float *c,
+                                               int more, const int R)
 {
     const __m512 zero = _mm512_setzero_ps();
 #define DPOI_ZERO(i) __m512 c##i = zero;
@@ -12353,8 +12353,9 @@ DPOI_AVX512 DPOI_INLINE void dpoi_wino_dot_512(const float *v, int64_t step, int
 #undef DPOI_STORE
 }
 
-DPOI_AVX512 static void dpoi_wino_dot_of_512(const float *v, int64_t step, int64_t n, const float *u, float *c, int more,
-                                             int64_t tiles)
+/* Strips of at most 8 tiles have a copy of their own. */
+DPOI_AVX512 static void dpoi_wino_dot_of_512(const float *v, int64_t step, int64_t n, const float *u, float *c,
+                                             int more, int64_t tiles)
 {
     if (tiles > 8) dpoi_wino_dot_512(v, step, n, u, c, more, 16);
     else           dpoi_wino_dot_512(v, step, n, u, c, more, 8);
@@ -12402,8 +12403,8 @@ DPOI_AVX512 static void dpoi_wino_output_512(const float *c, int64_t step, const
 /* B^T d of 8 channels, to[point*step]:
      d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
      d1 - (a^2 + b^2) d3 + d5 */
-DPOI_256 DPOI_INLINE void dpoi_wino_b_256(dpoi_f256 d0, dpoi_f256 d1, dpoi_f256 d2, dpoi_f256 d3, dpoi_f256 d4, dpoi_f256 d5,
-                                           float *to, int64_t step)
+DPOI_256 DPOI_INLINE void dpoi_wino_b_256(dpoi_f256 d0, dpoi_f256 d1, dpoi_f256 d2, dpoi_f256 d3, dpoi_f256 d4,
+                                          dpoi_f256 d5, float *to, int64_t step)
 {
     const dpoi_f256 a = dpoi_all_256(DPOI_WINO_A), aa = dpoi_all_256(DPOI_WINO_AA);
     const dpoi_f256 b = dpoi_all_256(DPOI_WINO_B), bb = dpoi_all_256(DPOI_WINO_BB);
