@@ -12211,7 +12211,8 @@ static void dpoi_flip_task(void *arg, int64_t task)
    result's deviation.
 
    A job is a few strips of tiles by a few panels: v and the sums c of it stay in the second-level cache, u of six
-   points and one panel in the first.  v is made once for the panels, u once for the strips; nothing is kept from job to job.
+   points and one panel in the first.  v is made once for the panels, u once for the strips; nothing is kept from job
+   to job.
    A sum runs over the channels in chunks of one size, and whether a convolution comes here depends on the size of a
    single sample: no result depends on the batch, on how jobs are cut, or on the threads. */
 
