@@ -11460,10 +11460,7 @@ static int64_t dpoi_most(int64_t a, int64_t b) { return a > b ? a : b; }
    summed by one lane in the order of k, wherever in a tile it falls: no result depends on its neighbours, on the batch,
    or on the threads. */
 
-enum {
-    DPOI_TILE_ROWS = 24, DPOI_TILE_PANELS = 3,          /* the most rows of any instruction set; panels of a group */
-    DPOI_SPACED = 144                     /* floats between the rows of a strip that lies [rows][k] */
-};
+enum { DPOI_TILE_ROWS = 24, DPOI_TILE_PANELS = 3 };       /* the most rows of any instruction set; panels of a group */
 
 /* a[k*a_step + i] and b[k*b_step] for k < len; panel_step: from one panel of b to the next. */
 typedef struct dpoi_segment {
@@ -11475,7 +11472,6 @@ typedef struct dpoi_segment {
 typedef struct dpoi_tile {
     const dpoi_segment *seg;
     int     segs, rows;                   /* rows up to the next 8 (or 6) are read and computed, not stored */
-    int     spaced;                       /* 1: row i of a lies at i*DPOI_SPACED, not i; at most 16 rows */
     int     panels, lanes;                /* lanes of the last panel, 1..16: what may be written */
     int64_t shift;                        /* floats added to every a */
     int64_t to_step;
@@ -11495,8 +11491,8 @@ typedef struct dpoi_tile {
 #define DPOI_ROWS8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define DPOI_ROWS6(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #define DPOI_ROWS12(X) DPOI_ROWS8(X) X(8) X(9) X(10) X(11)
-#define DPOI_ROWS24(X) DPOI_ROWS12(X) X(12) X(13) X(14) X(15) \
-                       X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23)
+#define DPOI_ROWS16(X) DPOI_ROWS12(X) X(12) X(13) X(14) X(15)
+#define DPOI_ROWS24(X) DPOI_ROWS16(X) X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23)
 
 #ifdef DPOI_SIMD_X86
 
@@ -11510,28 +11506,33 @@ DPOI_AVX512 DPOI_INLINE void dpoi_store_avx512(const dpoi_tile *t, int i, int j,
 }
 
 /* R rows by panel j: R accumulators and a register of b, of 32.
-   Each step of k: a load of b, R multiplications that broadcast a.  R and row are constant where this is inlined, so
-   that the branches on them vanish.  Reads and writes only the lanes that exist: the last panel of y may end in
+   Each step of k: a load of b, R multiplications that broadcast a.  R is constant where this is inlined, so that the
+   branches on it vanish.  Reads and writes only the lanes that exist: the last panel of y may end in
    mid-register. */
-DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask16 lanes, const int R, const int row)
+DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask16 lanes, const int R)
 {
     const __m512 zero = _mm512_setzero_ps();
     const int64_t at = j*t->to_step;
-    for (int i = 0; i < t->rows; i++) {   /* wanted at the end, and no order that the processor could foresee */
-        DPOI_FETCH(t->to[i] + at);
-        if (t->from[0] && t->from[0] != t->to[0]) DPOI_FETCH(t->from[i] + at);
-    }
+    const int far = t->from[0] && t->from[0] != t->to[0];
+    int row = 0, end = 0;
 #define DPOI_ZERO(i) __m512 c##i = zero;
     DPOI_ROWS24(DPOI_ZERO)
     for (int s = 0; s < t->segs; s++) {
         const dpoi_segment *g = t->seg + s;
         const float *a = g->a + t->shift, *b = g->b + j*g->panel_step;
         const int64_t a_step = g->a_step, b_step = g->b_step;
-        for (int64_t k = g->len; k; k--, a += a_step, b += b_step) {
-            __m512 w = _mm512_loadu_ps(b);
-            DPOI_FETCH(b + 256);          /* sixteen steps ahead where b is panels */
-#define DPOI_FMA(i) if (i < R) c##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i*row]), w, c##i);
-            DPOI_ROWS24(DPOI_FMA)
+        for (int64_t k = g->len, n; k; k -= n) {
+            for (end = end < t->rows - 4 ? end + 4 : t->rows; row < end; row++) {
+                DPOI_FETCH(t->to[row] + at);              /* wanted at the end, in no order that the processor could */
+                if (far) DPOI_FETCH(t->from[row] + at);   /* foresee; all at once, they would wait for each other */
+            }
+            n = k < 16 ? k : 16;
+            for (int64_t left = n; left; left--, a += a_step, b += b_step) {
+                __m512 w = _mm512_loadu_ps(b);
+                DPOI_FETCH(b + 256);      /* sixteen steps ahead where b is panels */
+#define DPOI_FMA(i) if (i < R) c##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), w, c##i);
+                DPOI_ROWS24(DPOI_FMA)
+            }
         }
     }
     if (t->vec[0]) {                      /* the rare case in a loop, the others row by row */
@@ -11562,16 +11563,14 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
 #undef DPOI_FMA
 }
 
-/* Panels j..end-1, by a copy of the kernel for each size of a tile, and for strips that lie in rows. */
+/* Panels j..end-1, by a copy of the kernel for each size of a tile. */
 DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int j, int end)
 {
     for (; j < end; j++) {
         __mmask16 lanes = (__mmask16)((1u << (j < t->panels - 1 ? DPOI_PANEL : t->lanes)) - 1);
-        if (t->spaced && t->rows > 8) dpoi_tile_avx512(t, j, lanes, 16, DPOI_SPACED);
-        else if (t->spaced)    dpoi_tile_avx512(t, j, lanes, 8, DPOI_SPACED);
-        else if (t->rows > 16) dpoi_tile_avx512(t, j, lanes, 24, 1);
-        else if (t->rows > 8)  dpoi_tile_avx512(t, j, lanes, 16, 1);
-        else                   dpoi_tile_avx512(t, j, lanes, 8, 1);
+        if (t->rows > 16)     dpoi_tile_avx512(t, j, lanes, 24);
+        else if (t->rows > 8) dpoi_tile_avx512(t, j, lanes, 16);
+        else                  dpoi_tile_avx512(t, j, lanes, 8);
     }
 }
 
@@ -11588,8 +11587,8 @@ DPOI_256 DPOI_INLINE void dpoi_store_8(const dpoi_tile *t, int i, int j, int o, 
     dpoi_write_some_256(t->to[i] + at, lanes, c);
 }
 
-/* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16.  row is constant where this is inlined. */
-DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int lanes, const int row)
+/* 6 rows by panel j: 12 accumulators, 2 registers of b and one of a, of 16. */
+DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int lanes)
 {
     const dpoi_m256 to_low = dpoi_lanes_256(lanes), to_high = dpoi_lanes_256(lanes - 8);
     const dpoi_f256 zero = dpoi_zero_256();
@@ -11601,7 +11600,7 @@ DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int lanes, cons
         const int64_t a_step = g->a_step, b_step = g->b_step;
         for (int64_t k = g->len; k; k--, a += a_step, b += b_step) {
             dpoi_f256 x, b0 = dpoi_read_256(b), b1 = dpoi_read_256(b + 8);
-#define DPOI_FMA(i) x = dpoi_all_256(a[i*row]); \
+#define DPOI_FMA(i) x = dpoi_all_256(a[i]); \
             c##i##0 = dpoi_fma_256(x, b0, c##i##0);  c##i##1 = dpoi_fma_256(x, b1, c##i##1);
             DPOI_ROWS6(DPOI_FMA)
         }
@@ -11616,11 +11615,7 @@ DPOI_256 DPOI_INLINE void dpoi_tile_8(const dpoi_tile *t, int j, int lanes, cons
 
 DPOI_256 static void dpoi_tile_run_8(const dpoi_tile *t, int j, int end)
 {
-    for (; j < end; j++) {
-        int lanes = j < t->panels - 1 ? DPOI_PANEL : t->lanes;
-        if (t->spaced) dpoi_tile_8(t, j, lanes, DPOI_SPACED);
-        else           dpoi_tile_8(t, j, lanes, 1);
-    }
+    for (; j < end; j++) dpoi_tile_8(t, j, j < t->panels - 1 ? DPOI_PANEL : t->lanes);
 }
 #endif /* DPOI_SIMD_256 */
 
@@ -11687,7 +11682,7 @@ static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product
     int rows = dpoi_tile_rows(cpu);
     dpoi_segment s;
     dpoi_tile t;
-    t.seg = &s;  t.segs = 1;  t.spaced = 0;  t.lanes = DPOI_PANEL;  t.shift = 0;  t.to_step = DPOI_PANEL;
+    t.seg = &s;  t.segs = 1;  t.lanes = DPOI_PANEL;  t.shift = 0;  t.to_step = DPOI_PANEL;
     t.bias = t.vec[0] = NULL;  t.panels = (int)(p->width/DPOI_PANEL);
     s.a = p->a;  s.b = p->b;  s.len = p->len;
     s.a_step = p->a_step;  s.b_step = p->b_step;  s.panel_step = p->panel_step;
@@ -11842,7 +11837,7 @@ static void dpoi_product_tile(const dpoi_cpu_product *p, const dpoi_pixels *at, 
     dpoi_tile t;
     int64_t K = p->source[0].K, o = panel*DPOI_PANEL, width = dpoi_least(panels*DPOI_PANEL, p->O - o);
     int first = k0 == 0, last = k1 == K + p->source[1].K;
-    t.seg = seg;  t.segs = 0;  t.rows = at->rows;  t.spaced = 0;  t.shift = 0;  t.to_step = DPOI_PANEL;
+    t.seg = seg;  t.segs = 0;  t.rows = at->rows;  t.shift = 0;  t.to_step = DPOI_PANEL;
     t.panels = (int)panels;  t.lanes = (int)(width - (panels - 1)*DPOI_PANEL);
     if (k0 < K) dpoi_product_segment(p, p->source, at, panel, k0, dpoi_least(k1, K), strip, seg + t.segs++);
     if (k1 > K) {
@@ -12243,17 +12238,22 @@ static void dpoi_flip_task(void *arg, int64_t task)
                                                  infinity; A^T [4][6]: back to their coefficients
 
    The products .* are summed over the channels i: 36 points, each a matrix product of tiles x I by I x O.  What is
-   rounded on the way grows with the matrices' entries, and least where b = 1/a: with a = 2/3 the error in F32 is one and
-   a half times that of the direct sum in relative L2 (1.5e-6 against 1.0e-6 of 320 channels), at most 1e-5 of a
-   result's deviation.  Weights are transformed by each job into a piece of the cache as it needs them: nothing is kept.
+   rounded on the way grows with the matrices' entries, and least where b = 1/a: with a = 2/3 the error in F32 is one
+   and a half times that of the direct sum in relative L2 (1.5e-6 against 1.0e-6 of 320 channels), at most 1e-5 of a
+   result's deviation.
 
+   A job is a few strips of tiles by a few panels: v and the sums c of it stay in the second-level cache, u of six
+   points and one panel in the first.  v is made once for the panels, u once for the strips; nothing is kept from job
+   to job.
    A sum runs over the channels in chunks of one size, and whether a convolution comes here depends on the size of a
-   single sample: no result depends on the batch, or on the threads. */
+   single sample: no result depends on the batch, on how jobs are cut, or on the threads. */
 
 enum {
-    DPOI_WINO_CHUNK = 128,                /* channels of x at a time */
-    DPOI_WINO_TILES = 32,                 /* tiles of 4x4 pixels a job: weights are transformed once for them */
-    DPOI_WINO_SPAN  = 2,                  /* groups of panels a job: x is transformed once for them */
+    DPOI_WINO_CHUNK = 32,                 /* channels of x at a time */
+    DPOI_WINO_ROWS  = 16,                 /* the most tiles of a strip, of any instruction set */
+    DPOI_WINO_TILES = 64,                 /* the most tiles of a job, */
+    DPOI_WINO_SPAN  = 8,                  /* and panels */
+    DPOI_WINO_AHEAD = 96,                 /* the most lines that are called for while six points are summed */
     DPOI_WINO_SLOTS = 256                 /* the most threads that get scratch */
 };
 #define DPOI_WINO_A  0.666666667f
@@ -12261,17 +12261,24 @@ enum {
 #define DPOI_WINO_AA 0.444444444f
 #define DPOI_WINO_BB 2.25f
 
-/* Points of one chunk lie `.._step` floats apart, which is no multiple of a page: else all 36 would meet in one set of
-   the first-level cache. */
+/* v [strips][chunk/16][36][rows][16], u [6][chunk][16], c [strips][panels of a job][36][rows][16]: what one transform
+   writes lies within a few pages, and what it writes of a strip fits the first-level cache. */
 typedef struct dpoi_winograd {
     dpoi_cpu_product *p;
-    int64_t across, tiles;                /* 4x4 tiles a row of an image and in all */
-    int64_t block, blocks, span, jobs;    /* a job: tiles, groups of panels */
-    int64_t chunk, wide;                  /* of channels; floats of one tile's sums at one point */
-    int64_t v_step, u_step, c_step;       /* v [36][block][144], u [6][panels][chunk][16], c [36][block][wide] */
-    int64_t size, slots;                  /* floats of all three; how many there are */
+    int64_t across, tiles, strips, rows;  /* 4x4 tiles a row of an image and in all; strips of `rows` of them */
+    int64_t blocks, spans;                /* jobs: how often strips, and panels, are cut */
+    int64_t v_block, v_strip, c_strip;    /* floats of v for 16 channels of a strip, and for all; of c for a strip */
+    int64_t c_at, size, slots;            /* where c lies, floats of all three; how many there are */
     intptr_t busy[DPOI_WINO_SLOTS];       /* 1: some job is in that slot */
 } dpoi_winograd;
+
+/* Pixels of y that a tile and panel write: from `to` on, at_y and at_x apart; add lies as they do. */
+typedef struct dpoi_wino_pixels {
+    float  *to;
+    const float *add, *bias, *vec;        /* NULL: nothing to add */
+    int64_t at_y, at_x;
+    int     down, across, lanes;          /* those inside of the image, and channels of the panel */
+} dpoi_wino_pixels;
 
 #ifdef DPOI_SIMD_256
 
@@ -12311,23 +12318,21 @@ DPOI_AVX512 DPOI_INLINE void dpoi_wino_b_512(__m512 d0, __m512 d1, __m512 d2, __
     _mm512_storeu_ps(to + 5*step, _mm512_fnmadd_ps(s, d3, _mm512_add_ps(d1, d5)));
 }
 
-/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n channels of each. */
-DPOI_AVX512 static void dpoi_wino_input_512(const float *const *at, int64_t n, float *v, int64_t step)
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n <= 16 channels of each; zeros for the others. */
+DPOI_AVX512 static void dpoi_wino_input_512(const float *const *at, int64_t k, int64_t n, float *v, int64_t step)
 {
     float half[36*16];                    /* B^T d: [6][6][16] */
-    for (int64_t i = 0; i < n; i += 16) {
-        __mmask16 k = (__mmask16)(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
-#define DPOI_PIXEL(y) _mm512_maskz_loadu_ps(k, at[y*6 + x] + i)
-        for (int x = 0; x < 6; x++)
-            dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
-                            half + x*16, 6*16);
+    __mmask16 lanes = (__mmask16)((1u << n) - 1);
+#define DPOI_PIXEL(y) _mm512_maskz_loadu_ps(lanes, at[y*6 + x] + k)
+    for (int x = 0; x < 6; x++)
+        dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                        half + x*16, 6*16);
 #undef DPOI_PIXEL
 #define DPOI_PIXEL(x) _mm512_loadu_ps(half + (y*6 + x)*16)
-        for (int y = 0; y < 6; y++)
-            dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
-                            v + y*6*step + i, step);
+    for (int y = 0; y < 6; y++)
+        dpoi_wino_b_512(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                        v + y*6*step, step);
 #undef DPOI_PIXEL
-    }
 }
 
 /* u[x*step + i*16 + o] = sum_ky G[row][ky] sum_kx w[ky][kx][i][o] G[x][kx] for n channels i of one panel; places of
@@ -12357,26 +12362,73 @@ DPOI_AVX512 static void dpoi_wino_weights_512(const float *w, int64_t tap, int r
     }
 }
 
-/* A^T c of 16 channels, from[point*f] to to[place*t]: y_j = sum_x x^j c_x, and c5 to the last. */
-DPOI_AVX512 DPOI_INLINE void dpoi_wino_a_512(const float *from, int64_t f, float *to, int64_t t)
+/* c[i] += sum_k v[i][k] u[k] of one point: R tiles by a panel, n channels k, blocks of 16 of them `step` apart.
+   more: what c holds already is added. */
+DPOI_AVX512 DPOI_INLINE void dpoi_wino_dot_512(const float *v, int64_t step, int64_t n, const float *u, float *c,
+                                               int more, const int R)
 {
-    __m512 c1 = _mm512_loadu_ps(from + f), c2 = _mm512_loadu_ps(from + 2*f);
-    __m512 c3 = _mm512_loadu_ps(from + 3*f), c4 = _mm512_loadu_ps(from + 4*f);
+    const __m512 zero = _mm512_setzero_ps();
+#define DPOI_ZERO(i) __m512 c##i = zero;
+    DPOI_ROWS16(DPOI_ZERO)
+    for (int i = 0; i < R; i++) DPOI_FETCH(c + i*16);
+    for (v += R*8; n > 0; n -= 16, v += step)
+        for (int64_t k = 0; k < 16 && k < n; k++, u += 16) {
+            __m512 w = _mm512_loadu_ps(u);
+            DPOI_FETCH(v + 256 - R*8 + k*R);    /* of the next point */
+#define DPOI_FMA(i) if (i < R) c##i = _mm512_fmadd_ps(_mm512_set1_ps(v[(i - R/2)*16 + k]), w, c##i);
+            DPOI_ROWS16(DPOI_FMA)
+        }
+#define DPOI_STORE(i) if (i < R) \
+        _mm512_storeu_ps(c + i*16, more ? _mm512_add_ps(c##i, _mm512_loadu_ps(c + i*16)) : c##i);
+    DPOI_ROWS16(DPOI_STORE)
+#undef DPOI_ZERO
+#undef DPOI_FMA
+#undef DPOI_STORE
+}
+
+/* Strips of at most 8 tiles have a copy of their own. */
+DPOI_AVX512 static void dpoi_wino_dot_of_512(const float *v, int64_t step, int64_t n, const float *u, float *c,
+                                             int more, int64_t tiles)
+{
+    if (tiles > 8) dpoi_wino_dot_512(v, step, n, u, c, more, 16);
+    else           dpoi_wino_dot_512(v, step, n, u, c, more, 8);
+}
+
+/* A^T c of 16 channels, c[point*step]: y_j = sum_x x^j c_x, and c5 to the last. */
+DPOI_AVX512 DPOI_INLINE void dpoi_wino_a_512(const float *c, int64_t step, __m512 *y)
+{
+    __m512 c1 = _mm512_loadu_ps(c + step), c2 = _mm512_loadu_ps(c + 2*step);
+    __m512 c3 = _mm512_loadu_ps(c + 3*step), c4 = _mm512_loadu_ps(c + 4*step);
     __m512 even = _mm512_add_ps(c1, c2), odd = _mm512_mul_ps(_mm512_set1_ps(DPOI_WINO_A), _mm512_sub_ps(c1, c2));
     __m512 even2 = _mm512_add_ps(c3, c4), odd2 = _mm512_mul_ps(_mm512_set1_ps(DPOI_WINO_B), _mm512_sub_ps(c3, c4));
     const __m512 aa = _mm512_set1_ps(DPOI_WINO_AA), bb = _mm512_set1_ps(DPOI_WINO_BB);
-    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(from), _mm512_add_ps(even, even2)));
-    _mm512_storeu_ps(to + t, _mm512_add_ps(odd, odd2));
-    _mm512_storeu_ps(to + 2*t, _mm512_fmadd_ps(aa, even, _mm512_mul_ps(bb, even2)));
-    _mm512_storeu_ps(to + 3*t, _mm512_fmadd_ps(aa, odd, _mm512_fmadd_ps(bb, odd2, _mm512_loadu_ps(from + 5*f))));
+    y[0] = _mm512_add_ps(_mm512_loadu_ps(c), _mm512_add_ps(even, even2));
+    y[1] = _mm512_add_ps(odd, odd2);
+    y[2] = _mm512_fmadd_ps(aa, even, _mm512_mul_ps(bb, even2));
+    y[3] = _mm512_fmadd_ps(aa, odd, _mm512_fmadd_ps(bb, odd2, _mm512_loadu_ps(c + 5*step)));
 }
 
-/* y [4][4][16] = A^T c A of one tile and panel. */
-DPOI_AVX512 static void dpoi_wino_output_512(const float *c, int64_t step, float *y)
+/* A^T c A of one tile and panel, with bias, vec and add: to the pixels of y. */
+DPOI_AVX512 static void dpoi_wino_output_512(const float *c, int64_t step, const dpoi_wino_pixels *p)
 {
     float half[24*16];                    /* A^T c: [4][6][16] */
-    for (int x = 0; x < 6; x++) dpoi_wino_a_512(c + x*step, 6*step, half + x*16, 6*16);
-    for (int j = 0; j < 4; j++) dpoi_wino_a_512(half + j*6*16, 16, y + j*4*16, 16);
+    __mmask16 lanes = (__mmask16)((1u << p->lanes) - 1);
+    __m512 y[4], more = _mm512_setzero_ps();
+    for (int x = 0; x < 6; x++) {
+        dpoi_wino_a_512(c + x*step, 6*step, y);
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(half + (j*6 + x)*16, y[j]);
+    }
+    if (p->bias) more = _mm512_maskz_loadu_ps(lanes, p->bias);
+    if (p->vec)  more = _mm512_add_ps(more, _mm512_maskz_loadu_ps(lanes, p->vec));
+    for (int j = 0; j < p->down; j++) {
+        dpoi_wino_a_512(half + j*6*16, 16, y);
+        for (int x = 0; x < p->across; x++) {
+            int64_t at = j*p->at_y + x*p->at_x;
+            __m512 sum = _mm512_add_ps(y[x], more);
+            if (p->add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, p->add + at));
+            _mm512_mask_storeu_ps(p->to + at, lanes, sum);
+        }
+    }
 }
 
 #endif /* DPOI_SIMD_X86 */
@@ -12384,8 +12436,8 @@ DPOI_AVX512 static void dpoi_wino_output_512(const float *c, int64_t step, float
 /* B^T d of 8 channels, to[point*step]:
      d0 - (a^2 + b^2) d2 + d4,  (d4 - b^2 d2) +- a (d3 - b^2 d1),  (d4 - a^2 d2) +- b (d3 - a^2 d1),
      d1 - (a^2 + b^2) d3 + d5 */
-DPOI_256 DPOI_INLINE void dpoi_wino_b_256(dpoi_f256 d0, dpoi_f256 d1, dpoi_f256 d2, dpoi_f256 d3, dpoi_f256 d4, dpoi_f256 d5,
-                                           float *to, int64_t step)
+DPOI_256 DPOI_INLINE void dpoi_wino_b_256(dpoi_f256 d0, dpoi_f256 d1, dpoi_f256 d2, dpoi_f256 d3, dpoi_f256 d4,
+                                          dpoi_f256 d5, float *to, int64_t step)
 {
     const dpoi_f256 a = dpoi_all_256(DPOI_WINO_A), aa = dpoi_all_256(DPOI_WINO_AA);
     const dpoi_f256 b = dpoi_all_256(DPOI_WINO_B), bb = dpoi_all_256(DPOI_WINO_BB);
@@ -12401,22 +12453,20 @@ DPOI_256 DPOI_INLINE void dpoi_wino_b_256(dpoi_f256 d0, dpoi_f256 d1, dpoi_f256 
     dpoi_write_256(to + 5*step, dpoi_fnma_256(s, d3, dpoi_add_256(d1, d5)));
 }
 
-/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n channels of each. */
-DPOI_256 static void dpoi_wino_input_256(const float *const *at, int64_t n, float *v, int64_t step)
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n <= 8 channels of each; zeros for the others. */
+DPOI_256 static void dpoi_wino_input_256(const float *const *at, int64_t k, int64_t n, float *v, int64_t step)
 {
-    float half[36*8];                    /* B^T d: [6][6][8] */
-    for (int64_t i = 0; i < n; i += 8) {
-#define DPOI_PIXEL(y) dpoi_load_256(at[y*6 + x] + i, n - i)
-        for (int x = 0; x < 6; x++)
-            dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
-                            half + x*8, 6*8);
+    float half[36*8];                     /* B^T d: [6][6][8] */
+#define DPOI_PIXEL(y) dpoi_load_256(at[y*6 + x] + k, n)
+    for (int x = 0; x < 6; x++)
+        dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                        half + x*8, 6*8);
 #undef DPOI_PIXEL
 #define DPOI_PIXEL(x) dpoi_read_256(half + (y*6 + x)*8)
-        for (int y = 0; y < 6; y++)
-            dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
-                            v + y*6*step + i, step);
+    for (int y = 0; y < 6; y++)
+        dpoi_wino_b_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), DPOI_PIXEL(4), DPOI_PIXEL(5),
+                        v + y*6*step, step);
 #undef DPOI_PIXEL
-    }
 }
 
 /* u[x*step + i*16 + o] = sum_ky G[row][ky] sum_kx w[ky][kx][i][o] G[x][kx] for n channels i of half a panel; places of
@@ -12446,62 +12496,116 @@ DPOI_256 static void dpoi_wino_weights_256(const float *w, int64_t tap, int row,
     }
 }
 
-/* A^T c of 8 channels, from[point*f] to to[place*t]: y_j = sum_x x^j c_x, and c5 to the last. */
-DPOI_256 DPOI_INLINE void dpoi_wino_a_256(const float *from, int64_t f, float *to, int64_t t)
+/* c[i] += sum_k v[i][k] u[k] of one point: 6 tiles by a panel, n channels k, blocks of 16 of them `step` apart. */
+DPOI_256 static void dpoi_wino_dot_256(const float *v, int64_t step, int64_t n, const float *u, float *c, int more)
 {
-    dpoi_f256 c1 = dpoi_read_256(from + f), c2 = dpoi_read_256(from + 2*f);
-    dpoi_f256 c3 = dpoi_read_256(from + 3*f), c4 = dpoi_read_256(from + 4*f);
+    const dpoi_f256 zero = dpoi_zero_256();
+#define DPOI_ZERO(i) dpoi_f256 c##i##0 = zero, c##i##1 = zero;
+    DPOI_ROWS6(DPOI_ZERO)
+    for (; n > 0; n -= 16, v += step)
+        for (int64_t k = 0; k < 16 && k < n; k++, u += 16) {
+            dpoi_f256 x, u0 = dpoi_read_256(u), u1 = dpoi_read_256(u + 8);
+#define DPOI_FMA(i) x = dpoi_all_256(v[i*16 + k]); \
+            c##i##0 = dpoi_fma_256(x, u0, c##i##0);  c##i##1 = dpoi_fma_256(x, u1, c##i##1);
+            DPOI_ROWS6(DPOI_FMA)
+        }
+#define DPOI_STORE(i) \
+    dpoi_write_256(c + i*16,     more ? dpoi_add_256(c##i##0, dpoi_read_256(c + i*16))     : c##i##0); \
+    dpoi_write_256(c + i*16 + 8, more ? dpoi_add_256(c##i##1, dpoi_read_256(c + i*16 + 8)) : c##i##1);
+    DPOI_ROWS6(DPOI_STORE)
+#undef DPOI_ZERO
+#undef DPOI_FMA
+#undef DPOI_STORE
+}
+
+/* A^T c of 8 channels, c[point*step]: y_j = sum_x x^j c_x, and c5 to the last. */
+DPOI_256 DPOI_INLINE void dpoi_wino_a_256(const float *c, int64_t step, dpoi_f256 *y)
+{
+    dpoi_f256 c1 = dpoi_read_256(c + step), c2 = dpoi_read_256(c + 2*step);
+    dpoi_f256 c3 = dpoi_read_256(c + 3*step), c4 = dpoi_read_256(c + 4*step);
     dpoi_f256 even = dpoi_add_256(c1, c2), odd = dpoi_mul_256(dpoi_all_256(DPOI_WINO_A), dpoi_sub_256(c1, c2));
     dpoi_f256 even2 = dpoi_add_256(c3, c4), odd2 = dpoi_mul_256(dpoi_all_256(DPOI_WINO_B), dpoi_sub_256(c3, c4));
     const dpoi_f256 aa = dpoi_all_256(DPOI_WINO_AA), bb = dpoi_all_256(DPOI_WINO_BB);
-    dpoi_write_256(to, dpoi_add_256(dpoi_read_256(from), dpoi_add_256(even, even2)));
-    dpoi_write_256(to + t, dpoi_add_256(odd, odd2));
-    dpoi_write_256(to + 2*t, dpoi_fma_256(aa, even, dpoi_mul_256(bb, even2)));
-    dpoi_write_256(to + 3*t, dpoi_fma_256(aa, odd, dpoi_fma_256(bb, odd2, dpoi_read_256(from + 5*f))));
+    y[0] = dpoi_add_256(dpoi_read_256(c), dpoi_add_256(even, even2));
+    y[1] = dpoi_add_256(odd, odd2);
+    y[2] = dpoi_fma_256(aa, even, dpoi_mul_256(bb, even2));
+    y[3] = dpoi_fma_256(aa, odd, dpoi_fma_256(bb, odd2, dpoi_read_256(c + 5*step)));
 }
 
-/* y [4][4][16] = A^T c A of half a panel. */
-DPOI_256 static void dpoi_wino_output_256(const float *c, int64_t step, float *y)
+/* A^T c A of one tile and channels o.. of a panel, 8 of them, with bias, vec and add: to the pixels of y. */
+DPOI_256 static void dpoi_wino_output_256(const float *c, int64_t step, const dpoi_wino_pixels *p, int o)
 {
-    float half[24*8];                    /* A^T c: [4][6][8] */
-    for (int x = 0; x < 6; x++) dpoi_wino_a_256(c + x*step, 6*step, half + x*8, 6*8);
-    for (int j = 0; j < 4; j++) dpoi_wino_a_256(half + j*6*8, 8, y + j*4*16, 16);
+    float half[24*8];                     /* A^T c: [4][6][8] */
+    dpoi_m256 lanes = dpoi_lanes_256(p->lanes - o);
+    dpoi_f256 y[4], more = dpoi_zero_256();
+    for (int x = 0; x < 6; x++) {
+        dpoi_wino_a_256(c + o + x*step, 6*step, y);
+        for (int j = 0; j < 4; j++) dpoi_write_256(half + (j*6 + x)*8, y[j]);
+    }
+    if (p->bias) more = dpoi_read_some_256(p->bias + o, lanes);
+    if (p->vec)  more = dpoi_add_256(more, dpoi_read_some_256(p->vec + o, lanes));
+    for (int j = 0; j < p->down; j++) {
+        dpoi_wino_a_256(half + j*6*8, 8, y);
+        for (int x = 0; x < p->across; x++) {
+            int64_t at = j*p->at_y + x*p->at_x + o;
+            dpoi_f256 sum = dpoi_add_256(y[x], more);
+            if (p->add) sum = dpoi_add_256(sum, dpoi_read_some_256(p->add + at, lanes));
+            dpoi_write_some_256(p->to + at, lanes, sum);
+        }
+    }
 }
 #endif /* DPOI_SIMD_256 */
 
 /* ---- whichever set there is; the plain path ends before */
 
-static void dpoi_wino_input(const dpoi_cpu *cpu, const float *const *at, int64_t n, float *v, int64_t step)
+/* Tiles of a strip. */
+static int dpoi_wino_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? 16 : 6; }
+
+static void dpoi_wino_input(const dpoi_cpu *cpu, const float *const *at, int64_t k, int64_t n, float *v)
 {
-    (void)cpu;  (void)at;  (void)n;  (void)v;  (void)step;
+    (void)cpu;  (void)at;  (void)k;  (void)n;  (void)v;
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_input_512(at, n, v, step);  return; }
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_input_512(at, k, dpoi_least(n, 16), v, 16*16);  return; }
 #endif
 #ifdef DPOI_SIMD_256
-    dpoi_wino_input_256(at, n, v, step);
+    dpoi_wino_input_256(at, k, n, v, 6*16);
+    dpoi_wino_input_256(at, k + 8, n - 8, v + 8, 6*16);
 #endif
 }
 
-static void dpoi_wino_weights(const dpoi_cpu *cpu, const float *w, int64_t tap, int row, int64_t n, float *u,
-                              int64_t step)
+static void dpoi_wino_weights(const dpoi_cpu *cpu, const float *w, int64_t tap, int row, int64_t n, float *u)
 {
-    (void)cpu;  (void)w;  (void)tap;  (void)row;  (void)n;  (void)u;  (void)step;
+    (void)cpu;  (void)w;  (void)tap;  (void)row;  (void)n;  (void)u;
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_weights_512(w, tap, row, n, u, step);  return; }
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_weights_512(w, tap, row, n, u, DPOI_WINO_CHUNK*16);  return; }
 #endif
 #ifdef DPOI_SIMD_256
-    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, step);
+    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, DPOI_WINO_CHUNK*16);
 #endif
 }
 
-static void dpoi_wino_output(const dpoi_cpu *cpu, const float *c, int64_t step, float *y)
+/* One point of a strip, of which `tiles` are there, by one panel. */
+static void dpoi_wino_dot(const dpoi_cpu *cpu, const float *v, int64_t step, int64_t n, const float *u, float *c,
+                          int more, int64_t tiles)
 {
-    (void)cpu;  (void)c;  (void)step;  (void)y;
+    (void)cpu;  (void)v;  (void)step;  (void)n;  (void)u;  (void)c;  (void)more;  (void)tiles;
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_output_512(c, step, y);  return; }
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_dot_of_512(v, step, n, u, c, more, tiles);  return; }
 #endif
 #ifdef DPOI_SIMD_256
-    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_output_256(c + o, step, y + o);
+    dpoi_wino_dot_256(v, step, n, u, c, more);
+#endif
+}
+
+static void dpoi_wino_output(const dpoi_cpu *cpu, const float *c, const dpoi_wino_pixels *p)
+{
+    (void)cpu;  (void)c;  (void)p;
+#ifdef DPOI_SIMD_X86
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_output_512(c, 16*16, p);  return; }
+#endif
+#ifdef DPOI_SIMD_256
+    dpoi_wino_output_256(c, 6*16, p, 0);
+    if (p->lanes > 8) dpoi_wino_output_256(c, 6*16, p, 8);
 #endif
 }
 
@@ -12509,6 +12613,12 @@ static void dpoi_wino_output(const dpoi_cpu *cpu, const float *c, int64_t step, 
 
 /* Where tile t of all lies: sample n, and its first pixel of y. */
 typedef struct dpoi_wino_place { int64_t n, y, x; } dpoi_wino_place;
+
+/* Tiles tile..end-1 by panels panel..last-1, channels k.. n of them; next: what of x is read after those. */
+typedef struct dpoi_wino_job {
+    int64_t tile, end, panel, last, k, n, next_tile, next_end, next_k;
+    float  *u, *v, *c;
+} dpoi_wino_job;
 
 static dpoi_wino_place dpoi_wino_at(const dpoi_winograd *w, int64_t t)
 {
@@ -12518,84 +12628,95 @@ static dpoi_wino_place dpoi_wino_at(const dpoi_winograd *w, int64_t t)
     return at;
 }
 
-/* Tiles at a time: rows of a strip that lies as [rows][k]. */
-static int dpoi_wino_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? 16 : 6; }
-
-/* v [36][tiles][DPOI_SPACED] of channels k.. of x, n of them; pixels outside of the image are zeros. */
-static void dpoi_wino_read(const dpoi_winograd *w, int64_t tile, int64_t end, int64_t k, int64_t n, float *v)
+/* The 6x6 pixels of tile t, channels k on; those outside of the image are zeros. */
+static void dpoi_wino_seen(const dpoi_winograd *w, int64_t t, int64_t k, const float **at)
 {
     const dpoi_source *s = w->p->source;
-    for (int64_t t = tile; t < end; t++, v += DPOI_SPACED) {
-        dpoi_wino_place o = dpoi_wino_at(w, t);
-        const float *at[36];
-        for (int e = 0; e < 36; e++) {
-            int64_t h = o.y + e/6 - s->top, c = o.x + e % 6 - s->left;
-            at[e] = h < 0 || h >= s->H || c < 0 || c >= s->W ? w->p->zero
-                  : s->x + ((o.n*s->H + h)*s->W + c)*s->I + k;
-        }
-        dpoi_wino_input(w->p->cpu, at, n, v, w->v_step);
+    dpoi_wino_place o = dpoi_wino_at(w, t);
+    for (int64_t y = 0; y < 6; y++) {
+        int64_t h = o.y + y - s->top, c = o.x - s->left;
+        const float *row = s->x + ((o.n*s->H + h)*s->W + c)*s->I + k;
+        for (int64_t x = 0; x < 6; x++, c++, row += s->I)
+            at[y*6 + x] = h < 0 || h >= s->H || c < 0 || c >= s->W ? w->p->zero : row;
     }
 }
 
-/* c += v u at one point: `tiles` rows, the panels of one group, n channels. */
-static void dpoi_wino_multiply(const dpoi_winograd *w, const float *v, const float *u, float *c, int64_t tiles, int panels,
-                               int64_t n, int more)
+/* v of channels k.. of x, n of them, 16 at a time for a whole strip. */
+static void dpoi_wino_read(const dpoi_winograd *w, const dpoi_wino_job *g)
 {
-    int rows = dpoi_wino_rows(w->p->cpu);
-    dpoi_segment s;
-    dpoi_tile t;
-    t.seg = &s;  t.segs = 1;  t.spaced = 1;  t.shift = 0;  t.to_step = DPOI_PANEL;  t.lanes = DPOI_PANEL;
-    t.bias = t.vec[0] = NULL;  t.panels = panels;
-    s.b = u;  s.len = n;  s.a_step = 1;  s.b_step = DPOI_PANEL;  s.panel_step = w->chunk*DPOI_PANEL;
-    for (int64_t m = 0; m < tiles; m += rows) {
-        t.rows = (int)dpoi_least(rows, tiles - m);
-        s.a = v + m*DPOI_SPACED;
-        for (int i = 0; i < t.rows; i++) {
-            t.to[i]   = c + (m + i)*w->wide;
-            t.from[i] = more ? t.to[i] : NULL;
-            t.vec[i]  = NULL;
-        }
-        dpoi_tile_run(w->p->cpu, &t, 0, panels);
+    const float *at[36*DPOI_WINO_ROWS];
+    float *v = g->v;
+    for (int64_t t = g->tile; t < g->end; t += w->rows, v += w->v_strip) {
+        int64_t tiles = dpoi_least(w->rows, g->end - t);
+        for (int64_t i = 0; i < tiles; i++) dpoi_wino_seen(w, t + i, g->k, at + 36*i);
+        for (int64_t j = 0; j < g->n; j += 16)
+            for (int64_t i = 0; i < tiles; i++)
+                dpoi_wino_input(w->p->cpu, at + 36*i, j, g->n - j, v + j/16*w->v_block + i*16);
     }
 }
 
-/* The pixels of one tile and panel from its sums: y = act(sum + bias + vec + add). */
-static void dpoi_wino_write(const dpoi_winograd *w, int64_t tile, int64_t panel, const float *c)
+/* Where something lies that will be wanted.  It is called for a few lines at a time, between products: more at once
+   would wait for each other. */
+typedef struct dpoi_wino_ahead { const float *at[DPOI_WINO_AHEAD];  int64_t count; } dpoi_wino_ahead;
+
+/* What will be wanted while strip i and points `row` are summed for a panel: a part of x of the next chunk or job. */
+static void dpoi_wino_wants(const dpoi_winograd *w, const dpoi_wino_job *g, int64_t panel, int row, int64_t strip,
+                            int64_t strips, dpoi_wino_ahead *h)
+{
+    const dpoi_source *s = w->p->source;
+    int64_t parts = 6*strips, part = (panel - g->panel)*parts + row*strips + strip, all = (g->last - g->panel)*parts;
+    int64_t rows = (g->next_end - g->next_tile)*4, size = dpoi_least(DPOI_WINO_CHUNK, s->I - g->next_k);
+    h->count = 0;
+    for (int64_t r = rows*part/all; r < rows*(part + 1)/all; r++) {
+        dpoi_wino_place o = dpoi_wino_at(w, g->next_tile + r/4);
+        const float *x = s->x + ((o.n*s->H + o.y + r % 4)*s->W + o.x)*s->I + g->next_k;
+        for (int64_t c = 0; c < 4; c++, x += s->I)
+            for (int64_t k = 0; k < size && h->count < DPOI_WINO_AHEAD; k += 16) h->at[h->count++] = x + k;
+    }
+}
+
+/* c += v u for one chunk of channels and one panel. */
+static void dpoi_wino_panel(const dpoi_winograd *w, const dpoi_wino_job *g, int64_t panel)
+{
+    const dpoi_source *s = w->p->source;
+    int64_t strips = dpoi_pieces(g->end - g->tile, w->rows), point = w->rows*16;
+    dpoi_wino_ahead h;
+    for (int row = 0; row < 6; row++) {
+        dpoi_wino_weights(w->p->cpu, s->w + (panel*s->K + g->k)*DPOI_PANEL, s->I*DPOI_PANEL, row, g->n, g->u);
+        for (int64_t i = 0; i < strips; i++) {
+            const float *v = g->v + i*w->v_strip + row*6*point;
+            float *c = g->c + i*w->c_strip + ((panel - g->panel)*36 + row*6)*point;
+            dpoi_wino_wants(w, g, panel, row, i, strips, &h);
+            for (int x = 0; x < 6; x++) {
+                for (int64_t a = h.count*x/6; a < h.count*(x + 1)/6; a++) DPOI_FETCH_FAR(h.at[a]);
+                dpoi_wino_dot(w->p->cpu, v + x*point, w->v_block, g->n, g->u + x*DPOI_WINO_CHUNK*16, c + x*point,
+                              g->k > 0, g->end - g->tile - i*w->rows);
+            }
+        }
+    }
+}
+
+/* The pixels of one tile from its sums: y = act(sum + bias + vec + add). */
+static void dpoi_wino_write(const dpoi_winograd *w, int64_t tile, int64_t panel, int64_t end, const float *c)
 {
     const dpoi_cpu_product *p = w->p;
     dpoi_wino_place at = dpoi_wino_at(w, tile);
-    int64_t o = panel*DPOI_PANEL, lanes = dpoi_least(DPOI_PANEL, p->O - o);
-    int64_t down = dpoi_least(4, p->Y - at.y), across = dpoi_least(4, p->X - at.x);
-    float y[16*DPOI_PANEL], more[DPOI_PANEL];
-    dpoi_wino_output(p->cpu, c, w->c_step, y);
-    for (int64_t j = 0; j < DPOI_PANEL; j++)
-        more[j] = j >= lanes ? 0 : (p->bias ? p->bias[o + j] : 0) + (p->vec ? p->vec[at.n*p->O + o + j] : 0);
-    for (int64_t e = 0; e < 16; e++) {
-        int64_t place = at.n*p->at_n + (at.y + e/4)*p->at_y + (at.x + e % 4)*p->at_x + o;
-        float *to = p->y + place, *from = y + e*DPOI_PANEL;
-        if (e/4 >= down || e % 4 >= across) continue;
-        for (int j = 0; j < DPOI_PANEL; j++) from[j] += more[j];
-        if (p->add && lanes == DPOI_PANEL) for (int j = 0; j < DPOI_PANEL; j++) from[j] += p->add[place + j];
-        else if (p->add)               for (int64_t j = 0; j < lanes; j++)      from[j] += p->add[place + j];
-        if (p->act != DPO_NONE && !p->source[1].K) p->cpu->rows.map(p->act, lanes, from, NULL, NULL, NULL, from, 0);
-        memcpy(to, from, (size_t)lanes*sizeof(float));
-    }
-}
-
-/* One chunk of channels k.. for all groups of a job. */
-static void dpoi_wino_chunk(const dpoi_winograd *w, int64_t group, int64_t groups, int64_t tiles, int64_t k, int64_t n,
-                            const float *v, float *u, float *c)
-{
-    const dpoi_source *s = w->p->source;
-    for (int64_t g = group; g < groups; g++, c += DPOI_TILE_PANELS*DPOI_PANEL) {
-        int64_t panel = w->p->panels*g/w->p->groups, end = w->p->panels*(g + 1)/w->p->groups;
-        for (int row = 0; row < 6; row++) {
-            for (int64_t j = panel; j < end; j++)
-                dpoi_wino_weights(w->p->cpu, s->w + (j*s->K + k)*DPOI_PANEL, s->I*DPOI_PANEL, row, n,
-                                  u + (j - panel)*w->chunk*DPOI_PANEL, w->u_step);
-            for (int x = 0; x < 6; x++)
-                dpoi_wino_multiply(w, v + (row*6 + x)*w->v_step, u + x*w->u_step, c + (row*6 + x)*w->c_step, tiles,
-                                   (int)(end - panel), n, k > 0);
+    int64_t place = at.n*p->at_n + at.y*p->at_y + at.x*p->at_x;
+    dpoi_wino_pixels t;
+    t.at_y = p->at_y;  t.at_x = p->at_x;
+    t.down = (int)dpoi_least(4, p->Y - at.y);  t.across = (int)dpoi_least(4, p->X - at.x);
+    for (; panel < end; panel++, c += 36*w->rows*16) {
+        int64_t o = panel*DPOI_PANEL;
+        t.lanes = (int)dpoi_least(DPOI_PANEL, p->O - o);
+        t.to   = p->y + place + o;
+        t.add  = p->add ? p->add + place + o : NULL;
+        t.bias = p->bias ? p->bias + o : NULL;
+        t.vec  = p->vec ? p->vec + at.n*p->O + o : NULL;
+        dpoi_wino_output(p->cpu, c, &t);
+        if (p->act == DPO_NONE || p->source[1].K) continue;
+        for (int e = 0; e < 4*t.down; e++) {
+            float *to = t.to + e/4*t.at_y + e % 4*t.at_x;
+            if (e % 4 < t.across) p->cpu->rows.map(p->act, t.lanes, to, NULL, NULL, NULL, to, 0);
         }
     }
 }
@@ -12607,26 +12728,37 @@ static int64_t dpoi_wino_take(dpoi_winograd *w)
         if (!dpoi_word_load(&w->busy[i]) && dpoi_word_swap(&w->busy[i], 0, 1)) return i;
 }
 
-/* A block of tiles by `span` groups of panels; jobs that share weights are neighbours. */
+/* The tiles of job i. */
+static void dpoi_wino_tiles(const dpoi_winograd *w, int64_t i, int64_t *tile, int64_t *end)
+{
+    int64_t b = i % w->blocks;
+    *tile = w->strips*b/w->blocks*w->rows;
+    *end  = dpoi_least(w->tiles, w->strips*(b + 1)/w->blocks*w->rows);
+}
+
+/* A block of strips by a span of panels; jobs that share weights are neighbours, and the job that this thread will have
+   next is the one that follows those of the others. */
 static void dpoi_wino_task(void *arg, int64_t i)
 {
     dpoi_winograd *w = (dpoi_winograd *)arg;
     const dpoi_cpu_product *p = w->p;
-    int64_t tile = w->tiles*(i % w->blocks)/w->blocks, end = w->tiles*(i % w->blocks + 1)/w->blocks;
-    int64_t group = i/w->blocks*w->span, groups = dpoi_least(p->groups, group + w->span), I = p->source[0].I;
-    int64_t slot = dpoi_wino_take(w);
-    float *v = p->room + slot*w->size, *u = v + 36*w->v_step, *c = u + 6*w->u_step;
-    for (int64_t k = 0; k < I; k += w->chunk) {
-        int64_t n = dpoi_least(w->chunk, I - k);
-        dpoi_wino_read(w, tile, end, k, n, v);
-        dpoi_wino_chunk(w, group, groups, end - tile, k, n, v, u, c);
+    int64_t I = p->source[0].I, slot = dpoi_wino_take(w);
+    dpoi_wino_job g;
+    dpoi_wino_tiles(w, i, &g.tile, &g.end);
+    g.panel = p->panels*(i/w->blocks)/w->spans;  g.last = p->panels*(i/w->blocks + 1)/w->spans;
+    g.u = p->room + slot*w->size;  g.v = g.u + 6*DPOI_WINO_CHUNK*16;  g.c = g.u + w->c_at;
+    g.next_tile = g.tile;  g.next_end = g.end;
+    for (g.k = 0; g.k < I; g.k = g.next_k) {
+        g.n = dpoi_least(DPOI_WINO_CHUNK, I - g.k);
+        g.next_k = g.k + g.n;
+        if (g.next_k == I) dpoi_wino_tiles(w, i + p->cpu->threads, &g.next_tile, &g.next_end);
+        if (g.next_k == I) g.next_k = 0;
+        dpoi_wino_read(w, &g);
+        for (int64_t j = g.panel; j < g.last; j++) dpoi_wino_panel(w, &g, j);
+        if (!g.next_k) break;
     }
-    for (int64_t t = tile; t < end; t++)
-        for (int64_t g = group; g < groups; g++) {
-            int64_t panel = p->panels*g/p->groups, last = p->panels*(g + 1)/p->groups;
-            const float *sums = c + (t - tile)*w->wide + (g - group)*DPOI_TILE_PANELS*DPOI_PANEL;
-            for (; panel < last; panel++, sums += DPOI_PANEL) dpoi_wino_write(w, t, panel, sums);
-        }
+    for (int64_t t = 0; t < g.end - g.tile; t++)
+        dpoi_wino_write(w, g.tile + t, g.panel, g.last, g.c + t/w->rows*w->c_strip + t % w->rows*16);
     dpoi_word_store(&w->busy[slot], 0);
 }
 
@@ -12645,28 +12777,41 @@ static int dpoi_wino_fits(const dpoi_cpu_product *p)
            18*tiles + 45 < 4*p->Y*p->X;
 }
 
-/* Cut by the shapes; 16 floats keep points from lying a multiple of a page apart. */
+/* How strips and panels are cut: where the longest thread is done first.  A strip by a panel is 1, transforming the
+   weights of a panel costs a third of that, and x of a strip half. */
+static void dpoi_wino_cut(dpoi_winograd *w)
+{
+    int64_t most = DPOI_WINO_TILES/w->rows, threads = dpoi_most(1, w->p->cpu->threads), panels = w->p->panels;
+    double best = 0;
+    for (int64_t i = dpoi_least(most, w->strips); i > 0; i--)
+        for (int64_t j = dpoi_least(DPOI_WINO_SPAN, panels); j > 0; j--) {
+            int64_t blocks = dpoi_pieces(w->strips, i), spans = dpoi_pieces(panels, j);
+            double cost = (double)dpoi_pieces(blocks*spans, threads)*((double)(i*j) + (double)j/3 + (double)i/2);
+            if (best > 0 && cost >= best) continue;
+            best = cost;
+            w->blocks = blocks;  w->spans = spans;
+        }
+}
+
 static void dpoi_wino_of(dpoi_winograd *w, dpoi_cpu_product *p)
 {
-    int rows = dpoi_wino_rows(p->cpu);
+    int64_t jobs;
     memset(w, 0, sizeof *w);
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    p->groups = dpoi_tile_groups(p->O);
     w->p = p;
+    w->rows   = dpoi_wino_rows(p->cpu);
     w->across = dpoi_pieces(p->X, 4);
     w->tiles  = p->N*w->across*dpoi_pieces(p->Y, 4);
-    w->blocks = dpoi_pieces(w->tiles, dpoi_pieces(DPOI_WINO_TILES, rows)*rows);
-    w->block  = w->blocks ? dpoi_pieces(w->tiles, w->blocks) : 0;
-    w->span   = dpoi_least(p->groups, DPOI_WINO_SPAN);
-    w->jobs   = w->blocks*dpoi_pieces(p->groups, w->span);
-    w->chunk  = dpoi_least(DPOI_WINO_CHUNK, dpoi_pieces(p->source[0].I, DPOI_PANEL)*DPOI_PANEL);
-    w->wide   = w->span*DPOI_TILE_PANELS*DPOI_PANEL;
-    w->v_step = dpoi_pieces(w->block, rows)*rows*DPOI_SPACED + 16;      /* rows that a strip reads are there */
-    w->u_step = DPOI_TILE_PANELS*w->chunk*DPOI_PANEL + 16;
-    w->c_step = w->block*w->wide + 16;
-    w->size   = 36*w->v_step + 6*w->u_step + 36*w->c_step;
-    w->slots  = dpoi_least(dpoi_least(p->cpu->threads, w->jobs), DPOI_WINO_SLOTS);
-    if (w->slots < 1) w->slots = 1;
+    w->strips = dpoi_pieces(w->tiles, w->rows);
+    w->blocks = w->spans = 1;
+    dpoi_wino_cut(w);
+    jobs = w->blocks*w->spans;
+    w->v_block = (36*w->rows + 16)*16;    /* 1 KiB more: else all of one point would meet in a few sets of the cache */
+    w->v_strip = dpoi_pieces(dpoi_least(DPOI_WINO_CHUNK, p->source[0].I), 16)*w->v_block;
+    w->c_strip = dpoi_pieces(p->panels, w->spans)*36*w->rows*16;
+    w->c_at    = 6*DPOI_WINO_CHUNK*16 + dpoi_pieces(w->strips, w->blocks)*w->v_strip;
+    w->size    = w->c_at + dpoi_pieces(w->strips, w->blocks)*w->c_strip;
+    w->slots   = dpoi_most(1, dpoi_least(dpoi_least(p->cpu->threads, jobs), DPOI_WINO_SLOTS));
 }
 
 /* Floats of scratch. */
@@ -12684,7 +12829,7 @@ static void dpoi_wino_run(dpoi_cpu_product *p)
     dpoi_winograd w;
     dpoi_cpu_product rest = *p;
     dpoi_wino_of(&w, p);
-    dpoi_parallel(p->cpu, w.jobs, dpoi_wino_task, &w);
+    dpoi_parallel(p->cpu, w.blocks*w.spans, dpoi_wino_task, &w);
     if (!p->source[1].K) return;
     rest.source[0] = p->source[1];
     memset(&rest.source[1], 0, sizeof rest.source[1]);
