@@ -9014,6 +9014,11 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_first_512(__m512 x, int64_t left)        /* 
 {
     return left >= 16 ? x : _mm512_maskz_mov_ps((__mmask16)((1u << left) - 1), x);
 }
+/* The mask of the first `left` of 16 lanes. */
+DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_lanes_512(int64_t left)
+{
+    return left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+}
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_abs_512(__m512 x)                        { return _mm512_abs_ps(x); }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_round_512(__m512 x)                      { return _mm512_roundscale_ps(x, 8); }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_scale_512(__m512 y, __m512 n)            { return _mm512_scalef_ps(y, n); }
@@ -9170,39 +9175,30 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_centred_back_512(__m512 a, __m512 b, __m512 
     X(DPOI_MAP_SQUARE,      dpoi_square_512(_mm512_sub_ps(a, _mm512_set1_ps(s[0])))) \
     X(DPOI_MAP_SQUARE_DIFF, dpoi_square_512(_mm512_sub_ps(a, b)))
 
-/* y = f(a, b, c; s), or y += f, over whole vectors: n is a multiple of 16.  0 for a formula that is not in the list. */
+/* y = f(a, b, c; s), or y += f; all vectors but the last are whole.  0 for a formula that is not in the list. */
 #define DPOI_MAP_CASE_512(op, formula) \
     case op: \
         for (int64_t i = 0; i < n; i += 16) { \
-            __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x2 + i), c = _mm512_loadu_ps(x3 + i), f = formula; \
+            __m512 a, b, c, f; \
+            if (n - i < 16) k = dpoi_lanes_512(n - i); \
+            a = _mm512_maskz_loadu_ps(k, x + i); \
+            b = _mm512_maskz_loadu_ps(k, x2 + i); \
+            c = _mm512_maskz_loadu_ps(k, x3 + i); \
+            f = formula; \
             (void)a;  (void)b;  (void)c; \
-            _mm512_storeu_ps(y + i, add ? _mm512_add_ps(_mm512_loadu_ps(y + i), f) : f); \
+            if (add) f = _mm512_add_ps(_mm512_maskz_loadu_ps(k, y + i), f); \
+            _mm512_mask_storeu_ps(y + i, k, f); \
         } \
-        return 1;
-DPOI_AVX512 static int dpoi_map_whole_avx512(int op, int64_t n, const float *x, const float *x2, const float *x3,
-                                             const float *s, float *y, int add)
-{
-    switch (op) { DPOI_MAPS_512(DPOI_MAP_CASE_512) default: return 0; }
-}
+        return;
 
-/* dpoi_rows.map: whole vectors in place, then what is left as one vector on the stack. */
-DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
+/* dpoi_rows.map */
+DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *x, const float *x2, const float *x3,
                                         const float *s, float *y, int add)
 {
-    int64_t left = n & 15, whole = n - left;
-    float few[4][16];
-    b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
-    if (!dpoi_map_whole_avx512(op, whole, a, b, c, s, y, add)) {
-        dpoi_map_plain(op, n, a, b, c, s, y, add);
-        return;
-    }
-    if (!left) return;
-    _mm512_storeu_ps(few[0], dpoi_load_512(a + whole, left));
-    _mm512_storeu_ps(few[1], dpoi_load_512(b + whole, left));
-    _mm512_storeu_ps(few[2], dpoi_load_512(c + whole, left));
-    if (add) _mm512_storeu_ps(few[3], dpoi_load_512(y + whole, left));
-    dpoi_map_whole_avx512(op, 16, few[0], few[1], few[2], s, few[3], add);
-    dpoi_store_512(y + whole, left, _mm512_loadu_ps(few[3]));
+    __mmask16 k = 0xffff;
+    x2 = x2 ? x2 : x;  x3 = x3 ? x3 : x;  /* a formula without b still has one loaded: it must point somewhere */
+    switch (op) { DPOI_MAPS_512(DPOI_MAP_CASE_512) default: break; }
+    dpoi_map_plain(op, n, x, x2, x3, s, y, add);
 }
 
 /* f at number i of the row, of which `left` are still to do: those formulas whose sums are asked for.
