@@ -18,7 +18,8 @@
        static int report(void *user, const dpo_progress *p)    // nonzero would stop the run, without an error
        {
            (void)user;
-           printf("step %d/%d  loss %.4f  ranked right %.0f %%\n", (int)p->step, (int)p->steps, p->loss, 100*p->implicit_acc);
+           printf("step %d/%d  loss %.4f  ranked right %.0f %%\n", (int)p->step, (int)p->steps, p->loss,
+                  100*p->implicit_acc);
            return 0;
        }
 
@@ -53,9 +54,9 @@
        >>end         license
 
    LETTERS   N pictures or samples, B pairs, H,W height and width, C channels, T,S tokens, D width, I,O input and output
-   channels of a product, K what it sums over, P pixels of a sample, R rows, t a timestep.  Shapes stand outermost first,
-   channels last.  theta or th: the policy, the network that is trained; ref: the frozen reference; w, l: the picture that
-   won and the one that lost. */
+   channels of a product, K what it sums over, P pixels of a sample, R rows, t a timestep.  Shapes stand outermost
+   first, channels last.  theta or th: the policy, the network that is trained; ref: the frozen reference; w, l: the
+   picture that won and the one that lost. */
 
 /* ==========================================================================================================
    >>manual                                                                                   how it all hangs together
@@ -66,33 +67,35 @@
    backend and never call the host: log, progress and allocator calls come on the thread that called the library.
 
    ERRORS   The first error is kept, with text that names the op, the tensor and its shapes, or the file and the offset;
-   from then on every call does nothing and returns NULL or 0.  Functions that return int return 1 for success, but those
-   of dpo_backend, which return a DPO_ status.  The library never exits, aborts, prints or reads the environment.
+   from then on every call does nothing and returns NULL or 0.  Functions that return int return 1 for success, but
+   those of dpo_backend, which return a DPO_ status.  The library never exits, aborts, prints or reads the environment.
 
    TENSORS   are dense and channels last: pictures [N,H,W,C], tokens [N,T,D].  Ops run at once and return new tensors.
    Those live until their scope ends, or sooner with dpo_last.  Parameters live as long as the context.  PyTorch's
    [N,C,H,W] and [O,I,kh,kw] exist in files alone; reading and writing them is the one place that turns axes.
 
-   GRADIENTS   Where an input has needs_grad, an op leaves a row on the tape, which keeps what backward reads and nothing
-   else: a product with frozen weights keeps nothing.  dpo_backward walks the tape down and adds to ->grad.
+   GRADIENTS   Where an input has needs_grad, an op leaves a row on the tape, which keeps what backward reads and no
+   more: a product with frozen weights keeps nothing.  dpo_backward walks the tape down and adds to ->grad.
    dpo_checkpoint keeps a segment's inputs and runs it again in backward.
 
-   MEMORY   Device memory comes from the backend in regions and is cut by best fit; host memory comes from dpo_desc.alloc.
-   What a step needs is known before it runs: the same calls on a context whose backend is dpo_dry_open's compute nothing
-   and give the exact peak.  After its first step, a training step takes nothing new from the backend.
+   MEMORY   Device memory comes from the backend in regions and is cut by best fit; host memory from dpo_desc.alloc.
+   What a step needs is known before it runs: the same calls on a context whose backend is dpo_dry_open's compute
+   nothing and give the exact peak.  After its first step, a training step takes nothing new from the backend.
 
    NUMBERS   Storage is F32, BF16 or F16; sums, norms, softmax and losses are F32 or better.  Work is cut by shape alone
-   and partial sums combine in a fixed order: the same bits for 1 and for 64 threads, and a sample's result does not depend
-   on the batch it stands in.  Random numbers come from Philox 4x32-10, keyed by (seed, purpose, step, sample): a resumed
-   run draws what the uninterrupted one would.  Other instruction sets sum in another order and differ in the last digits.
+   and partial sums combine in a fixed order: the same bits for 1 and for 64 threads, and a sample's result does not
+   depend on the batch it stands in.  Random numbers come from Philox 4x32-10, keyed by (seed, purpose, step, sample): a
+   resumed run draws what the uninterrupted one would.  Other instruction sets sum in another order and differ in the
+   last digits.
 
-   GPU   diffdpo_cuda.cu is a backend for one NVIDIA GPU, with the same ops, the same random numbers and the same results but
-   for rounding.  A context on a device that is not there says so in dpo_error; a host that wants the CPU then opens another
+   GPU   diffdpo_cuda.cu is a backend for one NVIDIA GPU, with the same ops, random numbers and results but for
+   rounding.  A context on a device that is not there says so in dpo_error; a host that wants the CPU then opens another
    one.  Training and sampling steps that come again are recorded, captured and replayed; nothing above has to know.
 
    LOSS   Diffusion-DPO, for a pair (w, l) that shares the noise and the timestep (arXiv 2311.12908, equation 14, as its
    authors code it, with the mean over a picture's numbers where the paper has the sum):
-       inside = -beta/2 * ((L_th(w) - L_th(l)) - (L_ref(w) - L_ref(l))),   loss = mean over pairs of -log sigmoid(inside)
+       inside = -beta/2 * ((L_th(w) - L_th(l)) - (L_ref(w) - L_ref(l)))
+       loss   = mean over pairs of -log sigmoid(inside)
    It starts at ln 2 = 0.693 and stays near it for long: watch implicit_acc, the share of pairs whose inside is above 0.
 
    ADAPTERS   With low-rank adapters the reference is the same network with its adapters off: no second copy.
@@ -132,7 +135,7 @@
 #include <stdint.h>
 #include <stdarg.h>
 
-#define DIFFDPO_VERSION 0x000100          /* major.minor.patch, a byte each; header, implementation and backends must agree */
+#define DIFFDPO_VERSION 0x000100          /* major.minor.patch, a byte each; header and backends must agree */
 
 #ifndef DPO_DEF
 #if defined(DIFFDPO_STATIC) && defined(__GNUC__)
@@ -148,7 +151,7 @@
 extern "C" {
 #endif
 
-#define DPO_MAX_RANK   4                  /* no tensor has more axes: images [N,H,W,C], convolution weights [O,kh,kw,I] */
+#define DPO_MAX_RANK   4                  /* no tensor has more axes: images [N,H,W,C], kernels [O,kh,kw,I] */
 #define DPO_MAX_INPUTS 8                  /* no op reads more tensors */
 
 enum { DPO_F32, DPO_BF16, DPO_F16, DPO_I32, DPO_DTYPES };                     /* storage of one number */
@@ -186,8 +189,9 @@ typedef struct dpo_desc {
     dpo_log_fn      log;                  /* NULL: silence; dpo_log_stderr is one that fits most programs */
     void           *user;                 /* handed to alloc, parallel and log */
     size_t          memory_limit;         /* bytes that the context may hold; 0: no limit */
-    int             products;             /* DPO_F32: exact; DPO_BF16: convolutions, linear layers and attention may round factors
-                                             to BF16 where that is faster (AMX), and still add in F32, as autocast does */
+    int             products;             /* DPO_F32: exact; DPO_BF16: convolutions, linear layers and attention may
+                                             round factors to BF16 where that is faster (AMX), and still add in F32,
+                                             as autocast does */
 } dpo_desc;
 
 /* Open a context.  NULL only if there is no memory for the context itself; any other failure (a backend of another
@@ -255,8 +259,8 @@ DPO_DEF dpo_tensor *dpo_tensor_new (dpo_ctx *c, int dtype, int rank, const int64
 DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values);
 DPO_DEF dpo_tensor *dpo_param_new  (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 
-/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads; other
-   ops refuse them. */
+/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads;
+   other ops refuse them. */
 DPO_DEF dpo_tensor *dpo_weight_new (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 DPO_DEF void        dpo_param_free (dpo_tensor *x);        /* give a persistent tensor back early; its gradient too */
 
@@ -284,7 +288,7 @@ typedef struct dpo_extra {
     float       scale;                    /* the adapter's alpha / rank */
     dpo_tensor *vec;                      /* [N,O] or NULL: the time embedding */
     dpo_tensor *residual;                 /* shape of y, or NULL */
-    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I] and [O,1,1,r] (linear: [r,I], [O,r]), or NULL */
+    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I], [O,1,1,r] (linear: [r,I], [O,r]), or NULL */
                                           /* both; made by dpo_weight_new */
     dpo_tensor *strength;                 /* [N], 0 turns a sample's adapter off; NULL: 1 for all */
 } dpo_extra;
@@ -292,13 +296,15 @@ typedef struct dpo_extra {
 /* x [..,I], w [O,I], bias [O] or NULL -> [..,O].  extra may be NULL; its n is the index on the first axis of x. */
 DPO_DEF dpo_tensor *dpo_linear(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, const dpo_extra *extra);
 
-/* x [N,H,W,I], w [O,kh,kw,I] -> [N,H',W',O], H' = (H + pad[0] + pad[1] - kh)/stride + 1; pad = top, bottom, left, right. */
+/* x [N,H,W,I], w [O,kh,kw,I] -> [N,H',W',O], H' = (H + pad[0] + pad[1] - kh)/stride + 1; pad = top, bottom, left,
+   right. */
 DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, int stride, const int pad[4],
                                const dpo_extra *extra);
 
-/* y = act(gamma * (x - mean) / sqrt(var + eps) + beta), mean and var over a sample's pixels and the channels of a group.
-   x [N,..,C], gamma, beta [C]; act DPO_NONE or DPO_SILU.  arXiv 1803.08494. */
-DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups, float eps, int act);
+/* y = act(gamma * (x - mean) / sqrt(var + eps) + beta), mean and var over a sample's pixels and the channels of a
+   group.  x [N,..,C], gamma, beta [C]; act DPO_NONE or DPO_SILU.  arXiv 1803.08494. */
+DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups,
+                                   float eps, int act);
 
 /* The same over the last axis alone.  x [..,C].  arXiv 1607.06450. */
 DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, float eps);
@@ -307,16 +313,16 @@ DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
    q [N,T,D], k, v [N,S,D] -> [N,T,D].  causal: query i sees keys 0..i (S == T). */
 DPO_DEF dpo_tensor *dpo_attention(dpo_ctx *c, dpo_tensor *q, dpo_tensor *k, dpo_tensor *v, int heads, int causal);
 
-DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x);                     /* [..,2D] = (a,b) -> a * gelu(b) [..,D]; erf form */
+DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x);          /* [..,2D] = (a,b) -> a * gelu(b) [..,D]; erf form */
 DPO_DEF dpo_tensor *dpo_act  (dpo_ctx *c, dpo_tensor *x, int act);            /* any shape, element by element */
-DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b);   /* axes of size 1, or missing in front, repeat */
+DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b);    /* axes of 1, or missing, repeat */
 DPO_DEF dpo_tensor *dpo_affine(dpo_ctx *c, dpo_tensor *x, float scale, float shift);   /* scale*x + shift */
 DPO_DEF dpo_tensor *dpo_clamp (dpo_ctx *c, dpo_tensor *x, float low, float high);      /* gradient 0 outside */
-DPO_DEF dpo_tensor *dpo_sum   (dpo_ctx *c, dpo_tensor *x, int axis);          /* that axis becomes 1; axis -1: all of it -> [1] */
+DPO_DEF dpo_tensor *dpo_sum   (dpo_ctx *c, dpo_tensor *x, int axis);     /* that axis becomes 1; -1: all of it -> [1] */
 DPO_DEF dpo_tensor *dpo_mean  (dpo_ctx *c, dpo_tensor *x, int axis);
 DPO_DEF dpo_tensor *dpo_concat(dpo_ctx *c, dpo_tensor *a, dpo_tensor *b, int axis);
 DPO_DEF dpo_tensor *dpo_slice (dpo_ctx *c, dpo_tensor *x, int axis, int64_t from, int64_t count);
-DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64_t *shape);   /* the same memory, no copy */
+DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64_t *shape);   /* no copy */
 DPO_DEF dpo_tensor *dpo_cast  (dpo_ctx *c, dpo_tensor *x, int dtype);         /* between F32, BF16, F16 */
 DPO_DEF dpo_tensor *dpo_detach(dpo_ctx *c, dpo_tensor *x);                    /* the same memory, gradients stop here */
 
@@ -331,21 +337,23 @@ DPO_DEF dpo_tensor *dpo_embed(dpo_ctx *c, dpo_tensor *table, dpo_tensor *ids);
 DPO_DEF dpo_tensor *dpo_timestep_embedding(dpo_ctx *c, dpo_tensor *t, int dim);
 
 /* y[n] = a[k]*x[n] + b[k]*z[n], k = index[n]: forward diffusion, targets and sampler steps, with coefficients by table.
-   x, z [N,..]; a, b F32 [K]; index I32 [N].  An index outside the table reads its nearest end.  Gradients to x and z. */
+   x, z [N,..]; a, b F32 [K]; index I32 [N].  An index outside the table reads its nearest end.  Gradients to x and
+   z. */
 DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor *a, dpo_tensor *b, dpo_tensor *index);
 
 /* Standard normal numbers from Philox 4x32-10, the same on every backend and for every thread count: element e of
    sample n depends on (seed, purpose, step, key[n], e) alone.  key I32 [N] -> F32 [N, shape...]. */
-DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank, const int64_t *shape);
+DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank,
+                              const int64_t *shape);
 
 /* Mean squared error of each sample, in F32: pred, target [N,..] -> [N]. */
 DPO_DEF dpo_tensor *dpo_mse(dpo_ctx *c, dpo_tensor *pred, dpo_tensor *target);
 
 /* ----------------------------------------------------------------------------------------------- the tape */
 
-/* d loss / d x for every tensor below `loss` that needs a gradient, added to what x->grad holds.  loss [1] starts with 1;
-   dpo_backward_from starts any tensor with the gradient that is given.  Empties the tape.  A temporary tensor that no op
-   made keeps its gradient; those of op results are gone as soon as they were passed on. */
+/* d loss / d x for every tensor below `loss` that needs a gradient, added to what x->grad holds.  loss [1] starts with
+   1; dpo_backward_from starts any tensor with the gradient that is given.  Empties the tape.  A temporary tensor that
+   no op made keeps its gradient; those of op results are gone as soon as they were passed on. */
 DPO_DEF int dpo_backward(dpo_tensor *loss);
 DPO_DEF int dpo_backward_from(dpo_tensor *y, dpo_tensor *dy);
 
@@ -519,13 +527,14 @@ DPO_DEF int          dpo_net_save(dpo_net *n, const char *folder, int dtype);
    (DPO_F32 to train them); files may hold F32, F16, BF16, F8_E4M3 and F8_E5M2. */
 DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype);
 
-/* The same with what the model's files do not say.  All but dtype may be NULL; all but dtype and vae is for single files. */
+/* The same with what the model's files do not say.  All but dtype may be NULL; all but dtype and vae is for single
+   files. */
 typedef struct dpo_load_desc {
     int         dtype;
     const char *vae;                      /* folder of another VAE (config.json and weights, or a pipeline's folder that
                                              has it in a folder vae), in place of the model's own */
-    const char *tokenizer;                /* folder with CLIP's vocab.json and merges.txt, or one that has it in a folder
-                                             tokenizer (and tokenizer_2); NULL: tokenizer beside the file, if it is there */
+    const char *tokenizer;                /* folder with CLIP's vocab.json and merges.txt, or one that has it in its
+                                             tokenizer (and tokenizer_2); NULL: tokenizer beside the file, if there */
     const char *config;                   /* pipeline folder whose configurations hold in place of the family's own */
     const char *prediction;               /* "epsilon" or "v_prediction", against what the file says */
 } dpo_load_desc;
@@ -544,9 +553,9 @@ DPO_DEF dpo_net   *dpo_model_text(dpo_model *m, int which);                  /* 
 DPO_DEF dpo_net   *dpo_model_vae(dpo_model *m);                              /* NULL for a model of pixels */
 DPO_DEF void       dpo_model_set_unet(dpo_model *m, dpo_net *unet);          /* another set of weights (an average) */
 
-/* Give back the memory of the text encoders and the VAE of a model that was loaded from files, while only the UNet works.
-   What asks for one of them reads its weights again; what was changed in them since they were read is lost, and tensors
-   of dpo_net_params are gone.  Their adapters stay. */
+/* Give back the memory of the text encoders and the VAE of a model that was loaded from files, while only the UNet
+   works.  What asks for one of them reads its weights again; what was changed in them since they were read is lost, and
+   tensors of dpo_net_params are gone.  Their adapters stay. */
 DPO_DEF int        dpo_model_rest(dpo_model *m);
 
 typedef struct dpo_model_info {
@@ -570,16 +579,17 @@ DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, in
 
 /* Pixels and latents.  dpo_encode_images: x [n,H,W,3] in -1..1 -> the posterior's mean, scaled as it is diffused,
    [n,H/f,W/f,C], f = factor, which divides H and W; *logvar (or NULL) gets the log variance, not scaled, held to
-   -30..20.  dpo_encode_sample draws from them with standard normal noise of their shape: mean + scale exp(logvar/2) noise.
-   dpo_decode_latents: z [n,h,w,C], scaled, -> [n,f*h,f*w,3] in about -1..1.  Gradients flow through all three.  In a
-   model of pixels they return what they are given, and *logvar is NULL. */
+   -30..20.  dpo_encode_sample draws from them with standard normal noise of their shape: mean + scale exp(logvar/2)
+   noise.  dpo_decode_latents: z [n,h,w,C], scaled, -> [n,f*h,f*w,3] in about -1..1.  Gradients flow through all three.
+   In a model of pixels they return what they are given, and *logvar is NULL. */
 DPO_DEF dpo_tensor *dpo_encode_images (dpo_model *m, dpo_tensor *x, dpo_tensor **logvar);
 DPO_DEF dpo_tensor *dpo_encode_sample (dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise);
 DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z);
 
-/* How the VAE saves memory.  tile: pictures wider or higher than so many pixels go through in pieces of that size, which
-   overlap by a quarter and are blended as diffusers does; it is a multiple of 4*factor, 512 is usual; 0, as at the
-   start: never.  checkpoint 1: where gradients are recorded, keep the inputs of layers alone (with tiles: of pieces). */
+/* How the VAE saves memory.  tile: pictures wider or higher than so many pixels go through in pieces of that size,
+   which overlap by a quarter and are blended as diffusers does; it is a multiple of 4*factor, 512 is usual; 0, as at
+   the start: never.  checkpoint 1: where gradients are recorded, keep the inputs of layers alone (with tiles: of
+   pieces). */
 DPO_DEF int         dpo_model_vae_options(dpo_model *m, int tile, int checkpoint);
 
 typedef struct dpo_unet_in {
@@ -839,7 +849,8 @@ DPO_DEF int   dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights
 DPO_DEF float dpo_average_decay(int64_t step, float decay);
 
 /* Learning rate of step k = 0, 1, ... of `steps`, as diffusers' get_scheduler computes it: over `warmup` steps it rises
-   as k/warmup, 0 at the first; then it stays, or follows with u = (k - warmup)/(steps - warmup), the part of the way done,
+   as k/warmup, 0 at the first; then it stays, or follows with u = (k - warmup)/(steps - warmup), the part of the way
+   done,
      LINEAR      lr (1 - u)
      COSINE      lr/2 (1 + cos(2 pi cycles u))                cycles 0: 0.5, half a wave
      RESTARTS    lr/2 (1 + cos(pi frac(cycles u)))            cycles 0: 1
@@ -852,7 +863,7 @@ typedef struct dpo_lr_desc {
     float   cycles, power, end;
 } dpo_lr_desc;
 DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k);
-DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);   /* the same with zeros for the rest */
+DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);   /* zeros for the rest */
 
 /* ==========================================================================================================
    >>api pairs                                                                        prompts with two pictures
@@ -861,14 +872,14 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
 typedef struct dpo_pairs dpo_pairs;
 
 /* Rows, told apart by what they hold; names of fields are those of JSON and of a CSV's header line alike:
-     {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1}       a pair; without "rejected": one to imitate
+     {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1}      a pair; without "rejected": one to imitate
      {"caption": .., "image_0": .., "image_1": .., "label_0": 1 | 0 | 0.5}     as Pick-a-Pic has it; 0.5 is a tie
-     {"prompt": .., "images": [..], "rank": [..]}                              all pairs of different rank, 1 is the best
+     {"prompt": .., "images": [..], "rank": [..]}                             all pairs of different rank, 1 is the best
      {"prompt": .., "file_path": [..], "human_preference": [1, 0]}             HPDv2; also "image_path" with "rank"
      {"prompt": .., "image": "a.png", "liked": true | false}                   a single picture, for DPO_KTO
    A file has one object a line (.jsonl), or all in one list (.json), or is CSV (RFC 4180; .tsv: tabs) with a header
-   line.  Paths are relative to the file; HPDv2's to the folder beside it that has its name.  A folder has w/ and l/ with
-   pictures of the same names, and captions NAME.txt (or .caption) beside either; or folders that are made so.
+   line.  Paths are relative to the file; HPDv2's to the folder beside it that has its name.  A folder has w/ and l/
+   with pictures of the same names, and captions NAME.txt (or .caption) beside either; or folders that are made so.
    Ties are dropped and counted.  Every bad row goes to the log with its file and line; then the load fails.  Pictures
    are read when they are needed first. */
 DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path);
@@ -951,8 +962,8 @@ DPO_DEF dpo_loader *dpo_loader_new (dpo_pairs *p, int slots, int beside);
 /* Ask for a view into slot 0 .. slots-1.  What the slot held is gone; one that is still being made is waited for. */
 DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v);
 
-/* Wait for a slot: [height,width,3], valid until the slot is asked again, or NULL and the picture's error with its row's
-   file and line. */
+/* Wait for a slot: [height,width,3], valid until the slot is asked again, or NULL and the picture's error with its
+   row's file and line. */
 DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot);
 DPO_DEF void dpo_loader_free(dpo_loader *l);            /* else with the pairs */
 
@@ -988,10 +999,10 @@ typedef struct dpo_cache dpo_cache;
 DPO_DEF dpo_cache *dpo_cache_open (dpo_ctx *c, const char *folder);          /* made if it is missing */
 DPO_DEF void       dpo_cache_close(dpo_cache *cache);                        /* else with the context */
 DPO_DEF int64_t    dpo_cache_count(const dpo_cache *cache);                  /* keys that it has */
-DPO_DEF int        dpo_cache_has  (const dpo_cache *cache, const dpo_key *key);   /* in the index: get may find damage */
+DPO_DEF int        dpo_cache_has  (const dpo_cache *cache, const dpo_key *key);  /* in the index: get may find damage */
 
-/* n tensors, F32, F16 or BF16, under one key.  get: 1 and new tensors in the current scope; 0, without an error, if they
-   are not there, are not n, or are damaged.  put: 1 if they are kept; the last of a key holds. */
+/* n tensors, F32, F16 or BF16, under one key.  get: 1 and new tensors in the current scope; 0, without an error, if
+   they are not there, are not n, or are damaged.  put: 1 if they are kept; the last of a key holds. */
 DPO_DEF int dpo_cache_get(dpo_cache *cache, const dpo_key *key, dpo_tensor **out, int n);
 DPO_DEF int dpo_cache_put(dpo_cache *cache, const dpo_key *key, dpo_tensor *const *in, int n);
 
@@ -1017,12 +1028,14 @@ enum { DPO_PREF_SIGMOID, DPO_PREF_HINGE, DPO_PREF_IPO };
 DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *weight,
                                         int kind, float beta, float smoothing, dpo_tensor **inside);
 
-/* MaPO, arXiv 2406.06424, which needs no reference: mean over pairs of weight (L_w - lambda log sigmoid(1000 (phi(L_w) -
-   phi(L_l)))), phi(L) = u/(exp(u) - 1), u = L/2.  *inside (or NULL): what the sigmoid sees, to first order in the errors. */
-DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda, dpo_tensor **inside);
+/* MaPO, arXiv 2406.06424, which needs no reference: mean over pairs of weight (L_w - lambda log sigmoid(1000 (phi(L_w)
+   - phi(L_l)))), phi(L) = u/(exp(u) - 1), u = L/2.  *inside (or NULL): what the sigmoid sees, to first order in the
+   errors. */
+DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda,
+                                  dpo_tensor **inside);
 
-/* Diffusion-KTO, arXiv 2404.04465, of single pictures: policy, reference, liked (1 or -1) [N], weight [N] or NULL.  With
-   g = R - L and z = max(0, mean of g over all processes), which is held fast,
+/* Diffusion-KTO, arXiv 2404.04465, of single pictures: policy, reference, liked (1 or -1) [N], weight [N] or NULL.
+   With g = R - L and z = max(0, mean of g over all processes), which is held fast,
      inside = liked beta (g - z),   loss = mean of weight (1 - sigmoid(inside)) */
 typedef struct dpo_team dpo_team;
 DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
@@ -1032,11 +1045,11 @@ DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *ref
    predicted and min(snr, gamma)/(snr + 1) where v is. */
 DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma);
 
-/* Several processes that train one model.  reduce: data [count] of every process becomes the sum or maximum over all, in
-   place, in the backend's memory; 1 on success.  Every process calls it in the same order.  With `wait` it only begins
-   to: nobody touches data until wait says that all that was begun is done.  Gradients come some megabytes at a time, the
-   last layers' first, while backward still works on the others, and one wait stands before clipping.  Without `wait`
-   the numbers are there, for the calls that follow on the backend, when reduce returns. */
+/* Several processes that train one model.  reduce: data [count] of every process becomes the sum or maximum over all,
+   in place, in the backend's memory; 1 on success.  Every process calls it in the same order.  With `wait` it only
+   begins to: nobody touches data until wait says that all that was begun is done.  Gradients come some megabytes at a
+   time, the last layers' first, while backward still works on the others, and one wait stands before clipping.  Without
+   `wait` the numbers are there, for the calls that follow on the backend, when reduce returns. */
 enum { DPO_REDUCE_SUM, DPO_REDUCE_MAX };
 typedef int (*dpo_reduce_fn)(void *user, void *data, int64_t count, int dtype, int op);
 struct dpo_team {
@@ -1152,7 +1165,7 @@ typedef struct dpo_train_desc {
     int                zero_snr;          /* 1: the schedule is rescaled to end in pure noise, arXiv 2305.08891 */
     int                random_crop;       /* 1: crop anywhere, both pictures of a pair alike; 0: the centre */
     int                apart;             /* 1: crop and mirror the two pictures of a pair each by itself */
-    int                bucket_step;       /* 64: aspect-ratio buckets of that step, of sqrt(width height); 0: one size */
+    int                bucket_step;       /* 64: aspect-ratio buckets of that step, of sqrt(width height); 0: one */
     int                real_sizes;        /* SDXL's time_ids. 0: height and width of the bucket twice, crop 0, as the
                                              authors; 1: the chosen picture's own size and crop, as diffusers */
     int                ahead;             /* 1, all weights: the reference's errors of all steps are computed before the
@@ -1164,7 +1177,7 @@ typedef struct dpo_train_desc {
                                              files are given back for good */
     int                beside;            /* 1: pictures are read and decoded on a thread beside the step */
     const char        *note;              /* a text that goes into checkpoints, as metadata "note"; or NULL */
-    const char        *cache_folder;      /* where latents, texts and reference errors are kept, see dpo_cache; or NULL */
+    const char        *cache_folder;      /* where latents, texts, reference errors are kept, see dpo_cache; or NULL */
     int                keep;              /* checkpoints to keep in output; 0: all */
     const char        *resume_from;       /* a checkpoint's folder, in place of the last one in output; or NULL */
     float              held_out;          /* share of prompts whose pairs are not trained on, see dpo_train_held */
@@ -1189,9 +1202,9 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void);         /* adapters on a small mo
    it returns 0, and end.  Draws depend on (seed, step, sample) alone, so that a resumed run equals an uninterrupted
    one to the bit, for any number of threads.  A step that was cancelled is done again by the next call after
    dpo_clear_error; one that was cancelled inside its update cannot be: load a checkpoint.
-   With `out` dpo_train_step waits for the step's figures.  Without it, on a device that computes beside the host, on_step
-   is told of a step when the next one is under way already, so that nobody waits: its "stop" then comes a step later.
-   Before a checkpoint, dpo_train_held, dpo_train_save and dpo_train_end all steps so far are told. */
+   With `out` dpo_train_step waits for the step's figures.  Without it, on a device that computes beside the host,
+   on_step is told of a step when the next one is under way already, so that nobody waits: its "stop" then comes a step
+   later.  Before a checkpoint, dpo_train_held, dpo_train_save and dpo_train_end all steps so far are told. */
 typedef struct dpo_trainer dpo_trainer;
 DPO_DEF int          dpo_train      (dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
@@ -1241,7 +1254,7 @@ typedef struct dpo_view {
 #define DPO_OPS(X) \
     X(CONV,       8, 0x7f, 0xe3 | DPOI_STAT) /* x [N,H,W,I] w b vec [N,O] residual down up strength [N] */ \
                                              /* -> y [N,H',W',O]; stat u = x*down [N,H',W',r] */ \
-    X(GROUP_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [N,P,C] gamma beta -> y; stat [N,groups,2] = mean, 1/sqrt(var+eps) */ \
+    X(GROUP_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [N,P,C] gamma beta -> y; stat [N,groups,2]: mean, 1/sqrt(var+eps) */ \
     X(LAYER_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [R,C] gamma beta -> y; stat [R,2] */ \
     X(ATTENTION,  3, 0x07, 0x07 | DPOI_OUT | DPOI_STAT) /* q [N,T,D] k v [N,S,D] -> o; */ \
                                              /* stat [N,heads,T] = log sum exp of the scaled scores */ \
@@ -1260,15 +1273,16 @@ typedef struct dpo_view {
     X(MIX,        5, 0x03, 0x1c)             /* x [N,P] z [N,P] a [K] b [K] index I32 [N] -> [N,P] */ \
     X(RANDN,      1, 0x00, 0x00)             /* key I32 [N] -> [N,P] */ \
     X(MSE,        2, 0x03, 0x03)             /* pred [N,P] target [N,P] -> [N] */ \
-    X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; stat [2,B] = inside, dloss/dL_w */ \
+    X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; */ \
+                                             /* stat [2,B] = inside, dloss/dL_w */ \
     X(MAPO,       2, 0x01, DPOI_STAT)        /* policy [2B] weight [B] -> loss [1]; stat [2B] = dloss/dL */ \
     X(SUM_SQUARES,1, 0x00, 0x00)             /* g -> [1] */ \
     X(CLIP,       1, 0x00, 0x00)             /* sums of squares [P] -> the step record, see DPO_REC_ */ \
     X(ADAMW,      4, 0x00, 0x00)             /* g m v record -> weights; m and v are written too */ \
     X(ADAMW8,     6, 0x00, 0x00)             /* g, codes of m and v I32 [ceil(n/4)], record, scales of m and v */ \
-                                             /* [ceil(n/256)] -> weights of n numbers as stored; codes and scales, too */ \
+                                             /* [ceil(n/256)] -> weights of n numbers as stored, codes, scales */ \
     X(ADAFACTOR,  4, 0x00, 0x00)             /* g row col record -> weights; row and col are written too; one of: */ \
-                                             /* none, as weights; [O], [I]; [O,kh,1,I], [O,1,kw,I] in weights' panels */ \
+                                             /* none, as weights; [O], [I]; [O,kh,1,I], [O,1,kw,I] in their panels */ \
     X(LERP,       1, 0x00, 0x00)             /* x -> y += rate * (x - y) */
 
 enum { DPOI_OUT = 0x100, DPOI_STAT = 0x200 };
@@ -1302,7 +1316,7 @@ typedef union dpo_params {
     struct { int kind; float beta, smoothing; } preference;         /* see dpo_preference_loss */
     struct { float lambda; } mapo;        /* see dpo_mapo_loss */
     struct { float max_norm; } clip;
-    struct { float beta1, beta2, eps, weight_decay; } adamw;        /* w -= lr*(wd*w + m^/(sqrt(v^) + eps)); 8 bits too */
+    struct { float beta1, beta2, eps, weight_decay; } adamw;       /* w -= lr(wd w + m^/(sqrt(v^) + eps)); 8 bits too */
     struct { float eps, clip, weight_decay; } adafactor;            /* see >>impl optim */
     struct { float rate; } lerp;
 } dpo_params;
@@ -1335,11 +1349,11 @@ struct dpo_backend {
     size_t      (*workspace)(void *self, const dpo_args *a);             /* scratch bytes that this call needs */
     int         (*run)    (void *self, const dpo_args *a);
     int         (*sync)   (void *self);
-    int         (*step)   (void *self, int begin);        /* or NULL.  1 before and 0 after calls that will come again, */
+    int         (*step)   (void *self, int begin);        /* or NULL.  1 before, 0 after calls that will come again, */
                                           /* the same with other numbers: a device may record and replay them */
-    void       *(*send)   (void *self, const void *from, size_t bytes);  /* or NULL, with take.  Begins a copy down, and */
+    void       *(*send)   (void *self, const void *from, size_t bytes);  /* or NULL, with take.  Begins a copy, and */
                                           /* returns at once what stands for it; NULL: a failure */
-    int         (*take)   (void *self, void *sent, void *to, size_t bytes);    /* waits for that copy and for no later */
+    int         (*take)   (void *self, void *sent, void *to, size_t bytes);    /* waits for that copy, for no later */
                                           /* call; `sent` is then gone, and with `to` NULL so are its numbers */
     const char *(*explain)(void *self);   /* the last failure in words, or NULL */
     void        (*close)  (void *self);
@@ -1356,25 +1370,25 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model);
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc);
 
 #ifdef DIFFDPO_CUDA
-/* In diffdpo_cuda.cu.  The backend of one NVIDIA GPU, for dpo_desc.backend: dpo_cuda_open(0, DIFFDPO_VERSION).  Without a
-   usable device it is a backend all the same, and dpo_open says in its context what is wrong; NULL only without memory on
-   the host.  dpo_cuda_about: the device, its memory and its compute capability, or what is wrong. */
+/* In diffdpo_cuda.cu.  The backend of one NVIDIA GPU, for dpo_desc.backend: dpo_cuda_open(0, DIFFDPO_VERSION).  Without
+   a usable device it is a backend all the same, and dpo_open says in its context what is wrong; NULL only without
+   memory on the host.  dpo_cuda_about: the device, its memory and its compute capability, or what is wrong. */
 extern dpo_backend *dpo_cuda_open(int device, uint32_t version);
 extern const char  *dpo_cuda_about(const dpo_backend *b);
 
 /* Settings, to be made before the first step; 1, or 0 where b is no CUDA backend. */
 enum {
-    DPO_CUDA_PRODUCTS,                    /* DPO_BF16: factors that are F32 are rounded, as dpo_desc.products does; 0: they are not */
+    DPO_CUDA_PRODUCTS,                    /* DPO_BF16: factors of F32 are rounded, as by dpo_desc.products; 0: not */
     DPO_CUDA_TF32,                        /* 1: products of F32 may use TF32; 0: they do not */
     DPO_CUDA_GRAPHS,                      /* 0: steps are not captured; 1, as it starts: they are */
     DPO_CUDA_PLAIN,                       /* 1: no tensor cores but cuBLAS's: for comparing kernels */
-    DPO_CUDA_SYNC,                        /* 1: wait after each kernel, so that a failure names the one that failed; slow */
+    DPO_CUDA_SYNC,                        /* 1: wait after each kernel, so that a failure names its own; slow */
     DPO_CUDA_OPTIONS
 };
 extern int dpo_cuda_set(dpo_backend *b, int option, int value);
 
-/* In a build with -DDIFFDPO_NCCL: the sum, or the greatest, of `count` numbers on the device over all GPUs of an ncclComm_t,
-   in place and in the order of the other calls.  A status, like the calls of the struct. */
+/* In a build with -DDIFFDPO_NCCL: the sum, or the greatest, of `count` numbers on the device over all GPUs of an
+   ncclComm_t, in place and in the order of the other calls.  A status, like the calls of the struct. */
 extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count, int dtype, int greatest);
 #endif
 #ifdef __cplusplus
@@ -1878,7 +1892,8 @@ DPOI_UNUSED static void dpoi_disown(dpo_ctx *c, void *object)
 /* ------------------------------------------------------------------------------------------ device memory
 
    A general allocator over regions that come from the backend: best fit in bins of doubling size, neighbours merge
-   when freed.  It looks at sizes alone, never at addresses, so that every backend, `dry` too, sees the same requests. */
+   when freed.  It looks at sizes alone, never at addresses, so that every backend, `dry` too, sees the same
+   requests. */
 
 enum { DPOI_ALIGN = 64 };                 /* a cache line, an AVX-512 register */
 
@@ -5489,7 +5504,8 @@ static dpo_tokenizer *dpoi_tok_open_files(dpo_ctx *c, const char *folder, dpoi_t
 }
 
 /* tokenizer.json, the one file that newer transformers write instead: {"model": {"vocab": {token: id}, "merges":
-   ["a b", ..]}}, or a merge as ["a", "b"].  What else it says of CLIP's way to cut words is what happens here anyway. */
+   ["a b", ..]}}, or a merge as ["a", "b"].  What else it says of CLIP's way to cut words is what happens here
+   anyway. */
 static dpo_tokenizer *dpoi_tok_open_whole(dpo_ctx *c, const char *path, dpoi_tok_files *f)
 {
     dpo_json       *root = dpo_json_load(c, path);
@@ -6518,8 +6534,8 @@ static int dpoi_add_into(dpo_ctx *c, dpo_tensor *y, const dpo_view *x)
 
 /* x->grad as a place to add to: not shared with another tensor.
    A gradient that was handed on (through a reshape, a residual, a segment) is one block in two tensors;
-   whichever is added to first takes a copy.  Parameters' are never handed on; a team's trainer lays several of them into
-   one block. */
+   whichever is added to first takes a copy.  Parameters' are never handed on; a team's trainer lays several of them
+   into one block. */
 static int dpoi_grad_own(dpo_tensor *x)
 {
     dpo_ctx    *c = x->ctx;
@@ -7701,12 +7717,13 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #define DPOI_AVX512
 #endif
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
-#define DPOI_SIMD_AMX                     /* elsewhere nobody hands out the tiles, or the compiler has no names for them */
+#define DPOI_SIMD_AMX                    /* elsewhere nobody hands out the tiles, or compilers have no names for them */
 #include <cpuid.h>
-#define DPOI_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
+#define DPOI_AMX \
+    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
 #endif
 #elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__) && !defined(__ARM_BIG_ENDIAN)
-#define DPOI_SIMD_NEON                    /* every arm64 has it: nothing to ask for, and the function needs no attribute */
+#define DPOI_SIMD_NEON                    /* every arm64 has it: nothing to ask for, functions need no attribute */
 #define DPOI_256
 #include <arm_neon.h>
 #endif
@@ -8006,7 +8023,10 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_max_256(dpoi_f256 a, dpoi_f256 b)        { r
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_min_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_min_ps(a, b); }
 /* a b + c, c - a b, a b - c, each rounded once. */
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)  { return _mm256_fmadd_ps(a, b, c); }
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fnma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c) { return _mm256_fnmadd_ps(a, b, c); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fnma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)
+{
+    return _mm256_fnmadd_ps(a, b, c);
+}
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fms_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)  { return _mm256_fmsub_ps(a, b, c); }
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_abs_256(dpoi_f256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 /* `yes` where the mask's bits are set, else `no`. */
@@ -8565,8 +8585,9 @@ static dpoi_rows dpoi_rows_plain(void)
 /* --------------------------------------------------------------------------------------- AVX2 and AVX-512
 
    The same once for 8 and once for 16 floats side by side.  Rows end in masked loads and stores, never in scalar code,
-   so that an element's bits do not depend on where in a row it stands.  Each formula of a map has a loop of its own, made
-   by a macro: a switch inside of one loop, inlined with `op` constant, would run as fast, but compile twenty times. */
+   so that an element's bits do not depend on where in a row it stands.  Each formula of a map has a loop of its own,
+   made by a macro: a switch inside of one loop, inlined with `op` constant, would run as fast, but compile twenty
+   times. */
 #ifdef DPOI_SIMD_256
 
 /* exp(x) = 2^n exp(r), n = round(x/ln 2), r = x - n ln 2 in two parts; 1 + r + r^2 P(r) as in Cephes' expf, which is
@@ -8607,7 +8628,7 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_first_256(dpoi_f256 x, int64_t left)        
 }
 /* 2^n for n below -126 is no normal float: half of n twice, so that small results become subnormal
    instead of 0. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_scale_256(dpoi_f256 y, dpoi_f256 n)              /* y 2^n, in two steps for n < -126 */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_scale_256(dpoi_f256 y, dpoi_f256 n)           /* y 2^n, in two steps for n < -126 */
 {
     dpoi_f256 half = dpoi_round_256(dpoi_mul_256(n, dpoi_all_256(0.5f)));
     return dpoi_mul_256(dpoi_mul_256(y, dpoi_power_256(half)), dpoi_power_256(dpoi_sub_256(n, half)));
@@ -8943,8 +8964,8 @@ DPOI_256 static void dpoi_norm_back_8(int type, int64_t rows, int64_t C, const v
 }
 
 /* dpoi_rows.adamw: four streams in, three out; memory is what it costs.
-   Masked lanes compute on zeros: 0/(0 + eps) is 0, and nothing of it is stored.  decay w - u rounds once, in plain C and
-   PyTorch twice: a weight near 1 that moves by 1e-5 a step differs from theirs by some 1e-4 of its way. */
+   Masked lanes compute on zeros: 0/(0 + eps) is 0, and nothing of it is stored.  decay w - u rounds once, in plain C
+   and PyTorch twice: a weight near 1 that moves by 1e-5 a step differs from theirs by some 1e-4 of its way. */
 DPOI_256 static void dpoi_adamw_8(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
     dpoi_f256 b1 = dpoi_all_256(s[DPOI_ADAMW_BETA1]), c1 = dpoi_all_256(1 - s[DPOI_ADAMW_BETA1]);
@@ -9072,8 +9093,9 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_512(__m512 x)
     return dpoi_scale_512(y, n);
 }
 
-/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 5 with the least relative error there, 1.5e-7
-   with the rounding of floats.  Half the instructions of dpoi_exp_512, for x whose own rounding does not matter. */
+/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 5 with the least relative error there,
+   1.5e-7 with the rounding of floats.  Half the instructions of dpoi_exp_512, for x whose own rounding does not
+   matter. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp2_512(__m512 x)
 {
     __m512 r = _mm512_reduce_ps(x, 9), e = _mm512_set1_ps(0.00187757809f);
@@ -10825,8 +10847,8 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
 
 /* --------------------------------------------------------------------------------------- 8-bit moments
 
-   A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are a
-   dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
+   A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are
+   a dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
    10^(i-7) ... 10^(i-6), so that small numbers keep an exponent and large ones their digits; 0 and 1 are codes, too. */
 enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*64 };
 
@@ -10898,8 +10920,8 @@ static void dpoi_levels_write(const dpoi_levels *q, uint8_t *code, float *most, 
             code[i] = (uint8_t)(127 + (x[i] >= 0 ? k : -below));
         }
     else
-        /* What is not 0 keeps at least the lowest level: a second moment of 0 under a first one that is not would make a
-           step without bounds. */
+        /* What is not 0 keeps at least the lowest level: a second moment of 0 under a first one that is not would make
+           a step without bounds. */
         for (int64_t i = 0; i < n; i++) {
             int k = dpoi_level_near(q, x[i]/top), least = x[i] != 0;
             code[i] = (uint8_t)(k > least ? k : least);
@@ -15724,7 +15746,10 @@ static int dpoi_cpu_run(void *self, const dpo_args *a)
         return DPO_UNSUPPORTED;
     }
     if (a->work_size < dpoi_cpu_workspace(self, a)) { cpu->why = "too little scratch";  return DPO_BAD_ARGUMENT; }
-    if (a->op == DPO_OP_ADAMW8 && a->out.dtype != DPO_F32) { cpu->why = "weights must be F32";  return DPO_UNSUPPORTED; }
+    if (a->op == DPO_OP_ADAMW8 && a->out.dtype != DPO_F32) {
+        cpu->why = "weights must be F32";
+        return DPO_UNSUPPORTED;
+    }
     if ((a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR) &&
         (a->out.dtype != DPO_F32 || a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32)) {
         cpu->why = "weights and moments must be F32";
@@ -16066,7 +16091,8 @@ static dpoi_param *dpoi_param_at(dpoi_pass *r, const char *name, int form, const
     p = dpoi_net_find(r->net, r->path);
     if (!p && r->declare && dpoi_ok(r->c)) p = dpoi_net_add(r->net, form, shape, r->path);
     if (!p) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has no parameter %s", r->net->kind->name, r->path);
-    else if (!r->declare && !p->t) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has given its weights back", r->net->kind->name);
+    else if (!r->declare && !p->t)
+        dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has given its weights back", r->net->kind->name);
     *t = !p ? NULL : r->declare ? dpoi_param_tensor(r->c, r->net->dtype, form, p->shape, r->path) : p->t;
     dpoi_leave(r, before);
     return p;
@@ -16112,7 +16138,7 @@ static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int64_t O, int k, int64_
     p = dpoi_param_at(r, "weight", form, shape, &w);
     if (!p) return NULL;
     if (r->declare) p->spread = spread;
-    adapter = p->adapter;                 /* p itself ends here: noting the bias may move the array that it points into */
+    adapter = p->adapter;               /* p itself ends here: noting the bias may move the array that it points into */
     if (bias) *bias = dpoi_param_vector(r, "bias", O, 0, spread);
     if (adapter && r->adapters && r->net->strength != 0) {
         const dpoi_adapter *a = &r->net->adapters.a[adapter - 1];
@@ -19357,7 +19383,8 @@ static int dpoi_family_open(dpo_model *m, const dpo_load_desc *d)
 }
 
 /* Where the open file has a component. */
-static void dpoi_family_origin(const dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s, dpoi_layout *layout)
+static void dpoi_family_origin(const dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s,
+                               dpoi_layout *layout)
 {
     int which = strcmp(sub, dpoi_text_folders[1]) == 0;
     memset(s, 0, sizeof *s);
@@ -22163,7 +22190,8 @@ static int dpoi_image_window(dpo_ctx *c, const dpo_image *x, const dpo_window *v
     size_t      bytes = (size_t)x->height * (size_t)v->width * 3;
     int         w, h, left, top, ok = 0;
     dpoi_cover(x->width, x->height, v->width, v->height, &w, &h);
-    if (!dpo_window_place(v, x->width, x->height, &left, &top) || !dpoi_image_fits(c, "a fitted picture", w, h)) return 0;
+    if (!dpo_window_place(v, x->width, x->height, &left, &top)) return 0;
+    if (!dpoi_image_fits(c, "a fitted picture", w, h)) return 0;
     out.width = v->width;
     out.height = v->height;
     out.rgb = rgb;
@@ -22619,8 +22647,8 @@ DPO_DEF float dpo_average_decay(int64_t step, float decay)
     return early < decay ? early : decay;
 }
 
-/* The formulas stand at the declaration.  In double: (1 - u)^power of a long run differs from step to step in digits that a
-   float has not. */
+/* The formulas stand at the declaration.  In double: (1 - u)^power of a long run differs from step to step in digits
+   that a float has not. */
 DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k)
 {
     const double pi = 3.14159265358979323846;
@@ -25587,9 +25615,9 @@ struct dpo_trainer {
     float          *weight, *liked, *sizes;               /* [B] [N] [N][6] */
     size_t          x0_count;             /* numbers of the largest picture as it is diffused */
 
-    dpo_tensor     *metrics;              /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1]; */
+    dpo_tensor     *metrics;             /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1]; */
                                           /* then the step record */
-    float          *figures, *signs;      /* the same on the host; [2][accumulation][N] of liked: of a step whose number */
+    float          *figures, *signs;   /* the same on the host; [2][accumulation][N] of liked: of a step whose number */
                                           /* is even, and odd, since one may be awaited while the next is computed */
     dpoi_awaited    awaited[2];           /* likewise */
     float          *known;                /* [steps][accumulation][N] reference errors computed ahead, or NULL */
@@ -25775,9 +25803,10 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
     if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
         !(d->noise_offset >= 0 && d->noise_offset < 100) ||
         !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) ||
-        !(d->desirable_weight >= 0 && d->desirable_weight < 1e6f) || !(d->positive_ratio >= 0 && d->positive_ratio < 1) ||
-        !(d->undesirable_weight >= 0 && d->undesirable_weight < 1e6f) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
-        d->bucket_step < 0 || d->keep < 0)
+        !(d->desirable_weight >= 0 && d->desirable_weight < 1e6f) ||
+        !(d->positive_ratio >= 0 && d->positive_ratio < 1) ||
+        !(d->undesirable_weight >= 0 && d->undesirable_weight < 1e6f) ||
+        !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 || d->bucket_step < 0 || d->keep < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
                          "bucket_step, keep or a share or weight of liked pictures out of range");
     return dpoi_train_contradictions(c, d);
@@ -25924,8 +25953,8 @@ static void dpoi_train_balance(const dpo_trainer *t)
     if (t->d.objective != DPO_KTO || d < 1 || u < 1 || t->buckets > 1) return;
     ratio = d * (double)t->d.desirable_weight / (u * (double)t->d.undesirable_weight);
     if (ratio < 0.999 || ratio > 1.334)
-        dpoi_log(t->c, DPO_LOG_WARNING, "training: pictures that were liked weigh %.3g times as much as the others; 1 to "
-                 "1.33 is advised, as with desirable_weight %.3g or undesirable_weight %.3g", ratio,
+        dpoi_log(t->c, DPO_LOG_WARNING, "training: pictures that were liked weigh %.3g times as much as the others; 1 "
+                 "to 1.33 is advised, as with desirable_weight %.3g or undesirable_weight %.3g", ratio,
                  (double)t->d.desirable_weight / ratio * (ratio < 1 ? 1 : 4.0 / 3),
                  (double)t->d.undesirable_weight * ratio / (ratio < 1 ? 1 : 4.0 / 3));
 }
@@ -26019,7 +26048,7 @@ static int dpoi_train_adapters(dpo_trainer *t)
     return 1;
 }
 
-enum { DPOI_PARCEL_LEAST = 1 << 14, DPOI_PARCEL_MOST = 1 << 22 };       /* numbers of a parcel, but for larger weights */
+enum { DPOI_PARCEL_LEAST = 1 << 14, DPOI_PARCEL_MOST = 1 << 22 };      /* numbers of a parcel, but for larger weights */
 
 /* Numbers that a parameter's gradient takes in a parcel: whole panels, and up to the next line of the caches. */
 static int64_t dpoi_parcel_numbers(const dpo_tensor *x)
@@ -26204,8 +26233,8 @@ static int dpoi_train_caches(dpo_trainer *t)
 
 static int dpoi_train_encode_all(dpo_trainer *t);
 
-/* In this order: what can be wrong with the request first, then what writes, what costs memory last.  Full fine-tuning needs a reference
-   that stays as the policy was; adapters have theirs in the same weights. */
+/* In this order: what can be wrong with the request first, then what writes, what costs memory last.  Full fine-tuning
+   needs a reference that stays as the policy was; adapters have theirs in the same weights. */
 static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 {
     if (!dpoi_train_settings(t, d) || !dpoi_train_pairs(t) || !dpoi_train_texts(t)) return 0;
@@ -26780,8 +26809,8 @@ static int dpoi_train_encode_all(dpo_trainer *t)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: without a cache_folder there is no "
                          "room for all texts and pictures");
     t->rests = 1;
-    dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text encoders "
-             "and VAE rest", (long long)t->encoded);
+    dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text "
+             "encoders and VAE rest", (long long)t->encoded);
     dpoi_model_drop(m);
     return 1;
 }
@@ -27076,7 +27105,8 @@ static void dpoi_train_graded(void *user, dpo_tensor *x)
     if (k == t->parcels) return;          /* not trained */
     if (!t->learned) t->parcel[k].uses++;
     else if (k < t->sent)
-        dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: %s got a gradient after its sum had begun", x->name ? x->name : "");
+        dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: %s got a gradient after its sum had begun",
+                  x->name ? x->name : "");
     else {
         t->parcel[k].open--;
         dpoi_train_send(t);
@@ -27212,7 +27242,9 @@ static int dpoi_train_await(dpo_trainer *t, dpoi_awaited *w, double began, float
     p->seconds_data = t->data;
     p->encoded = t->encoded;
     p->cached = t->cached;
-    if (!sends || (w->sent = b->send(b->self, t->metrics->data, (size_t)dpo_count(t->metrics) * sizeof(float)))) return 1;
+    if (!sends) return 1;
+    w->sent = b->send(b->self, t->metrics->data, (size_t)dpo_count(t->metrics) * sizeof(float));
+    if (w->sent) return 1;
     return dpoi_fail_device(t->c, "copying", (size_t)dpo_count(t->metrics) * sizeof(float));
 }
 
@@ -27227,8 +27259,8 @@ static int dpoi_train_figures(dpo_trainer *t, dpoi_awaited *w)
     return b->take(b->self, sent, t->figures, bytes) == DPO_OK || dpoi_fail_device(t->c, "copying", bytes);
 }
 
-/* Tell of an awaited step, if there is one, once its figures are there: everything that a callback may see.  The time of
-   a step that had to wait for the one before it is what passed since that one's report. */
+/* Tell of an awaited step, if there is one, once its figures are there: everything that a callback may see.  The time
+   of a step that had to wait for the one before it is what passed since that one's report. */
 static int dpoi_train_tell(dpo_trainer *t, int which, dpo_progress *out)
 {
     dpoi_awaited *w = &t->awaited[which];
@@ -27763,16 +27795,16 @@ DPOI_RARE_END
 
    This software is available under two licenses; choose whichever you prefer.
 
-   A. MIT License.  Copyright (c) 2026 the diffdpo.h authors.  Permission is hereby granted, free of charge, to any person
-   obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software without
-   restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense,
-   and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
-   following conditions: The above copyright notice and this permission notice shall be included in all copies or
-   substantial portions of the Software.  THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-   IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-   NONINFRINGEMENT.  IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
-   OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+   A. MIT License.  Copyright (c) 2026 the diffdpo.h authors.  Permission is hereby granted, free of charge, to any
+   person obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software
+   without restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute,
+   sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so,
+   subject to the following conditions: The above copyright notice and this permission notice shall be included in all
+   copies or substantial portions of the Software.  THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND,
+   EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE
+   AND NONINFRINGEMENT.  IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
+   SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
    B. Public domain (unlicense.org).  This is free and unencumbered software released into the public domain.  Anyone is
    free to copy, modify, publish, use, compile, sell, or distribute this software, either in source code form or as a
