@@ -1420,9 +1420,9 @@ extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count,
 #define DPOI_APART
 #endif
 
-/* What runs once a file, a model or a step, and leaves the work to kernels, is to be small: the compiler copies less
-   into it and unrolls nothing.  gcc carries the word on to static functions that only such ones call; clang must be
-   told of every function, hence of whole regions. */
+/* What runs once a file, a model, a step or an op, and leaves the work to kernels, is to be small, for it is most of
+   what there is to compile: compilers copy less into it and unroll nothing.  gcc carries the word on to static functions
+   that only such ones call; clang must be told of every function, hence of whole regions. */
 #if defined(__clang__) && !defined(__CUDACC__)
 #define DPOI_RARE
 #define DPOI_RARE_BEGIN _Pragma("clang attribute push (__attribute__((cold)), apply_to = function)")
@@ -2173,6 +2173,7 @@ static void dpoi_random_normals(const uint32_t x[4], float z[4])
 /* ==========================================================================================================
    >>impl files                                                                 paths, mapping, safe writing
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* Three parts.  The dpoi_sys_ functions, once for each system: open, size, read, write, sync, rename,
    map, and a sentence for each common error.  Reading: a whole file into memory, or mapped.  Writing:
@@ -3776,6 +3777,7 @@ DPOI_UNUSED static int dpoi_text_number(dpoi_text *t, double x)
     }
     return dpoi_text_bytes(t, line, strlen(line));
 }
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl safetensors                                                        strict reading, identical writing
    ========================================================================================================== */
@@ -6301,6 +6303,7 @@ DPO_DEF void dpo_close(dpo_ctx *c)
 /* ==========================================================================================================
    >>impl tape                                                          running ops, recording, going backward
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* An op function (>>impl ops) fills a dpoi_call, dpoi_apply runs it: room for the result, statistics if backward
    wants them, the kernel, a row on the tape, and the end of the inputs that were passed with dpo_last.  A row
@@ -7683,6 +7686,7 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->close = dpoi_check_close;
     return b;
 }
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl cpu                                                             thread pool, instruction sets, backend
    ========================================================================================================== */
@@ -22330,6 +22334,7 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
 /* ==========================================================================================================
    >>impl optim                                               AdamW, Adafactor, clipping, averages, learning rate
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* The optimizer touches weights through kernels alone: squares of every gradient, one clipping factor,
    one fused update.  The host writes three numbers into the step record and reads none, so that a step
@@ -22869,6 +22874,7 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path)
     return o && path && dpoi_ok(o->c) ? dpoi_state_load(&s, path) : 0;
 }
 
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl pairs                                                                       prompts with two pictures
    ========================================================================================================== */
