@@ -1421,8 +1421,8 @@ extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count,
 #endif
 
 /* What runs once a file, a model, a step or an op, and leaves the work to kernels, is to be small, for it is most of
-   what there is to compile: compilers copy less into it and unroll nothing.  gcc carries the word on to static functions
-   that only such ones call; clang must be told of every function, hence of whole regions. */
+   what there is to compile: compilers copy less into it and unroll nothing.  gcc carries the word on to static
+   functions that only such ones call; clang must be told of every function, hence of whole regions. */
 #if defined(__clang__) && !defined(__CUDACC__)
 #define DPOI_RARE
 #define DPOI_RARE_BEGIN _Pragma("clang attribute push (__attribute__((cold)), apply_to = function)")
@@ -5842,7 +5842,7 @@ DPOI_UNUSED static const char *dpoi_dtype_name(int dtype)
 }
 
 /* Axes beyond rank are 1, so that the product of all four is the count; 0 for NULL and for a spared node. */
-DPO_DEF int64_t dpo_count(const dpo_tensor *x)
+DPOI_APART DPO_DEF int64_t dpo_count(const dpo_tensor *x)
 {
     return x ? x->shape[0] * x->shape[1] * x->shape[2] * x->shape[3] : 0;
 }
@@ -6038,7 +6038,7 @@ DPO_DEF void dpo_param_free(dpo_tensor *x)
 /* ------------------------------------------------------------------------------------------ scopes */
 
 /* A flag, read by the op that x is passed to.  Parameters are shared by many ops and ignore it. */
-DPO_DEF dpo_tensor *dpo_last(dpo_tensor *x)
+DPOI_APART DPO_DEF dpo_tensor *dpo_last(dpo_tensor *x)
 {
     if (x && !x->persistent) x->last = 1;
     return x;
@@ -6772,7 +6772,7 @@ DPO_DEF dpo_tensor *dpo_checkpoint(dpo_ctx *c, dpo_segment_fn fn, void *user, dp
 
 /* A view as [a,b,d], or [a,b] where d is 1, for kernels that do not care about more axes.
    d == 1 gives rank 2: kernels index the last axis they know, and shape[2] is 1 in both cases. */
-static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
+DPOI_APART static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
 {
     v->rank = d == 1 ? 2 : 3;
     v->shape[0] = a;
@@ -6782,7 +6782,7 @@ static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
 }
 
 /* The result has x's shape. */
-static void dpoi_shape_like(dpoi_call *k, const dpo_tensor *x)
+DPOI_APART static void dpoi_shape_like(dpoi_call *k, const dpo_tensor *x)
 {
     k->rank = x->rank;
     memcpy(k->shape, x->shape, sizeof k->shape);
@@ -7976,7 +7976,7 @@ static int64_t dpoi_least(int64_t a, int64_t b)            { return a < b ? a : 
 
 /* Elements as they lie in memory: panels include the zeros where O ends.
    [ceil(O/P)*P] rows of a weight, of its own size otherwise. */
-static int64_t dpoi_stored(const dpo_view *v)
+DPOI_APART static int64_t dpoi_stored(const dpo_view *v)
 {
     int64_t inner = v->shape[1]*v->shape[2]*v->shape[3], O = v->shape[0];
     return v->panel ? dpoi_pieces(O, v->panel)*v->panel*inner : O*inner;
@@ -15972,7 +15972,7 @@ struct dpoi_pass {
 
 /* A pass that stands at the root, with adapters.
    strength NULL: 1 for every sample. */
-static dpoi_pass dpoi_pass_of(dpo_net *n)
+DPOI_APART static dpoi_pass dpoi_pass_of(dpo_net *n)
 {
     dpoi_pass r;
     memset(&r, 0, sizeof r);
@@ -20981,7 +20981,7 @@ static int dpoi_fill_euler(dpo_sampler *s, const dpoi_plan *p)
    lambda = log(alpha/noise) is infinite at the end. */
 typedef struct dpoi_lambda { float alpha, noise, lambda; } dpoi_lambda;
 
-static dpoi_lambda dpoi_lambda_of(float sigma)
+DPOI_APART static dpoi_lambda dpoi_lambda_of(float sigma)
 {
     dpoi_lambda y;
     y.alpha = 1 / sqrtf(sigma*sigma + 1);
