@@ -18,7 +18,8 @@
        static int report(void *user, const dpo_progress *p)    // nonzero would stop the run, without an error
        {
            (void)user;
-           printf("step %d/%d  loss %.4f  ranked right %.0f %%\n", (int)p->step, (int)p->steps, p->loss, 100*p->implicit_acc);
+           printf("step %d/%d  loss %.4f  ranked right %.0f %%\n", (int)p->step, (int)p->steps, p->loss,
+                  100*p->implicit_acc);
            return 0;
        }
 
@@ -53,9 +54,9 @@
        >>end         license
 
    LETTERS   N pictures or samples, B pairs, H,W height and width, C channels, T,S tokens, D width, I,O input and output
-   channels of a product, K what it sums over, P pixels of a sample, R rows, t a timestep.  Shapes stand outermost first,
-   channels last.  theta or th: the policy, the network that is trained; ref: the frozen reference; w, l: the picture that
-   won and the one that lost. */
+   channels of a product, K what it sums over, P pixels of a sample, R rows, t a timestep.  Shapes stand outermost
+   first, channels last.  theta or th: the policy, the network that is trained; ref: the frozen reference; w, l: the
+   picture that won and the one that lost. */
 
 /* ==========================================================================================================
    >>manual                                                                                   how it all hangs together
@@ -66,33 +67,35 @@
    backend and never call the host: log, progress and allocator calls come on the thread that called the library.
 
    ERRORS   The first error is kept, with text that names the op, the tensor and its shapes, or the file and the offset;
-   from then on every call does nothing and returns NULL or 0.  Functions that return int return 1 for success, but those
-   of dpo_backend, which return a DPO_ status.  The library never exits, aborts, prints or reads the environment.
+   from then on every call does nothing and returns NULL or 0.  Functions that return int return 1 for success, but
+   those of dpo_backend, which return a DPO_ status.  The library never exits, aborts, prints or reads the environment.
 
    TENSORS   are dense and channels last: pictures [N,H,W,C], tokens [N,T,D].  Ops run at once and return new tensors.
    Those live until their scope ends, or sooner with dpo_last.  Parameters live as long as the context.  PyTorch's
    [N,C,H,W] and [O,I,kh,kw] exist in files alone; reading and writing them is the one place that turns axes.
 
-   GRADIENTS   Where an input has needs_grad, an op leaves a row on the tape, which keeps what backward reads and nothing
-   else: a product with frozen weights keeps nothing.  dpo_backward walks the tape down and adds to ->grad.
+   GRADIENTS   Where an input has needs_grad, an op leaves a row on the tape, which keeps what backward reads and no
+   more: a product with frozen weights keeps nothing.  dpo_backward walks the tape down and adds to ->grad.
    dpo_checkpoint keeps a segment's inputs and runs it again in backward.
 
-   MEMORY   Device memory comes from the backend in regions and is cut by best fit; host memory comes from dpo_desc.alloc.
-   What a step needs is known before it runs: the same calls on a context whose backend is dpo_dry_open's compute nothing
-   and give the exact peak.  After its first step, a training step takes nothing new from the backend.
+   MEMORY   Device memory comes from the backend in regions and is cut by best fit; host memory from dpo_desc.alloc.
+   What a step needs is known before it runs: the same calls on a context whose backend is dpo_dry_open's compute
+   nothing and give the exact peak.  After its first step, a training step takes nothing new from the backend.
 
    NUMBERS   Storage is F32, BF16 or F16; sums, norms, softmax and losses are F32 or better.  Work is cut by shape alone
-   and partial sums combine in a fixed order: the same bits for 1 and for 64 threads, and a sample's result does not depend
-   on the batch it stands in.  Random numbers come from Philox 4x32-10, keyed by (seed, purpose, step, sample): a resumed
-   run draws what the uninterrupted one would.  Other instruction sets sum in another order and differ in the last digits.
+   and partial sums combine in a fixed order: the same bits for 1 and for 64 threads, and a sample's result does not
+   depend on the batch it stands in.  Random numbers come from Philox 4x32-10, keyed by (seed, purpose, step, sample): a
+   resumed run draws what the uninterrupted one would.  Other instruction sets sum in another order and differ in the
+   last digits.
 
-   GPU   diffdpo_cuda.cu is a backend for one NVIDIA GPU, with the same ops, the same random numbers and the same results but
-   for rounding.  A context on a device that is not there says so in dpo_error; a host that wants the CPU then opens another
+   GPU   diffdpo_cuda.cu is a backend for one NVIDIA GPU, with the same ops, random numbers and results but for
+   rounding.  A context on a device that is not there says so in dpo_error; a host that wants the CPU then opens another
    one.  Training and sampling steps that come again are recorded, captured and replayed; nothing above has to know.
 
    LOSS   Diffusion-DPO, for a pair (w, l) that shares the noise and the timestep (arXiv 2311.12908, equation 14, as its
    authors code it, with the mean over a picture's numbers where the paper has the sum):
-       inside = -beta/2 * ((L_th(w) - L_th(l)) - (L_ref(w) - L_ref(l))),   loss = mean over pairs of -log sigmoid(inside)
+       inside = -beta/2 * ((L_th(w) - L_th(l)) - (L_ref(w) - L_ref(l)))
+       loss   = mean over pairs of -log sigmoid(inside)
    It starts at ln 2 = 0.693 and stays near it for long: watch implicit_acc, the share of pairs whose inside is above 0.
 
    ADAPTERS   With low-rank adapters the reference is the same network with its adapters off: no second copy.
@@ -132,7 +135,7 @@
 #include <stdint.h>
 #include <stdarg.h>
 
-#define DIFFDPO_VERSION 0x000100          /* major.minor.patch, a byte each; header, implementation and backends must agree */
+#define DIFFDPO_VERSION 0x000100          /* major.minor.patch, a byte each; header and backends must agree */
 
 #ifndef DPO_DEF
 #if defined(DIFFDPO_STATIC) && defined(__GNUC__)
@@ -148,7 +151,7 @@
 extern "C" {
 #endif
 
-#define DPO_MAX_RANK   4                  /* no tensor has more axes: images [N,H,W,C], convolution weights [O,kh,kw,I] */
+#define DPO_MAX_RANK   4                  /* no tensor has more axes: images [N,H,W,C], kernels [O,kh,kw,I] */
 #define DPO_MAX_INPUTS 8                  /* no op reads more tensors */
 
 enum { DPO_F32, DPO_BF16, DPO_F16, DPO_I32, DPO_DTYPES };                     /* storage of one number */
@@ -186,8 +189,9 @@ typedef struct dpo_desc {
     dpo_log_fn      log;                  /* NULL: silence; dpo_log_stderr is one that fits most programs */
     void           *user;                 /* handed to alloc, parallel and log */
     size_t          memory_limit;         /* bytes that the context may hold; 0: no limit */
-    int             products;             /* DPO_F32: exact; DPO_BF16: convolutions, linear layers and attention may round factors
-                                             to BF16 where that is faster (AMX), and still add in F32, as autocast does */
+    int             products;             /* DPO_F32: exact; DPO_BF16: convolutions, linear layers and attention may
+                                             round factors to BF16 where that is faster (AMX), and still add in F32,
+                                             as autocast does */
 } dpo_desc;
 
 /* Open a context.  NULL only if there is no memory for the context itself; any other failure (a backend of another
@@ -256,8 +260,8 @@ DPO_DEF dpo_tensor *dpo_tensor_new (dpo_ctx *c, int dtype, int rank, const int64
 DPO_DEF dpo_tensor *dpo_tensor_from(dpo_ctx *c, int dtype, int rank, const int64_t *shape, const void *values);
 DPO_DEF dpo_tensor *dpo_param_new  (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 
-/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads; other
-   ops refuse them. */
+/* Weights of dpo_linear [O,I] (kept as [O,1,1,I]) or dpo_conv2d [O,kh,kw,I], in the panels that the backend reads;
+   other ops refuse them. */
 DPO_DEF dpo_tensor *dpo_weight_new (dpo_ctx *c, int dtype, int rank, const int64_t *shape, const char *name);
 DPO_DEF void        dpo_param_free (dpo_tensor *x);        /* give a persistent tensor back early; its gradient too */
 
@@ -285,7 +289,7 @@ typedef struct dpo_extra {
     float       scale;                    /* the adapter's alpha / rank */
     dpo_tensor *vec;                      /* [N,O] or NULL: the time embedding */
     dpo_tensor *residual;                 /* shape of y, or NULL */
-    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I] and [O,1,1,r] (linear: [r,I], [O,r]), or NULL */
+    dpo_tensor *down, *up;                /* low-rank adapter [r,kh,kw,I], [O,1,1,r] (linear: [r,I], [O,r]), or NULL */
                                           /* both; made by dpo_weight_new */
     dpo_tensor *strength;                 /* [N], 0 turns a sample's adapter off; NULL: 1 for all */
 } dpo_extra;
@@ -293,13 +297,15 @@ typedef struct dpo_extra {
 /* x [..,I], w [O,I], bias [O] or NULL -> [..,O].  extra may be NULL; its n is the index on the first axis of x. */
 DPO_DEF dpo_tensor *dpo_linear(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, const dpo_extra *extra);
 
-/* x [N,H,W,I], w [O,kh,kw,I] -> [N,H',W',O], H' = (H + pad[0] + pad[1] - kh)/stride + 1; pad = top, bottom, left, right. */
+/* x [N,H,W,I], w [O,kh,kw,I] -> [N,H',W',O], H' = (H + pad[0] + pad[1] - kh)/stride + 1; pad = top, bottom, left,
+   right. */
 DPO_DEF dpo_tensor *dpo_conv2d(dpo_ctx *c, dpo_tensor *x, dpo_tensor *w, dpo_tensor *bias, int stride, const int pad[4],
                                const dpo_extra *extra);
 
-/* y = act(gamma * (x - mean) / sqrt(var + eps) + beta), mean and var over a sample's pixels and the channels of a group.
-   x [N,..,C], gamma, beta [C]; act DPO_NONE or DPO_SILU.  arXiv 1803.08494. */
-DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups, float eps, int act);
+/* y = act(gamma * (x - mean) / sqrt(var + eps) + beta), mean and var over a sample's pixels and the channels of a
+   group.  x [N,..,C], gamma, beta [C]; act DPO_NONE or DPO_SILU.  arXiv 1803.08494. */
+DPO_DEF dpo_tensor *dpo_group_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, int groups,
+                                   float eps, int act);
 
 /* The same over the last axis alone.  x [..,C].  arXiv 1607.06450. */
 DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma, dpo_tensor *beta, float eps);
@@ -308,16 +314,16 @@ DPO_DEF dpo_tensor *dpo_layer_norm(dpo_ctx *c, dpo_tensor *x, dpo_tensor *gamma,
    q [N,T,D], k, v [N,S,D] -> [N,T,D].  causal: query i sees keys 0..i (S == T). */
 DPO_DEF dpo_tensor *dpo_attention(dpo_ctx *c, dpo_tensor *q, dpo_tensor *k, dpo_tensor *v, int heads, int causal);
 
-DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x);                     /* [..,2D] = (a,b) -> a * gelu(b) [..,D]; erf form */
+DPO_DEF dpo_tensor *dpo_geglu(dpo_ctx *c, dpo_tensor *x);          /* [..,2D] = (a,b) -> a * gelu(b) [..,D]; erf form */
 DPO_DEF dpo_tensor *dpo_act  (dpo_ctx *c, dpo_tensor *x, int act);            /* any shape, element by element */
-DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b);   /* axes of size 1, or missing in front, repeat */
+DPO_DEF dpo_tensor *dpo_binary(dpo_ctx *c, int fn, dpo_tensor *a, dpo_tensor *b);    /* axes of 1, or missing, repeat */
 DPO_DEF dpo_tensor *dpo_affine(dpo_ctx *c, dpo_tensor *x, float scale, float shift);   /* scale*x + shift */
 DPO_DEF dpo_tensor *dpo_clamp (dpo_ctx *c, dpo_tensor *x, float low, float high);      /* gradient 0 outside */
-DPO_DEF dpo_tensor *dpo_sum   (dpo_ctx *c, dpo_tensor *x, int axis);          /* that axis becomes 1; axis -1: all of it -> [1] */
+DPO_DEF dpo_tensor *dpo_sum   (dpo_ctx *c, dpo_tensor *x, int axis);     /* that axis becomes 1; -1: all of it -> [1] */
 DPO_DEF dpo_tensor *dpo_mean  (dpo_ctx *c, dpo_tensor *x, int axis);
 DPO_DEF dpo_tensor *dpo_concat(dpo_ctx *c, dpo_tensor *a, dpo_tensor *b, int axis);
 DPO_DEF dpo_tensor *dpo_slice (dpo_ctx *c, dpo_tensor *x, int axis, int64_t from, int64_t count);
-DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64_t *shape);   /* the same memory, no copy */
+DPO_DEF dpo_tensor *dpo_reshape(dpo_ctx *c, dpo_tensor *x, int rank, const int64_t *shape);   /* no copy */
 DPO_DEF dpo_tensor *dpo_cast  (dpo_ctx *c, dpo_tensor *x, int dtype);         /* between F32, BF16, F16 */
 DPO_DEF dpo_tensor *dpo_detach(dpo_ctx *c, dpo_tensor *x);                    /* the same memory, gradients stop here */
 
@@ -332,21 +338,23 @@ DPO_DEF dpo_tensor *dpo_embed(dpo_ctx *c, dpo_tensor *table, dpo_tensor *ids);
 DPO_DEF dpo_tensor *dpo_timestep_embedding(dpo_ctx *c, dpo_tensor *t, int dim);
 
 /* y[n] = a[k]*x[n] + b[k]*z[n], k = index[n]: forward diffusion, targets and sampler steps, with coefficients by table.
-   x, z [N,..]; a, b F32 [K]; index I32 [N].  An index outside the table reads its nearest end.  Gradients to x and z. */
+   x, z [N,..]; a, b F32 [K]; index I32 [N].  An index outside the table reads its nearest end.  Gradients to x and
+   z. */
 DPO_DEF dpo_tensor *dpo_mix(dpo_ctx *c, dpo_tensor *x, dpo_tensor *z, dpo_tensor *a, dpo_tensor *b, dpo_tensor *index);
 
 /* Standard normal numbers from Philox 4x32-10, the same on every backend and for every thread count: element e of
    sample n depends on (seed, purpose, step, key[n], e) alone.  key I32 [N] -> F32 [N, shape...]. */
-DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank, const int64_t *shape);
+DPO_DEF dpo_tensor *dpo_randn(dpo_ctx *c, uint64_t seed, uint32_t purpose, uint32_t step, dpo_tensor *key, int rank,
+                              const int64_t *shape);
 
 /* Mean squared error of each sample, in F32: pred, target [N,..] -> [N]. */
 DPO_DEF dpo_tensor *dpo_mse(dpo_ctx *c, dpo_tensor *pred, dpo_tensor *target);
 
 /* ----------------------------------------------------------------------------------------------- the tape */
 
-/* d loss / d x for every tensor below `loss` that needs a gradient, added to what x->grad holds.  loss [1] starts with 1;
-   dpo_backward_from starts any tensor with the gradient that is given.  Empties the tape.  A temporary tensor that no op
-   made keeps its gradient; those of op results are gone as soon as they were passed on. */
+/* d loss / d x for every tensor below `loss` that needs a gradient, added to what x->grad holds.  loss [1] starts with
+   1; dpo_backward_from starts any tensor with the gradient that is given.  Empties the tape.  A temporary tensor that
+   no op made keeps its gradient; those of op results are gone as soon as they were passed on. */
 DPO_DEF int dpo_backward(dpo_tensor *loss);
 DPO_DEF int dpo_backward_from(dpo_tensor *y, dpo_tensor *dy);
 
@@ -520,13 +528,14 @@ DPO_DEF int          dpo_net_save(dpo_net *n, const char *folder, int dtype);
    (DPO_F32 to train them); files may hold F32, F16, BF16, F8_E4M3 and F8_E5M2. */
 DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype);
 
-/* The same with what the model's files do not say.  All but dtype may be NULL; all but dtype and vae is for single files. */
+/* The same with what the model's files do not say.  All but dtype may be NULL; all but dtype and vae is for single
+   files. */
 typedef struct dpo_load_desc {
     int         dtype;
     const char *vae;                      /* folder of another VAE (config.json and weights, or a pipeline's folder that
                                              has it in a folder vae), in place of the model's own */
-    const char *tokenizer;                /* folder with CLIP's vocab.json and merges.txt, or one that has it in a folder
-                                             tokenizer (and tokenizer_2); NULL: tokenizer beside the file, if it is there */
+    const char *tokenizer;                /* folder with CLIP's vocab.json and merges.txt, or one that has it in its
+                                             tokenizer (and tokenizer_2); NULL: tokenizer beside the file, if there */
     const char *config;                   /* pipeline folder whose configurations hold in place of the family's own */
     const char *prediction;               /* "epsilon" or "v_prediction", against what the file says */
 } dpo_load_desc;
@@ -545,9 +554,9 @@ DPO_DEF dpo_net   *dpo_model_text(dpo_model *m, int which);                  /* 
 DPO_DEF dpo_net   *dpo_model_vae(dpo_model *m);                              /* NULL for a model of pixels */
 DPO_DEF void       dpo_model_set_unet(dpo_model *m, dpo_net *unet);          /* another set of weights (an average) */
 
-/* Give back the memory of the text encoders and the VAE of a model that was loaded from files, while only the UNet works.
-   What asks for one of them reads its weights again; what was changed in them since they were read is lost, and tensors
-   of dpo_net_params are gone.  Their adapters stay. */
+/* Give back the memory of the text encoders and the VAE of a model that was loaded from files, while only the UNet
+   works.  What asks for one of them reads its weights again; what was changed in them since they were read is lost, and
+   tensors of dpo_net_params are gone.  Their adapters stay. */
 DPO_DEF int        dpo_model_rest(dpo_model *m);
 
 typedef struct dpo_model_info {
@@ -571,16 +580,17 @@ DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, in
 
 /* Pixels and latents.  dpo_encode_images: x [n,H,W,3] in -1..1 -> the posterior's mean, scaled as it is diffused,
    [n,H/f,W/f,C], f = factor, which divides H and W; *logvar (or NULL) gets the log variance, not scaled, held to
-   -30..20.  dpo_encode_sample draws from them with standard normal noise of their shape: mean + scale exp(logvar/2) noise.
-   dpo_decode_latents: z [n,h,w,C], scaled, -> [n,f*h,f*w,3] in about -1..1.  Gradients flow through all three.  In a
-   model of pixels they return what they are given, and *logvar is NULL. */
+   -30..20.  dpo_encode_sample draws from them with standard normal noise of their shape: mean + scale exp(logvar/2)
+   noise.  dpo_decode_latents: z [n,h,w,C], scaled, -> [n,f*h,f*w,3] in about -1..1.  Gradients flow through all three.
+   In a model of pixels they return what they are given, and *logvar is NULL. */
 DPO_DEF dpo_tensor *dpo_encode_images (dpo_model *m, dpo_tensor *x, dpo_tensor **logvar);
 DPO_DEF dpo_tensor *dpo_encode_sample (dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise);
 DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z);
 
-/* How the VAE saves memory.  tile: pictures wider or higher than so many pixels go through in pieces of that size, which
-   overlap by a quarter and are blended as diffusers does; it is a multiple of 4*factor, 512 is usual; 0, as at the
-   start: never.  checkpoint 1: where gradients are recorded, keep the inputs of layers alone (with tiles: of pieces). */
+/* How the VAE saves memory.  tile: pictures wider or higher than so many pixels go through in pieces of that size,
+   which overlap by a quarter and are blended as diffusers does; it is a multiple of 4*factor, 512 is usual; 0, as at
+   the start: never.  checkpoint 1: where gradients are recorded, keep the inputs of layers alone (with tiles: of
+   pieces). */
 DPO_DEF int         dpo_model_vae_options(dpo_model *m, int tile, int checkpoint);
 
 typedef struct dpo_unet_in {
@@ -840,7 +850,8 @@ DPO_DEF int   dpo_average(dpo_ctx *c, dpo_tensor **average, dpo_tensor **weights
 DPO_DEF float dpo_average_decay(int64_t step, float decay);
 
 /* Learning rate of step k = 0, 1, ... of `steps`, as diffusers' get_scheduler computes it: over `warmup` steps it rises
-   as k/warmup, 0 at the first; then it stays, or follows with u = (k - warmup)/(steps - warmup), the part of the way done,
+   as k/warmup, 0 at the first; then it stays, or follows with u = (k - warmup)/(steps - warmup), the part of the way
+   done,
      LINEAR      lr (1 - u)
      COSINE      lr/2 (1 + cos(2 pi cycles u))                cycles 0: 0.5, half a wave
      RESTARTS    lr/2 (1 + cos(pi frac(cycles u)))            cycles 0: 1
@@ -853,7 +864,7 @@ typedef struct dpo_lr_desc {
     float   cycles, power, end;
 } dpo_lr_desc;
 DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k);
-DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);   /* the same with zeros for the rest */
+DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t k);   /* zeros for the rest */
 
 /* ==========================================================================================================
    >>api pairs                                                                        prompts with two pictures
@@ -862,14 +873,14 @@ DPO_DEF float dpo_lr(int kind, float lr, int64_t warmup, int64_t steps, int64_t 
 typedef struct dpo_pairs dpo_pairs;
 
 /* Rows, told apart by what they hold; names of fields are those of JSON and of a CSV's header line alike:
-     {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1}       a pair; without "rejected": one to imitate
+     {"prompt": .., "chosen": "a.png", "rejected": "b.png", "weight": 1}      a pair; without "rejected": one to imitate
      {"caption": .., "image_0": .., "image_1": .., "label_0": 1 | 0 | 0.5}     as Pick-a-Pic has it; 0.5 is a tie
-     {"prompt": .., "images": [..], "rank": [..]}                              all pairs of different rank, 1 is the best
+     {"prompt": .., "images": [..], "rank": [..]}                             all pairs of different rank, 1 is the best
      {"prompt": .., "file_path": [..], "human_preference": [1, 0]}             HPDv2; also "image_path" with "rank"
      {"prompt": .., "image": "a.png", "liked": true | false}                   a single picture, for DPO_KTO
    A file has one object a line (.jsonl), or all in one list (.json), or is CSV (RFC 4180; .tsv: tabs) with a header
-   line.  Paths are relative to the file; HPDv2's to the folder beside it that has its name.  A folder has w/ and l/ with
-   pictures of the same names, and captions NAME.txt (or .caption) beside either; or folders that are made so.
+   line.  Paths are relative to the file; HPDv2's to the folder beside it that has its name.  A folder has w/ and l/
+   with pictures of the same names, and captions NAME.txt (or .caption) beside either; or folders that are made so.
    Ties are dropped and counted.  Every bad row goes to the log with its file and line; then the load fails.  Pictures
    are read when they are needed first. */
 DPO_DEF dpo_pairs *dpo_pairs_load(dpo_ctx *c, const char *path);
@@ -952,8 +963,8 @@ DPO_DEF dpo_loader *dpo_loader_new (dpo_pairs *p, int slots, int beside);
 /* Ask for a view into slot 0 .. slots-1.  What the slot held is gone; one that is still being made is waited for. */
 DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v);
 
-/* Wait for a slot: [height,width,3], valid until the slot is asked again, or NULL and the picture's error with its row's
-   file and line. */
+/* Wait for a slot: [height,width,3], valid until the slot is asked again, or NULL and the picture's error with its
+   row's file and line. */
 DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot);
 DPO_DEF void dpo_loader_free(dpo_loader *l);            /* else with the pairs */
 
@@ -989,10 +1000,10 @@ typedef struct dpo_cache dpo_cache;
 DPO_DEF dpo_cache *dpo_cache_open (dpo_ctx *c, const char *folder);          /* made if it is missing */
 DPO_DEF void       dpo_cache_close(dpo_cache *cache);                        /* else with the context */
 DPO_DEF int64_t    dpo_cache_count(const dpo_cache *cache);                  /* keys that it has */
-DPO_DEF int        dpo_cache_has  (const dpo_cache *cache, const dpo_key *key);   /* in the index: get may find damage */
+DPO_DEF int        dpo_cache_has  (const dpo_cache *cache, const dpo_key *key);  /* in the index: get may find damage */
 
-/* n tensors, F32, F16 or BF16, under one key.  get: 1 and new tensors in the current scope; 0, without an error, if they
-   are not there, are not n, or are damaged.  put: 1 if they are kept; the last of a key holds. */
+/* n tensors, F32, F16 or BF16, under one key.  get: 1 and new tensors in the current scope; 0, without an error, if
+   they are not there, are not n, or are damaged.  put: 1 if they are kept; the last of a key holds. */
 DPO_DEF int dpo_cache_get(dpo_cache *cache, const dpo_key *key, dpo_tensor **out, int n);
 DPO_DEF int dpo_cache_put(dpo_cache *cache, const dpo_key *key, dpo_tensor *const *in, int n);
 
@@ -1018,12 +1029,14 @@ enum { DPO_PREF_SIGMOID, DPO_PREF_HINGE, DPO_PREF_IPO };
 DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *weight,
                                         int kind, float beta, float smoothing, dpo_tensor **inside);
 
-/* MaPO, arXiv 2406.06424, which needs no reference: mean over pairs of weight (L_w - lambda log sigmoid(1000 (phi(L_w) -
-   phi(L_l)))), phi(L) = u/(exp(u) - 1), u = L/2.  *inside (or NULL): what the sigmoid sees, to first order in the errors. */
-DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda, dpo_tensor **inside);
+/* MaPO, arXiv 2406.06424, which needs no reference: mean over pairs of weight (L_w - lambda log sigmoid(1000 (phi(L_w)
+   - phi(L_l)))), phi(L) = u/(exp(u) - 1), u = L/2.  *inside (or NULL): what the sigmoid sees, to first order in the
+   errors. */
+DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda,
+                                  dpo_tensor **inside);
 
-/* Diffusion-KTO, arXiv 2404.04465, of single pictures: policy, reference, liked (1 or -1) [N], weight [N] or NULL.  With
-   g = R - L and z = max(0, mean of g over all processes), which is held fast,
+/* Diffusion-KTO, arXiv 2404.04465, of single pictures: policy, reference, liked (1 or -1) [N], weight [N] or NULL.
+   With g = R - L and z = max(0, mean of g over all processes), which is held fast,
      inside = liked beta (g - z),   loss = mean of weight (1 - sigmoid(inside)) */
 typedef struct dpo_team dpo_team;
 DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
@@ -1033,11 +1046,11 @@ DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *ref
    predicted and min(snr, gamma)/(snr + 1) where v is. */
 DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma);
 
-/* Several processes that train one model.  reduce: data [count] of every process becomes the sum or maximum over all, in
-   place, in the backend's memory; 1 on success.  Every process calls it in the same order.  With `wait` it only begins
-   to: nobody touches data until wait says that all that was begun is done.  Gradients come some megabytes at a time, the
-   last layers' first, while backward still works on the others, and one wait stands before clipping.  Without `wait`
-   the numbers are there, for the calls that follow on the backend, when reduce returns. */
+/* Several processes that train one model.  reduce: data [count] of every process becomes the sum or maximum over all,
+   in place, in the backend's memory; 1 on success.  Every process calls it in the same order.  With `wait` it only
+   begins to: nobody touches data until wait says that all that was begun is done.  Gradients come some megabytes at a
+   time, the last layers' first, while backward still works on the others, and one wait stands before clipping.  Without
+   `wait` the numbers are there, for the calls that follow on the backend, when reduce returns. */
 enum { DPO_REDUCE_SUM, DPO_REDUCE_MAX };
 typedef int (*dpo_reduce_fn)(void *user, void *data, int64_t count, int dtype, int op);
 struct dpo_team {
@@ -1153,7 +1166,7 @@ typedef struct dpo_train_desc {
     int                zero_snr;          /* 1: the schedule is rescaled to end in pure noise, arXiv 2305.08891 */
     int                random_crop;       /* 1: crop anywhere, both pictures of a pair alike; 0: the centre */
     int                apart;             /* 1: crop and mirror the two pictures of a pair each by itself */
-    int                bucket_step;       /* 64: aspect-ratio buckets of that step, of sqrt(width height); 0: one size */
+    int                bucket_step;       /* 64: aspect-ratio buckets of that step, of sqrt(width height); 0: one */
     int                real_sizes;        /* SDXL's time_ids. 0: height and width of the bucket twice, crop 0, as the
                                              authors; 1: the chosen picture's own size and crop, as diffusers */
     int                ahead;             /* 1, all weights: the reference's errors of all steps are computed before the
@@ -1165,7 +1178,7 @@ typedef struct dpo_train_desc {
                                              files are given back for good */
     int                beside;            /* 1: pictures are read and decoded on a thread beside the step */
     const char        *note;              /* a text that goes into checkpoints, as metadata "note"; or NULL */
-    const char        *cache_folder;      /* where latents, texts and reference errors are kept, see dpo_cache; or NULL */
+    const char        *cache_folder;      /* where latents, texts, reference errors are kept, see dpo_cache; or NULL */
     int                keep;              /* checkpoints to keep in output; 0: all */
     const char        *resume_from;       /* a checkpoint's folder, in place of the last one in output; or NULL */
     float              held_out;          /* share of prompts whose pairs are not trained on, see dpo_train_held */
@@ -1190,9 +1203,9 @@ DPO_DEF dpo_train_desc dpo_recipe_small(void);         /* adapters on a small mo
    it returns 0, and end.  Draws depend on (seed, step, sample) alone, so that a resumed run equals an uninterrupted
    one to the bit, for any number of threads.  A step that was cancelled is done again by the next call after
    dpo_clear_error; one that was cancelled inside its update cannot be: load a checkpoint.
-   With `out` dpo_train_step waits for the step's figures.  Without it, on a device that computes beside the host, on_step
-   is told of a step when the next one is under way already, so that nobody waits: its "stop" then comes a step later.
-   Before a checkpoint, dpo_train_held, dpo_train_save and dpo_train_end all steps so far are told. */
+   With `out` dpo_train_step waits for the step's figures.  Without it, on a device that computes beside the host,
+   on_step is told of a step when the next one is under way already, so that nobody waits: its "stop" then comes a step
+   later.  Before a checkpoint, dpo_train_held, dpo_train_save and dpo_train_end all steps so far are told. */
 typedef struct dpo_trainer dpo_trainer;
 DPO_DEF int          dpo_train      (dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
 DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d);
@@ -1242,7 +1255,7 @@ typedef struct dpo_view {
 #define DPO_OPS(X) \
     X(CONV,       8, 0x7f, 0xe3 | DPOI_STAT) /* x [N,H,W,I] w b vec [N,O] residual down up strength [N] */ \
                                              /* -> y [N,H',W',O]; stat u = x*down [N,H',W',r] */ \
-    X(GROUP_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [N,P,C] gamma beta -> y; stat [N,groups,2] = mean, 1/sqrt(var+eps) */ \
+    X(GROUP_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [N,P,C] gamma beta -> y; stat [N,groups,2]: mean, 1/sqrt(var+eps) */ \
     X(LAYER_NORM, 3, 0x07, 0x07 | DPOI_STAT) /* x [R,C] gamma beta -> y; stat [R,2] */ \
     X(ATTENTION,  3, 0x07, 0x07 | DPOI_OUT | DPOI_STAT) /* q [N,T,D] k v [N,S,D] -> o; */ \
                                              /* stat [N,heads,T] = log sum exp of the scaled scores */ \
@@ -1261,15 +1274,16 @@ typedef struct dpo_view {
     X(MIX,        5, 0x03, 0x1c)             /* x [N,P] z [N,P] a [K] b [K] index I32 [N] -> [N,P] */ \
     X(RANDN,      1, 0x00, 0x00)             /* key I32 [N] -> [N,P] */ \
     X(MSE,        2, 0x03, 0x03)             /* pred [N,P] target [N,P] -> [N] */ \
-    X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; stat [2,B] = inside, dloss/dL_w */ \
+    X(PREFERENCE, 3, 0x01, DPOI_STAT)        /* policy [2B] reference [2B] weight [B] -> loss [1]; */ \
+                                             /* stat [2,B] = inside, dloss/dL_w */ \
     X(MAPO,       2, 0x01, DPOI_STAT)        /* policy [2B] weight [B] -> loss [1]; stat [2B] = dloss/dL */ \
     X(SUM_SQUARES,1, 0x00, 0x00)             /* g -> [1] */ \
     X(CLIP,       1, 0x00, 0x00)             /* sums of squares [P] -> the step record, see DPO_REC_ */ \
     X(ADAMW,      4, 0x00, 0x00)             /* g m v record -> weights; m and v are written too */ \
     X(ADAMW8,     6, 0x00, 0x00)             /* g, codes of m and v I32 [ceil(n/4)], record, scales of m and v */ \
-                                             /* [ceil(n/256)] -> weights of n numbers as stored; codes and scales, too */ \
+                                             /* [ceil(n/256)] -> weights of n numbers as stored, codes, scales */ \
     X(ADAFACTOR,  4, 0x00, 0x00)             /* g row col record -> weights; row and col are written too; one of: */ \
-                                             /* none, as weights; [O], [I]; [O,kh,1,I], [O,1,kw,I] in weights' panels */ \
+                                             /* none, as weights; [O], [I]; [O,kh,1,I], [O,1,kw,I] in their panels */ \
     X(LERP,       1, 0x00, 0x00)             /* x -> y += rate * (x - y) */
 
 enum { DPOI_OUT = 0x100, DPOI_STAT = 0x200 };
@@ -1303,7 +1317,7 @@ typedef union dpo_params {
     struct { int kind; float beta, smoothing; } preference;         /* see dpo_preference_loss */
     struct { float lambda; } mapo;        /* see dpo_mapo_loss */
     struct { float max_norm; } clip;
-    struct { float beta1, beta2, eps, weight_decay; } adamw;        /* w -= lr*(wd*w + m^/(sqrt(v^) + eps)); 8 bits too */
+    struct { float beta1, beta2, eps, weight_decay; } adamw;       /* w -= lr(wd w + m^/(sqrt(v^) + eps)); 8 bits too */
     struct { float eps, clip, weight_decay; } adafactor;            /* see >>impl optim */
     struct { float rate; } lerp;
 } dpo_params;
@@ -1339,11 +1353,11 @@ struct dpo_backend {
     size_t      (*workspace)(void *self, const dpo_args *a);             /* scratch bytes that this call needs */
     int         (*run)    (void *self, const dpo_args *a);
     int         (*sync)   (void *self);
-    int         (*step)   (void *self, int begin);        /* or NULL.  1 before and 0 after calls that will come again, */
+    int         (*step)   (void *self, int begin);        /* or NULL.  1 before, 0 after calls that will come again, */
                                           /* the same with other numbers: a device may record and replay them */
-    void       *(*send)   (void *self, const void *from, size_t bytes);  /* or NULL, with take.  Begins a copy down, and */
+    void       *(*send)   (void *self, const void *from, size_t bytes);  /* or NULL, with take.  Begins a copy, and */
                                           /* returns at once what stands for it; NULL: a failure */
-    int         (*take)   (void *self, void *sent, void *to, size_t bytes);    /* waits for that copy and for no later */
+    int         (*take)   (void *self, void *sent, void *to, size_t bytes);    /* waits for that copy, for no later */
                                           /* call; `sent` is then gone, and with `to` NULL so are its numbers */
     const char *(*explain)(void *self);   /* the last failure in words, or NULL */
     void        (*close)  (void *self);
@@ -1360,25 +1374,25 @@ DPO_DEF dpo_backend *dpo_dry_open(const dpo_backend *model);
 DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc);
 
 #ifdef DIFFDPO_CUDA
-/* In diffdpo_cuda.cu.  The backend of one NVIDIA GPU, for dpo_desc.backend: dpo_cuda_open(0, DIFFDPO_VERSION).  Without a
-   usable device it is a backend all the same, and dpo_open says in its context what is wrong; NULL only without memory on
-   the host.  dpo_cuda_about: the device, its memory and its compute capability, or what is wrong. */
+/* In diffdpo_cuda.cu.  The backend of one NVIDIA GPU, for dpo_desc.backend: dpo_cuda_open(0, DIFFDPO_VERSION).  Without
+   a usable device it is a backend all the same, and dpo_open says in its context what is wrong; NULL only without
+   memory on the host.  dpo_cuda_about: the device, its memory and its compute capability, or what is wrong. */
 extern dpo_backend *dpo_cuda_open(int device, uint32_t version);
 extern const char  *dpo_cuda_about(const dpo_backend *b);
 
 /* Settings, to be made before the first step; 1, or 0 where b is no CUDA backend. */
 enum {
-    DPO_CUDA_PRODUCTS,                    /* DPO_BF16: factors that are F32 are rounded, as dpo_desc.products does; 0: they are not */
+    DPO_CUDA_PRODUCTS,                    /* DPO_BF16: factors of F32 are rounded, as by dpo_desc.products; 0: not */
     DPO_CUDA_TF32,                        /* 1: products of F32 may use TF32; 0: they do not */
     DPO_CUDA_GRAPHS,                      /* 0: steps are not captured; 1, as it starts: they are */
     DPO_CUDA_PLAIN,                       /* 1: no tensor cores but cuBLAS's: for comparing kernels */
-    DPO_CUDA_SYNC,                        /* 1: wait after each kernel, so that a failure names the one that failed; slow */
+    DPO_CUDA_SYNC,                        /* 1: wait after each kernel, so that a failure names its own; slow */
     DPO_CUDA_OPTIONS
 };
 extern int dpo_cuda_set(dpo_backend *b, int option, int value);
 
-/* In a build with -DDIFFDPO_NCCL: the sum, or the greatest, of `count` numbers on the device over all GPUs of an ncclComm_t,
-   in place and in the order of the other calls.  A status, like the calls of the struct. */
+/* In a build with -DDIFFDPO_NCCL: the sum, or the greatest, of `count` numbers on the device over all GPUs of an
+   ncclComm_t, in place and in the order of the other calls.  A status, like the calls of the struct. */
 extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count, int dtype, int greatest);
 #endif
 #ifdef __cplusplus
@@ -1408,6 +1422,23 @@ extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count,
 #define DPOI_APART __attribute__((noinline))
 #else
 #define DPOI_APART
+#endif
+
+/* What runs once a file, a model, a step or an op, and leaves the work to kernels, is to be small, for it is most of
+   what there is to compile: compilers copy less into it and unroll nothing.  gcc carries the word on to static
+   functions that only such ones call; clang must be told of every function, hence of whole regions. */
+#if defined(__clang__) && !defined(__CUDACC__)
+#define DPOI_RARE
+#define DPOI_RARE_BEGIN _Pragma("clang attribute push (__attribute__((cold)), apply_to = function)")
+#define DPOI_RARE_END   _Pragma("clang attribute pop")
+#elif defined(__GNUC__) && !defined(__clang__)
+#define DPOI_RARE __attribute__((cold))
+#define DPOI_RARE_BEGIN
+#define DPOI_RARE_END
+#else
+#define DPOI_RARE
+#define DPOI_RARE_BEGIN
+#define DPOI_RARE_END
 #endif
 
 #ifdef __FAST_MATH__
@@ -1865,7 +1896,8 @@ DPOI_UNUSED static void dpoi_disown(dpo_ctx *c, void *object)
 /* ------------------------------------------------------------------------------------------ device memory
 
    A general allocator over regions that come from the backend: best fit in bins of doubling size, neighbours merge
-   when freed.  It looks at sizes alone, never at addresses, so that every backend, `dry` too, sees the same requests. */
+   when freed.  It looks at sizes alone, never at addresses, so that every backend, `dry` too, sees the same
+   requests. */
 
 enum { DPOI_ALIGN = 64 };                 /* a cache line, an AVX-512 register */
 
@@ -2146,6 +2178,7 @@ static void dpoi_random_normals(const uint32_t x[4], float z[4])
 /* ==========================================================================================================
    >>impl files                                                                 paths, mapping, safe writing
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* Three parts.  The dpoi_sys_ functions, once for each system: open, size, read, write, sync, rename,
    map, and a sentence for each common error.  Reading: a whole file into memory, or mapped.  Writing:
@@ -3749,6 +3782,7 @@ DPOI_UNUSED static int dpoi_text_number(dpoi_text *t, double x)
     }
     return dpoi_text_bytes(t, line, strlen(line));
 }
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl safetensors                                                        strict reading, identical writing
    ========================================================================================================== */
@@ -4682,6 +4716,7 @@ DPO_DEF int dpo_writer_floats(dpo_writer *w, const float *values, int64_t count)
 /* ==========================================================================================================
    >>impl unicode                                                               categories, lower case, NFC
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* What the tokenizer must know of Unicode, as packed numbers: base 32, the last digit of a number one of 0-9 A-V, the
    digits before it one of a-z ( ) * + , - (0..31 each).  No number crosses a line.  A gap counts from the code point
@@ -5205,7 +5240,7 @@ struct dpo_tokenizer {
 };
 
 /* For dpoi_own, and for a tokenizer that failed to open. */
-static void dpoi_tok_destroy(dpo_ctx *c, void *object)
+DPOI_RARE static void dpoi_tok_destroy(dpo_ctx *c, void *object)
 {
     dpo_tokenizer *t = (dpo_tokenizer *)object;
     for (int k = 0; k < t->special_count; k++) dpoi_points_free(&t->specials[k].points);
@@ -5433,6 +5468,7 @@ static dpo_tokenizer *dpoi_tok_open(dpo_ctx *c, const dpoi_tok_files *files)
 }
 
 /* Without configuration files: CLIP's defaults. */
+DPOI_RARE
 DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t vocab_bytes, const char *merges,
                                          size_t merges_bytes)
 {
@@ -5475,7 +5511,8 @@ static dpo_tokenizer *dpoi_tok_open_files(dpo_ctx *c, const char *folder, dpoi_t
 }
 
 /* tokenizer.json, the one file that newer transformers write instead: {"model": {"vocab": {token: id}, "merges":
-   ["a b", ..]}}, or a merge as ["a", "b"].  What else it says of CLIP's way to cut words is what happens here anyway. */
+   ["a b", ..]}}, or a merge as ["a", "b"].  What else it says of CLIP's way to cut words is what happens here
+   anyway. */
 static dpo_tokenizer *dpoi_tok_open_whole(dpo_ctx *c, const char *path, dpoi_tok_files *f)
 {
     dpo_json       *root = dpo_json_load(c, path);
@@ -5503,7 +5540,7 @@ static dpo_tokenizer *dpoi_tok_open_whole(dpo_ctx *c, const char *path, dpoi_tok
 }
 
 /* vocab.json and merges.txt; tokenizer.json only where they are missing. */
-DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder)
+DPOI_RARE DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder)
 {
     dpo_json      *config, *map;
     dpo_tokenizer *t = NULL;
@@ -5527,7 +5564,7 @@ DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder)
 
 DPO_DEF void dpo_tokenizer_free(dpo_tokenizer *t) { if (t) dpoi_disown(t->c, t); }
 
-DPO_DEF dpo_token_info dpo_tokenizer_info(const dpo_tokenizer *t)
+DPOI_RARE DPO_DEF dpo_token_info dpo_tokenizer_info(const dpo_tokenizer *t)
 {
     dpo_token_info none;
     memset(&none, 0, sizeof none);
@@ -5760,7 +5797,7 @@ static int dpoi_tok_text(dpo_tokenizer *t, const char *text)
 
 /* One place is kept back for eos, which stands at the end even of a text that was cut.  For max = 77
    at most 75 tokens of the text remain. */
-DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int max)
+DPOI_RARE DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int max)
 {
     int n;
     if (!t || !text || !ids || !dpoi_ok(t->c)) return 0;
@@ -5777,6 +5814,7 @@ DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int m
     return n;
 }
 
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl tensor                                                            context, tensors, scopes, reading
    ========================================================================================================== */
@@ -5809,7 +5847,7 @@ DPOI_UNUSED static const char *dpoi_dtype_name(int dtype)
 }
 
 /* Axes beyond rank are 1, so that the product of all four is the count; 0 for NULL and for a spared node. */
-DPO_DEF int64_t dpo_count(const dpo_tensor *x)
+DPOI_APART DPO_DEF int64_t dpo_count(const dpo_tensor *x)
 {
     return x ? x->shape[0] * x->shape[1] * x->shape[2] * x->shape[3] : 0;
 }
@@ -6005,7 +6043,7 @@ DPO_DEF void dpo_param_free(dpo_tensor *x)
 /* ------------------------------------------------------------------------------------------ scopes */
 
 /* A flag, read by the op that x is passed to.  Parameters are shared by many ops and ignore it. */
-DPO_DEF dpo_tensor *dpo_last(dpo_tensor *x)
+DPOI_APART DPO_DEF dpo_tensor *dpo_last(dpo_tensor *x)
 {
     if (x && !x->persistent) x->last = 1;
     return x;
@@ -6270,6 +6308,7 @@ DPO_DEF void dpo_close(dpo_ctx *c)
 /* ==========================================================================================================
    >>impl tape                                                          running ops, recording, going backward
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* An op function (>>impl ops) fills a dpoi_call, dpoi_apply runs it: room for the result, statistics if backward
    wants them, the kernel, a row on the tape, and the end of the inputs that were passed with dpo_last.  A row
@@ -6504,8 +6543,8 @@ static int dpoi_add_into(dpo_ctx *c, const dpo_view *y, const dpo_view *x, int a
 
 /* x->grad as a place to add to: F32, and not shared with another tensor.
    A gradient that was handed on (through a reshape, a residual, a segment) is one block in two tensors;
-   whichever is added to first takes a copy.  Parameters' are never handed on; a team's trainer lays several of them into
-   one block. */
+   whichever is added to first takes a copy.  Parameters' are never handed on; a team's trainer lays several of them
+   into one block. */
 static int dpoi_grad_own(dpo_tensor *x)
 {
     dpo_ctx    *c = x->ctx;
@@ -6751,7 +6790,7 @@ DPO_DEF dpo_tensor *dpo_checkpoint(dpo_ctx *c, dpo_segment_fn fn, void *user, dp
 
 /* A view as [a,b,d], or [a,b] where d is 1, for kernels that do not care about more axes.
    d == 1 gives rank 2: kernels index the last axis they know, and shape[2] is 1 in both cases. */
-static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
+DPOI_APART static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
 {
     v->rank = d == 1 ? 2 : 3;
     v->shape[0] = a;
@@ -6761,7 +6800,7 @@ static void dpoi_view_as(dpo_view *v, int64_t a, int64_t b, int64_t d)
 }
 
 /* The result has x's shape. */
-static void dpoi_shape_like(dpoi_call *k, const dpo_tensor *x)
+DPOI_APART static void dpoi_shape_like(dpoi_call *k, const dpo_tensor *x)
 {
     k->rank = x->rank;
     memcpy(k->shape, x->shape, sizeof k->shape);
@@ -7666,6 +7705,7 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
     b->close = dpoi_check_close;
     return b;
 }
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl cpu                                                             thread pool, instruction sets, backend
    ========================================================================================================== */
@@ -7700,12 +7740,13 @@ DPO_DEF dpo_backend *dpo_check_open(dpo_backend *tested, dpo_backend *oracle, fl
 #define DPOI_AVX512
 #endif
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
-#define DPOI_SIMD_AMX                     /* elsewhere nobody hands out the tiles, or the compiler has no names for them */
+#define DPOI_SIMD_AMX                    /* elsewhere nobody hands out the tiles, or compilers have no names for them */
 #include <cpuid.h>
-#define DPOI_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
+#define DPOI_AMX \
+    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
 #endif
 #elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__) && !defined(__ARM_BIG_ENDIAN)
-#define DPOI_SIMD_NEON                    /* every arm64 has it: nothing to ask for, and the function needs no attribute */
+#define DPOI_SIMD_NEON                    /* every arm64 has it: nothing to ask for, functions need no attribute */
 #define DPOI_256
 #include <arm_neon.h>
 #endif
@@ -7954,7 +7995,7 @@ static int64_t dpoi_least(int64_t a, int64_t b)            { return a < b ? a : 
 
 /* Elements as they lie in memory: panels include the zeros where O ends.
    [ceil(O/P)*P] rows of a weight, of its own size otherwise. */
-static int64_t dpoi_stored(const dpo_view *v)
+DPOI_APART static int64_t dpoi_stored(const dpo_view *v)
 {
     int64_t inner = v->shape[1]*v->shape[2]*v->shape[3], O = v->shape[0];
     return v->panel ? dpoi_pieces(O, v->panel)*v->panel*inner : O*inner;
@@ -8005,7 +8046,10 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_max_256(dpoi_f256 a, dpoi_f256 b)        { r
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_min_256(dpoi_f256 a, dpoi_f256 b)        { return _mm256_min_ps(a, b); }
 /* a b + c, c - a b, a b - c, each rounded once. */
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)  { return _mm256_fmadd_ps(a, b, c); }
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fnma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c) { return _mm256_fnmadd_ps(a, b, c); }
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fnma_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)
+{
+    return _mm256_fnmadd_ps(a, b, c);
+}
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_fms_256(dpoi_f256 a, dpoi_f256 b, dpoi_f256 c)  { return _mm256_fmsub_ps(a, b, c); }
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_abs_256(dpoi_f256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 /* `yes` where the mask's bits are set, else `no`. */
@@ -8564,8 +8608,9 @@ static dpoi_rows dpoi_rows_plain(void)
 /* --------------------------------------------------------------------------------------- AVX2 and AVX-512
 
    The same once for 8 and once for 16 floats side by side.  Rows end in masked loads and stores, never in scalar code,
-   so that an element's bits do not depend on where in a row it stands.  Each formula of a map has a loop of its own, made
-   by a macro: a switch inside of one loop, inlined with `op` constant, would run as fast, but compile twenty times. */
+   so that an element's bits do not depend on where in a row it stands.  Each formula of a map has a loop of its own,
+   made by a macro: a switch inside of one loop, inlined with `op` constant, would run as fast, but compile twenty
+   times. */
 #ifdef DPOI_SIMD_256
 
 /* exp(x) = 2^n exp(r), n = round(x/ln 2), r = x - n ln 2 in two parts; 1 + r + r^2 P(r) as in Cephes' expf, which is
@@ -8606,7 +8651,7 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_first_256(dpoi_f256 x, int64_t left)        
 }
 /* 2^n for n below -126 is no normal float: half of n twice, so that small results become subnormal
    instead of 0. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_scale_256(dpoi_f256 y, dpoi_f256 n)              /* y 2^n, in two steps for n < -126 */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_scale_256(dpoi_f256 y, dpoi_f256 n)           /* y 2^n, in two steps for n < -126 */
 {
     dpoi_f256 half = dpoi_round_256(dpoi_mul_256(n, dpoi_all_256(0.5f)));
     return dpoi_mul_256(dpoi_mul_256(y, dpoi_power_256(half)), dpoi_power_256(dpoi_sub_256(n, half)));
@@ -8942,8 +8987,8 @@ DPOI_256 static void dpoi_norm_back_8(int type, int64_t rows, int64_t C, const v
 }
 
 /* dpoi_rows.adamw: four streams in, three out; memory is what it costs.
-   Masked lanes compute on zeros: 0/(0 + eps) is 0, and nothing of it is stored.  decay w - u rounds once, in plain C and
-   PyTorch twice: a weight near 1 that moves by 1e-5 a step differs from theirs by some 1e-4 of its way. */
+   Masked lanes compute on zeros: 0/(0 + eps) is 0, and nothing of it is stored.  decay w - u rounds once, in plain C
+   and PyTorch twice: a weight near 1 that moves by 1e-5 a step differs from theirs by some 1e-4 of its way. */
 DPOI_256 static void dpoi_adamw_8(int64_t n, const float *g, float *m, float *v, float *w, const float *s)
 {
     dpoi_f256 b1 = dpoi_all_256(s[DPOI_ADAMW_BETA1]), c1 = dpoi_all_256(1 - s[DPOI_ADAMW_BETA1]);
@@ -9013,6 +9058,11 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_first_512(__m512 x, int64_t left)        /* 
 {
     return left >= 16 ? x : _mm512_maskz_mov_ps((__mmask16)((1u << left) - 1), x);
 }
+/* The mask of the first `left` of 16 lanes. */
+DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_lanes_512(int64_t left)
+{
+    return left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+}
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_abs_512(__m512 x)                        { return _mm512_abs_ps(x); }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_round_512(__m512 x)                      { return _mm512_roundscale_ps(x, 8); }
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_scale_512(__m512 y, __m512 n)            { return _mm512_scalef_ps(y, n); }
@@ -9066,8 +9116,9 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp_512(__m512 x)
     return dpoi_scale_512(y, n);
 }
 
-/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 5 with the least relative error there, 1.5e-7
-   with the rounding of floats.  Half the instructions of dpoi_exp_512, for x whose own rounding does not matter. */
+/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 5 with the least relative error there,
+   1.5e-7 with the rounding of floats.  Half the instructions of dpoi_exp_512, for x whose own rounding does not
+   matter. */
 DPOI_AVX512 DPOI_INLINE __m512 dpoi_exp2_512(__m512 x)
 {
     __m512 r = _mm512_reduce_ps(x, 9), e = _mm512_set1_ps(0.00187757809f);
@@ -9169,39 +9220,30 @@ DPOI_AVX512 DPOI_INLINE __m512 dpoi_centred_back_512(__m512 a, __m512 b, __m512 
     X(DPOI_MAP_SQUARE,      dpoi_square_512(_mm512_sub_ps(a, _mm512_set1_ps(s[0])))) \
     X(DPOI_MAP_SQUARE_DIFF, dpoi_square_512(_mm512_sub_ps(a, b)))
 
-/* y = f(a, b, c; s), or y += f, over whole vectors: n is a multiple of 16.  0 for a formula that is not in the list. */
+/* y = f(a, b, c; s), or y += f; all vectors but the last are whole.  0 for a formula that is not in the list. */
 #define DPOI_MAP_CASE_512(op, formula) \
     case op: \
         for (int64_t i = 0; i < n; i += 16) { \
-            __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x2 + i), c = _mm512_loadu_ps(x3 + i), f = formula; \
+            __m512 a, b, c, f; \
+            if (n - i < 16) k = dpoi_lanes_512(n - i); \
+            a = _mm512_maskz_loadu_ps(k, x + i); \
+            b = _mm512_maskz_loadu_ps(k, x2 + i); \
+            c = _mm512_maskz_loadu_ps(k, x3 + i); \
+            f = formula; \
             (void)a;  (void)b;  (void)c; \
-            _mm512_storeu_ps(y + i, add ? _mm512_add_ps(_mm512_loadu_ps(y + i), f) : f); \
+            if (add) f = _mm512_add_ps(_mm512_maskz_loadu_ps(k, y + i), f); \
+            _mm512_mask_storeu_ps(y + i, k, f); \
         } \
-        return 1;
-DPOI_AVX512 static int dpoi_map_whole_avx512(int op, int64_t n, const float *x, const float *x2, const float *x3,
-                                             const float *s, float *y, int add)
-{
-    switch (op) { DPOI_MAPS_512(DPOI_MAP_CASE_512) default: return 0; }
-}
+        return;
 
-/* dpoi_rows.map: whole vectors in place, then what is left as one vector on the stack. */
-DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *a, const float *b, const float *c,
+/* dpoi_rows.map */
+DPOI_AVX512 static void dpoi_map_avx512(int op, int64_t n, const float *x, const float *x2, const float *x3,
                                         const float *s, float *y, int add)
 {
-    int64_t left = n & 15, whole = n - left;
-    float few[4][16];
-    b = b ? b : a;  c = c ? c : a;        /* a formula without b still has one loaded: it must point somewhere */
-    if (!dpoi_map_whole_avx512(op, whole, a, b, c, s, y, add)) {
-        dpoi_map_plain(op, n, a, b, c, s, y, add);
-        return;
-    }
-    if (!left) return;
-    _mm512_storeu_ps(few[0], dpoi_load_512(a + whole, left));
-    _mm512_storeu_ps(few[1], dpoi_load_512(b + whole, left));
-    _mm512_storeu_ps(few[2], dpoi_load_512(c + whole, left));
-    if (add) _mm512_storeu_ps(few[3], dpoi_load_512(y + whole, left));
-    dpoi_map_whole_avx512(op, 16, few[0], few[1], few[2], s, few[3], add);
-    dpoi_store_512(y + whole, left, _mm512_loadu_ps(few[3]));
+    __mmask16 k = 0xffff;
+    x2 = x2 ? x2 : x;  x3 = x3 ? x3 : x;  /* a formula without b still has one loaded: it must point somewhere */
+    switch (op) { DPOI_MAPS_512(DPOI_MAP_CASE_512) default: break; }
+    dpoi_map_plain(op, n, x, x2, x3, s, y, add);
 }
 
 /* f at number i of the row, of which `left` are still to do: those formulas whose sums are asked for.
@@ -10838,8 +10880,8 @@ static int dpoi_cpu_adamw(dpoi_cpu *cpu, const dpo_args *a)
 
 /* --------------------------------------------------------------------------------------- 8-bit moments
 
-   A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are a
-   dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
+   A moment is a code of 8 bits times the largest absolute value of its block of 256 (arXiv 2110.02861).  The codes are
+   a dynamic tree: decade i = 0 ... 6 holds the middles of 2^i (with a sign) or 2^(i+1) (without) equal parts of
    10^(i-7) ... 10^(i-6), so that small numbers keep an exponent and large ones their digits; 0 and 1 are codes, too. */
 enum { DPOI_CODES = 256, DPOI_CODE_BLOCK = 256, DPOI_CODE_BINS = 25*64 };
 
@@ -10911,8 +10953,8 @@ static void dpoi_levels_write(const dpoi_levels *q, uint8_t *code, float *most, 
             code[i] = (uint8_t)(127 + (x[i] >= 0 ? k : -below));
         }
     else
-        /* What is not 0 keeps at least the lowest level: a second moment of 0 under a first one that is not would make a
-           step without bounds. */
+        /* What is not 0 keeps at least the lowest level: a second moment of 0 under a first one that is not would make
+           a step without bounds. */
         for (int64_t i = 0; i < n; i++) {
             int k = dpoi_level_near(q, x[i]/top), least = x[i] != 0;
             code[i] = (uint8_t)(k > least ? k : least);
@@ -16316,7 +16358,10 @@ static int dpoi_cpu_run(void *self, const dpo_args *a)
         return DPO_UNSUPPORTED;
     }
     if (a->work_size < dpoi_cpu_workspace(self, a)) { cpu->why = "too little scratch";  return DPO_BAD_ARGUMENT; }
-    if (a->op == DPO_OP_ADAMW8 && a->out.dtype != DPO_F32) { cpu->why = "weights must be F32";  return DPO_UNSUPPORTED; }
+    if (a->op == DPO_OP_ADAMW8 && a->out.dtype != DPO_F32) {
+        cpu->why = "weights must be F32";
+        return DPO_UNSUPPORTED;
+    }
     if ((a->op == DPO_OP_ADAMW || a->op == DPO_OP_ADAFACTOR) &&
         (a->out.dtype != DPO_F32 || a->in[1].dtype != DPO_F32 || a->in[2].dtype != DPO_F32)) {
         cpu->why = "weights and moments must be F32";
@@ -16428,6 +16473,7 @@ DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
 
    So the life of a network is: read config.json; declare; match names and shapes against the file; take memory; fill
    it.  Nothing large is allocated for a configuration that its weights do not fit. */
+DPOI_RARE_BEGIN
 
 enum { DPOI_PATH = 192 };                 /* bytes of a parameter's name */
 
@@ -16534,7 +16580,7 @@ struct dpoi_pass {
 
 /* A pass that stands at the root, with adapters.
    strength NULL: 1 for every sample. */
-static dpoi_pass dpoi_pass_of(dpo_net *n)
+DPOI_APART static dpoi_pass dpoi_pass_of(dpo_net *n)
 {
     dpoi_pass r;
     memset(&r, 0, sizeof r);
@@ -16657,7 +16703,8 @@ static dpoi_param *dpoi_param_at(dpoi_pass *r, const char *name, int form, const
     p = dpoi_net_find(r->net, r->path);
     if (!p && r->declare && dpoi_ok(r->c)) p = dpoi_net_add(r->net, form, shape, r->path);
     if (!p) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has no parameter %s", r->net->kind->name, r->path);
-    else if (!r->declare && !p->t) dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has given its weights back", r->net->kind->name);
+    else if (!r->declare && !p->t)
+        dpoi_fail(r->c, DPO_BAD_ARGUMENT, "%s has given its weights back", r->net->kind->name);
     *t = !p ? NULL : r->declare ? dpoi_param_tensor(r->c, r->net->dtype, form, p->shape, r->path) : p->t;
     dpoi_leave(r, before);
     return p;
@@ -16703,7 +16750,7 @@ static dpo_tensor *dpoi_weights(dpoi_pass *r, int form, int64_t O, int k, int64_
     p = dpoi_param_at(r, "weight", form, shape, &w);
     if (!p) return NULL;
     if (r->declare) p->spread = spread;
-    adapter = p->adapter;                 /* p itself ends here: noting the bias may move the array that it points into */
+    adapter = p->adapter;               /* p itself ends here: noting the bias may move the array that it points into */
     if (bias) *bias = dpoi_param_vector(r, "bias", O, 0, spread);
     if (adapter && r->adapters && r->net->strength != 0) {
         const dpoi_adapter *a = &r->net->adapters.a[adapter - 1];
@@ -16832,7 +16879,7 @@ static void dpoi_adapters_free(dpo_ctx *c, dpoi_adapter_set *s)
 }
 
 /* Also what is left of a network whose making failed half-way. */
-static void dpoi_net_destroy(dpo_ctx *c, void *object)
+DPOI_RARE static void dpoi_net_destroy(dpo_ctx *c, void *object)
 {
     dpo_net *n = (dpo_net *)object;
     dpoi_adapters_free(c, &n->adapters);
@@ -16929,20 +16976,20 @@ static dpo_net *dpoi_net_realise(dpo_net *n, const dpoi_origin *s)
     return NULL;
 }
 
-DPO_DEF dpo_tensor **dpo_net_params(dpo_net *n, int *count)
+DPOI_RARE DPO_DEF dpo_tensor **dpo_net_params(dpo_net *n, int *count)
 {
     if (count) *count = n && n->list ? (int)n->count : 0;
     return n ? n->list : NULL;
 }
 
-DPO_DEF dpo_tensor *dpo_net_param(dpo_net *n, const char *name)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_net_param(dpo_net *n, const char *name)
 {
     dpoi_param *p = n && name ? dpoi_net_find(n, name) : NULL;
     return p ? p->t : NULL;
 }
 
 /* Gradients that are there stay: dpo_param_free of the parameter takes them along. */
-DPO_DEF void dpo_net_trainable(dpo_net *n, int yes)
+DPOI_RARE DPO_DEF void dpo_net_trainable(dpo_net *n, int yes)
 {
     for (int64_t i = 0; n && i < n->count; i++) if (n->params[i].t) n->params[i].t->needs_grad = yes != 0;
 }
@@ -16962,7 +17009,7 @@ static int dpoi_copy_values(dpo_tensor *to, dpo_tensor *from)
     return ok;
 }
 
-DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
+DPOI_RARE DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
 {
     if (!to || !from || !dpoi_ok(to->c)) return 0;
     if (to->count != from->count) return dpoi_fail(to->c, DPO_BAD_SHAPE, "two networks of different configurations");
@@ -16972,7 +17019,7 @@ DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
 }
 
 /* Adapters are not copied: a reference has none. */
-DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
+DPOI_RARE DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
 {
     dpo_net *copy = n && dpoi_ok(n->c) ? dpoi_net_plan(n->c, n->kind, n->text, n->kind->name, dtype) : NULL;
     copy = dpoi_net_realise(copy, NULL);
@@ -17479,7 +17526,7 @@ static const dpoi_kind dpoi_clip_text = {
 };
 
 /* Adapters of the text encoder, if any, are on. */
-DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, dpo_tensor **pooled)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, dpo_tensor **pooled)
 {
     const dpoi_clip_config *g;
     dpoi_pass r;
@@ -17841,7 +17888,7 @@ static dpo_tensor *dpoi_unet_part_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tens
 
 /* The dpo_segment_fn: x[] = x, skip, temb, emb, strength, as far as the piece has them.  The record that `user`
    points to may serve several times, so that it is copied before the tensors of this run are put into it. */
-static dpo_tensor *dpoi_unet_segment(dpo_ctx *c, void *user, dpo_tensor **x)
+DPOI_RARE static dpo_tensor *dpoi_unet_segment(dpo_ctx *c, void *user, dpo_tensor **x)
 {
     dpoi_unet_part p = *(const dpoi_unet_part *)user;
     dpo_tensor    *skip = NULL;
@@ -18140,7 +18187,7 @@ static int dpoi_unet_check_input(dpo_net *n, const dpo_unet_in *in)
     return 1;
 }
 
-DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
 {
     dpoi_pass      r;
     dpoi_unet_pass u;
@@ -18324,7 +18371,7 @@ typedef struct dpoi_tiles {
 } dpoi_tiles;
 
 /* The dpo_segment_fn of one piece. */
-static dpo_tensor *dpoi_vae_segment(dpo_ctx *c, void *user, dpo_tensor **x)
+DPOI_RARE static dpo_tensor *dpoi_vae_segment(dpo_ctx *c, void *user, dpo_tensor **x)
 {
     const dpoi_vae_piece *p = (const dpoi_vae_piece *)user;
     dpoi_pass             r = dpoi_pass_of(p->vae);
@@ -18639,7 +18686,7 @@ static int dpoi_adapter_reset(dpoi_adapter *a, uint64_t seed)
 
 /* The set is built beside the old one and takes its place when it is whole.
    The set is complete before it replaces the old one, so that a failure leaves the network as it was. */
-DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
+DPOI_RARE DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
 {
     dpoi_adapter_set s;
     const char      *targets = d && d->targets ? d->targets : "to_q,to_k,to_v,to_out.0";
@@ -18666,7 +18713,7 @@ DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
 }
 
 /* Two tensors an adapter: down, up. */
-DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count)
+DPOI_RARE DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count)
 {
     if (count) *count = n ? (int)n->adapters.count * 2 : 0;
     return n ? n->adapters.list : NULL;
@@ -18723,7 +18770,7 @@ static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int d
 }
 
 /* stem: diffusion_pytorch_model or model, by the kind of network. */
-DPO_DEF int dpo_net_save(dpo_net *n, const char *folder, int dtype)
+DPOI_RARE DPO_DEF int dpo_net_save(dpo_net *n, const char *folder, int dtype)
 {
     char       name[64], *path = NULL;
     dpoi_item *items;
@@ -18785,7 +18832,7 @@ static const char *const dpoi_other_files[] = {
 
 /* Networks and tokenizers are the context's own: they go by themselves.
    Strings only. */
-static void dpoi_model_destroy(dpo_ctx *c, void *object)
+DPOI_RARE static void dpoi_model_destroy(dpo_ctx *c, void *object)
 {
     dpo_model *m = (dpo_model *)object;
     dpoi_strfree(c, m->path);
@@ -19008,7 +19055,7 @@ static char *dpoi_model_vae_folder(dpo_ctx *c, const char *folder)
 }
 
 /* A folder, or a file of its own. */
-DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_load_desc *d)
+DPOI_RARE DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_load_desc *d)
 {
     dpo_model *m = d ? dpoi_model_new(c, path) : NULL;
     int        ok;
@@ -19022,7 +19069,7 @@ DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_l
 }
 
 /* dtype: of the weights in memory, DPO_F32, DPO_BF16 or DPO_F16; files of any of them are read. */
-DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype)
+DPOI_RARE DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype)
 {
     dpo_load_desc d;
     memset(&d, 0, sizeof d);
@@ -19032,7 +19079,7 @@ DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype)
 
 /* The folder needs configurations and tokenizers, no weights.  Each network draws from a purpose of
    its own. */
-DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed)
+DPOI_RARE DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed)
 {
     dpo_model *m = dpoi_model_new(c, folder);
     if (m) m->folder = dpoi_strdup(c, folder);
@@ -19082,7 +19129,7 @@ static void dpoi_model_drop(dpo_model *m)
     if (m->vae) dpoi_net_drop(m->vae);
 }
 
-DPO_DEF int dpo_model_rest(dpo_model *m)
+DPOI_RARE DPO_DEF int dpo_model_rest(dpo_model *m)
 {
     if (!m || !dpoi_ok(m->c)) return 0;
     if (!m->files)
@@ -19091,7 +19138,7 @@ DPO_DEF int dpo_model_rest(dpo_model *m)
     return 1;
 }
 
-DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which)
+DPOI_RARE DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which)
 {
     if (!m || (which & ~1) != 0) return NULL;
     return dpoi_model_wake(m, m->text[which], dpoi_text_folders[which]) ? m->text[which] : NULL;
@@ -19102,7 +19149,7 @@ DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? 
 
 /* Same configuration, so that everything the model says about itself stays true.
    The old one stays in the context: it may be somebody's reference. */
-DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
+DPOI_RARE DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
 {
     if (!m || !unet) return;
     if (unet->kind != &dpoi_unet_kind || memcmp(unet->config, m->unet->config, sizeof(dpoi_unet_config)) != 0)
@@ -19113,7 +19160,7 @@ DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
 /* A row of time ids has as many numbers as are left beside the pooled text: (2816 - 1280)/256 = 6 in SDXL, 5 in its
    refiner.
    Zeros for NULL.  size: pixels of a side; tokens: T; width: of the text that the UNet reads. */
-DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
+DPOI_RARE DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
 {
     dpo_model_info          d;
     const dpoi_unet_config *g = m ? (const dpoi_unet_config *)m->unet->config : NULL;
@@ -19133,7 +19180,7 @@ DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
 /* ------------------------------------------------------------------------------------------ pixels and latents */
 
 /* Without a VAE the options have nothing to say; they are checked all the same. */
-DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
+DPOI_RARE DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
 {
     dpoi_vae_config *g = m && m->vae ? (dpoi_vae_config *)m->vae->config : NULL;
     int              step = g ? 4 * dpoi_vae_factor(m->vae) : 4;
@@ -19146,19 +19193,19 @@ DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
     return 1;
 }
 
-DPO_DEF dpo_tensor *dpo_encode_images(dpo_model *m, dpo_tensor *x, dpo_tensor **logvar)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_encode_images(dpo_model *m, dpo_tensor *x, dpo_tensor **logvar)
 {
     if (logvar) *logvar = NULL;
     if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
     return m->vae ? dpoi_vae_encode(m->vae, x, logvar) : x;
 }
 
-DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
 {
     return m && m->vae ? dpoi_vae_sample(m->vae, mean, logvar, noise) : m ? mean : NULL;
 }
 
-DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
 {
     if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
     return m->vae ? dpoi_vae_decode(m->vae, z) : z;
@@ -19237,7 +19284,7 @@ static int dpoi_model_save_tokens(dpo_model *m, const char *folder)
 
 /* model_index.json comes last: a folder that has it is whole.
    Weights that were adapted are saved without their adapters, which have a file of their own. */
-DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
+DPOI_RARE DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 {
     if (!m || !folder || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype) || !dpoi_model_wake_all(m)) return 0;
     for (int k = 0; m->folder && dpoi_other_files[k]; k++)
@@ -19255,7 +19302,7 @@ DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 
 /* ids I32 [n,T], T as many as the text encoder has positions for, or what the tokenizer gives if that is less.  NULL is
    the empty prompt. */
-DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *prompts, int n)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *prompts, int n)
 {
     dpo_tensor *t;
     int32_t    *ids;
@@ -19298,7 +19345,7 @@ static dpo_tensor *dpoi_blank(dpo_model *m, dpo_tensor *x, const char *const *pr
 
 /* SD 1 and 2: the last state of one encoder.  SDXL: both encoders' states before the last layer side by side, and the
    second one's pooled state; its refiner has the second encoder alone. */
-DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, int n, dpo_tensor **pooled)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, int n, dpo_tensor **pooled)
 {
     dpo_tensor *x = NULL, *p = NULL;
     if (pooled) *pooled = NULL;
@@ -19839,7 +19886,7 @@ static void dpoi_describe_adapter(dpo_file *f, const char *mark, dpo_file_info *
 }
 
 /* From the names and a few shapes: no value is read. */
-DPO_DEF dpo_file_info dpo_file_describe(dpo_file *f)
+DPOI_RARE DPO_DEF dpo_file_info dpo_file_describe(dpo_file *f)
 {
     const dpo_entry *conv_in = f ? dpo_file_find(f, DPOI_UNET_PREFIX "input_blocks.0.0.weight") : NULL;
     dpo_file_info    d;
@@ -19948,7 +19995,8 @@ static int dpoi_family_open(dpo_model *m, const dpo_load_desc *d)
 }
 
 /* Where the open file has a component. */
-static void dpoi_family_origin(const dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s, dpoi_layout *layout)
+static void dpoi_family_origin(const dpo_model *m, const dpo_net *n, const char *sub, dpoi_origin *s,
+                               dpoi_layout *layout)
 {
     int which = strcmp(sub, dpoi_text_folders[1]) == 0;
     memset(s, 0, sizeof *s);
@@ -20072,7 +20120,7 @@ static int dpoi_model_add(dpo_model *m, dpo_writer *w, const dpoi_family *k, con
 }
 
 /* In the naming of the family that the model is of by its parts. */
-DPO_DEF int dpo_model_save_file(dpo_model *m, const char *path, int dtype)
+DPOI_RARE DPO_DEF int dpo_model_save_file(dpo_model *m, const char *path, int dtype)
 {
     const dpoi_family *k;
     dpo_writer *w;
@@ -20487,7 +20535,7 @@ static int dpoi_adapters_read(dpo_net **nets, int count, const dpoi_adapter_sour
 }
 
 /* One network: what the file has for others is named among what is not used. */
-DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
+DPOI_RARE DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
 {
     dpoi_adapter_source s;
     int ok = n && dpoi_adapter_open(n->c, path, &s);
@@ -20506,7 +20554,7 @@ static int dpoi_model_nets(dpo_model *m, dpo_net *nets[3])
     return n;
 }
 
-DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path)
+DPOI_RARE DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path)
 {
     dpoi_adapter_source s;
     dpo_net *nets[3];
@@ -20703,7 +20751,7 @@ static int dpoi_adapters_save(dpo_net **nets, int count, const dpo_model *m, con
 }
 
 /* kohya's naming. */
-DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
+DPOI_RARE DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
 {
     dpo_adapter_format d;
     memset(&d, 0, sizeof d);
@@ -20711,7 +20759,7 @@ DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
     return n && path && dpoi_ok(n->c) && dpoi_adapters_save(&n, 1, NULL, path, &d);
 }
 
-DPO_DEF int dpo_model_adapter_save(dpo_model *m, const char *path, const dpo_adapter_format *d)
+DPOI_RARE DPO_DEF int dpo_model_adapter_save(dpo_model *m, const char *path, const dpo_adapter_format *d)
 {
     dpo_net *nets[3];
     if (!m || !path || !d || !dpoi_ok(m->c)) return 0;
@@ -20746,7 +20794,7 @@ static int dpoi_adapter_fold(dpo_net *n, const dpoi_adapter *a)
 }
 
 /* The set is empty afterwards, and the strength 1 again. */
-DPO_DEF int dpo_adapter_merge(dpo_net *n)
+DPOI_RARE DPO_DEF int dpo_adapter_merge(dpo_net *n)
 {
     dpoi_adapter_set none;
     if (!n || !dpoi_ok(n->c)) return 0;
@@ -20759,7 +20807,7 @@ DPO_DEF int dpo_adapter_merge(dpo_net *n)
 
 /* The networks of the family that the file is for, or of a folder's configurations, are planned without weights: they
    know their names and shapes, which is all that adapters hang on. */
-DPO_DEF int dpo_adapter_convert(dpo_ctx *c, const char *from, const char *to, const dpo_adapter_format *d,
+DPOI_RARE DPO_DEF int dpo_adapter_convert(dpo_ctx *c, const char *from, const char *to, const dpo_adapter_format *d,
                                 const char *config)
 {
     dpoi_adapter_source s;
@@ -20810,7 +20858,7 @@ enum {
    own after it.  Training needs abar alone; samplers walk back along some of the timesteps. */
 
 /* steps_offset 1 makes "leading" timesteps 951, .., 1 instead of 950, .., 0. */
-DPO_DEF dpo_schedule dpo_schedule_sd(void)
+DPOI_RARE DPO_DEF dpo_schedule dpo_schedule_sd(void)
 {
     dpo_schedule s;
     memset(&s, 0, sizeof s);
@@ -20884,7 +20932,7 @@ static int dpoi_schedule_ok(dpo_ctx *c, const dpo_schedule *s)
 }
 
 /* abar[t] = product over s <= t of (1 - beta[s]) */
-DPO_DEF int dpo_schedule_alphas(dpo_ctx *c, const dpo_schedule *s, float *abar)
+DPOI_RARE DPO_DEF int dpo_schedule_alphas(dpo_ctx *c, const dpo_schedule *s, float *abar)
 {
     double product = 1;                   /* PyTorch's cumprod carries a double and rounds each element */
     if (!abar || !dpoi_schedule_ok(c, s)) return 0;
@@ -21070,7 +21118,7 @@ static int dpoi_schedule_parse(dpo_ctx *c, const char *text, const char *name, d
 }
 
 /* 1 MB at most. */
-DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
+DPOI_RARE DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
 {
     char  *text;
     size_t n;
@@ -21127,7 +21175,7 @@ static int dpoi_schedule_own(const dpo_schedule *s, char *text, size_t size)
 }
 
 /* What is not said is the class's default. */
-DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s)
+DPOI_RARE DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s)
 {
     char text[2048], start[32], end[32];
     int  n;
@@ -21158,7 +21206,7 @@ static dpo_tensor *dpoi_table(dpo_ctx *c, const float *values, int n)
     return x;
 }
 
-static void dpoi_noise_destroy(dpo_ctx *c, void *object)
+DPOI_RARE static void dpoi_noise_destroy(dpo_ctx *c, void *object)
 {
     dpo_noise *n = (dpo_noise *)object;
     dpo_param_free(n->signal);
@@ -21191,7 +21239,7 @@ static int dpoi_noise_fill(dpo_ctx *c, dpo_noise *n, const dpo_schedule *s, floa
 }
 
 /* Four tables through one scratch buffer; what exists when something fails is freed by the same destructor. */
-DPO_DEF dpo_noise *dpo_noise_new(dpo_ctx *c, const dpo_schedule *s)
+DPOI_RARE DPO_DEF dpo_noise *dpo_noise_new(dpo_ctx *c, const dpo_schedule *s)
 {
     dpo_noise *n;
     float     *v;
@@ -21211,20 +21259,20 @@ DPO_DEF void dpo_noise_free(dpo_noise *n) { if (n) dpoi_disown(n->ctx, n); }
 
 /* x_t = signal[t] x0 + noise[t] e
    t I32 [N]; x0 and noise [N,..]. */
-DPO_DEF dpo_tensor *dpo_noise_add(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_noise_add(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
 {
     return n && x0 ? dpo_mix(x0->ctx, x0, noise, n->signal, n->noise, t) : NULL;
 }
 
 /* epsilon: e itself.  v = signal[t] e - noise[t] x0: the velocity of x along the angle whose cosine is signal[t]. */
-DPO_DEF dpo_tensor *dpo_noise_target(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_noise_target(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
 {
     if (!n || !x0) return NULL;
     return n->prediction == DPO_EPSILON ? noise : dpo_mix(x0->ctx, noise, x0, n->signal, n->minus, t);
 }
 
 /* t I32 [N] -> F32 [N]: a look-up, so that timesteps need not pass through the host. */
-DPO_DEF dpo_tensor *dpo_noise_time(const dpo_noise *n, dpo_tensor *t)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_noise_time(const dpo_noise *n, dpo_tensor *t)
 {
     return n && t ? dpo_reshape(n->ctx, dpo_embed(n->ctx, n->time, t), 1, t->shape) : NULL;
 }
@@ -21263,7 +21311,7 @@ static int dpoi_sampler_letter(const char **s)
 }
 
 /* "DPM++ 2M Karras" is "dpmpp2m_karras". */
-DPO_DEF int dpo_sampler_named(const char *name)
+DPOI_RARE DPO_DEF int dpo_sampler_named(const char *name)
 {
     for (size_t i = 0; name && i < sizeof dpoi_sampler_names / sizeof *dpoi_sampler_names; i++) {
         const char *a = name, *b = dpoi_sampler_names[i].name;
@@ -21275,7 +21323,7 @@ DPO_DEF int dpo_sampler_named(const char *name)
 }
 
 /* A label that a front end can show, and that other programs know; "?" for a number that is no sampler. */
-DPO_DEF const char *dpo_sampler_name(int sampler)
+DPOI_RARE DPO_DEF const char *dpo_sampler_name(int sampler)
 {
     for (size_t i = 0; i < sizeof dpoi_sampler_names / sizeof *dpoi_sampler_names; i++)
         if (dpoi_sampler_names[i].sampler == sampler && dpoi_sampler_names[i].label) return dpoi_sampler_names[i].label;
@@ -21283,7 +21331,7 @@ DPO_DEF const char *dpo_sampler_name(int sampler)
 }
 
 /* In the order of the table, for a line that says how a program is called. */
-DPO_DEF const char *dpo_sampler_list(void)
+DPOI_RARE DPO_DEF const char *dpo_sampler_list(void)
 {
     return "auto ddim ddpm euler euler_karras euler_a dpmpp2m dpmpp2m_karras dpmpp2m_sde dpmpp2m_sde_karras";
 }
@@ -21541,7 +21589,7 @@ static int dpoi_fill_euler(dpo_sampler *s, const dpoi_plan *p)
    lambda = log(alpha/noise) is infinite at the end. */
 typedef struct dpoi_lambda { float alpha, noise, lambda; } dpoi_lambda;
 
-static dpoi_lambda dpoi_lambda_of(float sigma)
+DPOI_APART static dpoi_lambda dpoi_lambda_of(float sigma)
 {
     dpoi_lambda y;
     y.alpha = 1 / sqrtf(sigma*sigma + 1);
@@ -21598,7 +21646,7 @@ static int dpoi_fill_solver(dpo_sampler *s, const dpoi_plan *p)
 }
 
 /* Also for one that was only partly made. */
-static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
+DPOI_RARE static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
 {
     dpo_sampler *s = (dpo_sampler *)object;
     size_t       n = (size_t)s->room;
@@ -21666,7 +21714,7 @@ static int dpoi_sampler_ok(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_
 
 /* The table of the whole way is made, and the rows of the part that d asks for are kept.
    d may be NULL: 20 steps of the schedule's own sampler. */
-DPO_DEF dpo_sampler *dpo_sampler_new(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_desc *d)
+DPOI_RARE DPO_DEF dpo_sampler *dpo_sampler_new(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_desc *d)
 {
     dpo_sampler *s;
     dpoi_plan    p;
@@ -21714,7 +21762,7 @@ static int dpoi_sampler_ready(dpo_sampler *s, int step, const dpo_tensor *x)
 }
 
 /* scale[k] x.  Where the scale is not 1, row C is zero and serves as the second coefficient: x + 0 x. */
-DPO_DEF dpo_tensor *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x)
 {
     if (!dpoi_sampler_ready(s, step, x)) return NULL;
     if (dpoi_row_of(s, DPOI_SCALE)[step] == 1) return x;
@@ -21751,7 +21799,7 @@ static dpo_tensor *dpoi_sampler_add(dpo_sampler *s, dpo_tensor *y, dpo_tensor *a
 
 /* x' = A x + B p, and what not every sampler has: clipping of x0 = E x + F p (DDIM's x0 enters x' with the factor P,
    so the clipped difference is added with it), the last x0, fresh noise. */
-DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dpo_tensor *pred, dpo_tensor *z)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dpo_tensor *pred, dpo_tensor *z)
 {
     dpo_ctx    *c = s ? s->ctx : NULL;
     dpo_tensor *k, *y, *x0 = NULL, *over;
@@ -21773,7 +21821,7 @@ DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dp
 }
 
 /* signal[step] x0 + noise[step] z; the row after the last step is 1 and 0. */
-DPO_DEF dpo_tensor *dpo_sampler_noisy(dpo_sampler *s, int step, dpo_tensor *x0, dpo_tensor *noise)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_sampler_noisy(dpo_sampler *s, int step, dpo_tensor *x0, dpo_tensor *noise)
 {
     if (!s || !x0 || !noise || !dpoi_sampler_ready(s, step == s->steps ? 0 : step, x0)) return NULL;
     return dpo_mix(s->ctx, x0, noise, s->rows[DPOI_SIGNAL], s->rows[DPOI_NOISE],
@@ -22176,7 +22224,7 @@ static int dpoi_sampling_run(dpoi_sampling *g, uint8_t *rgb, dpo_tensor **all)
 
 /* Nothing of it is recorded.  The count of no_grad comes back on every way out, so that a host can go on after an
    error. */
-DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
+DPOI_RARE DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
 {
     dpoi_sampling g;
     int           ok;
@@ -22189,7 +22237,7 @@ DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
 }
 
 /* The joined states live in the caller's scope. */
-DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
+DPOI_RARE DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
 {
     dpoi_sampling g;
     dpo_tensor   *all = NULL;
@@ -22202,6 +22250,7 @@ DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
     return ok ? all : NULL;
 }
 
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl images                                                                  8-bit RGB in files and tensors
    ========================================================================================================== */
@@ -22753,7 +22802,8 @@ static int dpoi_image_window(dpo_ctx *c, const dpo_image *x, const dpo_window *v
     size_t      bytes = (size_t)x->height * (size_t)v->width * 3;
     int         w, h, left, top, ok = 0;
     dpoi_cover(x->width, x->height, v->width, v->height, &w, &h);
-    if (!dpo_window_place(v, x->width, x->height, &left, &top) || !dpoi_image_fits(c, "a fitted picture", w, h)) return 0;
+    if (!dpo_window_place(v, x->width, x->height, &left, &top)) return 0;
+    if (!dpoi_image_fits(c, "a fitted picture", w, h)) return 0;
     out.width = v->width;
     out.height = v->height;
     out.rgb = rgb;
@@ -22892,6 +22942,7 @@ DPO_DEF int dpo_to_rgb(dpo_tensor *x, uint8_t *rgb)
 /* ==========================================================================================================
    >>impl optim                                               AdamW, Adafactor, clipping, averages, learning rate
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* The optimizer touches weights through kernels alone: squares of every gradient, one clipping factor,
    one fused update.  The host writes three numbers into the step record and reads none, so that a step
@@ -23209,8 +23260,8 @@ DPO_DEF float dpo_average_decay(int64_t step, float decay)
     return early < decay ? early : decay;
 }
 
-/* The formulas stand at the declaration.  In double: (1 - u)^power of a long run differs from step to step in digits that a
-   float has not. */
+/* The formulas stand at the declaration.  In double: (1 - u)^power of a long run differs from step to step in digits
+   that a float has not. */
 DPO_DEF float dpo_lr_at(const dpo_lr_desc *d, int64_t k)
 {
     const double pi = 3.14159265358979323846;
@@ -23431,9 +23482,11 @@ DPO_DEF int dpo_optim_load(dpo_optim *o, const char *path)
     return o && path && dpoi_ok(o->c) ? dpoi_state_load(&s, path) : 0;
 }
 
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl pairs                                                                       prompts with two pictures
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* A list of duels, a prompt with a chosen and a rejected picture each.  Adding checks what is cheap to
    check; pictures are opened when a trainer asks for their pixels.  Manifests come from outside: every
@@ -23514,7 +23567,7 @@ static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
 }
 
 /* `room`, not `count`, is what was allocated. */
-static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
+DPOI_RARE static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
 {
     dpo_pairs *p = (dpo_pairs *)object;
     while (p->loaders) dpoi_loader_destroy(p->loaders);   /* first: their threads read what follows */
@@ -23530,7 +23583,7 @@ static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
 }
 
 /* Empty; it grows by the calls below. */
-DPO_DEF dpo_pairs *dpo_pairs_new(dpo_ctx *c)
+DPOI_RARE DPO_DEF dpo_pairs *dpo_pairs_new(dpo_ctx *c)
 {
     dpo_pairs *p = dpoi_ok(c) ? (dpo_pairs *)dpoi_calloc(c, 1, sizeof *p) : NULL;
     if (!p) return NULL;
@@ -23546,7 +23599,7 @@ DPO_DEF int64_t     dpo_pairs_ties  (const dpo_pairs *p)            { return p ?
 /* Every index from outside passes here. */
 static int dpoi_pairs_has(const dpo_pairs *p, int64_t i) { return p && i >= 0 && i < p->count; }
 
-DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i)
+DPOI_RARE DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i)
 {
     return dpoi_pairs_has(p, i) ? p->pair[i].prompt : NULL;
 }
@@ -23564,7 +23617,7 @@ static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, siz
     return out;
 }
 
-DPO_DEF const char *dpo_pairs_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+DPOI_RARE DPO_DEF const char *dpo_pairs_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
 {
     if (!out || !size) return NULL;
     if (dpoi_pairs_has(p, i)) return dpoi_duel_where(p, i, out, size);
@@ -23671,23 +23724,26 @@ static int dpoi_pairs_add_paths(dpo_pairs *p, const char *prompt, const char *ch
 }
 
 /* rejected may be NULL: a picture to imitate rather than to prefer. */
+DPOI_RARE
 DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
                           float weight)
 {
     return dpoi_pairs_add_pixels(p, prompt, chosen, rejected, 0, weight);
 }
 
-DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
+DPOI_RARE DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
                                 float weight)
 {
     return dpoi_pairs_add_paths(p, prompt, chosen, rejected, 0, weight, 0);
 }
 
+DPOI_RARE
 DPO_DEF int dpo_pairs_add_single(dpo_pairs *p, const char *prompt, const dpo_image *picture, int liked, float weight)
 {
     return dpoi_pairs_add_pixels(p, prompt, picture, NULL, liked ? 1 : -1, weight);
 }
 
+DPOI_RARE
 DPO_DEF int dpo_pairs_add_single_file(dpo_pairs *p, const char *prompt, const char *picture, int liked, float weight)
 {
     return dpoi_pairs_add_paths(p, prompt, picture, NULL, liked ? 1 : -1, weight, 0);
@@ -24585,7 +24641,7 @@ DPOI_APART static int dpoi_duel_ask(dpo_pairs *p, int64_t i, int which)
 }
 
 /* Beside the pairs' own cache, which a trainer that crops anew at each step has no use for. */
-DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb)
+DPOI_RARE DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb)
 {
     dpoi_shot s;
     dpo_ctx     own;
@@ -24633,7 +24689,7 @@ static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, int64_t i, int which, int w
 }
 
 /* The two may lie in the places for the moment, of which there is one each: so they hold until the next call. */
-DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen,
+DPOI_RARE DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen,
                              const uint8_t **rejected)
 {
     if (!chosen || !dpoi_duel_ask(p, i, 0)) return 0;
@@ -24646,7 +24702,7 @@ DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, con
 /* ------------------------------------------------------------------------------------------ sizes, buckets */
 
 /* A file's header is read once. */
-DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height)
+DPOI_RARE DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height)
 {
     dpoi_duel    *x;
     dpoi_picture *f;
@@ -24669,7 +24725,7 @@ DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *
     return 1;
 }
 
-DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h)
+DPOI_RARE DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h)
 {
     char where[480];
     int  width[2], height[2];
@@ -24689,7 +24745,7 @@ DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, 
 /* ------------------------------------------------------------------------------------------ looking at data */
 
 /* Headers only: a million pictures take minutes, not hours. */
-DPO_DEF int dpo_pairs_check(dpo_pairs *p)
+DPOI_RARE DPO_DEF int dpo_pairs_check(dpo_pairs *p)
 {
     dpoi_troubles bad;
     int           w, h;
@@ -24751,7 +24807,7 @@ static int dpoi_survey_pair(dpo_pairs *p, int64_t i, int decode, uint8_t *seen, 
     return 1;
 }
 
-DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out)
+DPOI_RARE DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out)
 {
     uint8_t *seen;
     int      ok = 1;
@@ -24907,7 +24963,7 @@ static void dpoi_loader_destroy(dpo_loader *l)
 
 DPO_DEF void dpo_loader_free(dpo_loader *l) { if (l) dpoi_loader_destroy(l); }
 
-DPO_DEF dpo_loader *dpo_loader_new(dpo_pairs *p, int slots, int beside)
+DPOI_RARE DPO_DEF dpo_loader *dpo_loader_new(dpo_pairs *p, int slots, int beside)
 {
     dpo_loader *l;
     if (!p || !dpoi_ok(p->c)) return NULL;
@@ -24939,7 +24995,7 @@ static int dpoi_slot_room(dpo_ctx *c, dpoi_slot *s, size_t bytes)
     return 1;
 }
 
-DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v)
+DPOI_RARE DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v)
 {
     dpoi_slot *s;
     if (!l || !dpoi_duel_ask(l->p, i, which) || !dpoi_window_ok(l->p->c, v)) return 0;
@@ -24957,7 +25013,7 @@ DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const 
     return 1;
 }
 
-DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
+DPOI_RARE DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
 {
     dpoi_slot *s;
     if (!l || !dpoi_ok(l->p->c)) return NULL;
@@ -24972,6 +25028,7 @@ DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
     return NULL;
 }
 
+DPOI_RARE_END
 /* ==========================================================================================================
    >>impl cache                                                        what was computed before, kept in a folder
    ========================================================================================================== */
@@ -25584,6 +25641,7 @@ DPO_DEF int dpo_cache_put_floats(dpo_cache *k, const dpo_key *key, const float *
 /* ==========================================================================================================
    >>impl train                                                                losses, one step, the whole loop
    ========================================================================================================== */
+DPOI_RARE_BEGIN
 
 /* Top down in three storeys: losses on tensors, which a host may use without the trainer; a trainer
    that turns pairs into those tensors and steps an optimizer; checkpoints, which make a stopped run go
@@ -25608,6 +25666,7 @@ static dpo_tensor *dpoi_inside(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, float b
 
 /* One kernel for the sum over pairs: its terms are of size beta * 1e-4, and the slope needs what the value needs.
    `inside` is made beside it from the same errors, by four ops on a handful of numbers. */
+DPOI_RARE
 DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *weight,
                                         int kind, float beta, float smoothing, dpo_tensor **inside)
 {
@@ -25654,6 +25713,7 @@ static dpo_tensor *dpoi_mapo_inside(dpo_ctx *c, dpo_tensor *L)
     return y;
 }
 
+DPOI_RARE
 DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda, dpo_tensor **inside)
 {
     dpoi_call   k;
@@ -25716,7 +25776,7 @@ static dpo_tensor *dpoi_kto_centre(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, con
 }
 
 /* 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where x is large. */
-DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
+DPOI_RARE DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
                                  dpo_tensor *weight, float beta, const dpo_team *team, dpo_tensor **inside)
 {
     dpo_tensor *z, *g, *u;
@@ -25739,7 +25799,7 @@ DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *ref
     return dpo_mean(c, weight ? dpo_binary(c, DPO_MUL, u, weight) : u, -1);
 }
 
-DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma)
+DPOI_RARE DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma)
 {
     double snr = abar < 1 ? (double)abar / (1 - (double)abar) : 1e30, least = snr < gamma ? snr : gamma;
     return (float)(prediction == DPO_V_PREDICTION ? least / (snr + 1) : snr > 0 ? least / snr : 1);
@@ -25822,6 +25882,7 @@ static dpo_tensor *dpoi_objective_loss(dpo_ctx *c, const dpo_draw *d, const dpo_
 /* The reference first: when its pass is over all its memory is free again, before the policy's begins to grow.
    Winner and loser see one noise at one t, so that what is compared is the pictures; the reference sees the very x_t
    that the policy sees, so that at the start, where both are one network, inside is 0 and the loss log 2, exactly. */
+DPOI_RARE
 DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, const dpo_draw *d, const dpo_objective *o,
                                        dpo_terms *terms)
 {
@@ -25918,6 +25979,7 @@ static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *
 /* A log-likelihood ratio in disguise: beta log p_th(x)/p_ref(x) up to a constant, bounded by the denoising errors
    (arXiv 2311.12908, section 4); the expectation over t and noise becomes a mean over shared draws.
    Zeros in d: ten draws, batches of eight, beta 5000.  reward [n]. */
+DPOI_RARE
 DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const char *const *prompts, const uint8_t *rgb,
                                 int n, float *reward)
 {
@@ -25968,7 +26030,7 @@ static dpo_train_desc dpoi_recipe(void)
 }
 
 /* The authors' launchers/sd15.sh: 16 GPUs with 128 accumulated pairs, --scale_lr of 1e-8 by those 2048. */
-DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void)
+DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void)
 {
     dpo_train_desc d = dpoi_recipe();
     d.steps = 2000;                       /* --max_train_steps */
@@ -25984,7 +26046,7 @@ DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void)
 
 /* The paper, section 5.1: lr = 2000/beta 2.048e-8, a quarter of the steps to warm up.  Its learning rate is a
    thousandth of the launcher's; nobody has said which of the two made the published model. */
-DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void)
+DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void)
 {
     dpo_train_desc d = dpo_recipe_official_sd15();
     d.beta = 2000;
@@ -25994,7 +26056,7 @@ DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void)
 }
 
 /* diffusers' examples/research_projects/diffusion_dpo: beta 2500 there is 5000 here, where the half is written out. */
-DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
+DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
 {
     dpo_train_desc d = dpoi_recipe();
     d.steps = 10000;
@@ -26009,7 +26071,7 @@ DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
 }
 
 /* launchers/sdxl.sh: Adafactor, which --sdxl forces, and a clipped norm beside it. */
-DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void)
+DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void)
 {
     dpo_train_desc d = dpo_recipe_official_sd15();
     d.warmup = 200;
@@ -26021,7 +26083,7 @@ DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void)
 }
 
 /* launchers/turbo.sh: four timesteps of a schedule that ends in noise, no caption dropped. */
-DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void)
+DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void)
 {
     dpo_train_desc d = dpo_recipe_official_sdxl();
     d.empty_prompts = 0;
@@ -26032,7 +26094,7 @@ DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void)
 }
 
 /* The README of the same folder of diffusers for SDXL. */
-DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void)
+DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void)
 {
     dpo_train_desc d = dpo_recipe_lora_sd15();
     d.steps = 2000;
@@ -26043,7 +26105,7 @@ DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void)
 }
 
 /* Found on the emoji model: the win rate rises within a minute and the error on real pictures hardly does. */
-DPO_DEF dpo_train_desc dpo_recipe_small(void)
+DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_small(void)
 {
     dpo_train_desc d = dpoi_recipe();
     d.steps = 60;
@@ -26167,9 +26229,9 @@ struct dpo_trainer {
     float          *weight, *liked, *sizes;               /* [B] [N] [N][6] */
     size_t          x0_count;             /* numbers of the largest picture as it is diffused */
 
-    dpo_tensor     *metrics;              /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1]; */
+    dpo_tensor     *metrics;             /* F32 [accumulation][row]: policy [N], reference [N], inside [B], loss [1]; */
                                           /* then the step record */
-    float          *figures, *signs;      /* the same on the host; [2][accumulation][N] of liked: of a step whose number */
+    float          *figures, *signs;   /* the same on the host; [2][accumulation][N] of liked: of a step whose number */
                                           /* is even, and odd, since one may be awaited while the next is computed */
     dpoi_awaited    awaited[2];           /* likewise */
     float          *known;                /* [steps][accumulation][N] reference errors computed ahead, or NULL */
@@ -26234,12 +26296,12 @@ static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx 
 }
 
 /* The two things that are done to all of them. */
-static int dpoi_array_new(dpo_ctx *c, void **p, size_t count, size_t size)
+DPOI_RARE static int dpoi_array_new(dpo_ctx *c, void **p, size_t count, size_t size)
 {
     return (*p = dpoi_calloc(c, count, size)) != NULL;
 }
 
-static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
+DPOI_RARE static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
 {
     if (*p) dpoi_release(c, *p, count * size);
     *p = NULL;
@@ -26270,7 +26332,7 @@ static void dpoi_trainer_data_free(dpo_trainer *t)
 /* Weights stay as they are; gradients, moments and caches go.
    The gradients of adapters and weights are parameters themselves and would live until the context
    closes. */
-static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
+DPOI_RARE static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 {
     dpo_trainer *t = (dpo_trainer *)object;
     int          ok = 1;
@@ -26355,9 +26417,10 @@ static int dpoi_train_check(dpo_ctx *c, const dpo_train_desc *d)
     if (!(d->min_snr >= 0 && d->min_snr < 1e6f) || !(d->safeguard >= 0 && d->safeguard <= 1) ||
         !(d->noise_offset >= 0 && d->noise_offset < 100) ||
         !(d->input_perturbation >= 0 && d->input_perturbation < 100) || !(d->held_out >= 0 && d->held_out < 1) ||
-        !(d->desirable_weight >= 0 && d->desirable_weight < 1e6f) || !(d->positive_ratio >= 0 && d->positive_ratio < 1) ||
-        !(d->undesirable_weight >= 0 && d->undesirable_weight < 1e6f) || !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 ||
-        d->bucket_step < 0 || d->keep < 0)
+        !(d->desirable_weight >= 0 && d->desirable_weight < 1e6f) ||
+        !(d->positive_ratio >= 0 && d->positive_ratio < 1) ||
+        !(d->undesirable_weight >= 0 && d->undesirable_weight < 1e6f) ||
+        !(d->degrading_limit >= 0) || d->levels < 0 || d->t_limit < 0 || d->bucket_step < 0 || d->keep < 0)
         return dpoi_fail(c, DPO_BAD_ARGUMENT, "training: min_snr, safeguard, a noise, held_out, levels, t_limit, "
                          "bucket_step, keep or a share or weight of liked pictures out of range");
     return dpoi_train_contradictions(c, d);
@@ -26504,8 +26567,8 @@ static void dpoi_train_balance(const dpo_trainer *t)
     if (t->d.objective != DPO_KTO || d < 1 || u < 1 || t->buckets > 1) return;
     ratio = d * (double)t->d.desirable_weight / (u * (double)t->d.undesirable_weight);
     if (ratio < 0.999 || ratio > 1.334)
-        dpoi_log(t->c, DPO_LOG_WARNING, "training: pictures that were liked weigh %.3g times as much as the others; 1 to "
-                 "1.33 is advised, as with desirable_weight %.3g or undesirable_weight %.3g", ratio,
+        dpoi_log(t->c, DPO_LOG_WARNING, "training: pictures that were liked weigh %.3g times as much as the others; 1 "
+                 "to 1.33 is advised, as with desirable_weight %.3g or undesirable_weight %.3g", ratio,
                  (double)t->d.desirable_weight / ratio * (ratio < 1 ? 1 : 4.0 / 3),
                  (double)t->d.undesirable_weight * ratio / (ratio < 1 ? 1 : 4.0 / 3));
 }
@@ -26599,7 +26662,7 @@ static int dpoi_train_adapters(dpo_trainer *t)
     return 1;
 }
 
-enum { DPOI_PARCEL_LEAST = 1 << 14, DPOI_PARCEL_MOST = 1 << 22 };       /* numbers of a parcel, but for larger weights */
+enum { DPOI_PARCEL_LEAST = 1 << 14, DPOI_PARCEL_MOST = 1 << 22 };      /* numbers of a parcel, but for larger weights */
 
 /* Numbers that a parameter's gradient takes in a parcel: whole panels, and up to the next line of the caches. */
 static int64_t dpoi_parcel_numbers(const dpo_tensor *x)
@@ -26784,8 +26847,8 @@ static int dpoi_train_caches(dpo_trainer *t)
 
 static int dpoi_train_encode_all(dpo_trainer *t);
 
-/* In this order: what can be wrong with the request first, then what writes, what costs memory last.  Full fine-tuning needs a reference
-   that stays as the policy was; adapters have theirs in the same weights. */
+/* In this order: what can be wrong with the request first, then what writes, what costs memory last.  Full fine-tuning
+   needs a reference that stays as the policy was; adapters have theirs in the same weights. */
 static int dpoi_train_prepare(dpo_trainer *t, const dpo_train_desc *d)
 {
     if (!dpoi_train_settings(t, d) || !dpoi_train_pairs(t) || !dpoi_train_texts(t)) return 0;
@@ -26804,7 +26867,7 @@ static int dpoi_train_ahead(dpo_trainer *t);
 /* Until it is owned by the context, a failure destroys it here; afterwards the context does.
    A trainer belongs to the context of its model; pairs of another context would outlive or predecease
    it. */
-DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
+DPOI_RARE DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 {
     dpo_ctx     *c = dpoi_model_ctx(m);
     dpo_trainer *t;
@@ -26827,7 +26890,7 @@ DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train
 static int dpoi_train_settle(dpo_trainer *t);
 
 /* The trained weights stay in the model.  An earlier failure is still the answer. */
-DPO_DEF int dpo_train_end(dpo_trainer *t)
+DPOI_RARE DPO_DEF int dpo_train_end(dpo_trainer *t)
 {
     dpo_ctx *c = t ? t->c : NULL;
     if (!t) return 0;
@@ -27360,8 +27423,8 @@ static int dpoi_train_encode_all(dpo_trainer *t)
         return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: the encoders cannot go: without a cache_folder there is no "
                          "room for all texts and pictures");
     t->rests = 1;
-    dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text encoders "
-             "and VAE rest", (long long)t->encoded);
+    dpoi_log(t->c, DPO_LOG_INFO, "%lld texts and pictures were encoded, the run's others are in the caches; text "
+             "encoders and VAE rest", (long long)t->encoded);
     dpoi_model_drop(m);
     return 1;
 }
@@ -27656,7 +27719,8 @@ static void dpoi_train_graded(void *user, dpo_tensor *x)
     if (k == t->parcels) return;          /* not trained */
     if (!t->learned) t->parcel[k].uses++;
     else if (k < t->sent)
-        dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: %s got a gradient after its sum had begun", x->name ? x->name : "");
+        dpoi_fail(t->c, DPO_BAD_ARGUMENT, "training: %s got a gradient after its sum had begun",
+                  x->name ? x->name : "");
     else {
         t->parcel[k].open--;
         dpoi_train_send(t);
@@ -27792,7 +27856,9 @@ static int dpoi_train_await(dpo_trainer *t, dpoi_awaited *w, double began, float
     p->seconds_data = t->data;
     p->encoded = t->encoded;
     p->cached = t->cached;
-    if (!sends || (w->sent = b->send(b->self, t->metrics->data, (size_t)dpo_count(t->metrics) * sizeof(float)))) return 1;
+    if (!sends) return 1;
+    w->sent = b->send(b->self, t->metrics->data, (size_t)dpo_count(t->metrics) * sizeof(float));
+    if (w->sent) return 1;
     return dpoi_fail_device(t->c, "copying", (size_t)dpo_count(t->metrics) * sizeof(float));
 }
 
@@ -27807,8 +27873,8 @@ static int dpoi_train_figures(dpo_trainer *t, dpoi_awaited *w)
     return b->take(b->self, sent, t->figures, bytes) == DPO_OK || dpoi_fail_device(t->c, "copying", bytes);
 }
 
-/* Tell of an awaited step, if there is one, once its figures are there: everything that a callback may see.  The time of
-   a step that had to wait for the one before it is what passed since that one's report. */
+/* Tell of an awaited step, if there is one, once its figures are there: everything that a callback may see.  The time
+   of a step that had to wait for the one before it is what passed since that one's report. */
 static int dpoi_train_tell(dpo_trainer *t, int which, dpo_progress *out)
 {
     dpoi_awaited *w = &t->awaited[which];
@@ -27914,7 +27980,7 @@ static int dpoi_train_late(const dpo_trainer *t, const dpo_progress *out)
 
 /* The figures are waited for only after the whole step was handed to the device, and where they may be late only after
    the next one was.  The learning rate is that of the number of steps done before, 0 at the first. */
-DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
+DPOI_RARE DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
     double started = dpo_seconds(), updating = started;
     float  lr;
@@ -27938,7 +28004,7 @@ DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 }
 
 /* A NULL trainer makes the loop end at once, and dpo_train_end say no. */
-DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
+DPOI_RARE DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 {
     dpo_trainer *t = dpo_train_begin(m, p, d);
     while (dpo_train_step(t, NULL)) { }
@@ -28034,7 +28100,7 @@ static int dpoi_held_run(dpo_trainer *t, double *right, double *sum)
 
 /* Where no reference is left, of all weights without DPO or KTO, its errors count as 0: who has the smaller error wins.
    With `ahead` the reference is the policy before its first step: begin asks for it then. */
-DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
+DPOI_RARE DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
 {
     double right[DPO_HELD_RANGES], sum[4], n, limit;
     int    ok;
@@ -28189,7 +28255,7 @@ static char *dpoi_with(dpo_ctx *c, const char *name, const char *more)
 
 /* folder.part, written and synced, becomes folder.  Where a folder of that name is already, from a run that was killed
    between two lines below, each of its files is replaced whole instead. */
-DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
+DPOI_RARE DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
 {
     char *part, *above;
     int   ok, e = 0;
@@ -28209,7 +28275,7 @@ DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
 }
 
 /* Draws are functions of the step, so the step is all the trainer's own state there is. */
-DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
+DPOI_RARE DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
 {
     dpoi_run_keys k;
     dpoi_state    s;
@@ -28318,7 +28384,7 @@ static int dpoi_train_resume(dpo_trainer *t)
 }
 
 /* Exact in both directions: the values go through the host. */
-DPO_DEF int dpo_train_average(dpo_trainer *t)
+DPOI_RARE DPO_DEF int dpo_train_average(dpo_trainer *t)
 {
     if (!t || !dpoi_ok(t->c)) return 0;
     if (!t->average) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "this run keeps no average of its weights");
@@ -28332,6 +28398,7 @@ DPO_DEF int dpo_train_average(dpo_trainer *t)
     }
     return 1;
 }
+DPOI_RARE_END
 #pragma pop_macro("I")
 #endif /* DIFFDPO_IMPLEMENTED */
 #endif /* DIFFDPO_IMPLEMENTATION */
@@ -28342,16 +28409,16 @@ DPO_DEF int dpo_train_average(dpo_trainer *t)
 
    This software is available under two licenses; choose whichever you prefer.
 
-   A. MIT License.  Copyright (c) 2026 the diffdpo.h authors.  Permission is hereby granted, free of charge, to any person
-   obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software without
-   restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense,
-   and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
-   following conditions: The above copyright notice and this permission notice shall be included in all copies or
-   substantial portions of the Software.  THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-   IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-   NONINFRINGEMENT.  IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
-   OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+   A. MIT License.  Copyright (c) 2026 the diffdpo.h authors.  Permission is hereby granted, free of charge, to any
+   person obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software
+   without restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute,
+   sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so,
+   subject to the following conditions: The above copyright notice and this permission notice shall be included in all
+   copies or substantial portions of the Software.  THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND,
+   EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE
+   AND NONINFRINGEMENT.  IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
+   SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
    B. Public domain (unlicense.org).  This is free and unencumbered software released into the public domain.  Anyone is
    free to copy, modify, publish, use, compile, sell, or distribute this software, either in source code form or as a

@@ -7,6 +7,7 @@
 # machine the other tests are this one.  The last line is N passed, N failed, N skipped.
 cd "$(dirname "$0")/.." || exit 1
 work=build/arm
+log=$work/log
 passed=0 failed=0 skipped=0
 mkdir -p $work
 cc=aarch64-linux-gnu-gcc
@@ -17,19 +18,7 @@ if ! command -v $cc >/dev/null 2>&1 || [ -z "$qemu" ]; then
     exit 0
 fi
 
-# counts NAME COMMAND...: a program that ends with the line of counts, or parity, whose lines are counted.
-counts() {
-    name=$1
-    shift
-    "$@" >$work/log 2>&1
-    status=$?
-    last=$(grep -E '^[0-9]+ passed, [0-9]+ failed' $work/log | tail -n 1)
-    p=${last%% *} f=${last#*passed, } f=${f%% *}
-    if [ -z "$last" ]; then p=0 f=1; elif [ $status -ne 0 ] && [ "$f" = 0 ]; then f=1; fi
-    passed=$((passed + p)) failed=$((failed + f))
-    echo "$name: $p passed, $f failed"
-    [ "$f" = 0 ] || { grep -E 'FAIL|error' $work/log | head -n 10; tail -n 3 $work/log; }
-}
+. tests/counts.sh
 
 # -idirafter: stb lies among this machine's own headers.
 compile() { $cc -O1 -Wall -Wextra -static -idirafter /usr/include "tests/$1.c" -o "$work/$1" -lm -lpthread >"$work/$1.log" 2>&1; }
