@@ -14884,16 +14884,17 @@ static void dpoi_far_run(dpoi_attention *g)
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
-   Where the numbers are BF16, or may be rounded.  As above, queries (forward, dq) or keys (dk, dv) lie side by side in
-   lanes, now 32 to a unit; the other axis goes by in blocks of 32 rows:
+   Where the numbers are BF16, or may be rounded.  Queries (forward) or keys (backward) lie side by side in lanes, 32 to
+   a unit; the other axis goes by in blocks of 32 rows:
 
      forward   s = k q^T                 o^T  = sum v^T p
-     dq        s = k q^T   t = v do^T    dq^T = sum k^T ds           p = exp(scale s - lse), ds = p (t - delta)
-     dk, dv    s = q k^T   t = do v^T    dk^T = sum q^T ds   dv^T = sum do^T p
+     backward  s = q k^T   t = do v^T    dk^T = sum q^T ds   dv^T = sum do^T p       p = exp(scale s - lse)
+                                         dq   = sum ds k                             ds = p (t - delta)
 
-   all [row][lane] and [d][lane]: largest scores and sums are lanes too, and two rows of p, rounded, are the pairs that
-   the next product wants.  The rows of both kinds are packed once a head.  Products and exponentials come in turns of
-   two blocks: a processor gains nothing from both at once, since tiles keep one of its two vector units busy. */
+   all [row][lane] and [d][lane], but dq [row][d]: largest scores and sums are lanes too, and two rows of p, rounded, are
+   the pairs that the next product wants.  Scores of backward are made once: units of one head go along together, and
+   what they add to dq waits in F32, where the next units go on.  Products and exponentials come in turns of two blocks:
+   a processor gains nothing from both at once, since tiles keep one of its two vector units busy. */
 
 /* Whether this call takes that way. */
 static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
@@ -14908,7 +14909,8 @@ enum {
     DPOI_AMX_BLOCKS = 8,                  /* of 32 rows between two visits to the results */
     DPOI_AMX_TURN   = 2,                  /* of which scores are made at a time */
     DPOI_AMX_SCORES = 4*256,              /* floats of scores: 2 tiles of rows by 2 of lanes */
-    DPOI_AMX_UNITS  = 4                   /* that go along together in backward */
+    DPOI_AMX_UNITS  = 8,                  /* that go along together in backward */
+    DPOI_AMX_HEADS  = 16                  /* jobs that backward wants: fewer heads are cut into parts */
 };
 
 /* x [N,length,D] of one tensor, packed by head and 32 rows, zeros where length or d end: as rows that meet lanes
@@ -15077,10 +15079,11 @@ static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
 }
 
 /* A job's share of work: lanes first..first+lanes-1 of one head, packed a and a2, scores s and t [2] of a block each, p
-   and ds [block][2][16][32], results o and o2 [d/16][2][16][16]. */
+   and ds [block][2][16][32], results o and o2 [d/16][2][16][16].  For dq: ds again as rows [block][2][16 rows][32 lanes],
+   and k as pairs of lanes [d/16][16][16 channels][2]. */
 typedef struct dpoi_amx_unit {
-    int64_t head, first, lanes, from, to; /* from, to: the blocks that it meets */
-    uint16_t *a, *a2, *p, *ds;
+    int64_t head, first, lanes, from;     /* from: the first block that it meets */
+    uint16_t *a, *a2, *p, *ds, *rows, *pairs;
     float  *s, *t, *o, *o2;
     float   most[32], sum[32];            /* a lane each; most in powers of two */
 } dpoi_amx_unit;
@@ -15090,51 +15093,55 @@ typedef struct dpoi_amx_attention {
     dpoi_attention g;
     dpoi_amx_side side[4];
     int     type[4], y_type;              /* of q, k, v and o, and of do: F32 or BF16 */
-    int     by_key, kinds;                /* by_key: lanes are keys;  kinds: 2 in backward */
+    int     by_key;                       /* backward: lanes are keys */
     float  *lse;                          /* [N,heads,T] over ln 2 */
-    int64_t blocks, jobs, units;          /* units a head; of work */
-    float  *scratch;
+    int64_t blocks, jobs, parts;          /* units a head; a head's keys are dealt to parts */
+    float  *sums, *scratch;               /* sums [N,heads][parts][T/32][d/16][2][16][16]: dq/scale */
 } dpoi_amx_attention;
 
-/* Units of a job that share what goes by; wide heads have it in use for longer. */
-static int64_t dpoi_amx_together(const dpoi_amx_attention *t)
+/* Floats of what a unit has for itself. */
+static int64_t dpoi_amx_unit_own(const dpoi_amx_attention *t)
 {
-    return t->kinds > 1 && t->side->deep <= 5 ? DPOI_AMX_UNITS : 1;
+    int64_t deep = t->side->deep, wide = t->side->wide;
+    if (!t->by_key) return (deep + wide)*DPOI_TILE_SIZE;
+    return (2*deep + 2*wide + DPOI_AMX_BLOCKS)*DPOI_TILE_SIZE + wide*DPOI_TILE_SIZE/2;
 }
 
 /* Floats a job: what its units share, and what each has. */
 static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
 {
-    int64_t own = (t->side->deep + t->side->wide)*DPOI_TILE_SIZE*dpoi_amx_together(t);
-    return t->kinds*(own + DPOI_AMX_BLOCKS*DPOI_TILE_SIZE + DPOI_AMX_TURN*DPOI_AMX_SCORES);
+    int64_t shared = DPOI_AMX_BLOCKS*DPOI_TILE_SIZE + DPOI_AMX_TURN*DPOI_AMX_SCORES;
+    return t->by_key ? 2*shared + DPOI_AMX_UNITS*dpoi_amx_unit_own(t) : shared + dpoi_amx_unit_own(t);
 }
 
 /* Unit `number` of a job's. */
 static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job, int64_t number)
 {
     int64_t p = DPOI_AMX_BLOCKS*2*DPOI_TILE_SIZE, o = t->side->wide*512, s = DPOI_AMX_TURN*DPOI_AMX_SCORES;
-    int64_t second = t->kinds > 1, own = (t->side->deep + t->side->wide)*DPOI_TILE_SIZE*t->kinds;
+    int64_t second = t->by_key, a = t->side->deep*2*DPOI_TILE_SIZE;
     dpoi_amx_unit u;
     memset(&u, 0, sizeof u);
     u.s  = t->scratch + job*dpoi_amx_attention_scratch(t);
     u.t  = u.s + second*s;
     u.p  = (uint16_t *)(void *)(u.t + s);
     u.ds = u.p + second*p;
-    u.o  = (float *)(void *)(u.ds + p) + number*own;
+    u.o  = (float *)(void *)(u.ds + p) + number*dpoi_amx_unit_own(t);
     u.o2 = u.o + second*o;
     u.a  = (uint16_t *)(void *)(u.o2 + o);
-    u.a2 = u.a + second*t->side->deep*2*DPOI_TILE_SIZE;
+    u.a2 = u.a + second*a;
+    u.rows  = u.a2 + a;
+    u.pairs = u.rows + p;
     return u;
 }
 
-/* Deals the lanes of `length` out to jobs. */
-static void dpoi_amx_attention_split(dpoi_amx_attention *t, int64_t length)
+/* Deals units out to jobs: in backward a head's go to `parts`, each with a dq of its own. */
+static void dpoi_amx_attention_split(dpoi_amx_attention *t)
 {
     const dpoi_attention *g = &t->g;
-    int64_t worth = 4*g->N*g->T*g->S/64*g->D/(DPOI_JOB/64*4) + 1;
-    t->blocks = dpoi_pieces(length, 32);
-    t->units = g->N*g->heads*t->blocks;
-    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
+    int64_t worth = 4*g->N*g->T*g->S/64*g->D/(DPOI_JOB/64*4) + 1, heads = g->N*g->heads;
+    t->blocks = dpoi_pieces(t->by_key ? g->S : g->T, 32);
+    t->parts = dpoi_least(dpoi_pieces(DPOI_AMX_HEADS, heads), dpoi_pieces(t->blocks, DPOI_AMX_UNITS));
+    t->jobs = dpoi_least(dpoi_least(heads*(t->by_key ? t->parts : t->blocks), worth), DPOI_ATTENTION_JOBS);
 }
 
 /* Lays out work, which is NULL when its size is asked for; returns its floats. */
@@ -15149,18 +15156,21 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
     for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
     t->type[3] = a->dout.dtype;
     t->y_type = a->out.dtype;
-    t->by_key = 0;
-    t->kinds = back ? 2 : 1;
+    t->by_key = back;
     x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
     work = g->work;
     g->delta = work;
     t->lse = work ? work + g->N*g->heads*g->T : NULL;
     if (back) at = dpoi_pieces(2*g->N*g->heads*g->T, 16)*16;
-    for (int i = 0; i < 4; i++)
-        at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], i == 1 || i == 2 ? g->S : g->T, back || i == 1,
-                               back ? i != 2 : i == 2, work ? work + at : NULL);
+    for (int i = 0; i < 4; i++) {
+        int own = i == 1 || i == 2;       /* k and v */
+        at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], own ? g->S : g->T, back ? !own : i == 1,
+                               back ? !own : i == 2, work ? work + at : NULL);
+    }
+    dpoi_amx_attention_split(t);
+    t->sums = work ? work + at : NULL;
+    if (back) at += g->N*g->heads*t->parts*dpoi_pieces(g->T, 32)*t->side->wide*512;
     t->scratch = work ? work + at : NULL;
-    dpoi_amx_attention_split(t, back && g->S > g->T ? g->S : g->T);
     return at + t->jobs*dpoi_amx_attention_scratch(t);
 }
 
@@ -15168,16 +15178,17 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
 static __mmask16 dpoi_amx_meet(const dpoi_amx_attention *t, int64_t length, int64_t j, int64_t first)
 {
     int64_t edge = j - first;             /* the lane of the diagonal */
+    uint32_t lanes = dpoi_amx_seen(first, 0, t->by_key ? t->g.S : t->g.T);
     if (j >= length) return 0;
-    if (!t->g.causal) return 0xffff;
-    if (t->by_key) return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
-    return edge <= 0 ? (__mmask16)0xffff : edge > 15 ? (__mmask16)0 : (__mmask16)(0xffffu << edge);
+    if (!t->g.causal) return (__mmask16)lanes;
+    if (t->by_key) return (__mmask16)(edge < 0 ? 0 : edge >= 15 ? lanes : lanes & ((2u << edge) - 1));
+    return (__mmask16)(edge <= 0 ? lanes : edge > 15 ? 0 : lanes & 0xffffu << edge);
 }
 
 /* Whether all lanes see all rows of a block. */
 static int dpoi_amx_full(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t length, int64_t block)
 {
-    if (block*32 + 32 > length) return 0;
+    if (block*32 + 32 > length || u->lanes < 32) return 0;
     return !t->g.causal || (t->by_key ? u->first + 31 <= block*32 : block*32 + 31 <= u->first);
 }
 
@@ -15321,42 +15332,46 @@ DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_a
     dpoi_amx_attention_end(t, u);
 }
 
-/* p and ds/scale number `at` from s and t number `turn`; lse (in powers of two) and delta are a lane's or, by key, a
-   row's.  by_key and full are constants where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block,
-                                          int64_t at, int64_t turn, const int by_key, const int full)
+/* p of 16 lanes in one row of a block, lse in powers of two; and its ds/scale. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_chance(const float *s, __m512 scale, float lse)
 {
-    const float *s = u->s + turn*DPOI_AMX_SCORES, *o = u->t + turn*DPOI_AMX_SCORES;
-    const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
-    uint16_t *p = u->p + at*2*DPOI_TILE_SIZE, *ds = u->ds + at*2*DPOI_TILE_SIZE;
-    int64_t length = by_key ? t->g.T : t->g.S;
-    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e[2], d[2], f[2], h[2];
-    for (int64_t l = 0; l < 2; l++) {
-        int64_t lane = u->first + l*16;
-        __mmask16 in = (__mmask16)(by_key ? 0 : dpoi_amx_seen(lane, 0, t->g.T) & 0xffff);
-        e[0] = e[1] = _mm512_maskz_loadu_ps(in, lse + lane);
-        d[0] = d[1] = _mm512_maskz_loadu_ps(in, delta + lane);
-        for (int64_t r = 0; r < 32; r += 2, p += 32, ds += 32) {
-            for (int i = 0; i < 2; i++) {
-                int64_t j = block*32 + r + i, row = full ? j : dpoi_least(j, length - 1);
-                if (by_key) { e[i] = _mm512_set1_ps(lse[row]);  d[i] = _mm512_set1_ps(delta[row]); }
-                f[i] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(dpoi_amx_score(s, r + i, l)), scale, e[i]));
-                if (!full) f[i] = _mm512_maskz_mov_ps(dpoi_amx_meet(t, length, j, lane), f[i]);
-                h[i] = _mm512_mul_ps(f[i], _mm512_sub_ps(_mm512_loadu_ps(dpoi_amx_score(o, r + i, l)), d[i]));
-            }
-            if (by_key) _mm512_storeu_si512(p, dpoi_amx_woven(f[0], f[1]));
-            _mm512_storeu_si512(ds, dpoi_amx_woven(h[0], h[1]));
-        }
-    }
+    return dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, _mm512_set1_ps(lse)));
 }
-DPOI_AMX static void dpoi_amx_slopes_run(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block, int64_t at,
-                                         int64_t turn)
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_slope(const float *t, __m512 p, float delta)
 {
-    int full = dpoi_amx_full(t, u, t->by_key ? t->g.T : t->g.S, block);
-    if (t->by_key && full) dpoi_amx_slopes(t, u, block, at, turn, 1, 1);
-    else if (t->by_key)    dpoi_amx_slopes(t, u, block, at, turn, 1, 0);
-    else if (full)         dpoi_amx_slopes(t, u, block, at, turn, 0, 1);
-    else                   dpoi_amx_slopes(t, u, block, at, turn, 0, 0);
+    return _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(t), _mm512_set1_ps(delta)));
+}
+
+/* p and ds/scale number `at` from s and t number `turn`; two rows at a time, 32 lanes each, which stay in registers.
+   full is a constant where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block,
+                                          int64_t at, int64_t turn, const int full)
+{
+    const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
+    uint16_t *p = u->p + at*2*DPOI_TILE_SIZE, *ds = u->ds + at*2*DPOI_TILE_SIZE, *rows = u->rows + at*2*DPOI_TILE_SIZE;
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E);
+    int64_t T = t->g.T;
+    for (int64_t r = 0; r < 32; r += 2, p += 32, ds += 32, rows += 64) {
+        int64_t j = block*32 + r, j0 = full ? j : dpoi_least(j, T - 1), j1 = full ? j + 1 : dpoi_least(j + 1, T - 1);
+        const float *s = dpoi_amx_score(u->s + turn*DPOI_AMX_SCORES, r, 0);
+        const float *o = dpoi_amx_score(u->t + turn*DPOI_AMX_SCORES, r, 0);
+        __m512 x0 = dpoi_amx_chance(s, scale, lse[j0]), x1 = dpoi_amx_chance(s + 16, scale, lse[j1]);
+        __m512 x2 = dpoi_amx_chance(s + 256, scale, lse[j0]), x3 = dpoi_amx_chance(s + 272, scale, lse[j1]);
+        if (!full) {
+            x0 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j, u->first), x0);
+            x1 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j + 1, u->first), x1);
+            x2 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j, u->first + 16), x2);
+            x3 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j + 1, u->first + 16), x3);
+        }
+        _mm512_storeu_si512(p, dpoi_amx_woven(x0, x1));
+        _mm512_storeu_si512(p + DPOI_TILE_SIZE, dpoi_amx_woven(x2, x3));
+        x0 = dpoi_amx_slope(o, x0, delta[j0]);        x1 = dpoi_amx_slope(o + 16, x1, delta[j1]);
+        x2 = dpoi_amx_slope(o + 256, x2, delta[j0]);  x3 = dpoi_amx_slope(o + 272, x3, delta[j1]);
+        _mm512_storeu_si512(ds, dpoi_amx_woven(x0, x1));
+        _mm512_storeu_si512(ds + DPOI_TILE_SIZE, dpoi_amx_woven(x2, x3));
+        _mm512_storeu_si512(rows, (__m512i)_mm512_cvtne2ps_pbh(x2, x0));
+        _mm512_storeu_si512(rows + 32, (__m512i)_mm512_cvtne2ps_pbh(x3, x1));
+    }
 }
 
 /* The unit's rows of a gradient [N,length,D] = scale o, or += . */
@@ -15377,75 +15392,153 @@ DPOI_AMX static void dpoi_amx_unit_store(const dpoi_amx_side *s, const dpoi_amx_
         }
 }
 
-/* A unit meets the other axis' blocks from..to-1: sides b, which meets a, and b2, which meets a2. */
-DPOI_AMX static void dpoi_amx_back_strip(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t from, int64_t to)
+/* A unit meets the queries' blocks from..to-1, of the DPOI_AMX_BLOCKS from k on. */
+DPOI_AMX static void dpoi_amx_back_strip(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t k, int64_t from,
+                                         int64_t to)
 {
-    const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
-    for (int64_t k = from; k < to; k += DPOI_AMX_TURN) {
-        int64_t turn = dpoi_least(to, k + DPOI_AMX_TURN);
+    int64_t skipped = (from - k)*2*DPOI_TILE_SIZE;
+    for (int64_t i = from; i < to; i += DPOI_AMX_TURN) {
+        int64_t turn = dpoi_least(to, i + DPOI_AMX_TURN);
         DPOI_AMX_READY();
-        dpoi_amx_scores(b, u->head, k, turn, u->a, u->s);
-        dpoi_amx_scores(b2, u->head, k, turn, u->a2, u->t);
+        dpoi_amx_scores(&t->side[0], u->head, i, turn, u->a, u->s);
+        dpoi_amx_scores(&t->side[3], u->head, i, turn, u->a2, u->t);
         DPOI_AMX_READY();
-        for (int64_t i = k; i < turn; i++) dpoi_amx_slopes_run(t, u, i, i - from, i - k);
+        for (int64_t j = i; j < turn; j++)
+            if (dpoi_amx_full(t, u, t->g.T, j)) dpoi_amx_slopes(t, u, j, j - k, j - i, 1);
+            else                                dpoi_amx_slopes(t, u, j, j - k, j - i, 0);
     }
     DPOI_AMX_READY();
-    if (!t->by_key || t->g.dk) dpoi_amx_gather(b, u->head, from, to, u->ds, u->o);
-    if (t->by_key && t->g.dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, u->o2);
+    if (t->g.dk) dpoi_amx_gather(&t->side[0], u->head, from, to, u->ds + skipped, u->o);
+    if (t->g.dv) dpoi_amx_gather(&t->side[3], u->head, from, to, u->p + skipped, u->o2);
     DPOI_AMX_READY();
 }
 
-/* `count` units of one head, led along the other axis together: what it has to say is more than a second-level cache
-   holds beside anything else, and is called from the third once for all of them. */
-DPOI_AMX static void dpoi_amx_back_units(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t count)
+/* dq/scale of the blocks k..to-1 += ds k of `count` units; sums [T/32][d/16][2][16][16], fresh or going on.  Where
+   causal, the last units do not meet the first blocks. */
+DPOI_AMX static void dpoi_amx_back_rows(const dpoi_amx_unit *u, int64_t count, int64_t wide, int64_t k, int64_t to,
+                                        int fresh, float *sums)
+{
+    dpoi_amx_strip s;
+    s.a_row = s.b_row = 64;  s.b[1] = NULL;
+    s.a_step = s.b_step = count > 1 ? u[1].rows - u[0].rows : 0;
+    sums += k*wide*512;
+    for (int64_t i = k; i < to; i++) {
+        for (s.steps = count; s.steps && u[s.steps - 1].from > i;) s.steps--;
+        s.a[0] = u->rows + (i - k)*2*DPOI_TILE_SIZE;
+        s.a[1] = s.a[0] + DPOI_TILE_SIZE;
+        for (int64_t c = 0; c < wide; c++, sums += 512) {
+            s.b[0] = u->pairs + c*DPOI_TILE_SIZE;
+            if (fresh) { _tile_zero(0);  _tile_zero(2); }
+            else { _tile_loadd(0, sums, 64);  _tile_loadd(2, sums + 256, 64); }
+            dpoi_amx_run(&s);
+            _tile_stored(0, sums, 64);
+            _tile_stored(2, sums + 256, 64);
+        }
+    }
+    DPOI_AMX_READY();
+}
+
+/* Block i of one head's dq = scale times the sums of all parts, or += . */
+DPOI_AMX static void dpoi_amx_dq_block(const dpoi_amx_attention *t, int64_t head, int64_t i)
 {
     const dpoi_attention *g = &t->g;
-    const dpoi_amx_side *a = &t->side[t->by_key ? 1 : 0], *a2 = &t->side[t->by_key ? 2 : 3];
-    int64_t length = t->by_key ? g->T : g->S, blocks = dpoi_pieces(length, 32);
-    for (int64_t i = 0; i < count; i++) {
-        u[i].from = g->causal && t->by_key ? u[i].first/32 : 0;
-        u[i].to = g->causal && !t->by_key ? dpoi_least(u[i].first/32 + 1, blocks) : blocks;
-        memset(u[i].o, 0, (size_t)(2*a->wide*512)*sizeof(float));
-        dpoi_amx_lanes(a, u[i].head, u[i].first, u[i].a);
-        dpoi_amx_lanes(a2, u[i].head, u[i].first, u[i].a2);
-    }
-    for (int64_t k = 0; k < blocks; k += DPOI_AMX_BLOCKS)
-        for (int64_t i = 0; i < count; i++) {
-            int64_t from = dpoi_most(k, u[i].from), to = dpoi_least(k + DPOI_AMX_BLOCKS, u[i].to);
-            if (from < to) dpoi_amx_back_strip(t, u + i, from, to);
+    int64_t blocks = dpoi_pieces(g->T, 32), size = t->side->wide*512;
+    const float *sums = t->sums + (head*t->parts*blocks + i)*size;
+    for (int64_t r = 0; r < dpoi_least(32, g->T - i*32); r++)
+        for (int64_t c = 0; c < t->side->wide; c++) {
+            float *to = g->dq + dpoi_amx_side_at(t->side, head, i*32 + r) + c*16;
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c*16, 0, g->d);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t part = 0; part < t->parts; part++)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + part*blocks*size + c*512 + r*16));
+            sum = _mm512_mul_ps(sum, _mm512_set1_ps(g->scale));
+            if (g->add & 1) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(k, to));
+            _mm512_mask_storeu_ps(to, k, sum);
         }
+}
+static void dpoi_amx_dq_task(void *arg, int64_t i)
+{
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    int64_t blocks = dpoi_pieces(t->g.T, 32);
+    dpoi_amx_dq_block(t, i/blocks, i % blocks);
+}
+
+/* What a unit of backward needs of its keys. */
+DPOI_AMX static void dpoi_amx_back_pack(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+{
+    const dpoi_amx_side *a = &t->side[1];
+    uint16_t *to = u->pairs;
+    memset(u->o, 0, (size_t)(2*a->wide*512)*sizeof(float));
+    dpoi_amx_lanes(a, u->head, u->first, u->a);
+    dpoi_amx_lanes(&t->side[2], u->head, u->first, u->a2);
+    for (int64_t c = 0; c < a->wide; c++)
+        for (int64_t i = 0; i < 32; i += 2, to += 32) {
+            int64_t at = dpoi_amx_side_at(a, u->head, u->first + i) + c*16;
+            const float *x = i < u->lanes ? dpoi_amx_at(a->x, a->type, at) : NULL;
+            const float *y = i + 1 < u->lanes ? dpoi_amx_at(a->x, a->type, at + t->g.D) : NULL;
+            _mm512_storeu_si512(to, dpoi_amx_pair(x, y, a->type, t->g.d - c*16));
+        }
+}
+
+/* `count` units of one head, led along the queries together: what these have to say is more than a second-level cache
+   holds beside anything else, and is called from the third once for all of them.  sums: dq's of this part, fresh or
+   going on; last: nothing more is added to them. */
+DPOI_AMX static void dpoi_amx_back_units(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t count, float *sums,
+                                         int fresh, int last)
+{
+    const dpoi_attention *g = &t->g;
+    int64_t blocks = dpoi_pieces(g->T, 32);
+    for (int64_t i = 0; i < count; i++) dpoi_amx_back_pack(t, u + i);
+    for (int64_t k = 0; k < blocks; k += DPOI_AMX_BLOCKS) {
+        int64_t to = dpoi_least(k + DPOI_AMX_BLOCKS, blocks);
+        for (int64_t i = 0; i < count; i++)
+            if (u[i].from < to) dpoi_amx_back_strip(t, u + i, k, dpoi_most(k, u[i].from), to);
+        if (!g->dq) continue;
+        dpoi_amx_back_rows(u, count, t->side->wide, k, to, fresh, sums);
+        for (int64_t i = k; i < to && last && t->parts == 1; i++) dpoi_amx_dq_block(t, u->head, i);
+    }
     for (int64_t i = 0; i < count; i++) {
-        dpoi_amx_unit_store(a, u + i, u[i].o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
-        if (t->by_key) dpoi_amx_unit_store(a, u + i, u[i].o2, 1, g->dv, (int)(g->add >> 2 & 1));
+        dpoi_amx_unit_store(&t->side[1], u + i, u[i].o, g->scale, g->dk, (int)(g->add >> 1 & 1));
+        dpoi_amx_unit_store(&t->side[2], u + i, u[i].o2, 1, g->dv, (int)(g->add >> 2 & 1));
     }
 }
 
-/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task; those of one head together. */
-DPOI_AMX static void dpoi_amx_attention_jobs(const dpoi_amx_attention *t, int64_t job, int back)
+/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
+DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
 {
-    dpoi_amx_unit u[DPOI_AMX_UNITS];
-    int64_t length = t->by_key ? t->g.S : t->g.T, most = dpoi_amx_together(t), end = t->units*(job + 1)/t->jobs, count;
-    for (int64_t k = 0; k < most; k++) u[k] = dpoi_amx_unit_of(t, job, k);
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    dpoi_amx_unit u = dpoi_amx_unit_of(t, job, 0);
+    int64_t units = t->g.N*t->g.heads*t->blocks;
     dpoi_amx_begin();
-    for (int64_t i = t->units*job/t->jobs; i < end; i += count) {
-        count = dpoi_least(dpoi_least(most, end - i), t->blocks - i % t->blocks);
-        for (int64_t k = 0; k < count; k++) {
-            u[k].head = i/t->blocks;  u[k].first = (i % t->blocks + k)*32;
-            u[k].lanes = dpoi_least(32, length - u[k].first);
-        }
-        if (back) dpoi_amx_back_units(t, u, count);
-        else      dpoi_amx_attention_unit(t, u);
+    for (int64_t i = units*job/t->jobs; i < units*(job + 1)/t->jobs; i++) {
+        u.head = i/t->blocks;  u.first = i % t->blocks*32;
+        u.lanes = dpoi_least(32, t->g.T - u.first);
+        dpoi_amx_attention_unit(t, &u);
     }
     dpoi_amx_end();
 }
 
-static void dpoi_amx_attention_task(void *arg, int64_t job)
+/* The same of the parts of heads; units of a part go along DPOI_AMX_UNITS together. */
+DPOI_AMX static void dpoi_amx_back_task(void *arg, int64_t job)
 {
-    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 0);
-}
-static void dpoi_amx_back_task(void *arg, int64_t job)
-{
-    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 1);
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    dpoi_amx_unit u[DPOI_AMX_UNITS];
+    int64_t all = t->g.N*t->g.heads*t->parts, size = dpoi_pieces(t->g.T, 32)*t->side->wide*512, count;
+    for (int64_t k = 0; k < DPOI_AMX_UNITS; k++) u[k] = dpoi_amx_unit_of(t, job, k);
+    dpoi_amx_begin();
+    for (int64_t i = all*job/t->jobs; i < all*(job + 1)/t->jobs; i++) {
+        int64_t part = i % t->parts, first = t->blocks*part/t->parts, end = t->blocks*(part + 1)/t->parts;
+        for (int64_t at = first; at < end; at += count) {
+            count = dpoi_least(DPOI_AMX_UNITS, end - at);
+            for (int64_t k = 0; k < count; k++) {
+                u[k].head = i/t->parts;  u[k].first = (at + k)*32;
+                u[k].from = t->g.causal ? at + k : 0;
+                u[k].lanes = dpoi_least(32, t->g.S - u[k].first);
+            }
+            dpoi_amx_back_units(t, u, count, t->sums + i*size, at == first, at + count == end);
+        }
+    }
+    dpoi_amx_end();
 }
 
 /* dpoi_attention_delta_task with o and do as they lie, a query's sums in one order; and lse. */
@@ -15466,18 +15559,14 @@ DPOI_AMX static void dpoi_amx_delta_task(void *arg, int64_t head)
     }
 }
 
-/* Scores are made twice, as in F32. */
 static void dpoi_amx_attention_backward(dpoi_amx_attention *t)
 {
     const dpoi_attention *g = &t->g;
-    for (int i = 0; i < 4; i++) dpoi_amx_side_run(&t->side[i]);
+    dpoi_amx_side_run(&t->side[0]);
+    dpoi_amx_side_run(&t->side[3]);
     dpoi_parallel(g->cpu, g->N*g->heads, dpoi_amx_delta_task, t);
-    t->by_key = 0;
-    dpoi_amx_attention_split(t, g->T);
-    if (g->dq) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
-    t->by_key = 1;
-    dpoi_amx_attention_split(t, g->S);
-    if (g->dk || g->dv) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
+    dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
+    if (g->dq && t->parts > 1) dpoi_parallel(g->cpu, g->N*g->heads*dpoi_pieces(g->T, 32), dpoi_amx_dq_task, t);
 }
 #endif /* DPOI_SIMD_AMX */
 
@@ -15507,7 +15596,6 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_amx_attention t;
     if (dpoi_attention_rounds(cpu, a)) {
         dpoi_amx_attention_of(cpu, a, &t);
-        t.by_key = 0;
         dpoi_amx_side_run(&t.side[1]);
         dpoi_amx_side_run(&t.side[2]);
         dpoi_parallel(cpu, t.jobs, dpoi_amx_attention_task, &t);
