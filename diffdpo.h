@@ -11684,16 +11684,20 @@ typedef struct dpoi_source {
 
 /* y = act(sum over the sources + add + bias + vec).  Pixel (n,y,x) of y lies at n*at_n + y*at_y + x*at_x.
    Two sources: the weights, and the adapter's second half (or in backward its first), summed in the
-   same registers. */
+   same registers.  Where AMX makes the second source's pixels u of the first's, the third has the weights for it:
+   u[m][q] = scale strength[n] sum_k x[m,k] w[k][q], strength NULL: 1. */
 typedef struct dpoi_cpu_product {
     dpoi_cpu *cpu;
-    dpoi_source source[2];
+    dpoi_source source[3];
     int     sources, act;
     int64_t N, Y, X, O, at_n, at_y, at_x;
     float  *y;
     const float *bias, *vec, *add, *zero; /* add: laid out as y, or y itself; zero: as many zeros as the longest run */
     float  *room;                         /* for AMX: scratch, see dpoi_conv_room, */
     int     y_type, add_type;             /* and other types than F32 */
+    int     made, keeps_scaled;           /* source 1 is made;  u has its factors */
+    const float *strength;
+    float   scale, *u;                    /* u: NULL or where it is kept, [M,r] */
     int64_t M, panels, groups, block, blocks, span;        /* how the work is cut, see dpoi_product_run */
     int64_t chunk[2];                     /* values of k of each source between two visits to y */
 } dpoi_cpu_product;
@@ -12949,6 +12953,7 @@ enum {
 typedef struct dpoi_amx_factor {
     int     way;
     int64_t steps;                        /* tiles of channels a place, or of all k (tiled) */
+    int64_t panels;                       /* of weights */
     int64_t seen;                         /* slots of the copy */
     int64_t a_at, b_at, floats;           /* offsets in room: of the copy, of pairs of weights; how much */
     const uint16_t *a, *b;
@@ -12956,7 +12961,7 @@ typedef struct dpoi_amx_factor {
 
 typedef struct dpoi_amx_product {
     const dpoi_cpu_product *p;
-    dpoi_amx_factor f[2];
+    dpoi_amx_factor f[3];                 /* the third: f[0] with the weights that make the second source */
     int64_t wide, high, each;             /* slots a row, rows an image; images whose slots take turns */
     int64_t across, down, slots;          /* of these such as a result has, and those in all images */
     int64_t panels, block, blocks, span, spans;
@@ -13065,6 +13070,11 @@ static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
     dpoi_amx_lay_slots(&t);
     dpoi_amx_cut(&t);
     for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
+    t.f[0].panels = t.f[1].panels = t.panels;
+    t.f[2] = t.f[0];
+    t.f[2].panels = dpoi_pieces(p->source[1].K, DPOI_PANEL);
+    t.f[2].b_at = t.room;
+    if (p->made && !p->source[2].pairs) t.room += dpoi_amx_room(p->source[1].K, p->source[2].K);
     t.sums_at = t.room;
     if (t.rows*t.ranges > 1) t.room += t.spans*t.blocks*t.group*t.block*DPOI_AMX_WIDE;
     return t;
@@ -13177,7 +13187,7 @@ DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
 static void dpoi_amx_bring(dpoi_amx_product *t)
 {
     const dpoi_cpu_product *p = t->p;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 + p->made; i++) {
         const dpoi_source *s = &p->source[i];
         dpoi_amx_factor *f = &t->f[i];
         dpoi_amx_weights w;
@@ -13193,7 +13203,7 @@ static void dpoi_amx_bring(dpoi_amx_product *t)
         w.w = s->w;  w.type = s->w_type;  w.paired = s->paired;  w.K = s->K;
         w.to = (uint16_t *)(void *)(p->room + f->b_at);
         f->b = w.to;
-        dpoi_parallel(p->cpu, t->panels, dpoi_amx_weights_task, &w);
+        dpoi_parallel(p->cpu, f->panels, dpoi_amx_weights_task, &w);
     }
 }
 
@@ -13315,7 +13325,7 @@ typedef struct dpoi_amx_job {
     dpoi_amx_pixels at[2];
     dpoi_amx_later later;
     float   done[2][DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    const uint16_t *tiles[2];
+    const uint16_t *tiles[3];
     float  *c;                            /* NULL: sums are in tiles; else where they are, [32][32] */
 } dpoi_amx_job;
 
@@ -13371,7 +13381,7 @@ DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, 
             r.a[1] = r.a[0] + (j->slot[1] - j->slot[0])*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
         }
         r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
-        r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
+        r.b[1] = panel + 1 < f->panels ? r.b[0] + size : NULL;
         if (kx) ahead->next = next + kx*f->steps*DPOI_TILE_SIZE;
         if (j->c) dpoi_dots_run(&r, &sums);
         else      dpoi_amx_run_ahead(&r, ahead);
@@ -13490,6 +13500,40 @@ DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, i
     }
 }
 
+/* Row i of 32 numbers c of u, those from q on: kept where that is wanted, and rounded for the second source. */
+DPOI_AMX static void dpoi_amx_made_row(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int i, int64_t q,
+                                       const float *c, uint16_t *to)
+{
+    int64_t r = p->source[1].K, m = (at->n[i]*p->Y + at->y[i])*p->X + at->x[i];
+    uint32_t in = r - q > 31 ? 0xffffffffu : (1u << (r - q)) - 1;
+    if (at->place[i] < 0) { _mm512_storeu_si512(to, _mm512_setzero_si512());  return; }
+    __m512 factor = _mm512_set1_ps(p->strength ? p->scale*p->strength[at->n[i]] : p->scale);
+    __m512 u0 = _mm512_loadu_ps(c), u1 = _mm512_loadu_ps(c + 16);
+    __m512 s0 = _mm512_mul_ps(u0, factor), s1 = _mm512_mul_ps(u1, factor);
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(s1, s0));
+    if (!p->u) return;
+    _mm512_mask_storeu_ps(p->u + m*r + q, (__mmask16)in, p->keeps_scaled ? s0 : u0);
+    if (in >> 16) _mm512_mask_storeu_ps(p->u + m*r + q + 16, (__mmask16)(in >> 16), p->keeps_scaled ? s1 : u1);
+}
+
+/* The second source's tiles for the job's 32 slots, made of the first's. */
+DPOI_AMX static void dpoi_amx_make(dpoi_amx_job *j, uint16_t *tiles)
+{
+    const dpoi_amx_product *t = j->t;
+    float own[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED, *c = j->c ? j->c : own;
+    dpoi_amx_ahead ahead = { NULL, 0, NULL };
+    ahead.later = &j->later;
+    for (int64_t q = 0; q < t->p->source[1].K; q += DPOI_AMX_WIDE, tiles += 2*DPOI_TILE_SIZE) {
+        dpoi_amx_job_zero(j, c);
+        dpoi_amx_part(j, 2, q/DPOI_PANEL, 0, 0, t->f[2].steps, &ahead);
+        dpoi_amx_job_save(j, c);
+        DPOI_AMX_READY();
+        for (int i = 0; i < DPOI_AMX_ROWS; i++)
+            dpoi_amx_made_row(t->p, &j->at[j->page], i, q, c + i*DPOI_AMX_WIDE, tiles + i*DPOI_TILE_K);
+    }
+    DPOI_AMX_READY();
+}
+
 /* 32 slots after the other through all panels; the next ones come meanwhile where they serve as they lie. */
 DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task)
 {
@@ -13503,14 +13547,17 @@ DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t e
         tiles[i] = (uint16_t *)(void *)(t->p->room + t->f[i].a_at) + task*t->f[i].steps*2*DPOI_TILE_SIZE;
         j->tiles[i] = tiles[i];
     }
+    j->tiles[2] = tiles[0];
     for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
         dpoi_amx_ahead ahead = { NULL, 0, NULL };
         ahead.later = &j->later;
         dpoi_amx_job_at(j, m);
         dpoi_amx_job_pixels(j, m);
         for (int i = 0; i < 2; i++)
-            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at[j->page], tiles[i]);
+            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED && !(i && t->p->made))
+                dpoi_amx_tiles(t, i, &j->at[j->page], tiles[i]);
         DPOI_AMX_READY();
+        if (t->p->made) dpoi_amx_make(j, tiles[1]);
         if (t->f[0].way == DPOI_AMX_AS_IT_LIES && m + DPOI_AMX_ROWS < end) {
             ahead.next = t->f[0].a + (m + DPOI_AMX_ROWS)*I;
             ahead.lines = dpoi_pieces(32, dpoi_pieces(t->panels, 2));
@@ -13604,6 +13651,13 @@ static void dpoi_amx_product_run(const dpoi_cpu_product *p)
             dpoi_cpu_product q = dpoi_amx_stripe(p, n, y, rows);
             dpoi_amx_product_go(&q);
         }
+}
+
+/* Whether the second source, still without pixels, can be made of the first while its tiles are at hand. */
+static int dpoi_amx_makes(const dpoi_cpu_product *p)
+{
+    dpoi_amx_product t = dpoi_amx_product_of(p);
+    return t.kept && t.f[0].way != DPOI_AMX_SLOTTED && dpoi_amx_stripe_rows(p) >= p->N*p->Y;
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of x */
@@ -13742,6 +13796,7 @@ static int64_t dpoi_amx_outer_work(const dpoi_amx_outer *p)
 static const float *dpoi_amx_slot(const dpoi_amx_outer *p, int64_t q)
 {
     const dpoi_outer *c = &p->c;
+    if (p->dense) return q < c->X ? dpoi_amx_at(c->x, p->x_type, q*c->I) : NULL;
     int64_t at = q - c->top*p->wide - c->left, v = at % p->wide, h = at/p->wide % p->high, n = at/p->wide/p->high;
     if (at < 0 || v >= c->W || h >= c->H || n >= c->N) return NULL;
     return dpoi_amx_at(c->x, p->x_type, ((n*c->H + h)*c->W + v)*c->I);
@@ -13769,10 +13824,10 @@ DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
     const float *row[DPOI_TILE_K];
     float words[256] DPOI_ALIGNED, *to = (float *)(void *)(p->d + block*p->otiles*DPOI_TILE_SIZE);
     int     type = p->dy_type;
+    int64_t m = block*DPOI_TILE_K, high = p->high/c->stride, x = m % p->wide, y = m/p->wide % high, n = m/p->wide/high;
     for (int64_t i = 0; i < DPOI_TILE_K; i++) {
-        int64_t m = block*DPOI_TILE_K + i, x = m % p->wide, high = p->high/c->stride, y = m/p->wide % high;
-        int64_t n = m/p->wide/high;
         row[i] = x < c->X && y < c->Y && n < c->N ? dpoi_amx_at(c->dy, type, ((n*c->Y + y)*c->X + x)*c->O) : NULL;
+        if (++x == p->wide) { x = 0;  if (++y == high) { y = 0;  n++; } }
     }
     for (int64_t o = 0; o < c->O; o += DPOI_PANEL, to += 256) {
         for (int i = 0; i < 16; i++) {
@@ -13906,16 +13961,17 @@ static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
     return dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K;
 }
 
+static const uint16_t dpoi_pairs_asked = 0;                /* any address, while sizes are asked for */
+
 /* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
 static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int type, int64_t O,
                                     float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
-    static const uint16_t asked = 0;      /* any address, while sizes are asked for */
     s.x_type = type;
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
-    if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &asked;
+    if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &dpoi_pairs_asked;
     return s;
 }
 
@@ -13935,8 +13991,32 @@ static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_a
     dpoi_parallel(cpu, dpoi_pieces(g->I, panel)*y.count*x.count, task, &f);
 }
 
-/* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned. */
-static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
+/* The linear layer that takes u [M,r] to the output: for up's gradient. */
+static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
+{
+    dpoi_conv u = *g;
+    u.H = g->Y;  u.W = g->X;  u.I = u.K = g->r;  u.kh = u.kw = u.stride = 1;  u.top = u.left = 0;
+    return u;
+}
+
+/* An adapter's second half p->source[1] is made in the same pass as y where that works: of p->source[0] by w, pairs
+   or panels of F32, whose results are kept at u. */
+static void dpoi_conv_make(const dpoi_conv *g, dpoi_cpu_product *p, const float *w, const uint16_t *pairs, float *u,
+                           int scaled)
+{
+#ifdef DPOI_SIMD_AMX
+    p->made = g->amx && dpoi_amx_makes(p);
+#endif
+    if (!p->made) return;
+    p->source[2] = p->source[0];
+    p->source[2].w = w;  p->source[2].w_type = DPO_F32;  p->source[2].paired = 0;  p->source[2].pairs = pairs;
+    p->u = u;  p->keeps_scaled = scaled;  p->strength = g->strength;  p->scale = g->scale;
+}
+
+/* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned.
+   made: whether du, which is there else, is made on the way. */
+static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, float *du, float *work,
+                                  int *made)
 {
     dpoi_axis y = dpoi_axis_of(a, g->top, g->kh, g->stride), x = dpoi_axis_of(b, g->left, g->kw, g->stride);
     float *dx = (float *)g->a->din[0].data;
@@ -13950,6 +14030,14 @@ static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, 
     if (g->r) {
         p.source[1] = dpoi_flip_source(g, y, x, du, DPO_F32, g->r, work ? work + first : NULL);
         at += dpoi_flip_room(g, g->I, places*g->r);
+        if (g->K == g->I && g->stride == 1 && !g->top && !g->left && g->M == g->N*g->H*g->W)
+            dpoi_conv_make(g, &p, NULL, work ? (const uint16_t *)(const void *)(work + at) : &dpoi_pairs_asked, du, 1);
+    }
+    *made = p.made;
+    if (p.made) {
+        dpoi_conv u = dpoi_conv_up(g);
+        if (work) dpoi_flip_run(cpu, &u, y, x, g->up, g->O, work + at);
+        at += dpoi_flip_room(g, g->r, g->O);
     }
     if (work) {
         dpoi_flip_run(cpu, g, y, x, g->w, g->O, work);
@@ -13964,9 +14052,18 @@ static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, 
 static int64_t dpoi_conv_dx_work(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     int64_t most = 0;
+    int made;
     for (int64_t i = 0; i < g->stride*g->stride; i++)
-        most = dpoi_most(most, dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, NULL, NULL));
+        most = dpoi_most(most, dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, NULL, NULL, &made));
     return most;
+}
+
+/* Whether du is made with dx. */
+static int dpoi_conv_dx_makes(dpoi_cpu *cpu, const dpoi_conv *g)
+{
+    int made = 0;
+    if (g->r && g->a->din[0].data && g->stride == 1) dpoi_fast_dx_class(cpu, g, 0, 0, NULL, NULL, &made);
+    return made;
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of weights */
@@ -14070,21 +14167,15 @@ typedef struct dpoi_conv_plan {
     int64_t chunks;
 } dpoi_conv_plan;
 
-/* The linear layer that takes u [M,r] to the output: for up's gradient. */
-static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
-{
-    dpoi_conv u = *g;
-    u.H = g->Y;  u.W = g->X;  u.I = u.K = g->r;  u.kh = u.kw = u.stride = 1;  u.top = u.left = 0;
-    return u;
-}
-
 /* y of forward, but for what its adapter's first half makes, `scaled`. */
 static dpoi_cpu_product dpoi_forward_product(dpoi_cpu *cpu, const dpoi_conv *g, const float *scaled)
 {
     dpoi_cpu_product p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
     p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
     p.add_type = g->residual_type;  p.y_type = g->y_type;
-    if (g->r) p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
+    if (!g->r) return p;
+    p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
+    dpoi_conv_make(g, &p, g->down, NULL, g->u ? (float *)g->a->stat.data : NULL, 0);
     return p;
 }
 
@@ -14134,14 +14225,28 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     return p;
 }
 
-/* to[m][q] = scale strength[n] u[m][q]; to may be u. */
-static void dpoi_conv_strength(const dpoi_conv *g, const float *u, float *to)
+/* to[m][q] = scale strength[n] u[m][q], a sample a job; to may be u. */
+typedef struct dpoi_strength {
+    dpoi_cpu *cpu;
+    const dpoi_conv *g;
+    const float *u;
+    float  *to;
+} dpoi_strength;
+
+static void dpoi_strength_task(void *arg, int64_t n)
 {
-    int64_t size = g->Y*g->X*g->r;
-    for (int64_t n = 0; n < g->N; n++) {
-        float factor = dpoi_conv_factor(g, n);
-        for (int64_t e = n*size; e < (n + 1)*size; e++) to[e] = factor*u[e];
-    }
+    const dpoi_strength *p = (const dpoi_strength *)arg;
+    int64_t size = p->g->Y*p->g->X*p->g->r;
+    float   affine[2];
+    affine[0] = dpoi_conv_factor(p->g, n);  affine[1] = 0;
+    p->cpu->rows.map(DPOI_MAP_AFFINE, size, p->u + n*size, NULL, NULL, affine, p->to + n*size, 0);
+}
+
+static void dpoi_conv_strength(dpoi_cpu *cpu, const dpoi_conv *g, const float *u, float *to)
+{
+    dpoi_strength p;
+    p.cpu = cpu;  p.g = g;  p.u = u;  p.to = to;
+    dpoi_parallel(cpu, g->N, dpoi_strength_task, &p);
 }
 
 /* u is kept unscaled for backward; its scaled copy is what `up` is multiplied with. */
@@ -14152,32 +14257,38 @@ static void dpoi_fast_forward(dpoi_cpu *cpu, dpoi_conv *g)
     float *scaled = g->work + plan.u, *u = g->u ? (float *)g->a->stat.data : scaled;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
-    if (g->r) {
+    p = dpoi_forward_product(cpu, g, scaled);
+    if (g->r && !p.made) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, u);
         down.room = g->work + plan.step;
         dpoi_conv_product(g, &down);
-        dpoi_conv_strength(g, u, scaled);
+        dpoi_conv_strength(cpu, g, u, scaled);
     }
-    p = dpoi_forward_product(cpu, g, scaled);
     p.room = g->work + plan.step;
     dpoi_conv_product(g, &p);
 }
 
-/* du = scale strength[n] dy up^T, then what it is needed for: down's gradient and up's. */
-static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan *plan, float *du, float *step)
+/* du = scale strength[n] dy up^T. */
+static void dpoi_fast_du(dpoi_cpu *cpu, const dpoi_conv *g, float *du, float *step)
 {
-    const dpo_args *a = g->a;
     dpoi_conv u = dpoi_conv_up(g);
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
     dpoi_cpu_product p = dpoi_adapter_product(cpu, g, du, step);
     dpoi_flip_run(cpu, &u, one, one, g->up, g->O, step);
     p.room = step + dpoi_flip_room(g, g->r, g->O);
     dpoi_conv_product(g, &p);
-    dpoi_conv_strength(g, du, du);
+    dpoi_conv_strength(cpu, g, du, du);
+}
+
+/* Down's gradient and up's. */
+static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan *plan, const float *du, float *step)
+{
+    const dpo_args *a = g->a;
+    dpoi_conv u = dpoi_conv_up(g);
     if (a->din[5].data)
         dpoi_gradient_run(cpu, g, &plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
     if (a->din[6].data) {
-        dpoi_conv_strength(g, g->u, step);
+        dpoi_conv_strength(cpu, g, g->u, step);
         dpoi_gradient_run(cpu, &u, &plan->up, step, g->dy, (float *)a->din[6].data, (int)(a->add >> 6 & 1),
                           step + (g->M*g->r + 15)/16*16);
     }
@@ -14206,18 +14317,20 @@ static void dpoi_rounded_run(dpoi_cpu *cpu, dpoi_conv *g, float *to)
     g->dy = to;
 }
 
-/* du first, for dx and down's gradient both read it. */
+/* du first, or with dx: down's gradient reads it, too. */
 static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
 {
     const dpo_args *a = g->a;
     dpoi_conv_plan plan = dpoi_conv_plan_of(cpu, g);
     float *du = g->work + plan.u, *step = g->work + plan.step;
+    int made;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
     if (g->dy_type != DPO_F32) dpoi_rounded_run(cpu, g, g->work + plan.dy);
-    if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
+    if (g->r && !dpoi_conv_dx_makes(cpu, g)) dpoi_fast_du(cpu, g, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
-        dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
+        dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step, &made);
+    if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     if (a->din[1].data)
         dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
