@@ -13746,14 +13746,22 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
    kernel reaches over, each gap shared by both its neighbours: slot q of the input is pixel (q/wide, q % wide).  Slot m
    of the output sees, at place (ky,kx), slot stride*m + ky*wide + kx of the input, whatever m is, so that one packed
    copy serves all places: v[i/16][q][16][2] holds the pair (x[q], x[q + stride]), and d[m/32][o/16][16][32] the pixels
-   of dy turned, zeros in slots that are no pixel.  A 1x1 kernel needs the even pairs alone (dense). */
+   of dy turned, zeros in slots that are no pixel.  A 1x1 kernel needs the even pairs alone (dense).
 
-enum { DPOI_AMX_PIXELS = 8, DPOI_AMX_TAPS = 9 };           /* tiles of pixels a chunk; places of the kernel at once */
+   Where such a gradient is thin, a few tiles for many pixels as an adapter's is, a job takes a part of the pixels and
+   all of the tiles: what it packs for a chunk is multiplied at once and goes nowhere. */
+
+enum {
+    DPOI_AMX_PIXELS = 8,                  /* tiles of pixels a chunk */
+    DPOI_AMX_TAPS   = 9,                  /* places of the kernel at once */
+    DPOI_AMX_THIN   = 64                  /* tiles of a thin gradient */
+};
 
 typedef struct dpoi_amx_outer {
     dpoi_outer c;                         /* sizes, dw and the parts that are added up */
-    int     dense, x_type, dy_type;
+    int     dense, thin, x_type, dy_type;
     int64_t wide, high, slots, seen;      /* slots a row and rows an image of x; slots of dy, of x */
+    int64_t first;                        /* slot of dy where v and d begin */
     int64_t itiles, otiles;
     uint16_t *v, *d;
 } dpoi_amx_outer;
@@ -13783,12 +13791,25 @@ static dpoi_amx_outer dpoi_amx_outer_of(const dpoi_conv *g, int64_t O)
     jobs = dpoi_pieces(p.itiles, 2)*dpoi_pieces(p.otiles, 2);
     c->parts = dpoi_least(dpoi_pieces(16, jobs), dpoi_pieces(c->units, c->chunk));
     c->parts = dpoi_least(c->parts, 2*g->M*g->K*O/(DPOI_AMX_JOB*jobs) + 1);
+    p.thin = p.dense && p.itiles*p.otiles <= DPOI_AMX_THIN && c->units >= 2*c->chunk;
+    if (p.thin) {
+        c->parts = dpoi_least(DPOI_AMX_JOBS, dpoi_pieces(c->units, c->chunk));
+        p.seen = c->chunk*DPOI_TILE_K/2;
+    }
     return p;
+}
+
+/* Floats of a thin gradient's job: v and d of a chunk, and its sums in blocks of 2 by 2 tiles. */
+static int64_t dpoi_amx_thin_work(const dpoi_amx_outer *p)
+{
+    int64_t d = p->otiles*p->c.chunk*DPOI_TILE_SIZE/2, blocks = dpoi_pieces(p->itiles, 2)*dpoi_pieces(p->otiles, 2);
+    return p->itiles*p->seen*DPOI_PANEL + d + blocks*1024;
 }
 
 /* Floats of scratch: v, d and the parts. */
 static int64_t dpoi_amx_outer_work(const dpoi_amx_outer *p)
 {
+    if (p->thin) return p->c.parts*dpoi_amx_thin_work(p) + dpoi_outer_work(&p->c);
     return p->itiles*p->seen*DPOI_PANEL + p->otiles*p->slots*DPOI_PANEL/2 + dpoi_outer_work(&p->c);
 }
 
@@ -13808,7 +13829,8 @@ DPOI_AMX static void dpoi_amx_x_task(void *arg, int64_t task)
     const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
     int64_t from = task*DPOI_AMX_SLOTS, to = dpoi_least(p->seen, from + DPOI_AMX_SLOTS), step = p->dense ? 2 : 1;
     for (int64_t q = from; q < to; q++) {
-        const float *x = dpoi_amx_slot(p, q*step), *y = dpoi_amx_slot(p, q*step + p->c.stride);
+        int64_t at = p->first + q*step;
+        const float *x = dpoi_amx_slot(p, at), *y = dpoi_amx_slot(p, at + p->c.stride);
         uint16_t *v = p->v + q*2*DPOI_PANEL;
         for (int64_t i = 0; i < p->c.I; i += DPOI_PANEL, v += p->seen*2*DPOI_PANEL)
             _mm512_storeu_si512(v, dpoi_amx_pair(x ? dpoi_amx_at(x, p->x_type, i) : NULL,
@@ -13824,7 +13846,7 @@ DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
     const float *row[DPOI_TILE_K];
     float words[256] DPOI_ALIGNED, *to = (float *)(void *)(p->d + block*p->otiles*DPOI_TILE_SIZE);
     int     type = p->dy_type;
-    int64_t m = block*DPOI_TILE_K, high = p->high/c->stride, x = m % p->wide, y = m/p->wide % high, n = m/p->wide/high;
+    int64_t m = p->first + block*DPOI_TILE_K, high = p->high/c->stride, x = m % p->wide, y = m/p->wide % high, n = m/p->wide/high;
     for (int64_t i = 0; i < DPOI_TILE_K; i++) {
         row[i] = x < c->X && y < c->Y && n < c->N ? dpoi_amx_at(c->dy, type, ((n*c->Y + y)*c->X + x)*c->O) : NULL;
         if (++x == p->wide) { x = 0;  if (++y == high) { y = 0;  n++; } }
@@ -13907,17 +13929,52 @@ DPOI_AMX static void dpoi_amx_outer_task(void *arg, int64_t task)
     if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
 }
 
-/* Three passes: pairs of x, dy turned, products; a fourth where pixels were cut into parts. */
+/* One part of a thin gradient; `own` has v and d of the chunk that it is at. */
+DPOI_AMX static void dpoi_amx_thin_task(void *arg, int64_t part)
+{
+    const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
+    const dpoi_outer *g = &p->c;
+    int64_t from = g->units*part/g->parts, end = g->units*(part + 1)/g->parts;
+    float *dw = g->parts == 1 ? g->dw : g->sums + part*g->panels*g->K*DPOI_PANEL, *c;
+    dpoi_amx_outer own = *p;
+    own.v = p->v + part*dpoi_amx_thin_work(p)*2;
+    own.d = own.v + p->itiles*p->seen*2*DPOI_PANEL;
+    if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_begin();
+    for (int64_t m = from; m < end; m += g->chunk) {
+        int64_t units = dpoi_least(g->chunk, end - m);
+        own.first = m*DPOI_TILE_K;
+        for (int64_t i = 0; i < dpoi_pieces(units*DPOI_TILE_K/2, DPOI_AMX_SLOTS); i++) dpoi_amx_x_task(&own, i);
+        for (int64_t i = 0; i < units; i++) dpoi_amx_dy_task(&own, i);
+        DPOI_AMX_READY();
+        c = (float *)(void *)(own.d + p->otiles*g->chunk*DPOI_TILE_SIZE);
+        for (int64_t o = 0; o < p->otiles; o += 2)
+            for (int64_t i = 0; i < p->itiles; i += 2, c += 1024)
+                dpoi_amx_outer_chunk(&own, 0, o, i, 0, units, m == from, c);
+    }
+    DPOI_AMX_READY();
+    c = (float *)(void *)(own.d + p->otiles*g->chunk*DPOI_TILE_SIZE);
+    for (int64_t o = 0; o < p->otiles; o += 2)
+        for (int64_t i = 0; i < p->itiles; i += 2, c += 1024)
+            for (int k = 0; k < 4; k++)
+                if (o + k/2 < p->otiles && i + k % 2 < p->itiles)
+                    dpoi_amx_outer_store(p, 0, o + k/2, i + k % 2, c + k*256, dw, g->parts == 1 && g->add);
+    if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
+}
+
+/* Three passes, one where it is thin: pairs of x, dy turned, products; a fourth where pixels were cut into parts. */
 static void dpoi_amx_outer_run(dpoi_cpu *cpu, dpoi_amx_outer *p, const float *x, const float *dy, float *dw, int add,
                                float *work)
 {
     dpoi_outer *c = &p->c;
-    p->v = (uint16_t *)(void *)work;  work += p->itiles*p->seen*DPOI_PANEL;
-    p->d = (uint16_t *)(void *)work;  work += p->otiles*p->slots*DPOI_PANEL/2;
+    p->v = (uint16_t *)(void *)work;  work += p->thin ? c->parts*dpoi_amx_thin_work(p) : p->itiles*p->seen*DPOI_PANEL;
+    p->d = (uint16_t *)(void *)work;  work += p->thin ? 0 : p->otiles*p->slots*DPOI_PANEL/2;
     c->cpu = cpu;  c->x = x;  c->dy = dy;  c->dw = dw;  c->add = add;  c->sums = work;
-    dpoi_parallel(cpu, dpoi_pieces(p->seen, DPOI_AMX_SLOTS), dpoi_amx_x_task, p);
-    dpoi_parallel(cpu, c->units, dpoi_amx_dy_task, p);
-    dpoi_parallel(cpu, c->parts*dpoi_pieces(p->itiles, 2)*dpoi_pieces(p->otiles, 2), dpoi_amx_outer_task, p);
+    if (p->thin) dpoi_parallel(cpu, c->parts, dpoi_amx_thin_task, p);
+    else {
+        dpoi_parallel(cpu, dpoi_pieces(p->seen, DPOI_AMX_SLOTS), dpoi_amx_x_task, p);
+        dpoi_parallel(cpu, c->units, dpoi_amx_dy_task, p);
+        dpoi_parallel(cpu, c->parts*dpoi_pieces(p->itiles, 2)*dpoi_pieces(p->otiles, 2), dpoi_amx_outer_task, p);
+    }
     if (c->parts > 1)
         dpoi_parallel(cpu, dpoi_pieces(c->panels*c->K*DPOI_PANEL, DPOI_PIECE), dpoi_outer_combine_task, c);
 }
