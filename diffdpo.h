@@ -11753,16 +11753,20 @@ typedef struct dpoi_source {
 
 /* y = act(sum over the sources + add + bias + vec).  Pixel (n,y,x) of y lies at n*at_n + y*at_y + x*at_x.
    Two sources: the weights, and the adapter's second half (or in backward its first), summed in the
-   same registers. */
+   same registers.  Where AMX makes the second source's pixels u of the first's, the third has the weights for it:
+   u[m][q] = scale strength[n] sum_k x[m,k] w[k][q], strength NULL: 1. */
 typedef struct dpoi_cpu_product {
     dpoi_cpu *cpu;
-    dpoi_source source[2];
+    dpoi_source source[3];
     int     sources, act;
     int64_t N, Y, X, O, at_n, at_y, at_x;
     float  *y;
     const float *bias, *vec, *add, *zero; /* add: laid out as y, or y itself; zero: as many zeros as the longest run */
     float  *room;                         /* for AMX: scratch, see dpoi_conv_room, */
     int     y_type, add_type;             /* and other types than F32 */
+    int     made, keeps_scaled;           /* source 1 is made;  u has its factors */
+    const float *strength;
+    float   scale, *u;                    /* u: NULL or where it is kept, [M,r] */
     int64_t M, panels, groups, block, blocks, span;        /* how the work is cut, see dpoi_product_run */
     int64_t chunk[2];                     /* values of k of each source between two visits to y */
 } dpoi_cpu_product;
@@ -13168,6 +13172,7 @@ enum {
 typedef struct dpoi_amx_factor {
     int     way;
     int64_t steps;                        /* tiles of channels a place, or of all k (tiled) */
+    int64_t panels;                       /* of weights */
     int64_t seen;                         /* slots of the copy */
     int64_t a_at, b_at, floats;           /* offsets in room: of the copy, of pairs of weights; how much */
     const uint16_t *a, *b;
@@ -13175,7 +13180,7 @@ typedef struct dpoi_amx_factor {
 
 typedef struct dpoi_amx_product {
     const dpoi_cpu_product *p;
-    dpoi_amx_factor f[2];
+    dpoi_amx_factor f[3];                 /* the third: f[0] with the weights that make the second source */
     int64_t wide, high, each;             /* slots a row, rows an image; images whose slots take turns */
     int64_t across, down, slots;          /* of these such as a result has, and those in all images */
     int64_t panels, block, blocks, span, spans;
@@ -13284,6 +13289,11 @@ static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
     dpoi_amx_lay_slots(&t);
     dpoi_amx_cut(&t);
     for (int i = 0; i < 2; i++) t.room = (dpoi_amx_factor_of(&t, i, t.room) + 15)/16*16;
+    t.f[0].panels = t.f[1].panels = t.panels;
+    t.f[2] = t.f[0];
+    t.f[2].panels = dpoi_pieces(p->source[1].K, DPOI_PANEL);
+    t.f[2].b_at = t.room;
+    if (p->made && !p->source[2].pairs) t.room += dpoi_amx_room(p->source[1].K, p->source[2].K);
     t.sums_at = t.room;
     if (t.rows*t.ranges > 1) t.room += t.spans*t.blocks*t.group*t.block*DPOI_AMX_WIDE;
     return t;
@@ -13396,7 +13406,7 @@ DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
 static void dpoi_amx_bring(dpoi_amx_product *t)
 {
     const dpoi_cpu_product *p = t->p;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 + p->made; i++) {
         const dpoi_source *s = &p->source[i];
         dpoi_amx_factor *f = &t->f[i];
         dpoi_amx_weights w;
@@ -13412,7 +13422,7 @@ static void dpoi_amx_bring(dpoi_amx_product *t)
         w.w = s->w;  w.type = s->w_type;  w.paired = s->paired;  w.K = s->K;
         w.to = (uint16_t *)(void *)(p->room + f->b_at);
         f->b = w.to;
-        dpoi_parallel(p->cpu, t->panels, dpoi_amx_weights_task, &w);
+        dpoi_parallel(p->cpu, f->panels, dpoi_amx_weights_task, &w);
     }
 }
 
@@ -13534,7 +13544,7 @@ typedef struct dpoi_amx_job {
     dpoi_amx_pixels at[2];
     dpoi_amx_later later;
     float   done[2][DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED;
-    const uint16_t *tiles[2];
+    const uint16_t *tiles[3];
     float  *c;                            /* NULL: sums are in tiles; else where they are, [32][32] */
 } dpoi_amx_job;
 
@@ -13590,7 +13600,7 @@ DPOI_AMX static void dpoi_amx_part(const dpoi_amx_job *j, int i, int64_t panel, 
             r.a[1] = r.a[0] + (j->slot[1] - j->slot[0])*s->I;  r.a_step = DPOI_TILE_K;  r.a_row = s->I*2;
         }
         r.b[0] = b + ((ky*kw + kx)*f->steps + c0)*DPOI_TILE_SIZE;
-        r.b[1] = panel + 1 < t->panels ? r.b[0] + size : NULL;
+        r.b[1] = panel + 1 < f->panels ? r.b[0] + size : NULL;
         if (kx) ahead->next = next + kx*f->steps*DPOI_TILE_SIZE;
         if (j->c) dpoi_dots_run(&r, &sums);
         else      dpoi_amx_run_ahead(&r, ahead);
@@ -13709,6 +13719,40 @@ DPOI_AMX static void dpoi_amx_chunks(dpoi_amx_job *j, int64_t m0, int64_t end, i
     }
 }
 
+/* Row i of 32 numbers c of u, those from q on: kept where that is wanted, and rounded for the second source. */
+DPOI_AMX static void dpoi_amx_made_row(const dpoi_cpu_product *p, const dpoi_amx_pixels *at, int i, int64_t q,
+                                       const float *c, uint16_t *to)
+{
+    int64_t r = p->source[1].K, m = (at->n[i]*p->Y + at->y[i])*p->X + at->x[i];
+    uint32_t in = r - q > 31 ? 0xffffffffu : (1u << (r - q)) - 1;
+    if (at->place[i] < 0) { _mm512_storeu_si512(to, _mm512_setzero_si512());  return; }
+    __m512 factor = _mm512_set1_ps(p->strength ? p->scale*p->strength[at->n[i]] : p->scale);
+    __m512 u0 = _mm512_loadu_ps(c), u1 = _mm512_loadu_ps(c + 16);
+    __m512 s0 = _mm512_mul_ps(u0, factor), s1 = _mm512_mul_ps(u1, factor);
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(s1, s0));
+    if (!p->u) return;
+    _mm512_mask_storeu_ps(p->u + m*r + q, (__mmask16)in, p->keeps_scaled ? s0 : u0);
+    if (in >> 16) _mm512_mask_storeu_ps(p->u + m*r + q + 16, (__mmask16)(in >> 16), p->keeps_scaled ? s1 : u1);
+}
+
+/* The second source's tiles for the job's 32 slots, made of the first's. */
+DPOI_AMX static void dpoi_amx_make(dpoi_amx_job *j, uint16_t *tiles)
+{
+    const dpoi_amx_product *t = j->t;
+    float own[DPOI_AMX_ROWS*DPOI_AMX_WIDE] DPOI_ALIGNED, *c = j->c ? j->c : own;
+    dpoi_amx_ahead ahead = { NULL, 0, NULL };
+    ahead.later = &j->later;
+    for (int64_t q = 0; q < t->p->source[1].K; q += DPOI_AMX_WIDE, tiles += 2*DPOI_TILE_SIZE) {
+        dpoi_amx_job_zero(j, c);
+        dpoi_amx_part(j, 2, q/DPOI_PANEL, 0, 0, t->f[2].steps, &ahead);
+        dpoi_amx_job_save(j, c);
+        DPOI_AMX_READY();
+        for (int i = 0; i < DPOI_AMX_ROWS; i++)
+            dpoi_amx_made_row(t->p, &j->at[j->page], i, q, c + i*DPOI_AMX_WIDE, tiles + i*DPOI_TILE_K);
+    }
+    DPOI_AMX_READY();
+}
+
 /* 32 slots after the other through all panels; the next ones come meanwhile where they serve as they lie. */
 DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t end, int64_t task)
 {
@@ -13722,14 +13766,17 @@ DPOI_AMX static void dpoi_amx_slots_first(dpoi_amx_job *j, int64_t m0, int64_t e
         tiles[i] = (uint16_t *)(void *)(t->p->room + t->f[i].a_at) + task*t->f[i].steps*2*DPOI_TILE_SIZE;
         j->tiles[i] = tiles[i];
     }
+    j->tiles[2] = tiles[0];
     for (int64_t m = m0; m < end; m += DPOI_AMX_ROWS) {
         dpoi_amx_ahead ahead = { NULL, 0, NULL };
         ahead.later = &j->later;
         dpoi_amx_job_at(j, m);
         dpoi_amx_job_pixels(j, m);
         for (int i = 0; i < 2; i++)
-            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED) dpoi_amx_tiles(t, i, &j->at[j->page], tiles[i]);
+            if (t->f[i].steps && t->f[i].way == DPOI_AMX_TILED && !(i && t->p->made))
+                dpoi_amx_tiles(t, i, &j->at[j->page], tiles[i]);
         DPOI_AMX_READY();
+        if (t->p->made) dpoi_amx_make(j, tiles[1]);
         if (t->f[0].way == DPOI_AMX_AS_IT_LIES && m + DPOI_AMX_ROWS < end) {
             ahead.next = t->f[0].a + (m + DPOI_AMX_ROWS)*I;
             ahead.lines = dpoi_pieces(32, dpoi_pieces(t->panels, 2));
@@ -13825,6 +13872,13 @@ static void dpoi_amx_product_run(const dpoi_cpu_product *p)
         }
 }
 
+/* Whether the second source, still without pixels, can be made of the first while its tiles are at hand. */
+static int dpoi_amx_makes(const dpoi_cpu_product *p)
+{
+    dpoi_amx_product t = dpoi_amx_product_of(p);
+    return t.kept && t.f[0].way != DPOI_AMX_SLOTTED && dpoi_amx_stripe_rows(p) >= p->N*p->Y;
+}
+
 /* ------------------------------------------------------------------------------------------- gradient of x */
 
 /* Number (k,o) of weights that lie as p->w does. */
@@ -13911,14 +13965,22 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
    kernel reaches over, each gap shared by both its neighbours: slot q of the input is pixel (q/wide, q % wide).  Slot m
    of the output sees, at place (ky,kx), slot stride*m + ky*wide + kx of the input, whatever m is, so that one packed
    copy serves all places: v[i/16][q][16][2] holds the pair (x[q], x[q + stride]), and d[m/32][o/16][16][32] the pixels
-   of dy turned, zeros in slots that are no pixel.  A 1x1 kernel needs the even pairs alone (dense). */
+   of dy turned, zeros in slots that are no pixel.  A 1x1 kernel needs the even pairs alone (dense).
 
-enum { DPOI_AMX_PIXELS = 8, DPOI_AMX_TAPS = 9 };           /* tiles of pixels a chunk; places of the kernel at once */
+   Where such a gradient is thin, a few tiles for many pixels as an adapter's is, a job takes a part of the pixels and
+   all of the tiles: what it packs for a chunk is multiplied at once and goes nowhere. */
+
+enum {
+    DPOI_AMX_PIXELS = 8,                  /* tiles of pixels a chunk */
+    DPOI_AMX_TAPS   = 9,                  /* places of the kernel at once */
+    DPOI_AMX_THIN   = 64                  /* tiles of a thin gradient */
+};
 
 typedef struct dpoi_amx_outer {
     dpoi_outer c;                         /* sizes, dw and the parts that are added up */
-    int     dense, x_type, dy_type;
+    int     dense, thin, x_type, dy_type;
     int64_t wide, high, slots, seen;      /* slots a row and rows an image of x; slots of dy, of x */
+    int64_t first;                        /* slot of dy where v and d begin */
     int64_t itiles, otiles;
     uint16_t *v, *d;
 } dpoi_amx_outer;
@@ -13948,12 +14010,25 @@ static dpoi_amx_outer dpoi_amx_outer_of(const dpoi_conv *g, int64_t O)
     jobs = dpoi_pieces(p.itiles, 2)*dpoi_pieces(p.otiles, 2);
     c->parts = dpoi_least(dpoi_pieces(16, jobs), dpoi_pieces(c->units, c->chunk));
     c->parts = dpoi_least(c->parts, 2*g->M*g->K*O/(DPOI_AMX_JOB*jobs) + 1);
+    p.thin = p.dense && p.itiles*p.otiles <= DPOI_AMX_THIN && c->units >= 2*c->chunk;
+    if (p.thin) {
+        c->parts = dpoi_least(DPOI_AMX_JOBS, dpoi_pieces(c->units, c->chunk));
+        p.seen = c->chunk*DPOI_TILE_K/2;
+    }
     return p;
+}
+
+/* Floats of a thin gradient's job: v and d of a chunk, and its sums in blocks of 2 by 2 tiles. */
+static int64_t dpoi_amx_thin_work(const dpoi_amx_outer *p)
+{
+    int64_t d = p->otiles*p->c.chunk*DPOI_TILE_SIZE/2, blocks = dpoi_pieces(p->itiles, 2)*dpoi_pieces(p->otiles, 2);
+    return p->itiles*p->seen*DPOI_PANEL + d + blocks*1024;
 }
 
 /* Floats of scratch: v, d and the parts. */
 static int64_t dpoi_amx_outer_work(const dpoi_amx_outer *p)
 {
+    if (p->thin) return p->c.parts*dpoi_amx_thin_work(p) + dpoi_outer_work(&p->c);
     return p->itiles*p->seen*DPOI_PANEL + p->otiles*p->slots*DPOI_PANEL/2 + dpoi_outer_work(&p->c);
 }
 
@@ -13961,6 +14036,7 @@ static int64_t dpoi_amx_outer_work(const dpoi_amx_outer *p)
 static const float *dpoi_amx_slot(const dpoi_amx_outer *p, int64_t q)
 {
     const dpoi_outer *c = &p->c;
+    if (p->dense) return q < c->X ? dpoi_amx_at(c->x, p->x_type, q*c->I) : NULL;
     int64_t at = q - c->top*p->wide - c->left, v = at % p->wide, h = at/p->wide % p->high, n = at/p->wide/p->high;
     if (at < 0 || v >= c->W || h >= c->H || n >= c->N) return NULL;
     return dpoi_amx_at(c->x, p->x_type, ((n*c->H + h)*c->W + v)*c->I);
@@ -13972,7 +14048,8 @@ DPOI_AMX static void dpoi_amx_x_task(void *arg, int64_t task)
     const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
     int64_t from = task*DPOI_AMX_SLOTS, to = dpoi_least(p->seen, from + DPOI_AMX_SLOTS), step = p->dense ? 2 : 1;
     for (int64_t q = from; q < to; q++) {
-        const float *x = dpoi_amx_slot(p, q*step), *y = dpoi_amx_slot(p, q*step + p->c.stride);
+        int64_t at = p->first + q*step;
+        const float *x = dpoi_amx_slot(p, at), *y = dpoi_amx_slot(p, at + p->c.stride);
         uint16_t *v = p->v + q*2*DPOI_PANEL;
         for (int64_t i = 0; i < p->c.I; i += DPOI_PANEL, v += p->seen*2*DPOI_PANEL)
             _mm512_storeu_si512(v, dpoi_amx_pair(x ? dpoi_amx_at(x, p->x_type, i) : NULL,
@@ -13988,10 +14065,10 @@ DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
     const float *row[DPOI_TILE_K];
     float words[256] DPOI_ALIGNED, *to = (float *)(void *)(p->d + block*p->otiles*DPOI_TILE_SIZE);
     int     type = p->dy_type;
+    int64_t m = p->first + block*DPOI_TILE_K, high = p->high/c->stride, x = m % p->wide, y = m/p->wide % high, n = m/p->wide/high;
     for (int64_t i = 0; i < DPOI_TILE_K; i++) {
-        int64_t m = block*DPOI_TILE_K + i, x = m % p->wide, high = p->high/c->stride, y = m/p->wide % high;
-        int64_t n = m/p->wide/high;
         row[i] = x < c->X && y < c->Y && n < c->N ? dpoi_amx_at(c->dy, type, ((n*c->Y + y)*c->X + x)*c->O) : NULL;
+        if (++x == p->wide) { x = 0;  if (++y == high) { y = 0;  n++; } }
     }
     for (int64_t o = 0; o < c->O; o += DPOI_PANEL, to += 256) {
         for (int i = 0; i < 16; i++) {
@@ -14071,17 +14148,52 @@ DPOI_AMX static void dpoi_amx_outer_task(void *arg, int64_t task)
     if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
 }
 
-/* Three passes: pairs of x, dy turned, products; a fourth where pixels were cut into parts. */
+/* One part of a thin gradient; `own` has v and d of the chunk that it is at. */
+DPOI_AMX static void dpoi_amx_thin_task(void *arg, int64_t part)
+{
+    const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
+    const dpoi_outer *g = &p->c;
+    int64_t from = g->units*part/g->parts, end = g->units*(part + 1)/g->parts;
+    float *dw = g->parts == 1 ? g->dw : g->sums + part*g->panels*g->K*DPOI_PANEL, *c;
+    dpoi_amx_outer own = *p;
+    own.v = p->v + part*dpoi_amx_thin_work(p)*2;
+    own.d = own.v + p->itiles*p->seen*2*DPOI_PANEL;
+    if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_begin();
+    for (int64_t m = from; m < end; m += g->chunk) {
+        int64_t units = dpoi_least(g->chunk, end - m);
+        own.first = m*DPOI_TILE_K;
+        for (int64_t i = 0; i < dpoi_pieces(units*DPOI_TILE_K/2, DPOI_AMX_SLOTS); i++) dpoi_amx_x_task(&own, i);
+        for (int64_t i = 0; i < units; i++) dpoi_amx_dy_task(&own, i);
+        DPOI_AMX_READY();
+        c = (float *)(void *)(own.d + p->otiles*g->chunk*DPOI_TILE_SIZE);
+        for (int64_t o = 0; o < p->otiles; o += 2)
+            for (int64_t i = 0; i < p->itiles; i += 2, c += 1024)
+                dpoi_amx_outer_chunk(&own, 0, o, i, 0, units, m == from, c);
+    }
+    DPOI_AMX_READY();
+    c = (float *)(void *)(own.d + p->otiles*g->chunk*DPOI_TILE_SIZE);
+    for (int64_t o = 0; o < p->otiles; o += 2)
+        for (int64_t i = 0; i < p->itiles; i += 2, c += 1024)
+            for (int k = 0; k < 4; k++)
+                if (o + k/2 < p->otiles && i + k % 2 < p->itiles)
+                    dpoi_amx_outer_store(p, 0, o + k/2, i + k % 2, c + k*256, dw, g->parts == 1 && g->add);
+    if (g->cpu->isa >= DPO_ISA_AMX) dpoi_amx_end();
+}
+
+/* Three passes, one where it is thin: pairs of x, dy turned, products; a fourth where pixels were cut into parts. */
 static void dpoi_amx_outer_run(dpoi_cpu *cpu, dpoi_amx_outer *p, const float *x, const float *dy, float *dw, int add,
                                float *work)
 {
     dpoi_outer *c = &p->c;
-    p->v = (uint16_t *)(void *)work;  work += p->itiles*p->seen*DPOI_PANEL;
-    p->d = (uint16_t *)(void *)work;  work += p->otiles*p->slots*DPOI_PANEL/2;
+    p->v = (uint16_t *)(void *)work;  work += p->thin ? c->parts*dpoi_amx_thin_work(p) : p->itiles*p->seen*DPOI_PANEL;
+    p->d = (uint16_t *)(void *)work;  work += p->thin ? 0 : p->otiles*p->slots*DPOI_PANEL/2;
     c->cpu = cpu;  c->x = x;  c->dy = dy;  c->dw = dw;  c->add = add;  c->sums = work;
-    dpoi_parallel(cpu, dpoi_pieces(p->seen, DPOI_AMX_SLOTS), dpoi_amx_x_task, p);
-    dpoi_parallel(cpu, c->units, dpoi_amx_dy_task, p);
-    dpoi_parallel(cpu, c->parts*dpoi_pieces(p->itiles, 2)*dpoi_pieces(p->otiles, 2), dpoi_amx_outer_task, p);
+    if (p->thin) dpoi_parallel(cpu, c->parts, dpoi_amx_thin_task, p);
+    else {
+        dpoi_parallel(cpu, dpoi_pieces(p->seen, DPOI_AMX_SLOTS), dpoi_amx_x_task, p);
+        dpoi_parallel(cpu, c->units, dpoi_amx_dy_task, p);
+        dpoi_parallel(cpu, c->parts*dpoi_pieces(p->itiles, 2)*dpoi_pieces(p->otiles, 2), dpoi_amx_outer_task, p);
+    }
     if (c->parts > 1)
         dpoi_parallel(cpu, dpoi_pieces(c->panels*c->K*DPOI_PANEL, DPOI_PIECE), dpoi_outer_combine_task, c);
 }
@@ -14125,16 +14237,17 @@ static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
     return dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K;
 }
 
+static const uint16_t dpoi_pairs_asked = 0;                /* any address, while sizes are asked for */
+
 /* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
 static dpoi_source dpoi_flip_source(const dpoi_conv *g, dpoi_axis y, dpoi_axis x, const float *dy, int type, int64_t O,
                                     float *to)
 {
     dpoi_source s = dpoi_source_pixel(g, dy, to, O);
-    static const uint16_t asked = 0;      /* any address, while sizes are asked for */
     s.x_type = type;
     s.kh = y.count;  s.kw = x.count;  s.top = y.pad;  s.left = x.pad;  s.K = y.count*x.count*O;
-    if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &asked;
+    if (g->amx) s.pairs = to ? (const uint16_t *)(const void *)to : &dpoi_pairs_asked;
     return s;
 }
 
@@ -14154,8 +14267,32 @@ static void dpoi_flip_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_axis y, dpoi_a
     dpoi_parallel(cpu, dpoi_pieces(g->I, panel)*y.count*x.count, task, &f);
 }
 
-/* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned. */
-static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, const float *du, float *work)
+/* The linear layer that takes u [M,r] to the output: for up's gradient. */
+static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
+{
+    dpoi_conv u = *g;
+    u.H = g->Y;  u.W = g->X;  u.I = u.K = g->r;  u.kh = u.kw = u.stride = 1;  u.top = u.left = 0;
+    return u;
+}
+
+/* An adapter's second half p->source[1] is made in the same pass as y where that works: of p->source[0] by w, pairs
+   or panels of F32, whose results are kept at u. */
+static void dpoi_conv_make(const dpoi_conv *g, dpoi_cpu_product *p, const float *w, const uint16_t *pairs, float *u,
+                           int scaled)
+{
+#ifdef DPOI_SIMD_AMX
+    p->made = g->amx && dpoi_amx_makes(p);
+#endif
+    if (!p->made) return;
+    p->source[2] = p->source[0];
+    p->source[2].w = w;  p->source[2].w_type = DPO_F32;  p->source[2].paired = 0;  p->source[2].pairs = pairs;
+    p->u = u;  p->keeps_scaled = scaled;  p->strength = g->strength;  p->scale = g->scale;
+}
+
+/* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned.
+   made: whether du, which is there else, is made on the way. */
+static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, float *du, float *work,
+                                  int *made)
 {
     dpoi_axis y = dpoi_axis_of(a, g->top, g->kh, g->stride), x = dpoi_axis_of(b, g->left, g->kw, g->stride);
     const dpo_view *dx = &g->a->din[0];
@@ -14171,6 +14308,14 @@ static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, 
     if (g->r) {
         p.source[1] = dpoi_flip_source(g, y, x, du, DPO_F32, g->r, work ? work + first : NULL);
         at += dpoi_flip_room(g, g->I, places*g->r);
+        if (g->K == g->I && g->stride == 1 && !g->top && !g->left && g->M == g->N*g->H*g->W)
+            dpoi_conv_make(g, &p, NULL, work ? (const uint16_t *)(const void *)(work + at) : &dpoi_pairs_asked, du, 1);
+    }
+    *made = p.made;
+    if (p.made) {
+        dpoi_conv u = dpoi_conv_up(g);
+        if (work) dpoi_flip_run(cpu, &u, y, x, g->up, g->O, work + at);
+        at += dpoi_flip_room(g, g->r, g->O);
     }
     if (work) {
         dpoi_flip_run(cpu, g, y, x, g->w, g->O, work);
@@ -14185,9 +14330,18 @@ static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, 
 static int64_t dpoi_conv_dx_work(dpoi_cpu *cpu, const dpoi_conv *g)
 {
     int64_t most = 0;
+    int made;
     for (int64_t i = 0; i < g->stride*g->stride; i++)
-        most = dpoi_most(most, dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, NULL, NULL));
+        most = dpoi_most(most, dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, NULL, NULL, &made));
     return most;
+}
+
+/* Whether du is made with dx. */
+static int dpoi_conv_dx_makes(dpoi_cpu *cpu, const dpoi_conv *g)
+{
+    int made = 0;
+    if (g->r && g->a->din[0].data && g->stride == 1) dpoi_fast_dx_class(cpu, g, 0, 0, NULL, NULL, &made);
+    return made;
 }
 
 /* ------------------------------------------------------------------------------------------- gradient of weights */
@@ -14327,21 +14481,15 @@ typedef struct dpoi_conv_plan {
     int64_t chunks;
 } dpoi_conv_plan;
 
-/* The linear layer that takes u [M,r] to the output: for up's gradient. */
-static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
-{
-    dpoi_conv u = *g;
-    u.H = g->Y;  u.W = g->X;  u.I = u.K = g->r;  u.kh = u.kw = u.stride = 1;  u.top = u.left = 0;
-    return u;
-}
-
 /* y of forward, but for what its adapter's first half makes, `scaled`. */
 static dpoi_cpu_product dpoi_forward_product(dpoi_cpu *cpu, const dpoi_conv *g, const float *scaled)
 {
     dpoi_cpu_product p = dpoi_product_of(cpu, g, g->x, g->w, g->O, g->y);
     p.bias = g->bias;  p.vec = g->vec;  p.add = g->residual;  p.act = g->act;
     p.add_type = g->residual_type;  p.y_type = g->y_type;
-    if (g->r) p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
+    if (!g->r) return p;
+    p.source[1] = dpoi_source_pixel(g, scaled, g->up, g->r);
+    dpoi_conv_make(g, &p, g->down, NULL, g->u ? (float *)g->a->stat.data : NULL, 0);
     return p;
 }
 
@@ -14391,14 +14539,28 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     return p;
 }
 
-/* to[m][q] = scale strength[n] u[m][q]; to may be u. */
-static void dpoi_conv_strength(const dpoi_conv *g, const float *u, float *to)
+/* to[m][q] = scale strength[n] u[m][q], a sample a job; to may be u. */
+typedef struct dpoi_strength {
+    dpoi_cpu *cpu;
+    const dpoi_conv *g;
+    const float *u;
+    float  *to;
+} dpoi_strength;
+
+static void dpoi_strength_task(void *arg, int64_t n)
 {
-    int64_t size = g->Y*g->X*g->r;
-    for (int64_t n = 0; n < g->N; n++) {
-        float factor = dpoi_conv_factor(g, n);
-        for (int64_t e = n*size; e < (n + 1)*size; e++) to[e] = factor*u[e];
-    }
+    const dpoi_strength *p = (const dpoi_strength *)arg;
+    int64_t size = p->g->Y*p->g->X*p->g->r;
+    float   affine[2];
+    affine[0] = dpoi_conv_factor(p->g, n);  affine[1] = 0;
+    p->cpu->rows.map(DPOI_MAP_AFFINE, size, p->u + n*size, NULL, NULL, affine, p->to + n*size, 0);
+}
+
+static void dpoi_conv_strength(dpoi_cpu *cpu, const dpoi_conv *g, const float *u, float *to)
+{
+    dpoi_strength p;
+    p.cpu = cpu;  p.g = g;  p.u = u;  p.to = to;
+    dpoi_parallel(cpu, g->N, dpoi_strength_task, &p);
 }
 
 /* u is kept unscaled for backward; its scaled copy is what `up` is multiplied with. */
@@ -14409,32 +14571,38 @@ static void dpoi_fast_forward(dpoi_cpu *cpu, dpoi_conv *g)
     float *scaled = g->work + plan.u, *u = g->u ? (float *)g->a->stat.data : scaled;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
-    if (g->r) {
+    p = dpoi_forward_product(cpu, g, scaled);
+    if (g->r && !p.made) {
         dpoi_cpu_product down = dpoi_product_of(cpu, g, g->x, g->down, g->r, u);
         down.room = g->work + plan.step;
         dpoi_conv_product(g, &down);
-        dpoi_conv_strength(g, u, scaled);
+        dpoi_conv_strength(cpu, g, u, scaled);
     }
-    p = dpoi_forward_product(cpu, g, scaled);
     p.room = g->work + plan.step;
     dpoi_conv_product(g, &p);
 }
 
-/* du = scale strength[n] dy up^T, then what it is needed for: down's gradient and up's. */
-static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan *plan, float *du, float *step)
+/* du = scale strength[n] dy up^T. */
+static void dpoi_fast_du(dpoi_cpu *cpu, const dpoi_conv *g, float *du, float *step)
 {
-    const dpo_args *a = g->a;
     dpoi_conv u = dpoi_conv_up(g);
     dpoi_axis one = dpoi_axis_of(0, 0, 1, 1);
     dpoi_cpu_product p = dpoi_adapter_product(cpu, g, du, step);
     dpoi_flip_run(cpu, &u, one, one, g->up, g->O, step);
     p.room = step + dpoi_flip_room(g, g->r, g->O);
     dpoi_conv_product(g, &p);
-    dpoi_conv_strength(g, du, du);
+    dpoi_conv_strength(cpu, g, du, du);
+}
+
+/* Down's gradient and up's. */
+static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan *plan, const float *du, float *step)
+{
+    const dpo_args *a = g->a;
+    dpoi_conv u = dpoi_conv_up(g);
     if (a->din[5].data)
         dpoi_gradient_run(cpu, g, &plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
     if (a->din[6].data) {
-        dpoi_conv_strength(g, g->u, step);
+        dpoi_conv_strength(cpu, g, g->u, step);
         dpoi_gradient_run(cpu, &u, &plan->up, step, g->dy, (float *)a->din[6].data, (int)(a->add >> 6 & 1),
                           step + (g->M*g->r + 15)/16*16);
     }
@@ -14463,18 +14631,20 @@ static void dpoi_rounded_run(dpoi_cpu *cpu, dpoi_conv *g, float *to)
     g->dy = to;
 }
 
-/* du first, for dx and down's gradient both read it. */
+/* du first, or with dx: down's gradient reads it, too. */
 static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
 {
     const dpo_args *a = g->a;
     dpoi_conv_plan plan = dpoi_conv_plan_of(cpu, g);
     float *du = g->work + plan.u, *step = g->work + plan.step;
+    int made;
     memset(g->work, 0, (size_t)plan.u*sizeof(float));
     g->zero = g->work;
     if (g->dy_type != a->dout.dtype) dpoi_rounded_run(cpu, g, g->work + plan.dy);
-    if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
+    if (g->r && !dpoi_conv_dx_makes(cpu, g)) dpoi_fast_du(cpu, g, du, step);
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
-        dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step);
+        dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step, &made);
+    if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
     if (a->din[1].data)
         dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
@@ -15522,16 +15692,17 @@ static void dpoi_back_run(dpoi_attention *g)
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
-   Where the numbers are BF16, or may be rounded.  As above, queries (forward, dq) or keys (dk, dv) lie side by side in
-   lanes, now 32 to a unit; the other axis goes by in blocks of 32 rows:
+   Where the numbers are BF16, or may be rounded.  Queries (forward) or keys (backward) lie side by side in lanes, 32 to
+   a unit; the other axis goes by in blocks of 32 rows:
 
      forward   s = k q^T                 o^T  = sum v^T p
-     dq        s = k q^T   t = v do^T    dq^T = sum k^T ds           p = exp(scale s - lse), ds = p (t - delta)
-     dk, dv    s = q k^T   t = do v^T    dk^T = sum q^T ds   dv^T = sum do^T p
+     backward  s = q k^T   t = do v^T    dk^T = sum q^T ds   dv^T = sum do^T p       p = exp(scale s - lse)
+                                         dq   = sum ds k                             ds = p (t - delta)
 
-   all [row][lane] and [d][lane]: largest scores and sums are lanes too, and two rows of p, rounded, are the pairs that
-   the next product wants.  The rows of both kinds are packed once a head.  Products and exponentials come in turns of
-   two blocks: a processor gains nothing from both at once, since tiles keep one of its two vector units busy. */
+   all [row][lane] and [d][lane], but dq [row][d]: largest scores and sums are lanes too, and two rows of p, rounded, are
+   the pairs that the next product wants.  Scores of backward are made once: units of one head go along together, and
+   what they add to dq waits in F32, where the next units go on.  Products and exponentials come in turns of two blocks:
+   a processor gains nothing from both at once, since tiles keep one of its two vector units busy. */
 
 /* Whether this call takes that way. */
 static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
@@ -15546,7 +15717,8 @@ enum {
     DPOI_AMX_BLOCKS = 8,                  /* of 32 rows between two visits to the results */
     DPOI_AMX_TURN   = 2,                  /* of which scores are made at a time */
     DPOI_AMX_SCORES = 4*256,              /* floats of scores: 2 tiles of rows by 2 of lanes */
-    DPOI_AMX_UNITS  = 4                   /* that go along together in backward */
+    DPOI_AMX_UNITS  = 8,                  /* that go along together in backward */
+    DPOI_AMX_HEADS  = 16                  /* jobs that backward wants: fewer heads are cut into parts */
 };
 
 /* x [N,length,D] of one tensor, packed by head and 32 rows, zeros where length or d end: as rows that meet lanes
@@ -15715,10 +15887,11 @@ static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
 }
 
 /* A job's share of work: lanes first..first+lanes-1 of one head, packed a and a2, scores s and t [2] of a block each, p
-   and ds [block][2][16][32], results o and o2 [d/16][2][16][16]. */
+   and ds [block][2][16][32], results o and o2 [d/16][2][16][16].  For dq: ds again as rows [block][2][16 rows][32 lanes],
+   and k as pairs of lanes [d/16][16][16 channels][2]. */
 typedef struct dpoi_amx_unit {
-    int64_t head, first, lanes, from, to; /* from, to: the blocks that it meets */
-    uint16_t *a, *a2, *p, *ds;
+    int64_t head, first, lanes, from;     /* from: the first block that it meets */
+    uint16_t *a, *a2, *p, *ds, *rows, *pairs;
     float  *s, *t, *o, *o2;
     float   most[32], sum[32];            /* a lane each; most in powers of two */
 } dpoi_amx_unit;
@@ -15728,51 +15901,55 @@ typedef struct dpoi_amx_attention {
     dpoi_attention g;
     dpoi_amx_side side[4];
     int     type[4], y_type;              /* of q, k, v and o, and of do: F32 or BF16 */
-    int     by_key, kinds;                /* by_key: lanes are keys;  kinds: 2 in backward */
+    int     by_key;                       /* backward: lanes are keys */
     float  *lse;                          /* [N,heads,T] over ln 2 */
-    int64_t blocks, jobs, units;          /* units a head; of work */
-    float  *scratch;
+    int64_t blocks, jobs, parts;          /* units a head; a head's keys are dealt to parts */
+    float  *sums, *scratch;               /* sums [N,heads][parts][T/32][d/16][2][16][16]: dq/scale */
 } dpoi_amx_attention;
 
-/* Units of a job that share what goes by; wide heads have it in use for longer. */
-static int64_t dpoi_amx_together(const dpoi_amx_attention *t)
+/* Floats of what a unit has for itself. */
+static int64_t dpoi_amx_unit_own(const dpoi_amx_attention *t)
 {
-    return t->kinds > 1 && t->side->deep <= 5 ? DPOI_AMX_UNITS : 1;
+    int64_t deep = t->side->deep, wide = t->side->wide;
+    if (!t->by_key) return (deep + wide)*DPOI_TILE_SIZE;
+    return (2*deep + 2*wide + DPOI_AMX_BLOCKS)*DPOI_TILE_SIZE + wide*DPOI_TILE_SIZE/2;
 }
 
 /* Floats a job: what its units share, and what each has. */
 static int64_t dpoi_amx_attention_scratch(const dpoi_amx_attention *t)
 {
-    int64_t own = (t->side->deep + t->side->wide)*DPOI_TILE_SIZE*dpoi_amx_together(t);
-    return t->kinds*(own + DPOI_AMX_BLOCKS*DPOI_TILE_SIZE + DPOI_AMX_TURN*DPOI_AMX_SCORES);
+    int64_t shared = DPOI_AMX_BLOCKS*DPOI_TILE_SIZE + DPOI_AMX_TURN*DPOI_AMX_SCORES;
+    return t->by_key ? 2*shared + DPOI_AMX_UNITS*dpoi_amx_unit_own(t) : shared + dpoi_amx_unit_own(t);
 }
 
 /* Unit `number` of a job's. */
 static dpoi_amx_unit dpoi_amx_unit_of(const dpoi_amx_attention *t, int64_t job, int64_t number)
 {
     int64_t p = DPOI_AMX_BLOCKS*2*DPOI_TILE_SIZE, o = t->side->wide*512, s = DPOI_AMX_TURN*DPOI_AMX_SCORES;
-    int64_t second = t->kinds > 1, own = (t->side->deep + t->side->wide)*DPOI_TILE_SIZE*t->kinds;
+    int64_t second = t->by_key, a = t->side->deep*2*DPOI_TILE_SIZE;
     dpoi_amx_unit u;
     memset(&u, 0, sizeof u);
     u.s  = t->scratch + job*dpoi_amx_attention_scratch(t);
     u.t  = u.s + second*s;
     u.p  = (uint16_t *)(void *)(u.t + s);
     u.ds = u.p + second*p;
-    u.o  = (float *)(void *)(u.ds + p) + number*own;
+    u.o  = (float *)(void *)(u.ds + p) + number*dpoi_amx_unit_own(t);
     u.o2 = u.o + second*o;
     u.a  = (uint16_t *)(void *)(u.o2 + o);
-    u.a2 = u.a + second*t->side->deep*2*DPOI_TILE_SIZE;
+    u.a2 = u.a + second*a;
+    u.rows  = u.a2 + a;
+    u.pairs = u.rows + p;
     return u;
 }
 
-/* Deals the lanes of `length` out to jobs. */
-static void dpoi_amx_attention_split(dpoi_amx_attention *t, int64_t length)
+/* Deals units out to jobs: in backward a head's go to `parts`, each with a dq of its own. */
+static void dpoi_amx_attention_split(dpoi_amx_attention *t)
 {
     const dpoi_attention *g = &t->g;
-    int64_t worth = 4*g->N*g->T*g->S/64*g->D/(DPOI_JOB/64*4) + 1;
-    t->blocks = dpoi_pieces(length, 32);
-    t->units = g->N*g->heads*t->blocks;
-    t->jobs = dpoi_least(dpoi_least(t->units, worth), DPOI_ATTENTION_JOBS);
+    int64_t worth = 4*g->N*g->T*g->S/64*g->D/(DPOI_JOB/64*4) + 1, heads = g->N*g->heads;
+    t->blocks = dpoi_pieces(t->by_key ? g->S : g->T, 32);
+    t->parts = dpoi_least(dpoi_pieces(DPOI_AMX_HEADS, heads), dpoi_pieces(t->blocks, DPOI_AMX_UNITS));
+    t->jobs = dpoi_least(dpoi_least(heads*(t->by_key ? t->parts : t->blocks), worth), DPOI_ATTENTION_JOBS);
 }
 
 /* Lays out work, which is NULL when its size is asked for; returns its floats. */
@@ -15787,18 +15964,21 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
     for (int i = 0; i < 3; i++) t->type[i] = a->in[i].dtype;
     t->type[3] = a->dout.dtype;
     t->y_type = a->out.dtype;
-    t->by_key = 0;
-    t->kinds = back ? 2 : 1;
+    t->by_key = back;
     x[0] = g->q;  x[1] = g->k;  x[2] = g->v;  x[3] = g->dout;
     work = g->work;
     g->delta = work;
     t->lse = work ? work + g->N*g->heads*g->T : NULL;
     if (back) at = dpoi_pieces(2*g->N*g->heads*g->T, 16)*16;
-    for (int i = 0; i < 4; i++)
-        at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], i == 1 || i == 2 ? g->S : g->T, back || i == 1,
-                               back ? i != 2 : i == 2, work ? work + at : NULL);
+    for (int i = 0; i < 4; i++) {
+        int own = i == 1 || i == 2;       /* k and v */
+        at += dpoi_amx_side_of(t->side + i, g, x[i], t->type[i], own ? g->S : g->T, back ? !own : i == 1,
+                               back ? !own : i == 2, work ? work + at : NULL);
+    }
+    dpoi_amx_attention_split(t);
+    t->sums = work ? work + at : NULL;
+    if (back) at += g->N*g->heads*t->parts*dpoi_pieces(g->T, 32)*t->side->wide*512;
     t->scratch = work ? work + at : NULL;
-    dpoi_amx_attention_split(t, back && g->S > g->T ? g->S : g->T);
     return at + t->jobs*dpoi_amx_attention_scratch(t);
 }
 
@@ -15806,16 +15986,17 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
 static __mmask16 dpoi_amx_meet(const dpoi_amx_attention *t, int64_t length, int64_t j, int64_t first)
 {
     int64_t edge = j - first;             /* the lane of the diagonal */
+    uint32_t lanes = dpoi_amx_seen(first, 0, t->by_key ? t->g.S : t->g.T);
     if (j >= length) return 0;
-    if (!t->g.causal) return 0xffff;
-    if (t->by_key) return edge >= 15 ? (__mmask16)0xffff : edge < 0 ? (__mmask16)0 : (__mmask16)((2u << edge) - 1);
-    return edge <= 0 ? (__mmask16)0xffff : edge > 15 ? (__mmask16)0 : (__mmask16)(0xffffu << edge);
+    if (!t->g.causal) return (__mmask16)lanes;
+    if (t->by_key) return (__mmask16)(edge < 0 ? 0 : edge >= 15 ? lanes : lanes & ((2u << edge) - 1));
+    return (__mmask16)(edge <= 0 ? lanes : edge > 15 ? 0 : lanes & 0xffffu << edge);
 }
 
 /* Whether all lanes see all rows of a block. */
 static int dpoi_amx_full(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t length, int64_t block)
 {
-    if (block*32 + 32 > length) return 0;
+    if (block*32 + 32 > length || u->lanes < 32) return 0;
     return !t->g.causal || (t->by_key ? u->first + 31 <= block*32 : block*32 + 31 <= u->first);
 }
 
@@ -15959,42 +16140,46 @@ DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_a
     dpoi_amx_attention_end(t, u);
 }
 
-/* p and ds/scale number `at` from s and t number `turn`; lse (in powers of two) and delta are a lane's or, by key, a
-   row's.  by_key and full are constants where this is inlined. */
-DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block,
-                                          int64_t at, int64_t turn, const int by_key, const int full)
+/* p of 16 lanes in one row of a block, lse in powers of two; and its ds/scale. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_chance(const float *s, __m512 scale, float lse)
 {
-    const float *s = u->s + turn*DPOI_AMX_SCORES, *o = u->t + turn*DPOI_AMX_SCORES;
-    const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
-    uint16_t *p = u->p + at*2*DPOI_TILE_SIZE, *ds = u->ds + at*2*DPOI_TILE_SIZE;
-    int64_t length = by_key ? t->g.T : t->g.S;
-    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E), e[2], d[2], f[2], h[2];
-    for (int64_t l = 0; l < 2; l++) {
-        int64_t lane = u->first + l*16;
-        __mmask16 in = (__mmask16)(by_key ? 0 : dpoi_amx_seen(lane, 0, t->g.T) & 0xffff);
-        e[0] = e[1] = _mm512_maskz_loadu_ps(in, lse + lane);
-        d[0] = d[1] = _mm512_maskz_loadu_ps(in, delta + lane);
-        for (int64_t r = 0; r < 32; r += 2, p += 32, ds += 32) {
-            for (int i = 0; i < 2; i++) {
-                int64_t j = block*32 + r + i, row = full ? j : dpoi_least(j, length - 1);
-                if (by_key) { e[i] = _mm512_set1_ps(lse[row]);  d[i] = _mm512_set1_ps(delta[row]); }
-                f[i] = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(dpoi_amx_score(s, r + i, l)), scale, e[i]));
-                if (!full) f[i] = _mm512_maskz_mov_ps(dpoi_amx_meet(t, length, j, lane), f[i]);
-                h[i] = _mm512_mul_ps(f[i], _mm512_sub_ps(_mm512_loadu_ps(dpoi_amx_score(o, r + i, l)), d[i]));
-            }
-            if (by_key) _mm512_storeu_si512(p, dpoi_amx_woven(f[0], f[1]));
-            _mm512_storeu_si512(ds, dpoi_amx_woven(h[0], h[1]));
-        }
-    }
+    return dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, _mm512_set1_ps(lse)));
 }
-DPOI_AMX static void dpoi_amx_slopes_run(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block, int64_t at,
-                                         int64_t turn)
+DPOI_AMX DPOI_INLINE __m512 dpoi_amx_slope(const float *t, __m512 p, float delta)
 {
-    int full = dpoi_amx_full(t, u, t->by_key ? t->g.T : t->g.S, block);
-    if (t->by_key && full) dpoi_amx_slopes(t, u, block, at, turn, 1, 1);
-    else if (t->by_key)    dpoi_amx_slopes(t, u, block, at, turn, 1, 0);
-    else if (full)         dpoi_amx_slopes(t, u, block, at, turn, 0, 1);
-    else                   dpoi_amx_slopes(t, u, block, at, turn, 0, 0);
+    return _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(t), _mm512_set1_ps(delta)));
+}
+
+/* p and ds/scale number `at` from s and t number `turn`; two rows at a time, 32 lanes each, which stay in registers.
+   full is a constant where this is inlined. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block,
+                                          int64_t at, int64_t turn, const int full)
+{
+    const float *lse = t->lse + u->head*t->g.T, *delta = t->g.delta + u->head*t->g.T;
+    uint16_t *p = u->p + at*2*DPOI_TILE_SIZE, *ds = u->ds + at*2*DPOI_TILE_SIZE, *rows = u->rows + at*2*DPOI_TILE_SIZE;
+    __m512 scale = _mm512_set1_ps(t->g.scale*DPOI_LOG2E);
+    int64_t T = t->g.T;
+    for (int64_t r = 0; r < 32; r += 2, p += 32, ds += 32, rows += 64) {
+        int64_t j = block*32 + r, j0 = full ? j : dpoi_least(j, T - 1), j1 = full ? j + 1 : dpoi_least(j + 1, T - 1);
+        const float *s = dpoi_amx_score(u->s + turn*DPOI_AMX_SCORES, r, 0);
+        const float *o = dpoi_amx_score(u->t + turn*DPOI_AMX_SCORES, r, 0);
+        __m512 x0 = dpoi_amx_chance(s, scale, lse[j0]), x1 = dpoi_amx_chance(s + 16, scale, lse[j1]);
+        __m512 x2 = dpoi_amx_chance(s + 256, scale, lse[j0]), x3 = dpoi_amx_chance(s + 272, scale, lse[j1]);
+        if (!full) {
+            x0 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j, u->first), x0);
+            x1 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j + 1, u->first), x1);
+            x2 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j, u->first + 16), x2);
+            x3 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j + 1, u->first + 16), x3);
+        }
+        _mm512_storeu_si512(p, dpoi_amx_woven(x0, x1));
+        _mm512_storeu_si512(p + DPOI_TILE_SIZE, dpoi_amx_woven(x2, x3));
+        x0 = dpoi_amx_slope(o, x0, delta[j0]);        x1 = dpoi_amx_slope(o + 16, x1, delta[j1]);
+        x2 = dpoi_amx_slope(o + 256, x2, delta[j0]);  x3 = dpoi_amx_slope(o + 272, x3, delta[j1]);
+        _mm512_storeu_si512(ds, dpoi_amx_woven(x0, x1));
+        _mm512_storeu_si512(ds + DPOI_TILE_SIZE, dpoi_amx_woven(x2, x3));
+        _mm512_storeu_si512(rows, (__m512i)_mm512_cvtne2ps_pbh(x2, x0));
+        _mm512_storeu_si512(rows + 32, (__m512i)_mm512_cvtne2ps_pbh(x3, x1));
+    }
 }
 
 /* The unit's rows of a gradient [N,length,D] = scale o, or += . */
@@ -16015,75 +16200,153 @@ DPOI_AMX static void dpoi_amx_unit_store(const dpoi_amx_side *s, const dpoi_amx_
         }
 }
 
-/* A unit meets the other axis' blocks from..to-1: sides b, which meets a, and b2, which meets a2. */
-DPOI_AMX static void dpoi_amx_back_strip(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t from, int64_t to)
+/* A unit meets the queries' blocks from..to-1, of the DPOI_AMX_BLOCKS from k on. */
+DPOI_AMX static void dpoi_amx_back_strip(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t k, int64_t from,
+                                         int64_t to)
 {
-    const dpoi_amx_side *b = &t->side[t->by_key ? 0 : 1], *b2 = &t->side[t->by_key ? 3 : 2];
-    for (int64_t k = from; k < to; k += DPOI_AMX_TURN) {
-        int64_t turn = dpoi_least(to, k + DPOI_AMX_TURN);
+    int64_t skipped = (from - k)*2*DPOI_TILE_SIZE;
+    for (int64_t i = from; i < to; i += DPOI_AMX_TURN) {
+        int64_t turn = dpoi_least(to, i + DPOI_AMX_TURN);
         DPOI_AMX_READY();
-        dpoi_amx_scores(b, u->head, k, turn, u->a, u->s);
-        dpoi_amx_scores(b2, u->head, k, turn, u->a2, u->t);
+        dpoi_amx_scores(&t->side[0], u->head, i, turn, u->a, u->s);
+        dpoi_amx_scores(&t->side[3], u->head, i, turn, u->a2, u->t);
         DPOI_AMX_READY();
-        for (int64_t i = k; i < turn; i++) dpoi_amx_slopes_run(t, u, i, i - from, i - k);
+        for (int64_t j = i; j < turn; j++)
+            if (dpoi_amx_full(t, u, t->g.T, j)) dpoi_amx_slopes(t, u, j, j - k, j - i, 1);
+            else                                dpoi_amx_slopes(t, u, j, j - k, j - i, 0);
     }
     DPOI_AMX_READY();
-    if (!t->by_key || t->g.dk) dpoi_amx_gather(b, u->head, from, to, u->ds, u->o);
-    if (t->by_key && t->g.dv)  dpoi_amx_gather(b2, u->head, from, to, u->p, u->o2);
+    if (t->g.dk) dpoi_amx_gather(&t->side[0], u->head, from, to, u->ds + skipped, u->o);
+    if (t->g.dv) dpoi_amx_gather(&t->side[3], u->head, from, to, u->p + skipped, u->o2);
     DPOI_AMX_READY();
 }
 
-/* `count` units of one head, led along the other axis together: what it has to say is more than a second-level cache
-   holds beside anything else, and is called from the third once for all of them. */
-DPOI_AMX static void dpoi_amx_back_units(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t count)
+/* dq/scale of the blocks k..to-1 += ds k of `count` units; sums [T/32][d/16][2][16][16], fresh or going on.  Where
+   causal, the last units do not meet the first blocks. */
+DPOI_AMX static void dpoi_amx_back_rows(const dpoi_amx_unit *u, int64_t count, int64_t wide, int64_t k, int64_t to,
+                                        int fresh, float *sums)
+{
+    dpoi_amx_strip s;
+    s.a_row = s.b_row = 64;  s.b[1] = NULL;
+    s.a_step = s.b_step = count > 1 ? u[1].rows - u[0].rows : 0;
+    sums += k*wide*512;
+    for (int64_t i = k; i < to; i++) {
+        for (s.steps = count; s.steps && u[s.steps - 1].from > i;) s.steps--;
+        s.a[0] = u->rows + (i - k)*2*DPOI_TILE_SIZE;
+        s.a[1] = s.a[0] + DPOI_TILE_SIZE;
+        for (int64_t c = 0; c < wide; c++, sums += 512) {
+            s.b[0] = u->pairs + c*DPOI_TILE_SIZE;
+            if (fresh) { _tile_zero(0);  _tile_zero(2); }
+            else { _tile_loadd(0, sums, 64);  _tile_loadd(2, sums + 256, 64); }
+            dpoi_amx_run(&s);
+            _tile_stored(0, sums, 64);
+            _tile_stored(2, sums + 256, 64);
+        }
+    }
+    DPOI_AMX_READY();
+}
+
+/* Block i of one head's dq = scale times the sums of all parts, or += . */
+DPOI_AMX static void dpoi_amx_dq_block(const dpoi_amx_attention *t, int64_t head, int64_t i)
 {
     const dpoi_attention *g = &t->g;
-    const dpoi_amx_side *a = &t->side[t->by_key ? 1 : 0], *a2 = &t->side[t->by_key ? 2 : 3];
-    int64_t length = t->by_key ? g->T : g->S, blocks = dpoi_pieces(length, 32);
-    for (int64_t i = 0; i < count; i++) {
-        u[i].from = g->causal && t->by_key ? u[i].first/32 : 0;
-        u[i].to = g->causal && !t->by_key ? dpoi_least(u[i].first/32 + 1, blocks) : blocks;
-        memset(u[i].o, 0, (size_t)(2*a->wide*512)*sizeof(float));
-        dpoi_amx_lanes(a, u[i].head, u[i].first, u[i].a);
-        dpoi_amx_lanes(a2, u[i].head, u[i].first, u[i].a2);
-    }
-    for (int64_t k = 0; k < blocks; k += DPOI_AMX_BLOCKS)
-        for (int64_t i = 0; i < count; i++) {
-            int64_t from = dpoi_most(k, u[i].from), to = dpoi_least(k + DPOI_AMX_BLOCKS, u[i].to);
-            if (from < to) dpoi_amx_back_strip(t, u + i, from, to);
+    int64_t blocks = dpoi_pieces(g->T, 32), size = t->side->wide*512;
+    const float *sums = t->sums + (head*t->parts*blocks + i)*size;
+    for (int64_t r = 0; r < dpoi_least(32, g->T - i*32); r++)
+        for (int64_t c = 0; c < t->side->wide; c++) {
+            float *to = g->dq + dpoi_amx_side_at(t->side, head, i*32 + r) + c*16;
+            __mmask16 k = (__mmask16)dpoi_amx_seen(c*16, 0, g->d);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t part = 0; part < t->parts; part++)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + part*blocks*size + c*512 + r*16));
+            sum = _mm512_mul_ps(sum, _mm512_set1_ps(g->scale));
+            if (g->add & 1) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(k, to));
+            _mm512_mask_storeu_ps(to, k, sum);
         }
+}
+static void dpoi_amx_dq_task(void *arg, int64_t i)
+{
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    int64_t blocks = dpoi_pieces(t->g.T, 32);
+    dpoi_amx_dq_block(t, i/blocks, i % blocks);
+}
+
+/* What a unit of backward needs of its keys. */
+DPOI_AMX static void dpoi_amx_back_pack(const dpoi_amx_attention *t, dpoi_amx_unit *u)
+{
+    const dpoi_amx_side *a = &t->side[1];
+    uint16_t *to = u->pairs;
+    memset(u->o, 0, (size_t)(2*a->wide*512)*sizeof(float));
+    dpoi_amx_lanes(a, u->head, u->first, u->a);
+    dpoi_amx_lanes(&t->side[2], u->head, u->first, u->a2);
+    for (int64_t c = 0; c < a->wide; c++)
+        for (int64_t i = 0; i < 32; i += 2, to += 32) {
+            int64_t at = dpoi_amx_side_at(a, u->head, u->first + i) + c*16;
+            const float *x = i < u->lanes ? dpoi_amx_at(a->x, a->type, at) : NULL;
+            const float *y = i + 1 < u->lanes ? dpoi_amx_at(a->x, a->type, at + t->g.D) : NULL;
+            _mm512_storeu_si512(to, dpoi_amx_pair(x, y, a->type, t->g.d - c*16));
+        }
+}
+
+/* `count` units of one head, led along the queries together: what these have to say is more than a second-level cache
+   holds beside anything else, and is called from the third once for all of them.  sums: dq's of this part, fresh or
+   going on; last: nothing more is added to them. */
+DPOI_AMX static void dpoi_amx_back_units(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t count, float *sums,
+                                         int fresh, int last)
+{
+    const dpoi_attention *g = &t->g;
+    int64_t blocks = dpoi_pieces(g->T, 32);
+    for (int64_t i = 0; i < count; i++) dpoi_amx_back_pack(t, u + i);
+    for (int64_t k = 0; k < blocks; k += DPOI_AMX_BLOCKS) {
+        int64_t to = dpoi_least(k + DPOI_AMX_BLOCKS, blocks);
+        for (int64_t i = 0; i < count; i++)
+            if (u[i].from < to) dpoi_amx_back_strip(t, u + i, k, dpoi_most(k, u[i].from), to);
+        if (!g->dq) continue;
+        dpoi_amx_back_rows(u, count, t->side->wide, k, to, fresh, sums);
+        for (int64_t i = k; i < to && last && t->parts == 1; i++) dpoi_amx_dq_block(t, u->head, i);
+    }
     for (int64_t i = 0; i < count; i++) {
-        dpoi_amx_unit_store(a, u + i, u[i].o, g->scale, t->by_key ? g->dk : g->dq, (int)(g->add >> t->by_key & 1));
-        if (t->by_key) dpoi_amx_unit_store(a, u + i, u[i].o2, 1, g->dv, (int)(g->add >> 2 & 1));
+        dpoi_amx_unit_store(&t->side[1], u + i, u[i].o, g->scale, g->dk, (int)(g->add >> 1 & 1));
+        dpoi_amx_unit_store(&t->side[2], u + i, u[i].o2, 1, g->dv, (int)(g->add >> 2 & 1));
     }
 }
 
-/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task; those of one head together. */
-DPOI_AMX static void dpoi_amx_attention_jobs(const dpoi_amx_attention *t, int64_t job, int back)
+/* Units [units*j/jobs, units*(j+1)/jobs), as dpoi_attention_task. */
+DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
 {
-    dpoi_amx_unit u[DPOI_AMX_UNITS];
-    int64_t length = t->by_key ? t->g.S : t->g.T, most = dpoi_amx_together(t), end = t->units*(job + 1)/t->jobs, count;
-    for (int64_t k = 0; k < most; k++) u[k] = dpoi_amx_unit_of(t, job, k);
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    dpoi_amx_unit u = dpoi_amx_unit_of(t, job, 0);
+    int64_t units = t->g.N*t->g.heads*t->blocks;
     dpoi_amx_begin();
-    for (int64_t i = t->units*job/t->jobs; i < end; i += count) {
-        count = dpoi_least(dpoi_least(most, end - i), t->blocks - i % t->blocks);
-        for (int64_t k = 0; k < count; k++) {
-            u[k].head = i/t->blocks;  u[k].first = (i % t->blocks + k)*32;
-            u[k].lanes = dpoi_least(32, length - u[k].first);
-        }
-        if (back) dpoi_amx_back_units(t, u, count);
-        else      dpoi_amx_attention_unit(t, u);
+    for (int64_t i = units*job/t->jobs; i < units*(job + 1)/t->jobs; i++) {
+        u.head = i/t->blocks;  u.first = i % t->blocks*32;
+        u.lanes = dpoi_least(32, t->g.T - u.first);
+        dpoi_amx_attention_unit(t, &u);
     }
     dpoi_amx_end();
 }
 
-static void dpoi_amx_attention_task(void *arg, int64_t job)
+/* The same of the parts of heads; units of a part go along DPOI_AMX_UNITS together. */
+DPOI_AMX static void dpoi_amx_back_task(void *arg, int64_t job)
 {
-    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 0);
-}
-static void dpoi_amx_back_task(void *arg, int64_t job)
-{
-    dpoi_amx_attention_jobs((const dpoi_amx_attention *)arg, job, 1);
+    const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
+    dpoi_amx_unit u[DPOI_AMX_UNITS];
+    int64_t all = t->g.N*t->g.heads*t->parts, size = dpoi_pieces(t->g.T, 32)*t->side->wide*512, count;
+    for (int64_t k = 0; k < DPOI_AMX_UNITS; k++) u[k] = dpoi_amx_unit_of(t, job, k);
+    dpoi_amx_begin();
+    for (int64_t i = all*job/t->jobs; i < all*(job + 1)/t->jobs; i++) {
+        int64_t part = i % t->parts, first = t->blocks*part/t->parts, end = t->blocks*(part + 1)/t->parts;
+        for (int64_t at = first; at < end; at += count) {
+            count = dpoi_least(DPOI_AMX_UNITS, end - at);
+            for (int64_t k = 0; k < count; k++) {
+                u[k].head = i/t->parts;  u[k].first = (at + k)*32;
+                u[k].from = t->g.causal ? at + k : 0;
+                u[k].lanes = dpoi_least(32, t->g.S - u[k].first);
+            }
+            dpoi_amx_back_units(t, u, count, t->sums + i*size, at == first, at + count == end);
+        }
+    }
+    dpoi_amx_end();
 }
 
 /* dpoi_attention_delta_task with o and do as they lie, a query's sums in one order; and lse. */
@@ -16104,18 +16367,14 @@ DPOI_AMX static void dpoi_amx_delta_task(void *arg, int64_t head)
     }
 }
 
-/* Scores are made twice, as in F32. */
 static void dpoi_amx_attention_backward(dpoi_amx_attention *t)
 {
     const dpoi_attention *g = &t->g;
-    for (int i = 0; i < 4; i++) dpoi_amx_side_run(&t->side[i]);
+    dpoi_amx_side_run(&t->side[0]);
+    dpoi_amx_side_run(&t->side[3]);
     dpoi_parallel(g->cpu, g->N*g->heads, dpoi_amx_delta_task, t);
-    t->by_key = 0;
-    dpoi_amx_attention_split(t, g->T);
-    if (g->dq) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
-    t->by_key = 1;
-    dpoi_amx_attention_split(t, g->S);
-    if (g->dk || g->dv) dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
+    dpoi_parallel(g->cpu, t->jobs, dpoi_amx_back_task, t);
+    if (g->dq && t->parts > 1) dpoi_parallel(g->cpu, g->N*g->heads*dpoi_pieces(g->T, 32), dpoi_amx_dq_task, t);
 }
 #endif /* DPOI_SIMD_AMX */
 
@@ -16145,7 +16404,6 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     dpoi_amx_attention t;
     if (dpoi_attention_rounds(cpu, a)) {
         dpoi_amx_attention_of(cpu, a, &t);
-        t.by_key = 0;
         dpoi_amx_side_run(&t.side[1]);
         dpoi_amx_side_run(&t.side[2]);
         dpoi_parallel(cpu, t.jobs, dpoi_amx_attention_task, &t);
