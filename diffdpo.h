@@ -1323,9 +1323,9 @@ typedef union dpo_params {
 } dpo_params;
 
 /* One call of a kernel.  Backward is given `dout` and adds to (bit set in `add`) or writes each din[i] whose data is
-   not NULL; din have the layout of their input.  They are F32; on a backend with `halves`, what is written, not added to,
-   may be BF16 where BF16 numbers went between a GEGLU and a product, and dout of any op may be.  stat.data may be NULL
-   where nothing is recorded. */
+   not NULL; din have the layout of their input.  They are F32; on a backend with `halves`, what is written, not added
+   to, may be BF16 where BF16 numbers went between a GEGLU and a product, and dout of any op may be.  stat.data may be
+   NULL where nothing is recorded. */
 typedef struct dpo_args {
     int        op, backward;
     dpo_view   in[DPO_MAX_INPUTS], out, stat;
@@ -1976,8 +1976,8 @@ static void dpoi_trim(dpo_ctx *c)
 
 /* A new region of at least `size`: small requests share one that grows with what is held, large ones stand alone.
    share = held/16 + 256 KB, at most 32 MB: what lies idle stays a small part of what is held, and a model of a
-   thousand small tensors asks the backend a few dozen times.  Where more would be held than ever before, what is idle is
-   given back first.  Three attempts: the share, the bare size, the bare size after giving back what is idle. */
+   thousand small tensors asks the backend a few dozen times.  Where more would be held than ever before, what is idle
+   is given back first.  Three attempts: the share, the bare size, the bare size after giving back what is idle. */
 static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
 {
     size_t      share = c->held / 16 + ((size_t)1 << 18), most = (size_t)32 << 20, bytes;
@@ -6578,7 +6578,8 @@ static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
 {
     dpo_view to, from = dpoi_view(dy);
     int      add = x->grad != NULL;
-    if (!add && !x->persistent && (x->made || dy->dtype == DPO_F32)) return dpoi_grad_new(x, dy->dtype, dy->block) != NULL;
+    if (!add && !x->persistent && (x->made || dy->dtype == DPO_F32))
+        return dpoi_grad_new(x, dy->dtype, dy->block) != NULL;
     if (add ? !dpoi_grad_own(x) : !dpoi_grad_new(x, DPO_F32, NULL)) return 0;
     to = dpoi_view(x->grad);
     if (!dpoi_add_into(x->ctx, &to, &from, add)) return 0;
@@ -6593,7 +6594,8 @@ static int dpoi_grad_type(const dpoi_row *r, int i)
     const dpo_tensor *x = r->in[i];
     int               op = r->a.op, from = x->made - 1;
     if (!x->ctx->backend->halves || x->dtype != DPO_BF16) return DPO_F32;
-    return (op == DPO_OP_GEGLU && from == DPO_OP_CONV) || (op == DPO_OP_CONV && from == DPO_OP_GEGLU) ? DPO_BF16 : DPO_F32;
+    if (op == DPO_OP_GEGLU) return from == DPO_OP_CONV ? DPO_BF16 : DPO_F32;
+    return op == DPO_OP_CONV && from == DPO_OP_GEGLU ? DPO_BF16 : DPO_F32;
 }
 
 /* Point din[i] at x's gradient, new (written) or old (added to).
@@ -12938,9 +12940,9 @@ static int64_t dpoi_amx_room(int64_t O, int64_t K)
 
 /* ------------------------------------------------------------------------------------------- tiles of sums
 
-   Tiles 0 to 3 are c[row tile][panel], 4 one of a after the other, 6 and 7 the two of b.  Tile 5 stays empty: threads of
-   one core share the registers that tiles are renamed to, and where the other one has tiles in use, too, a loop over all
-   eight takes half as long again as one over seven. */
+   Tiles 0 to 3 are c[row tile][panel], 4 one of a after the other, 6 and 7 the two of b.  Tile 5 stays empty: threads
+   of one core share the registers that tiles are renamed to, and where the other one has tiles in use, too, a loop over
+   all eight takes half as long again as one over seven. */
 
 /* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; their rows are
    a_row and b_row bytes apart.  a[1] or b[1] may be NULL. */
@@ -12953,8 +12955,8 @@ typedef struct dpoi_amx_strip {
 typedef struct dpoi_amx_later dpoi_amx_later;
 DPOI_AMX static void dpoi_amx_later_some(dpoi_amx_later *l);
 
-/* What is wanted soon: `lines` of a cache at a time are called for while a step computes.  later: NULL, or what is still
-   to be done. */
+/* What is wanted soon: `lines` of a cache at a time are called for while a step computes.  later: NULL, or what is
+   still to be done. */
 typedef struct dpoi_amx_ahead {
     const uint16_t *next;
     int64_t lines;
@@ -13005,8 +13007,8 @@ DPOI_AMX static void dpoi_amx_zero(void)
 
 /* ------------------------------------------------------------------------------------------- without tiles
 
-   Where AVX-512 has dot products of pairs of BF16 but the processor no tiles, sums lie in memory and come to registers 8
-   rows at a time; all else, packing and order, is the same. */
+   Where AVX-512 has dot products of pairs of BF16 but the processor no tiles, sums lie in memory and come to registers
+   8 rows at a time; all else, packing and order, is the same. */
 
 /* Number i*a_tile + r*row + j*b_tile + o of c is row r and channel o of what tile i of a makes with tile j of b. */
 typedef struct dpoi_amx_sums {
@@ -13102,8 +13104,10 @@ DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
             r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
             r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
         }
-        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
+        __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
+        __m512d e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
         _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
         _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
         _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
@@ -13147,11 +13151,11 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
                    pixels; else they go on through the slots, and results of those that are no pixel are thrown away
      in tiles      all else: [ceil(M/32)][k/32][2][16][32], every pixel with all that its kernel sees
 
-   A job takes `block` slots and a span of panels.  Where all weights fit the second-level cache, it takes 32 slots after
-   the other through all panels, and brings those slots over itself.  Else it takes two panels after the other, chunk by
-   chunk of k, through its slots, which then are what stays in that cache; meanwhile the weights of the next chunk are
-   called for.  Where k is one chunk, sums never leave the tiles; else they wait in [group][block][32] between chunks. */
-
+   A job takes `block` slots and a span of panels.  Where all weights fit the second-level cache, it takes 32 slots
+   after the other through all panels, and brings those slots over itself.  Else it takes two panels after the other,
+   chunk by chunk of k, through its slots, which then are what stays in that cache; meanwhile the weights of the next
+   chunk are called for.  Where k is one chunk, sums never leave the tiles; else they wait in [group][block][32] between
+   chunks. */ 
 enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
 
 enum {
@@ -13354,7 +13358,7 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_pack_row(const dpoi_source *s, const dpoi_amx
                                             uint16_t *row)
 {
     int64_t h = m->y[i]*s->stride - s->top, v = m->x[i]*s->stride - s->left, k = 0;
-    int64_t step = v >= 0 && v + s->kw <= s->W ? s->kw : 1;          /* whole rows of the kernel where they are inside */
+    int64_t step = v >= 0 && v + s->kw <= s->W ? s->kw : 1;         /* whole rows of the kernel where they are inside */
     const float *image = dpoi_amx_at(s->x, type, m->n[i]*s->H*s->W*s->I);
     for (int64_t y = h; y < h + s->kh; y++)
         for (int64_t x = v; x < v + s->kw; x += step, k += step*s->I) {
@@ -13916,8 +13920,8 @@ DPOI_AMX static void dpoi_amx_flip_lines(const dpoi_flip *p, const float *w, int
 
 enum { DPOI_AMX_FLIPS = 4 };              /* panels of i a task: it reads w in pieces of 2 KiB */
 
-/* 16 channels o, from o on, of one place and of one panel of i (from: its first line in w), turned to `to`.  A pair of o
-   is one word of 32 bits in w's row of an i, so that turning words does it. */
+/* 16 channels o, from o on, of one place and of one panel of i (from: its first line in w), turned to `to`.  A pair of
+   o is one word of 32 bits in w's row of an i, so that turning words does it. */
 DPOI_AMX static void dpoi_amx_flip_block(const dpoi_flip *p, int64_t from, int64_t ni, int64_t o, int stream,
                                          uint16_t *to)
 {
@@ -14065,7 +14069,8 @@ DPOI_AMX static void dpoi_amx_dy_task(void *arg, int64_t block)
     const float *row[DPOI_TILE_K];
     float words[256] DPOI_ALIGNED, *to = (float *)(void *)(p->d + block*p->otiles*DPOI_TILE_SIZE);
     int     type = p->dy_type;
-    int64_t m = p->first + block*DPOI_TILE_K, high = p->high/c->stride, x = m % p->wide, y = m/p->wide % high, n = m/p->wide/high;
+    int64_t m = p->first + block*DPOI_TILE_K, high = p->high/c->stride;
+    int64_t x = m % p->wide, y = m/p->wide % high, n = m/p->wide/high;
     for (int64_t i = 0; i < DPOI_TILE_K; i++) {
         row[i] = x < c->X && y < c->Y && n < c->N ? dpoi_amx_at(c->dy, type, ((n*c->Y + y)*c->X + x)*c->O) : NULL;
         if (++x == p->wide) { x = 0;  if (++y == high) { y = 0;  n++; } }
@@ -14649,7 +14654,8 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
         dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
     if (a->din[2].data || a->din[3].data) {
         dpoi_sums s;
-        s.cpu = cpu;  s.dy = &a->dout;  s.sums = step;  s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
+        s.cpu = cpu;  s.dy = &a->dout;  s.sums = step;
+        s.N = g->N;  s.P = g->Y*g->X;  s.O = g->O;  s.chunks = plan.chunks;
         s.dbias = (float *)a->din[2].data;  s.dvec = (float *)a->din[3].data;  s.add = a->add;
         dpoi_sums_run(&s);
     }
@@ -14854,8 +14860,8 @@ typedef struct dpoi_scores {
 enum { DPOI_SCORE_ROOM = 16 };            /* powers of two that a score may lie above `most` */
 
 #ifdef DPOI_SIMD_256
-/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's; 2^n is put together from its bits, so
-   that n must stay within -126..127.  In this order of max and min a NaN stays. */
+/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's; 2^n is put together from its bits,
+   so that n must stay within -126..127.  In this order of max and min a NaN stays. */
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_exp_score_8(dpoi_f256 x)
 {
     x = dpoi_max_256(dpoi_all_256(-126), dpoi_min_256(dpoi_all_256(127), x));
@@ -14873,7 +14879,7 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_seen_8(const dpoi_scores *t, int64_t j, int6
 {
     int64_t edge = j + t->offset - o;
     if (!t->causal) return dpoi_bits_256(dpoi_lanes);
-    return dpoi_bits_256(queries ? dpoi_lanes + 16 - dpoi_lane_count(edge) : dpoi_lanes + 8 - dpoi_lane_count(edge + 1));
+    return dpoi_bits_256(dpoi_lanes + (queries ? 16 - dpoi_lane_count(edge) : 8 - dpoi_lane_count(edge + 1)));
 }
 
 /* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
@@ -15699,10 +15705,10 @@ static void dpoi_back_run(dpoi_attention *g)
      backward  s = q k^T   t = do v^T    dk^T = sum q^T ds   dv^T = sum do^T p       p = exp(scale s - lse)
                                          dq   = sum ds k                             ds = p (t - delta)
 
-   all [row][lane] and [d][lane], but dq [row][d]: largest scores and sums are lanes too, and two rows of p, rounded, are
-   the pairs that the next product wants.  Scores of backward are made once: units of one head go along together, and
-   what they add to dq waits in F32, where the next units go on.  Products and exponentials come in turns of two blocks:
-   a processor gains nothing from both at once, since tiles keep one of its two vector units busy. */
+   all [row][lane] and [d][lane], but dq [row][d]: largest scores and sums are lanes too, and two rows of p, rounded,
+   are the pairs that the next product wants.  Scores of backward are made once: units of one head go along together,
+   and what they add to dq waits in F32, where the next units go on.  Products and exponentials come in turns of two
+   blocks: a processor gains nothing from both at once, since tiles keep one of its two vector units busy. */
 
 /* Whether this call takes that way. */
 static int dpoi_attention_rounds(const dpoi_cpu *cpu, const dpo_args *a)
@@ -15763,8 +15769,8 @@ DPOI_AMX static void dpoi_amx_side_tile(const dpoi_amx_side *s, int64_t head, in
 {
     int64_t at = dpoi_amx_side_at(s, head, row) + c;
     for (int64_t i = 0; i < 16; i++, at += s->g->D, to += 32)
-        _mm512_storeu_si512(to, row + i < s->length ? dpoi_amx_line(dpoi_amx_at(s->x, s->type, at), s->type, s->g->d - c)
-                                                    : _mm512_setzero_si512());
+        _mm512_storeu_si512(to, row + i >= s->length ? _mm512_setzero_si512()
+                              : dpoi_amx_line(dpoi_amx_at(s->x, s->type, at), s->type, s->g->d - c));
 }
 
 /* to [16 channels][32] = channels c.. of rows row.. of a head: pairs of rows, then those turned. */
@@ -15887,8 +15893,8 @@ static uint32_t dpoi_amx_seen(int64_t from, int64_t low, int64_t high)
 }
 
 /* A job's share of work: lanes first..first+lanes-1 of one head, packed a and a2, scores s and t [2] of a block each, p
-   and ds [block][2][16][32], results o and o2 [d/16][2][16][16].  For dq: ds again as rows [block][2][16 rows][32 lanes],
-   and k as pairs of lanes [d/16][16][16 channels][2]. */
+   and ds [block][2][16][32], results o and o2 [d/16][2][16][16].  For dq: ds again as rows [block][2][16 rows][32
+   lanes], and k as pairs of lanes [d/16][16][16 channels][2]. */
 typedef struct dpoi_amx_unit {
     int64_t head, first, lanes, from;     /* from: the first block that it meets */
     uint16_t *a, *a2, *p, *ds, *rows, *pairs;
@@ -16549,7 +16555,7 @@ static size_t dpoi_widened(const dpoi_cpu *cpu, const dpo_args *a, dpo_args *w, 
     for (int i = 0; i < DPO_MAX_INPUTS; i++)
         if (!a->backward || (dpoi_ops[a->op].keeps >> i & 1)) views[n++] = &w->in[i];
     if (!a->backward || (dpoi_ops[a->op].keeps & DPOI_OUT)) views[n++] = &w->out;
-    views[n++] = &w->dout;                /* NULL in forward; stat is F32 always, and kernels write BF16 to din themselves */
+    views[n++] = &w->dout;                /* NULL in forward; stat is F32, and kernels write BF16 to din themselves */
     for (int i = 0; i < n; i++) {
         if (!dpoi_narrow_view(views[i]) || dpoi_kept_narrow(cpu, a, w, views[i])) continue;
         if (work) views[i]->data = work + at;
