@@ -11557,7 +11557,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
 {
     const __m512 zero = _mm512_setzero_ps();
     const int64_t at = j*t->to_step;
-    const int far = t->from[0] && t->from[0] != t->to[0];
+    const int apart = t->from[0] && t->from[0] != t->to[0];
     int row = 0, end = 0;
 #define DPOI_ZERO(i) __m512 c##i = zero;
     DPOI_ROWS24(DPOI_ZERO)
@@ -11568,7 +11568,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
         for (int64_t k = g->len, n; k; k -= n) {
             for (end = end < t->rows - 4 ? end + 4 : t->rows; row < end; row++) {
                 DPOI_FETCH(t->to[row] + at);              /* wanted at the end, in no order that the processor could */
-                if (far) DPOI_FETCH(t->from[row] + at);   /* foresee; all at once, they would wait for each other */
+                if (apart) DPOI_FETCH(t->from[row] + at); /* foresee; all at once, they would wait for each other */
             }
             n = k < 16 ? k : 16;
             for (int64_t left = n; left; left--, a += a_step, b += b_step) {
@@ -15372,9 +15372,9 @@ static void dpoi_attention_task(void *arg, int64_t job)
     const dpoi_attention *g = (const dpoi_attention *)arg;
     int64_t blocks = dpoi_tile_groups(g->length), units = g->N*g->heads*blocks;
     float *work = g->scratch + job*dpoi_attention_scratch(g);
-    int64_t near = 2*g->S*g->D <= DPOI_NEAR ? g->heads : 1, group = near*blocks;
+    int64_t turns = 2*g->S*g->D <= DPOI_NEAR ? g->heads : 1, group = turns*blocks;
     for (int64_t i = units*job/g->jobs; i < units*(job + 1)/g->jobs; i++)
-        g->unit(g, work, i/group*near + i % near, i % group/near);
+        g->unit(g, work, i/group*turns + i % turns, i % group/turns);
 }
 
 static void dpoi_attention_run(dpoi_attention *g, int64_t length,
