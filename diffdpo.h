@@ -13155,7 +13155,7 @@ DPOI_AMX static void dpoi_amx_weights_task(void *arg, int64_t panel)
    after the other through all panels, and brings those slots over itself.  Else it takes two panels after the other,
    chunk by chunk of k, through its slots, which then are what stays in that cache; meanwhile the weights of the next
    chunk are called for.  Where k is one chunk, sums never leave the tiles; else they wait in [group][block][32] between
-   chunks. */ 
+   chunks. */
 enum { DPOI_AMX_AS_IT_LIES, DPOI_AMX_SLOTTED, DPOI_AMX_TILED };
 
 enum {
