@@ -1976,8 +1976,8 @@ static void dpoi_trim(dpo_ctx *c)
 
 /* A new region of at least `size`: small requests share one that grows with what is held, large ones stand alone.
    share = held/16 + 256 KB, at most 32 MB: what lies idle stays a small part of what is held, and a model of a
-   thousand small tensors asks the backend a few dozen times.  Where more would be held than ever before, what is idle
-   is given back first.  Three attempts: the share, the bare size, the bare size after giving back what is idle. */
+   thousand small tensors asks the backend a few dozen times.  Three attempts: the share, the bare size, the bare size
+   after giving back what is idle.  Idle regions are kept until then: the next step wants them again. */
 static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
 {
     size_t      share = c->held / 16 + ((size_t)1 << 18), most = (size_t)32 << 20, bytes;
@@ -1985,7 +1985,6 @@ static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
     if (!b) return NULL;
     if (share > most) share = most;
     bytes = size > share ? size : share & ~(size_t)(DPOI_ALIGN - 1);
-    if (c->held + bytes > c->peak) dpoi_trim(c);
     for (int attempt = 0; attempt < 3 && !b->data; attempt++) {
         if (attempt == 1) bytes = size;
         if (attempt == 2) dpoi_trim(c);

@@ -1452,6 +1452,66 @@ static void test_memory(void)
     cpu->close(cpu->self);
 }
 
+/* One step of SD1.5's adapters on pairs of one prompt at 512 pixels, as a trainer takes it. */
+static void full_size_step(dpo_net *unet, dpo_optim *o)
+{
+    dpo_ctx    *c = unet->c;
+    int64_t     shape[4] = { 2, 64, 64, 4 }, words[3] = { 2, 77, 768 }, two = 2, scope = dpo_scope(c), inner;
+    dpo_unet_in in, frozen;
+    dpo_tensor *target = dpo_tensor_new(c, DPO_F32, 4, shape), *error[2];
+    memset(&in, 0, sizeof in);
+    in.x = dpo_tensor_new(c, DPO_F32, 4, shape);
+    in.t = dpo_tensor_new(c, DPO_F32, 1, &two);
+    in.emb = dpo_tensor_new(c, DPO_F32, 3, words);
+    in.checkpoint = 1;
+    frozen = in;
+    frozen.checkpoint = 0;
+    frozen.adapters_off = 1;
+    dpo_no_grad(c, 1);
+    inner = dpo_scope(c);
+    error[0] = dpo_scope_end(c, inner, dpo_mse(c, dpo_last(dpo_unet(unet, &frozen)), target));
+    dpo_no_grad(c, -1);
+    error[1] = dpo_mse(c, dpo_unet(unet, &in), target);
+    dpo_backward(dpo_preference_loss(c, error[1], error[0], NULL, DPO_PREF_SIGMOID, 5000, 0, NULL));
+    dpo_optim_step(o, 1e-6f);
+    dpo_scope_end(c, scope, NULL);
+}
+
+/* At full size, where idle memory is cut and joined in more ways, all that a step needs is there after the first. */
+static void test_full_size_memory(void)
+{
+    static const char unet[] = "{\"_class_name\": \"UNet2DConditionModel\", \"cross_attention_dim\": 768, "
+                               "\"attention_head_dim\": 8, \"block_out_channels\": [320, 640, 1280, 1280]}";
+    dpo_desc     d;
+    dpo_backend *cpu;
+    memset(&d, 0, sizeof d);
+    d.threads = 1;
+    cpu = dpo_cpu_open(&d);
+    for (int dtype = DPO_F32; dtype <= DPO_BF16; dtype++) {
+        dpo_ctx         *c = (d.backend = dpo_dry_open(cpu), dpo_open(&d));
+        dpo_net         *n = dpoi_net_plan(c, &dpoi_unet_kind, unet, "a UNet", dtype);
+        dpo_adapter_desc a;
+        dpo_optim       *o;
+        dpo_tensor     **params;
+        int              count = 0;
+        size_t           held;
+        memset(&a, 0, sizeof a);
+        a.rank = 16;
+        if (n) n = dpoi_net_realise(n, NULL);
+        CHECK(n && dpo_adapter_new(n, &a), "%s", why(c));
+        params = n ? dpo_adapter_params(n, &count) : NULL;
+        o = dpo_adamw_new(c, params, count, NULL);
+        for (int i = 0; i < count; i++) CHECK(dpoi_grad_new(params[i], DPO_F32, NULL), "%s", why(c));
+        if (n) full_size_step(n, o);
+        held = dpo_memory(c);
+        for (int k = 0; k < 3 && n; k++) full_size_step(n, o);
+        CHECK(!dpo_error(c) && held > (size_t)1 << 31, "%zu bytes held: %s", held, why(c));
+        CHECK(held == dpo_memory(c), "%zu bytes held after one step, %zu after four", held, dpo_memory(c));
+        dpo_close(c);
+    }
+    cpu->close(cpu->self);
+}
+
 /* An allocator that asks the context to stop at one of its calls, which may be anywhere inside a step. */
 typedef struct { long calls, stop_at; dpo_ctx *c; } stopper;
 
@@ -1676,6 +1736,7 @@ int main(int argc, char **argv)
     test_refused();
     test_keep();
     test_memory();
+    test_full_size_memory();
     test_cancel();
     test_allocations(argc > 1 && !strcmp(argv[1], "every"));
     test_more_allocations(argc > 1 && !strcmp(argv[1], "every"));
