@@ -12970,9 +12970,13 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, dpoi_amx_ahead
         if (wide) _tile_loadd(7, b1, s->b_row);
         _tile_dpbf16ps(0, 4, 6);
         if (wide) _tile_dpbf16ps(1, 4, 7);
+        if (two)  _tile_zero(4);
         if (two)  _tile_loadd(4, a1, s->a_row);
         if (two && wide) _tile_dpbf16ps(3, 4, 7);
+        if (wide) _tile_zero(7);
         if (two) _tile_dpbf16ps(2, 4, 6);
+        _tile_zero(4);
+        _tile_zero(6);
         if (f->later) dpoi_amx_later_some(f->later);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
