@@ -237,7 +237,7 @@ struct dpo_tensor {
     struct dpoi_block *block;             /* private from here on: what holds data, */
     int         last;                     /* set by dpo_last, */
     int         persistent;               /* outside every scope */
-    int         made;                     /* by an op that is recorded, 1 + its number: the gradient ends in backward */
+    int         made;                     /* 1 + the op whose row on the tape has this as its result; 0: none */
     int         linear;                   /* a weight that was made as [O,I] */
 };
 
@@ -6332,6 +6332,7 @@ static void dpoi_hold(dpoi_row *r, int slot, dpoi_block *b)
 /* Gives back what a row holds; blocks whose tensors ended before are free now. */
 static void dpoi_row_drop(dpo_ctx *c, dpoi_row *r)
 {
+    r->out->made = 0;
     for (int i = 0; i < DPO_MAX_INPUTS + 2; i++) {
         dpoi_block_drop(c, r->held[i]);
         r->held[i] = NULL;
@@ -6512,7 +6513,8 @@ DPOI_APART DPO_DEF void dpo_no_grad(dpo_ctx *c, int change) { if (c) c->no_grad 
 
 /* ------------------------------------------------------------------------------------------ gradients */
 
-/* Memory for x's gradient that nobody wrote yet: a parameter's lives as long as it, others' in the current scope.
+/* Memory of type `dtype` for x's gradient that nobody wrote yet: a parameter's lives as long as it, others' in the
+   current scope.
    share != NULL, for temporaries: it lies in that block, which others may read too (see dpoi_grad_own). */
 static dpo_tensor *dpoi_grad_new(dpo_tensor *x, int dtype, dpoi_block *share)
 {
@@ -6582,8 +6584,8 @@ static int dpoi_grad_give(dpo_tensor *x, dpo_tensor *dy)
     return dpoi_ok(x->ctx);
 }
 
-/* The type of the gradient that an op writes to input i.  Between a product and a GEGLU, the widest that a transformer
-   has, it is BF16 where the numbers are: the product rounds it in any case. */
+/* The type of the gradient that an op writes to input i.  Between a product and a GEGLU lie the widest tensors that a
+   transformer has; there it is BF16 where the numbers are, for the product would round it in any case. */
 static int dpoi_grad_type(const dpoi_row *r, int i)
 {
     const dpo_tensor *x = r->in[i];
@@ -12361,7 +12363,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_wino_b_512(__m512 d0, __m512 d1, __m512 d2, __
     _mm512_storeu_ps(to + 5*step, _mm512_fnmadd_ps(s, d3, _mm512_add_ps(d1, d5)));
 }
 
-/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n <= 16 channels of each; zeros for the others. */
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n <= 16 channels from k on; zeros for the others. */
 DPOI_AVX512 static void dpoi_wino_input_512(const float *const *at, int64_t k, int64_t n, float *v, int64_t step)
 {
     float half[36*16];                    /* B^T d: [6][6][16] */
@@ -12405,8 +12407,8 @@ DPOI_AVX512 static void dpoi_wino_weights_512(const float *w, int64_t tap, int r
     }
 }
 
-/* c[i] += sum_k v[i][k] u[k] of one point: R tiles by a panel, n channels k, blocks of 16 of them `step` apart.
-   more: what c holds already is added. */
+/* c[i] = sum_k v[i][k] u[k] of one point, or += with `more`: R tiles by a panel, n channels k, blocks of 16 of them
+   `step` apart.  v goes by in its middle, so that the offsets of all tiles fit a byte of the instructions. */
 DPOI_AVX512 DPOI_INLINE void dpoi_wino_dot_512(const float *v, int64_t step, int64_t n, const float *u, float *c,
                                                int more, const int R)
 {
@@ -12496,7 +12498,7 @@ DPOI_256 DPOI_INLINE void dpoi_wino_b_256(dpoi_f256 d0, dpoi_f256 d1, dpoi_f256 
     dpoi_write_256(to + 5*step, dpoi_fnma_256(s, d3, dpoi_add_256(d1, d5)));
 }
 
-/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n <= 8 channels of each; zeros for the others. */
+/* v[point*step + i] = B^T d B of one tile, at[36] its pixels, n <= 8 channels from k on; zeros for the others. */
 DPOI_256 static void dpoi_wino_input_256(const float *const *at, int64_t k, int64_t n, float *v, int64_t step)
 {
     float half[36*8];                     /* B^T d: [6][6][8] */
@@ -12539,7 +12541,8 @@ DPOI_256 static void dpoi_wino_weights_256(const float *w, int64_t tap, int row,
     }
 }
 
-/* c[i] += sum_k v[i][k] u[k] of one point: 6 tiles by a panel, n channels k, blocks of 16 of them `step` apart. */
+/* c[i] = sum_k v[i][k] u[k] of one point, or += with `more`: 6 tiles by a panel, n channels k, blocks of 16 of them
+   `step` apart. */
 DPOI_256 static void dpoi_wino_dot_256(const float *v, int64_t step, int64_t n, const float *u, float *c, int more)
 {
     const dpoi_f256 zero = dpoi_zero_256();
@@ -12820,8 +12823,8 @@ static int dpoi_wino_fits(const dpoi_cpu_product *p)
            18*tiles + 45 < 4*p->Y*p->X;
 }
 
-/* How strips and panels are cut: where the longest thread is done first.  A strip by a panel is 1, transforming the
-   weights of a panel costs a third of that, and x of a strip half. */
+/* How strips and panels are cut: so that the last thread is done soonest.  With a strip by a panel as 1, transforming
+   the weights of a panel costs 1/3, and x of a strip 1/2. */
 static void dpoi_wino_cut(dpoi_winograd *w)
 {
     int64_t most = DPOI_WINO_TILES/w->rows, threads = dpoi_most(1, w->p->cpu->threads), panels = w->p->panels;
@@ -14241,7 +14244,9 @@ static int64_t dpoi_flip_room(const dpoi_conv *g, int64_t O, int64_t K)
     return dpoi_pieces(O, DPOI_PANEL)*DPOI_PANEL*K;
 }
 
-static const uint16_t dpoi_pairs_asked = 0;                /* any address, while sizes are asked for */
+/* Stands for pairs of weights while sizes are asked for: there is no scratch yet that could hold them, and only
+   whether there are some counts. */
+static const uint16_t dpoi_pairs_asked = 0;
 
 /* The source that adds w [O,kh,kw,I]^T of `dy` [N,Y,X,O] to the pixels of one class; `to` gets its weights.
    A class without any place (stride above the kernel) has K = 0 and adds nothing. */
@@ -14279,8 +14284,9 @@ static dpoi_conv dpoi_conv_up(const dpoi_conv *g)
     return u;
 }
 
-/* An adapter's second half p->source[1] is made in the same pass as y where that works: of p->source[0] by w, pairs
-   or panels of F32, whose results are kept at u. */
+/* What an adapter's second half p->source[1] reads is made in the same pass as y, where that works: p->source[0] times
+   w (panels of F32, or `pairs` if not NULL).  It is kept at u, if not NULL, and `scaled` says whether with its
+   factors. */
 static void dpoi_conv_make(const dpoi_conv *g, dpoi_cpu_product *p, const float *w, const uint16_t *pairs, float *u,
                            int scaled)
 {
@@ -14294,7 +14300,7 @@ static void dpoi_conv_make(const dpoi_conv *g, dpoi_cpu_product *p, const float 
 }
 
 /* Pixels (a + stride*y, b + stride*x) of dx; work NULL: only the floats of scratch that it wants are returned.
-   made: whether du, which is there else, is made on the way. */
+   *made: 1 where this pass writes du, too; 0 where it reads a du that must be there. */
 static int64_t dpoi_fast_dx_class(dpoi_cpu *cpu, const dpoi_conv *g, int64_t a, int64_t b, float *du, float *work,
                                   int *made)
 {
@@ -14357,6 +14363,9 @@ typedef struct dpoi_gradient {
     dpoi_amx_outer amx;
 #endif
     int64_t O;
+    const float *x, *dy;                  /* [N,H,W,I] and [N,Y,X,O] */
+    float  *dw;
+    int     add;
 } dpoi_gradient;
 
 #ifdef DPOI_SIMD_AMX
@@ -14381,16 +14390,16 @@ static dpoi_amx_outer dpoi_gradient_part(const dpoi_conv *g, int64_t O, int64_t 
     return dpoi_amx_outer_of(&part, O);
 }
 
-static void dpoi_gradient_amx(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O, const float *x, int x_type, const float *dy,
-                              int dy_type, float *dw, int add, float *work)
+/* x and dy that are not g's own are F32. */
+static void dpoi_gradient_amx(dpoi_cpu *cpu, const dpoi_conv *g, const dpoi_gradient *p, float *work)
 {
-    int64_t rows = dpoi_gradient_rows(g, O);
+    int64_t rows = dpoi_gradient_rows(g, p->O);
     for (int64_t from = 0; from < g->M; from += rows) {
-        dpoi_amx_outer p = dpoi_gradient_part(g, O, dpoi_least(rows, g->M - from));
-        p.x_type = x_type;
-        p.dy_type = dy_type;
-        dpoi_amx_outer_run(cpu, &p, dpoi_amx_at(x, x_type, from*g->I), dpoi_amx_at(dy, dy_type, from*O), dw,
-                           add || from, work);
+        dpoi_amx_outer part = dpoi_gradient_part(g, p->O, dpoi_least(rows, g->M - from));
+        part.x_type = p->x == g->x ? g->x_type : DPO_F32;
+        part.dy_type = p->dy == g->dy ? g->dy_type : DPO_F32;
+        dpoi_amx_outer_run(cpu, &part, dpoi_amx_at(p->x, part.x_type, from*g->I),
+                           dpoi_amx_at(p->dy, part.dy_type, from*p->O), p->dw, p->add || from, work);
     }
 }
 #endif
@@ -14421,19 +14430,16 @@ static int64_t dpoi_gradient_work(const dpoi_conv *g, const dpoi_gradient *p)
     return dpoi_outer_work(&p->wide);
 }
 
-/* Kernels too large to be packed are left to plain C. */
-static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *p, const float *x, const float *dy,
-                              float *dw, int add, float *work)
+/* The gradient of input i of p->x and p->dy.  Kernels too large to be packed are left to plain C. */
+static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *p, int i, float *work)
 {
+    p->dw  = (float *)g->a->din[i].data;
+    p->add = (int)(g->a->add >> i & 1);
 #ifdef DPOI_SIMD_AMX
-    if (g->amx) {
-        dpoi_gradient_amx(cpu, g, p->O, x, x == g->x ? g->x_type : DPO_F32, dy, dy == g->dy ? g->dy_type : DPO_F32, dw,
-                          add, work);
-        return;
-    }
+    if (g->amx) { dpoi_gradient_amx(cpu, g, p, work);  return; }
 #endif
-    if (dpoi_outer_fits(g)) dpoi_outer_run(&p->wide, x, dy, dw, add, work);
-    else dpoi_plain_weights(cpu, g, dy, p->O, dw, add);
+    if (dpoi_outer_fits(g)) dpoi_outer_run(&p->wide, p->x, p->dy, p->dw, p->add, work);
+    else dpoi_plain_weights(cpu, g, p->dy, p->O, p->dw, p->add);
 }
 
 /* ------------------------------------------------------------------------------------------- sums of columns
@@ -14601,15 +14607,13 @@ static void dpoi_fast_du(dpoi_cpu *cpu, const dpoi_conv *g, float *du, float *st
 /* Down's gradient and up's. */
 static void dpoi_fast_adapter(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_conv_plan *plan, const float *du, float *step)
 {
-    const dpo_args *a = g->a;
     dpoi_conv u = dpoi_conv_up(g);
-    if (a->din[5].data)
-        dpoi_gradient_run(cpu, g, &plan->down, g->x, du, (float *)a->din[5].data, (int)(a->add >> 5 & 1), step);
-    if (a->din[6].data) {
-        dpoi_conv_strength(cpu, g, g->u, step);
-        dpoi_gradient_run(cpu, &u, &plan->up, step, g->dy, (float *)a->din[6].data, (int)(a->add >> 6 & 1),
-                          step + (g->M*g->r + 15)/16*16);
-    }
+    plan->down.x = g->x;  plan->down.dy = du;
+    plan->up.x   = step;  plan->up.dy   = g->dy;
+    if (g->a->din[5].data) dpoi_gradient_run(cpu, g, &plan->down, 5, step);
+    if (!g->a->din[6].data) return;
+    dpoi_conv_strength(cpu, g, g->u, step);
+    dpoi_gradient_run(cpu, &u, &plan->up, 6, step + (g->M*g->r + 15)/16*16);
 }
 
 /* dy in BF16 at `to`, once for all that reads it but the sums. */
@@ -14649,8 +14653,8 @@ static void dpoi_fast_backward(dpoi_cpu *cpu, dpoi_conv *g)
     for (int64_t i = 0; a->din[0].data && i < g->stride*g->stride; i++)
         dpoi_fast_dx_class(cpu, g, i/g->stride, i % g->stride, du, step, &made);
     if (g->r) dpoi_fast_adapter(cpu, g, &plan, du, step);
-    if (a->din[1].data)
-        dpoi_gradient_run(cpu, g, &plan.w, g->x, g->dy, (float *)a->din[1].data, (int)(a->add >> 1 & 1), step);
+    plan.w.x = g->x;  plan.w.dy = g->dy;
+    if (a->din[1].data) dpoi_gradient_run(cpu, g, &plan.w, 1, step);
     if (a->din[2].data || a->din[3].data) {
         dpoi_sums s;
         s.cpu = cpu;  s.dy = &a->dout;  s.sums = step;
@@ -15206,8 +15210,9 @@ DPOI_AVX512 static void dpoi_lanes_unpack(const float *x, const float *factor, i
     }
 }
 
-/* p of R keys: o += p v, sum += p, unless that sum is too large (or NaN); not asked if sure.  k: a strip [d][24], v: a
-   strip [d/8][24][8]; s of key i begins as begin[i*step].  R is constant where this is inlined. */
+/* p of R keys: o += p v, sum += p.  Where that sum is too large (or NaN), nothing of this and 0, unless `sure`.
+   k: a strip [d][24], v: a strip [d/8][24][8]; s of key i begins as begin[i*step].  R is constant where this is
+   inlined. */
 DPOI_AVX512 DPOI_INLINE int dpoi_keys_avx512(const dpoi_queries *t, const float *k, const float *v, const float *begin,
                                              int64_t step, int sure, const int R)
 {
@@ -15249,7 +15254,7 @@ DPOI_AVX512 DPOI_INLINE int dpoi_keys_avx512(const dpoi_queries *t, const float 
 #undef DPOI_STORE
 }
 
-/* most becomes the largest score so far, that of keys k0..k0+rows-1 included; sum and o shrink to match. */
+/* most becomes the largest of itself and the scores of keys k0..k0+rows-1; sum and o shrink to match. */
 DPOI_AVX512 static void dpoi_queries_raise(const dpoi_queries *t, const float *k, int64_t k0, int64_t rows)
 {
     __m512 old = _mm512_loadu_ps(t->most), most = old, shrink;
@@ -15342,7 +15347,7 @@ enum {
 enum { DPOI_HALF = DPOI_TILE_ROWS/2 };
 static int64_t dpoi_back_rows(const dpoi_attention *g) { return dpoi_pieces(g->T, DPOI_HALF)*DPOI_HALF; }
 
-/* s and ds, two packs and two results: floats; keys as they are and dq. */
+/* Floats of a job: s and ds, two packs and two results; with parts the keys as they are, and dq. */
 static int64_t dpoi_attention_scratch(const dpoi_attention *g)
 {
     int64_t size = 2*DPOI_FAR*DPOI_LANES + 4*DPOI_LANES*dpoi_pieces(g->d, 8)*8;
@@ -15810,6 +15815,16 @@ DPOI_AMX static void dpoi_amx_lanes(const dpoi_amx_side *s, int64_t head, int64_
     }
 }
 
+/* Tiles 0 and 1 += 16 rows times two tiles of lanes. */
+DPOI_AMX DPOI_INLINE void dpoi_amx_times(const uint16_t *rows, const uint16_t *lanes)
+{
+    _tile_loadd(4, rows, 64);
+    _tile_loadd(6, lanes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(6, lanes + DPOI_TILE_SIZE, 64);
+    _tile_dpbf16ps(1, 4, 6);
+}
+
 /* s [to-from][2 of rows][2 of lanes][16][16] = blocks from..to-1 of one head's rows times lanes [d/32][2].  Up to 64
    channels of 16 lanes stay in tiles 4 and 6 while rows go by; more come with the rows. */
 DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64_t from, int64_t to,
@@ -15832,13 +15847,7 @@ DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64
     for (int64_t i = 0; i < halves && deep > 2; i++, s += 512) {
         const uint16_t *met = lanes;
         _tile_zero(0);  _tile_zero(1);
-        for (int64_t c = 0; c < deep; c++, rows += DPOI_TILE_SIZE, met += 2*DPOI_TILE_SIZE) {
-            _tile_loadd(4, rows, 64);
-            _tile_loadd(6, met, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(6, met + DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(1, 4, 6);
-        }
+        for (int64_t c = 0; c < deep; c++, rows += DPOI_TILE_SIZE, met += 2*DPOI_TILE_SIZE) dpoi_amx_times(rows, met);
         _tile_stored(0, s, 64);
         _tile_stored(1, s + 256, 64);
     }
@@ -15853,13 +15862,8 @@ DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64
         const uint16_t *a = turned, *lanes = p;
         _tile_loadd(0, o, 64);
         _tile_loadd(1, o + 256, 64);
-        for (int64_t k = from; k < to; k++, a += b->wide*DPOI_TILE_SIZE, lanes += 2*DPOI_TILE_SIZE) {
-            _tile_loadd(4, a, 64);
-            _tile_loadd(6, lanes, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(6, lanes + DPOI_TILE_SIZE, 64);
-            _tile_dpbf16ps(1, 4, 6);
-        }
+        for (int64_t k = from; k < to; k++, a += b->wide*DPOI_TILE_SIZE, lanes += 2*DPOI_TILE_SIZE)
+            dpoi_amx_times(a, lanes);
         _tile_stored(0, o, 64);
         _tile_stored(1, o + 256, 64);
     }
