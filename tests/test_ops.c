@@ -677,6 +677,22 @@ static void check_halves(void)
         }
 }
 
+/* What an op made is a leaf of the next pass, once its row is gone: its gradient stays, and in F32. */
+static void check_leaf(void)
+{
+    dpo_ctx    *c = dpo_open(NULL);
+    int64_t     shape[2][2] = { { 70, 32 }, { 64, 32 } };
+    dpo_tensor *x = dpo_tensor_new(c, DPO_BF16, 2, shape[0]), *w = dpo_weight_new(c, DPO_BF16, 2, shape[1], "w"), *h;
+    w->needs_grad = 1;
+    h = dpo_linear(c, x, w, NULL, NULL);
+    for (int pass = 0; pass < 2; pass++) {
+        dpo_backward(dpo_sum(c, dpo_cast(c, dpo_geglu(c, h), DPO_F32), -1));
+        CHECK(!dpo_error(c) && (h->grad != NULL) == pass, "pass %d: %s", pass, dpo_error(c) ? dpo_error(c) : "gradient of a result");
+    }
+    CHECK(h->grad && h->grad->dtype == DPO_F32 && dpo_count(h->grad) == dpo_count(h), "a leaf's gradient is not F32");
+    dpo_close(c);
+}
+
 /* All of it on one device. */
 static void check_device(dpo_desc *d, const char *name, uint64_t *rng)
 {
@@ -715,5 +731,6 @@ int main(int argc, char **argv)
 #endif
     check_memory();
     check_halves();
+    check_leaf();
     return test_report();
 }
