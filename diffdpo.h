@@ -15412,14 +15412,18 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
     g->jobs = dpoi_attention_jobs(g);
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
-    for (int i = 0; i < 4; i++) {         /* forward: v by head, k in strips; backward: all but v, all; or q, do */
+    /* What results gather lies by head: v in forward, all but v in backward.  What makes scores lies in strips: k in
+       forward, all in backward.  Backward in registers has strips of q and do for both, and no more. */
+    for (int i = 0; i < 4; i++) {         /* q, k, v, do */
         int64_t length = i == 1 || i == 2 ? g->S : g->T;
-        if (registers ? !backward && i == 2 : (backward ? i != 2 : i == 2) && (g->heads > 1 || g->d % 6)) {
+        int by_head = backward ? i != 2 && !registers : i == 2;
+        int in_strips = backward ? i == 0 || i == 3 || !registers : i == 1;
+        if (by_head && (registers || g->heads > 1 || g->d % 6)) {
             if (g->work) g->passing[i] = g->work + size;
             size += registers ? g->N*g->heads*dpoi_eights_size(g, length) : g->N*length*g->D;
             size += DPOI_PANEL;           /* a strip of channels may end behind the last row's */
         }
-        if (registers && backward ? i == 0 || i == 3 : backward || i == 1) {
+        if (in_strips) {
             if (g->work) g->strip[i] = g->work + size;
             size += g->N*g->heads*dpoi_strips_size(g, length) + 4*DPOI_TILE_ROWS;          /* channels go by in fours */
         }
@@ -15513,14 +15517,21 @@ typedef struct dpoi_keys {
     int     begun;                        /* dq holds something already */
 } dpoi_keys;
 
-/* Half a strip of q and do [d][24] against 16 keys: s of query i begins as begin[i], do.v as less[i]. */
-DPOI_AVX512 static void dpoi_back_meet(const float *q, const float *dout, const float *k, const float *v, int64_t d,
-                                       const float *begin, const float *less, float *ds, float *dk, float *dv)
+/* Half a strip of queries, q and do [d][24], against 16 keys, k and v [d][16]: s of query i begins as begin[i], do.v as
+   less[i].  Written are ds [12][48]; added to are dk and dv [d][48]. */
+typedef struct dpoi_meeting {
+    int64_t d;
+    const float *q, *dout, *k, *v, *begin, *less;
+    float  *ds, *dk, *dv;
+} dpoi_meeting;
+
+DPOI_AVX512 static void dpoi_back_meet(const dpoi_meeting *m)
 {
-    const float *a = q, *b = dout;
+    const float *q = m->q, *dout = m->dout, *a = q, *b = dout, *k = m->k, *v = m->v, *begin = m->begin, *less = m->less;
+    float *ds = m->ds, *dk = m->dk, *dv = m->dv;
 #define DPOI_BEGIN(i) __m512 s##i = _mm512_loadu_ps(begin + i*16), t##i = _mm512_set1_ps(less[i]);
     DPOI_ROWS12(DPOI_BEGIN)
-    for (int64_t c = d; c; c--, a += DPOI_TILE_ROWS, b += DPOI_TILE_ROWS, k += 16, v += 16) {
+    for (int64_t c = m->d; c; c--, a += DPOI_TILE_ROWS, b += DPOI_TILE_ROWS, k += 16, v += 16) {
         __m512 x = _mm512_loadu_ps(k), y = _mm512_loadu_ps(v);
 #define DPOI_FMA(i) s##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), x, s##i); \
         t##i = _mm512_fmadd_ps(_mm512_set1_ps(b[i]), y, t##i);
@@ -15530,7 +15541,7 @@ DPOI_AVX512 static void dpoi_back_meet(const float *q, const float *dout, const 
 #define DPOI_POWER(i) s##i = dpoi_exp2_512(s##i);  t##i = _mm512_mul_ps(t##i, s##i); \
     _mm512_storeu_ps(ds + i*DPOI_LANES, t##i);
     DPOI_ROWS12(DPOI_POWER)
-    for (int64_t c = d; c > 0; c -= 4, dk += 4*DPOI_LANES, dv += 4*DPOI_LANES) {
+    for (int64_t c = m->d; c > 0; c -= 4, dk += 4*DPOI_LANES, dv += 4*DPOI_LANES) {
 #define DPOI_LOAD(m) __m512 x##m = _mm512_loadu_ps(dv + m*DPOI_LANES), y##m = _mm512_loadu_ps(dk + m*DPOI_LANES);
         DPOI_LOAD(0) DPOI_LOAD(1) DPOI_LOAD(2) DPOI_LOAD(3)
 #define DPOI_FMA(i, m) x##m = _mm512_fmadd_ps(_mm512_set1_ps(dout[m*DPOI_TILE_ROWS + i]), s##i, x##m); \
@@ -15579,6 +15590,8 @@ DPOI_AVX512 static void dpoi_back_half(const dpoi_attention *g, const dpoi_keys 
     const __mmask16 in = (__mmask16)~dpoi_lanes_from(rows);
     const float *lse = g->lse + b->head*g->T + i0, *delta = g->delta + b->head*g->T + i0;
     float begin[DPOI_HALF*16], less[16], power[16];
+    dpoi_meeting m;
+    m.d = g->d;  m.q = g->strip[0] + at;  m.dout = g->strip[3] + at;  m.begin = begin;  m.less = less;
     _mm512_storeu_ps(power, _mm512_mul_ps(_mm512_maskz_loadu_ps(in, lse), _mm512_set1_ps(-DPOI_LOG2E)));
     _mm512_storeu_ps(less, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_maskz_loadu_ps(in, delta)));
     for (int64_t p = 0; p < b->u.wide; p += 16) {
@@ -15587,8 +15600,9 @@ DPOI_AVX512 static void dpoi_back_half(const dpoi_attention *g, const dpoi_keys 
             __mmask16 seen = (__mmask16)(r < rows ? ~dpoi_lanes_from(end - p) : 0);
             _mm512_storeu_ps(begin + r*16, _mm512_mask_mov_ps(never, seen, _mm512_set1_ps(power[r])));
         }
-        dpoi_back_meet(g->strip[0] + at, g->strip[3] + at, b->u.pack + p*g->d, b->u.pack2 + p*g->d, g->d, begin, less,
-                       b->ds + p, b->u.to + p, b->u.to2 + p);
+        m.k  = b->u.pack + p*g->d;  m.v = b->u.pack2 + p*g->d;
+        m.ds = b->ds + p;  m.dk = b->u.to + p;  m.dv = b->u.to2 + p;
+        dpoi_back_meet(&m);
     }
     if (g->dq) dpoi_back_dq(b, b->dq + i0*b->wide);
 }

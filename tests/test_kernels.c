@@ -701,17 +701,22 @@ static void test_gradient_parts(uint64_t *seed)
         test_case t;
         test_result none;
         char text[64];
-        float *dout = (float *)malloc((size_t)(M*O)*4);
+        float *dout = (float *)malloc((size_t)(M*O)*4), *x;
         memset(&none, 0, sizeof none);
         snprintf(text, sizeof text, "%dx%d -> %d in parts", (int)M, (int)I, (int)O);
         start(&t, DPO_OP_CONV, text);
-        input(&t, 0, view(4, 1, 1, M, I), seed);
+        input(&t, 0, view(1, 9973, 1, 1, 1), seed);       /* the numbers of x, again and again */
+        round_off((float *)t.a.in[0].data, 9973);
+        x = (float *)malloc((size_t)(M*I)*4);
+        for (int64_t i = 0; i < M*I; i++) x[i] = ((float *)t.a.in[0].data)[i % 9973];
+        free(t.a.in[0].data);
+        t.a.in[0] = view(4, 1, 1, M, I);
+        t.a.in[0].data = x;
         t.a.in[1] = view(2, O, I, 1, 1);
         t.a.in[1].panel = ways[0]->panel;
         fill(&t.a.in[1], seed);
         t.a.p.conv.stride = 1;  t.a.p.conv.scale = 1;
         t.a.out = view(4, 1, 1, M, O);
-        round_off((float *)t.a.in[0].data, stored(&t.a.in[0]));
         for (int64_t i = 0; i < M*O; i++) dout[i] = test_float(seed);
         round_off(dout, (size_t)(M*O));
         for (unsigned add = 0; add < 4; add += 2) {
@@ -1478,7 +1483,7 @@ int main(int argc, char **argv)
     for (int isa = DPO_ISA_BEST; isa <= DPO_ISA_AVX512; isa += DPO_ISA_AVX512 - DPO_ISA_BEST) {
         open_rounding(isa);
         for (int i = 0; i < 12; i++) test_spoiled(&seed);
-        if (rounding[0] && rounding[1]) test_gradient_parts(&seed);
+        if (isa == DPO_ISA_BEST && rounding[0] && rounding[1]) test_gradient_parts(&seed);
         for (int i = 0; rounding[0] && rounding[1] && i < 2*rounds; i++) {
             test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 4 != 3);
             test_stripes(&seed);
