@@ -1424,21 +1424,18 @@ extern int dpo_cuda_reduce(dpo_backend *b, void *comm, void *data, size_t count,
 #define DPOI_APART
 #endif
 
-/* What runs once a file, a model, a step or an op, and leaves the work to kernels, is to be small, for it is most of
-   what there is to compile: compilers copy less into it and unroll nothing.  gcc carries the word on to static
-   functions that only such ones call; clang must be told of every function, hence of whole regions. */
-#if defined(__clang__) && !defined(__CUDACC__)
-#define DPOI_RARE
+/* What runs once a file, a model, a step or an op, and leaves the work to kernels, is most of what there is to compile.
+   Between these two words compilers take less time over it: gcc's takes three quarters of its time for the whole, and
+   a step's own part of the time, about a hundredth, grows by a tenth.  Without optimisation nothing changes. */
+#if !defined(__OPTIMIZE__) || defined(__OPTIMIZE_SIZE__) || defined(__CUDACC__)
+#define DPOI_RARE_BEGIN
+#define DPOI_RARE_END
+#elif defined(__clang__)
 #define DPOI_RARE_BEGIN _Pragma("clang attribute push (__attribute__((cold)), apply_to = function)")
 #define DPOI_RARE_END   _Pragma("clang attribute pop")
-#elif defined(__GNUC__) && !defined(__clang__)
-#define DPOI_RARE __attribute__((cold))
-#define DPOI_RARE_BEGIN
-#define DPOI_RARE_END
 #else
-#define DPOI_RARE
-#define DPOI_RARE_BEGIN
-#define DPOI_RARE_END
+#define DPOI_RARE_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize (\"Og\")")
+#define DPOI_RARE_END   _Pragma("GCC pop_options")
 #endif
 
 #ifdef __FAST_MATH__
@@ -5239,7 +5236,7 @@ struct dpo_tokenizer {
 };
 
 /* For dpoi_own, and for a tokenizer that failed to open. */
-DPOI_RARE static void dpoi_tok_destroy(dpo_ctx *c, void *object)
+static void dpoi_tok_destroy(dpo_ctx *c, void *object)
 {
     dpo_tokenizer *t = (dpo_tokenizer *)object;
     for (int k = 0; k < t->special_count; k++) dpoi_points_free(&t->specials[k].points);
@@ -5467,7 +5464,6 @@ static dpo_tokenizer *dpoi_tok_open(dpo_ctx *c, const dpoi_tok_files *files)
 }
 
 /* Without configuration files: CLIP's defaults. */
-DPOI_RARE
 DPO_DEF dpo_tokenizer *dpo_tokenizer_new(dpo_ctx *c, const char *vocab, size_t vocab_bytes, const char *merges,
                                          size_t merges_bytes)
 {
@@ -5539,7 +5535,7 @@ static dpo_tokenizer *dpoi_tok_open_whole(dpo_ctx *c, const char *path, dpoi_tok
 }
 
 /* vocab.json and merges.txt; tokenizer.json only where they are missing. */
-DPOI_RARE DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder)
+DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *folder)
 {
     dpo_json      *config, *map;
     dpo_tokenizer *t = NULL;
@@ -5563,7 +5559,7 @@ DPOI_RARE DPO_DEF dpo_tokenizer *dpo_tokenizer_load(dpo_ctx *c, const char *fold
 
 DPO_DEF void dpo_tokenizer_free(dpo_tokenizer *t) { if (t) dpoi_disown(t->c, t); }
 
-DPOI_RARE DPO_DEF dpo_token_info dpo_tokenizer_info(const dpo_tokenizer *t)
+DPO_DEF dpo_token_info dpo_tokenizer_info(const dpo_tokenizer *t)
 {
     dpo_token_info none;
     memset(&none, 0, sizeof none);
@@ -5796,7 +5792,7 @@ static int dpoi_tok_text(dpo_tokenizer *t, const char *text)
 
 /* One place is kept back for eos, which stands at the end even of a text that was cut.  For max = 77
    at most 75 tokens of the text remain. */
-DPOI_RARE DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int max)
+DPO_DEF int dpo_tokenize(dpo_tokenizer *t, const char *text, int32_t *ids, int max)
 {
     int n;
     if (!t || !text || !ids || !dpoi_ok(t->c)) return 0;
@@ -12977,9 +12973,13 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_steps(const dpoi_amx_strip *s, dpoi_amx_ahead
         if (wide) _tile_loadd(7, b1, s->b_row);
         _tile_dpbf16ps(0, 4, 6);
         if (wide) _tile_dpbf16ps(1, 4, 7);
+        if (two)  _tile_zero(4);
         if (two)  _tile_loadd(4, a1, s->a_row);
         if (two && wide) _tile_dpbf16ps(3, 4, 7);
+        if (wide) _tile_zero(7);
         if (two) _tile_dpbf16ps(2, 4, 6);
+        _tile_zero(4);
+        _tile_zero(6);
         if (f->later) dpoi_amx_later_some(f->later);
         a0 += s->a_step;  b0 += s->b_step;
         if (two)  a1 += s->a_step;
@@ -17160,7 +17160,7 @@ static void dpoi_adapters_free(dpo_ctx *c, dpoi_adapter_set *s)
 }
 
 /* Also what is left of a network whose making failed half-way. */
-DPOI_RARE static void dpoi_net_destroy(dpo_ctx *c, void *object)
+static void dpoi_net_destroy(dpo_ctx *c, void *object)
 {
     dpo_net *n = (dpo_net *)object;
     dpoi_adapters_free(c, &n->adapters);
@@ -17257,20 +17257,20 @@ static dpo_net *dpoi_net_realise(dpo_net *n, const dpoi_origin *s)
     return NULL;
 }
 
-DPOI_RARE DPO_DEF dpo_tensor **dpo_net_params(dpo_net *n, int *count)
+DPO_DEF dpo_tensor **dpo_net_params(dpo_net *n, int *count)
 {
     if (count) *count = n && n->list ? (int)n->count : 0;
     return n ? n->list : NULL;
 }
 
-DPOI_RARE DPO_DEF dpo_tensor *dpo_net_param(dpo_net *n, const char *name)
+DPO_DEF dpo_tensor *dpo_net_param(dpo_net *n, const char *name)
 {
     dpoi_param *p = n && name ? dpoi_net_find(n, name) : NULL;
     return p ? p->t : NULL;
 }
 
 /* Gradients that are there stay: dpo_param_free of the parameter takes them along. */
-DPOI_RARE DPO_DEF void dpo_net_trainable(dpo_net *n, int yes)
+DPO_DEF void dpo_net_trainable(dpo_net *n, int yes)
 {
     for (int64_t i = 0; n && i < n->count; i++) if (n->params[i].t) n->params[i].t->needs_grad = yes != 0;
 }
@@ -17290,7 +17290,7 @@ static int dpoi_copy_values(dpo_tensor *to, dpo_tensor *from)
     return ok;
 }
 
-DPOI_RARE DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
+DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
 {
     if (!to || !from || !dpoi_ok(to->c)) return 0;
     if (to->count != from->count) return dpoi_fail(to->c, DPO_BAD_SHAPE, "two networks of different configurations");
@@ -17300,7 +17300,7 @@ DPOI_RARE DPO_DEF int dpo_net_assign(dpo_net *to, dpo_net *from)
 }
 
 /* Adapters are not copied: a reference has none. */
-DPOI_RARE DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
+DPO_DEF dpo_net *dpo_net_copy(dpo_net *n, int dtype)
 {
     dpo_net *copy = n && dpoi_ok(n->c) ? dpoi_net_plan(n->c, n->kind, n->text, n->kind->name, dtype) : NULL;
     copy = dpoi_net_realise(copy, NULL);
@@ -17807,7 +17807,7 @@ static const dpoi_kind dpoi_clip_text = {
 };
 
 /* Adapters of the text encoder, if any, are on. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, dpo_tensor **pooled)
+DPO_DEF dpo_tensor *dpo_text_forward(dpo_net *text, dpo_tensor *ids, int skip, dpo_tensor **pooled)
 {
     const dpoi_clip_config *g;
     dpoi_pass r;
@@ -18169,7 +18169,7 @@ static dpo_tensor *dpoi_unet_part_run(dpoi_unet_part *p, dpo_tensor *x, dpo_tens
 
 /* The dpo_segment_fn: x[] = x, skip, temb, emb, strength, as far as the piece has them.  The record that `user`
    points to may serve several times, so that it is copied before the tensors of this run are put into it. */
-DPOI_RARE static dpo_tensor *dpoi_unet_segment(dpo_ctx *c, void *user, dpo_tensor **x)
+static dpo_tensor *dpoi_unet_segment(dpo_ctx *c, void *user, dpo_tensor **x)
 {
     dpoi_unet_part p = *(const dpoi_unet_part *)user;
     dpo_tensor    *skip = NULL;
@@ -18468,7 +18468,7 @@ static int dpoi_unet_check_input(dpo_net *n, const dpo_unet_in *in)
     return 1;
 }
 
-DPOI_RARE DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
+DPO_DEF dpo_tensor *dpo_unet(dpo_net *unet, const dpo_unet_in *in)
 {
     dpoi_pass      r;
     dpoi_unet_pass u;
@@ -18652,7 +18652,7 @@ typedef struct dpoi_tiles {
 } dpoi_tiles;
 
 /* The dpo_segment_fn of one piece. */
-DPOI_RARE static dpo_tensor *dpoi_vae_segment(dpo_ctx *c, void *user, dpo_tensor **x)
+static dpo_tensor *dpoi_vae_segment(dpo_ctx *c, void *user, dpo_tensor **x)
 {
     const dpoi_vae_piece *p = (const dpoi_vae_piece *)user;
     dpoi_pass             r = dpoi_pass_of(p->vae);
@@ -18967,7 +18967,7 @@ static int dpoi_adapter_reset(dpoi_adapter *a, uint64_t seed)
 
 /* The set is built beside the old one and takes its place when it is whole.
    The set is complete before it replaces the old one, so that a failure leaves the network as it was. */
-DPOI_RARE DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
+DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
 {
     dpoi_adapter_set s;
     const char      *targets = d && d->targets ? d->targets : "to_q,to_k,to_v,to_out.0";
@@ -18994,7 +18994,7 @@ DPOI_RARE DPO_DEF int dpo_adapter_new(dpo_net *n, const dpo_adapter_desc *d)
 }
 
 /* Two tensors an adapter: down, up. */
-DPOI_RARE DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count)
+DPO_DEF dpo_tensor **dpo_adapter_params(dpo_net *n, int *count)
 {
     if (count) *count = n ? (int)n->adapters.count * 2 : 0;
     return n ? n->adapters.list : NULL;
@@ -19051,7 +19051,7 @@ static int dpoi_net_save(dpo_net *n, const char *folder, const char *path, int d
 }
 
 /* stem: diffusion_pytorch_model or model, by the kind of network. */
-DPOI_RARE DPO_DEF int dpo_net_save(dpo_net *n, const char *folder, int dtype)
+DPO_DEF int dpo_net_save(dpo_net *n, const char *folder, int dtype)
 {
     char       name[64], *path = NULL;
     dpoi_item *items;
@@ -19113,7 +19113,7 @@ static const char *const dpoi_other_files[] = {
 
 /* Networks and tokenizers are the context's own: they go by themselves.
    Strings only. */
-DPOI_RARE static void dpoi_model_destroy(dpo_ctx *c, void *object)
+static void dpoi_model_destroy(dpo_ctx *c, void *object)
 {
     dpo_model *m = (dpo_model *)object;
     dpoi_strfree(c, m->path);
@@ -19336,7 +19336,7 @@ static char *dpoi_model_vae_folder(dpo_ctx *c, const char *folder)
 }
 
 /* A folder, or a file of its own. */
-DPOI_RARE DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_load_desc *d)
+DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, const dpo_load_desc *d)
 {
     dpo_model *m = d ? dpoi_model_new(c, path) : NULL;
     int        ok;
@@ -19350,7 +19350,7 @@ DPOI_RARE DPO_DEF dpo_model *dpo_model_load_with(dpo_ctx *c, const char *path, c
 }
 
 /* dtype: of the weights in memory, DPO_F32, DPO_BF16 or DPO_F16; files of any of them are read. */
-DPOI_RARE DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype)
+DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dtype)
 {
     dpo_load_desc d;
     memset(&d, 0, sizeof d);
@@ -19360,7 +19360,7 @@ DPOI_RARE DPO_DEF dpo_model *dpo_model_load(dpo_ctx *c, const char *path, int dt
 
 /* The folder needs configurations and tokenizers, no weights.  Each network draws from a purpose of
    its own. */
-DPOI_RARE DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed)
+DPO_DEF dpo_model *dpo_model_create(dpo_ctx *c, const char *folder, uint64_t seed)
 {
     dpo_model *m = dpoi_model_new(c, folder);
     if (m) m->folder = dpoi_strdup(c, folder);
@@ -19410,7 +19410,7 @@ static void dpoi_model_drop(dpo_model *m)
     if (m->vae) dpoi_net_drop(m->vae);
 }
 
-DPOI_RARE DPO_DEF int dpo_model_rest(dpo_model *m)
+DPO_DEF int dpo_model_rest(dpo_model *m)
 {
     if (!m || !dpoi_ok(m->c)) return 0;
     if (!m->files)
@@ -19419,7 +19419,7 @@ DPOI_RARE DPO_DEF int dpo_model_rest(dpo_model *m)
     return 1;
 }
 
-DPOI_RARE DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which)
+DPO_DEF dpo_net *dpo_model_text(dpo_model *m, int which)
 {
     if (!m || (which & ~1) != 0) return NULL;
     return dpoi_model_wake(m, m->text[which], dpoi_text_folders[which]) ? m->text[which] : NULL;
@@ -19430,7 +19430,7 @@ DPO_DEF const dpo_schedule *dpo_model_schedule(const dpo_model *m) { return m ? 
 
 /* Same configuration, so that everything the model says about itself stays true.
    The old one stays in the context: it may be somebody's reference. */
-DPOI_RARE DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
+DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
 {
     if (!m || !unet) return;
     if (unet->kind != &dpoi_unet_kind || memcmp(unet->config, m->unet->config, sizeof(dpoi_unet_config)) != 0)
@@ -19441,7 +19441,7 @@ DPOI_RARE DPO_DEF void dpo_model_set_unet(dpo_model *m, dpo_net *unet)
 /* A row of time ids has as many numbers as are left beside the pooled text: (2816 - 1280)/256 = 6 in SDXL, 5 in its
    refiner.
    Zeros for NULL.  size: pixels of a side; tokens: T; width: of the text that the UNet reads. */
-DPOI_RARE DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
+DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
 {
     dpo_model_info          d;
     const dpoi_unet_config *g = m ? (const dpoi_unet_config *)m->unet->config : NULL;
@@ -19461,7 +19461,7 @@ DPOI_RARE DPO_DEF dpo_model_info dpo_model_describe(const dpo_model *m)
 /* ------------------------------------------------------------------------------------------ pixels and latents */
 
 /* Without a VAE the options have nothing to say; they are checked all the same. */
-DPOI_RARE DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
+DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoint)
 {
     dpoi_vae_config *g = m && m->vae ? (dpoi_vae_config *)m->vae->config : NULL;
     int              step = g ? 4 * dpoi_vae_factor(m->vae) : 4;
@@ -19474,19 +19474,19 @@ DPOI_RARE DPO_DEF int dpo_model_vae_options(dpo_model *m, int tile, int checkpoi
     return 1;
 }
 
-DPOI_RARE DPO_DEF dpo_tensor *dpo_encode_images(dpo_model *m, dpo_tensor *x, dpo_tensor **logvar)
+DPO_DEF dpo_tensor *dpo_encode_images(dpo_model *m, dpo_tensor *x, dpo_tensor **logvar)
 {
     if (logvar) *logvar = NULL;
     if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
     return m->vae ? dpoi_vae_encode(m->vae, x, logvar) : x;
 }
 
-DPOI_RARE DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
+DPO_DEF dpo_tensor *dpo_encode_sample(dpo_model *m, dpo_tensor *mean, dpo_tensor *logvar, dpo_tensor *noise)
 {
     return m && m->vae ? dpoi_vae_sample(m->vae, mean, logvar, noise) : m ? mean : NULL;
 }
 
-DPOI_RARE DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
+DPO_DEF dpo_tensor *dpo_decode_latents(dpo_model *m, dpo_tensor *z)
 {
     if (!m || !dpoi_model_wake(m, m->vae, "vae")) return NULL;
     return m->vae ? dpoi_vae_decode(m->vae, z) : z;
@@ -19565,7 +19565,7 @@ static int dpoi_model_save_tokens(dpo_model *m, const char *folder)
 
 /* model_index.json comes last: a folder that has it is whole.
    Weights that were adapted are saved without their adapters, which have a file of their own. */
-DPOI_RARE DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
+DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype)
 {
     if (!m || !folder || !dpoi_ok(m->c) || !dpoi_dtype_saved(m->c, dtype) || !dpoi_model_wake_all(m)) return 0;
     for (int k = 0; m->folder && dpoi_other_files[k]; k++)
@@ -19583,7 +19583,7 @@ DPOI_RARE DPO_DEF int dpo_model_save(dpo_model *m, const char *folder, int dtype
 
 /* ids I32 [n,T], T as many as the text encoder has positions for, or what the tokenizer gives if that is less.  NULL is
    the empty prompt. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *prompts, int n)
+DPO_DEF dpo_tensor *dpo_tokens(dpo_model *m, int which, const char *const *prompts, int n)
 {
     dpo_tensor *t;
     int32_t    *ids;
@@ -19626,7 +19626,7 @@ static dpo_tensor *dpoi_blank(dpo_model *m, dpo_tensor *x, const char *const *pr
 
 /* SD 1 and 2: the last state of one encoder.  SDXL: both encoders' states before the last layer side by side, and the
    second one's pooled state; its refiner has the second encoder alone. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, int n, dpo_tensor **pooled)
+DPO_DEF dpo_tensor *dpo_encode_text(dpo_model *m, const char *const *prompts, int n, dpo_tensor **pooled)
 {
     dpo_tensor *x = NULL, *p = NULL;
     if (pooled) *pooled = NULL;
@@ -20167,7 +20167,7 @@ static void dpoi_describe_adapter(dpo_file *f, const char *mark, dpo_file_info *
 }
 
 /* From the names and a few shapes: no value is read. */
-DPOI_RARE DPO_DEF dpo_file_info dpo_file_describe(dpo_file *f)
+DPO_DEF dpo_file_info dpo_file_describe(dpo_file *f)
 {
     const dpo_entry *conv_in = f ? dpo_file_find(f, DPOI_UNET_PREFIX "input_blocks.0.0.weight") : NULL;
     dpo_file_info    d;
@@ -20401,7 +20401,7 @@ static int dpoi_model_add(dpo_model *m, dpo_writer *w, const dpoi_family *k, con
 }
 
 /* In the naming of the family that the model is of by its parts. */
-DPOI_RARE DPO_DEF int dpo_model_save_file(dpo_model *m, const char *path, int dtype)
+DPO_DEF int dpo_model_save_file(dpo_model *m, const char *path, int dtype)
 {
     const dpoi_family *k;
     dpo_writer *w;
@@ -20816,7 +20816,7 @@ static int dpoi_adapters_read(dpo_net **nets, int count, const dpoi_adapter_sour
 }
 
 /* One network: what the file has for others is named among what is not used. */
-DPOI_RARE DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
+DPO_DEF int dpo_adapter_load(dpo_net *n, const char *path)
 {
     dpoi_adapter_source s;
     int ok = n && dpoi_adapter_open(n->c, path, &s);
@@ -20835,7 +20835,7 @@ static int dpoi_model_nets(dpo_model *m, dpo_net *nets[3])
     return n;
 }
 
-DPOI_RARE DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path)
+DPO_DEF int dpo_model_adapter_load(dpo_model *m, const char *path)
 {
     dpoi_adapter_source s;
     dpo_net *nets[3];
@@ -21032,7 +21032,7 @@ static int dpoi_adapters_save(dpo_net **nets, int count, const dpo_model *m, con
 }
 
 /* kohya's naming. */
-DPOI_RARE DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
+DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
 {
     dpo_adapter_format d;
     memset(&d, 0, sizeof d);
@@ -21040,7 +21040,7 @@ DPOI_RARE DPO_DEF int dpo_adapter_save(dpo_net *n, const char *path, int dtype)
     return n && path && dpoi_ok(n->c) && dpoi_adapters_save(&n, 1, NULL, path, &d);
 }
 
-DPOI_RARE DPO_DEF int dpo_model_adapter_save(dpo_model *m, const char *path, const dpo_adapter_format *d)
+DPO_DEF int dpo_model_adapter_save(dpo_model *m, const char *path, const dpo_adapter_format *d)
 {
     dpo_net *nets[3];
     if (!m || !path || !d || !dpoi_ok(m->c)) return 0;
@@ -21075,7 +21075,7 @@ static int dpoi_adapter_fold(dpo_net *n, const dpoi_adapter *a)
 }
 
 /* The set is empty afterwards, and the strength 1 again. */
-DPOI_RARE DPO_DEF int dpo_adapter_merge(dpo_net *n)
+DPO_DEF int dpo_adapter_merge(dpo_net *n)
 {
     dpoi_adapter_set none;
     if (!n || !dpoi_ok(n->c)) return 0;
@@ -21088,7 +21088,7 @@ DPOI_RARE DPO_DEF int dpo_adapter_merge(dpo_net *n)
 
 /* The networks of the family that the file is for, or of a folder's configurations, are planned without weights: they
    know their names and shapes, which is all that adapters hang on. */
-DPOI_RARE DPO_DEF int dpo_adapter_convert(dpo_ctx *c, const char *from, const char *to, const dpo_adapter_format *d,
+DPO_DEF int dpo_adapter_convert(dpo_ctx *c, const char *from, const char *to, const dpo_adapter_format *d,
                                 const char *config)
 {
     dpoi_adapter_source s;
@@ -21139,7 +21139,7 @@ enum {
    own after it.  Training needs abar alone; samplers walk back along some of the timesteps. */
 
 /* steps_offset 1 makes "leading" timesteps 951, .., 1 instead of 950, .., 0. */
-DPOI_RARE DPO_DEF dpo_schedule dpo_schedule_sd(void)
+DPO_DEF dpo_schedule dpo_schedule_sd(void)
 {
     dpo_schedule s;
     memset(&s, 0, sizeof s);
@@ -21213,7 +21213,7 @@ static int dpoi_schedule_ok(dpo_ctx *c, const dpo_schedule *s)
 }
 
 /* abar[t] = product over s <= t of (1 - beta[s]) */
-DPOI_RARE DPO_DEF int dpo_schedule_alphas(dpo_ctx *c, const dpo_schedule *s, float *abar)
+DPO_DEF int dpo_schedule_alphas(dpo_ctx *c, const dpo_schedule *s, float *abar)
 {
     double product = 1;                   /* PyTorch's cumprod carries a double and rounds each element */
     if (!abar || !dpoi_schedule_ok(c, s)) return 0;
@@ -21399,7 +21399,7 @@ static int dpoi_schedule_parse(dpo_ctx *c, const char *text, const char *name, d
 }
 
 /* 1 MB at most. */
-DPOI_RARE DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
+DPO_DEF int dpo_schedule_load(dpo_ctx *c, const char *path, dpo_schedule *s)
 {
     char  *text;
     size_t n;
@@ -21456,7 +21456,7 @@ static int dpoi_schedule_own(const dpo_schedule *s, char *text, size_t size)
 }
 
 /* What is not said is the class's default. */
-DPOI_RARE DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s)
+DPO_DEF int dpo_schedule_save(dpo_ctx *c, const char *path, const dpo_schedule *s)
 {
     char text[2048], start[32], end[32];
     int  n;
@@ -21487,7 +21487,7 @@ static dpo_tensor *dpoi_table(dpo_ctx *c, const float *values, int n)
     return x;
 }
 
-DPOI_RARE static void dpoi_noise_destroy(dpo_ctx *c, void *object)
+static void dpoi_noise_destroy(dpo_ctx *c, void *object)
 {
     dpo_noise *n = (dpo_noise *)object;
     dpo_param_free(n->signal);
@@ -21520,7 +21520,7 @@ static int dpoi_noise_fill(dpo_ctx *c, dpo_noise *n, const dpo_schedule *s, floa
 }
 
 /* Four tables through one scratch buffer; what exists when something fails is freed by the same destructor. */
-DPOI_RARE DPO_DEF dpo_noise *dpo_noise_new(dpo_ctx *c, const dpo_schedule *s)
+DPO_DEF dpo_noise *dpo_noise_new(dpo_ctx *c, const dpo_schedule *s)
 {
     dpo_noise *n;
     float     *v;
@@ -21540,20 +21540,20 @@ DPO_DEF void dpo_noise_free(dpo_noise *n) { if (n) dpoi_disown(n->ctx, n); }
 
 /* x_t = signal[t] x0 + noise[t] e
    t I32 [N]; x0 and noise [N,..]. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_noise_add(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
+DPO_DEF dpo_tensor *dpo_noise_add(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
 {
     return n && x0 ? dpo_mix(x0->ctx, x0, noise, n->signal, n->noise, t) : NULL;
 }
 
 /* epsilon: e itself.  v = signal[t] e - noise[t] x0: the velocity of x along the angle whose cosine is signal[t]. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_noise_target(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
+DPO_DEF dpo_tensor *dpo_noise_target(const dpo_noise *n, dpo_tensor *x0, dpo_tensor *noise, dpo_tensor *t)
 {
     if (!n || !x0) return NULL;
     return n->prediction == DPO_EPSILON ? noise : dpo_mix(x0->ctx, noise, x0, n->signal, n->minus, t);
 }
 
 /* t I32 [N] -> F32 [N]: a look-up, so that timesteps need not pass through the host. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_noise_time(const dpo_noise *n, dpo_tensor *t)
+DPO_DEF dpo_tensor *dpo_noise_time(const dpo_noise *n, dpo_tensor *t)
 {
     return n && t ? dpo_reshape(n->ctx, dpo_embed(n->ctx, n->time, t), 1, t->shape) : NULL;
 }
@@ -21592,7 +21592,7 @@ static int dpoi_sampler_letter(const char **s)
 }
 
 /* "DPM++ 2M Karras" is "dpmpp2m_karras". */
-DPOI_RARE DPO_DEF int dpo_sampler_named(const char *name)
+DPO_DEF int dpo_sampler_named(const char *name)
 {
     for (size_t i = 0; name && i < sizeof dpoi_sampler_names / sizeof *dpoi_sampler_names; i++) {
         const char *a = name, *b = dpoi_sampler_names[i].name;
@@ -21604,7 +21604,7 @@ DPOI_RARE DPO_DEF int dpo_sampler_named(const char *name)
 }
 
 /* A label that a front end can show, and that other programs know; "?" for a number that is no sampler. */
-DPOI_RARE DPO_DEF const char *dpo_sampler_name(int sampler)
+DPO_DEF const char *dpo_sampler_name(int sampler)
 {
     for (size_t i = 0; i < sizeof dpoi_sampler_names / sizeof *dpoi_sampler_names; i++)
         if (dpoi_sampler_names[i].sampler == sampler && dpoi_sampler_names[i].label) return dpoi_sampler_names[i].label;
@@ -21612,7 +21612,7 @@ DPOI_RARE DPO_DEF const char *dpo_sampler_name(int sampler)
 }
 
 /* In the order of the table, for a line that says how a program is called. */
-DPOI_RARE DPO_DEF const char *dpo_sampler_list(void)
+DPO_DEF const char *dpo_sampler_list(void)
 {
     return "auto ddim ddpm euler euler_karras euler_a dpmpp2m dpmpp2m_karras dpmpp2m_sde dpmpp2m_sde_karras";
 }
@@ -21927,7 +21927,7 @@ static int dpoi_fill_solver(dpo_sampler *s, const dpoi_plan *p)
 }
 
 /* Also for one that was only partly made. */
-DPOI_RARE static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
+static void dpoi_sampler_destroy(dpo_ctx *c, void *object)
 {
     dpo_sampler *s = (dpo_sampler *)object;
     size_t       n = (size_t)s->room;
@@ -21995,7 +21995,7 @@ static int dpoi_sampler_ok(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_
 
 /* The table of the whole way is made, and the rows of the part that d asks for are kept.
    d may be NULL: 20 steps of the schedule's own sampler. */
-DPOI_RARE DPO_DEF dpo_sampler *dpo_sampler_new(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_desc *d)
+DPO_DEF dpo_sampler *dpo_sampler_new(dpo_ctx *c, const dpo_schedule *h, const dpo_sampler_desc *d)
 {
     dpo_sampler *s;
     dpoi_plan    p;
@@ -22043,7 +22043,7 @@ static int dpoi_sampler_ready(dpo_sampler *s, int step, const dpo_tensor *x)
 }
 
 /* scale[k] x.  Where the scale is not 1, row C is zero and serves as the second coefficient: x + 0 x. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x)
+DPO_DEF dpo_tensor *dpo_sampler_input(dpo_sampler *s, int step, dpo_tensor *x)
 {
     if (!dpoi_sampler_ready(s, step, x)) return NULL;
     if (dpoi_row_of(s, DPOI_SCALE)[step] == 1) return x;
@@ -22080,7 +22080,7 @@ static dpo_tensor *dpoi_sampler_add(dpo_sampler *s, dpo_tensor *y, dpo_tensor *a
 
 /* x' = A x + B p, and what not every sampler has: clipping of x0 = E x + F p (DDIM's x0 enters x' with the factor P,
    so the clipped difference is added with it), the last x0, fresh noise. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dpo_tensor *pred, dpo_tensor *z)
+DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_tensor *x, dpo_tensor *pred, dpo_tensor *z)
 {
     dpo_ctx    *c = s ? s->ctx : NULL;
     dpo_tensor *k, *y, *x0 = NULL, *over;
@@ -22102,7 +22102,7 @@ DPOI_RARE DPO_DEF dpo_tensor *dpo_sampler_step(dpo_sampler *s, int step, dpo_ten
 }
 
 /* signal[step] x0 + noise[step] z; the row after the last step is 1 and 0. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_sampler_noisy(dpo_sampler *s, int step, dpo_tensor *x0, dpo_tensor *noise)
+DPO_DEF dpo_tensor *dpo_sampler_noisy(dpo_sampler *s, int step, dpo_tensor *x0, dpo_tensor *noise)
 {
     if (!s || !x0 || !noise || !dpoi_sampler_ready(s, step == s->steps ? 0 : step, x0)) return NULL;
     return dpo_mix(s->ctx, x0, noise, s->rows[DPOI_SIGNAL], s->rows[DPOI_NOISE],
@@ -22505,7 +22505,7 @@ static int dpoi_sampling_run(dpoi_sampling *g, uint8_t *rgb, dpo_tensor **all)
 
 /* Nothing of it is recorded.  The count of no_grad comes back on every way out, so that a host can go on after an
    error. */
-DPOI_RARE DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
+DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t *rgb)
 {
     dpoi_sampling g;
     int           ok;
@@ -22518,7 +22518,7 @@ DPOI_RARE DPO_DEF int dpo_sample(dpo_model *m, const dpo_sample_desc *d, uint8_t
 }
 
 /* The joined states live in the caller's scope. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
+DPO_DEF dpo_tensor *dpo_sample_latents(dpo_model *m, const dpo_sample_desc *d)
 {
     dpoi_sampling g;
     dpo_tensor   *all = NULL;
@@ -23848,7 +23848,7 @@ static void dpoi_duel_free(dpo_ctx *c, dpoi_duel *p)
 }
 
 /* `room`, not `count`, is what was allocated. */
-DPOI_RARE static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
+static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
 {
     dpo_pairs *p = (dpo_pairs *)object;
     while (p->loaders) dpoi_loader_destroy(p->loaders);   /* first: their threads read what follows */
@@ -23864,7 +23864,7 @@ DPOI_RARE static void dpoi_pairs_destroy(dpo_ctx *c, void *object)
 }
 
 /* Empty; it grows by the calls below. */
-DPOI_RARE DPO_DEF dpo_pairs *dpo_pairs_new(dpo_ctx *c)
+DPO_DEF dpo_pairs *dpo_pairs_new(dpo_ctx *c)
 {
     dpo_pairs *p = dpoi_ok(c) ? (dpo_pairs *)dpoi_calloc(c, 1, sizeof *p) : NULL;
     if (!p) return NULL;
@@ -23880,7 +23880,7 @@ DPO_DEF int64_t     dpo_pairs_ties  (const dpo_pairs *p)            { return p ?
 /* Every index from outside passes here. */
 static int dpoi_pairs_has(const dpo_pairs *p, int64_t i) { return p && i >= 0 && i < p->count; }
 
-DPOI_RARE DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i)
+DPO_DEF const char *dpo_pairs_prompt(const dpo_pairs *p, int64_t i)
 {
     return dpoi_pairs_has(p, i) ? p->pair[i].prompt : NULL;
 }
@@ -23898,7 +23898,7 @@ static const char *dpoi_duel_where(const dpo_pairs *p, int64_t i, char *out, siz
     return out;
 }
 
-DPOI_RARE DPO_DEF const char *dpo_pairs_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
+DPO_DEF const char *dpo_pairs_where(const dpo_pairs *p, int64_t i, char *out, size_t size)
 {
     if (!out || !size) return NULL;
     if (dpoi_pairs_has(p, i)) return dpoi_duel_where(p, i, out, size);
@@ -24005,26 +24005,23 @@ static int dpoi_pairs_add_paths(dpo_pairs *p, const char *prompt, const char *ch
 }
 
 /* rejected may be NULL: a picture to imitate rather than to prefer. */
-DPOI_RARE
 DPO_DEF int dpo_pairs_add(dpo_pairs *p, const char *prompt, const dpo_image *chosen, const dpo_image *rejected,
                           float weight)
 {
     return dpoi_pairs_add_pixels(p, prompt, chosen, rejected, 0, weight);
 }
 
-DPOI_RARE DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
+DPO_DEF int dpo_pairs_add_files(dpo_pairs *p, const char *prompt, const char *chosen, const char *rejected,
                                 float weight)
 {
     return dpoi_pairs_add_paths(p, prompt, chosen, rejected, 0, weight, 0);
 }
 
-DPOI_RARE
 DPO_DEF int dpo_pairs_add_single(dpo_pairs *p, const char *prompt, const dpo_image *picture, int liked, float weight)
 {
     return dpoi_pairs_add_pixels(p, prompt, picture, NULL, liked ? 1 : -1, weight);
 }
 
-DPOI_RARE
 DPO_DEF int dpo_pairs_add_single_file(dpo_pairs *p, const char *prompt, const char *picture, int liked, float weight)
 {
     return dpoi_pairs_add_paths(p, prompt, picture, NULL, liked ? 1 : -1, weight, 0);
@@ -24922,7 +24919,7 @@ DPOI_APART static int dpoi_duel_ask(dpo_pairs *p, int64_t i, int which)
 }
 
 /* Beside the pairs' own cache, which a trainer that crops anew at each step has no use for. */
-DPOI_RARE DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb)
+DPO_DEF int dpo_pairs_view(dpo_pairs *p, int64_t i, int which, const dpo_window *v, uint8_t *rgb)
 {
     dpoi_shot s;
     dpo_ctx     own;
@@ -24970,7 +24967,7 @@ static const uint8_t *dpoi_duel_pixels(dpo_pairs *p, int64_t i, int which, int w
 }
 
 /* The two may lie in the places for the moment, of which there is one each: so they hold until the next call. */
-DPOI_RARE DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen,
+DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int height, const uint8_t **chosen,
                              const uint8_t **rejected)
 {
     if (!chosen || !dpoi_duel_ask(p, i, 0)) return 0;
@@ -24983,7 +24980,7 @@ DPOI_RARE DPO_DEF int dpo_pairs_pixels(dpo_pairs *p, int64_t i, int width, int h
 /* ------------------------------------------------------------------------------------------ sizes, buckets */
 
 /* A file's header is read once. */
-DPOI_RARE DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height)
+DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *width, int *height)
 {
     dpoi_duel    *x;
     dpoi_picture *f;
@@ -25006,7 +25003,7 @@ DPOI_RARE DPO_DEF int dpo_pairs_size(dpo_pairs *p, int64_t i, int which, int *wi
     return 1;
 }
 
-DPOI_RARE DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h)
+DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, int step, int *w, int *h)
 {
     char where[480];
     int  width[2], height[2];
@@ -25026,7 +25023,7 @@ DPOI_RARE DPO_DEF int dpo_pairs_bucket(dpo_pairs *p, int64_t i, int resolution, 
 /* ------------------------------------------------------------------------------------------ looking at data */
 
 /* Headers only: a million pictures take minutes, not hours. */
-DPOI_RARE DPO_DEF int dpo_pairs_check(dpo_pairs *p)
+DPO_DEF int dpo_pairs_check(dpo_pairs *p)
 {
     dpoi_troubles bad;
     int           w, h;
@@ -25088,7 +25085,7 @@ static int dpoi_survey_pair(dpo_pairs *p, int64_t i, int decode, uint8_t *seen, 
     return 1;
 }
 
-DPOI_RARE DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out)
+DPO_DEF int dpo_pairs_survey(dpo_pairs *p, int decode, dpo_pairs_counts *out)
 {
     uint8_t *seen;
     int      ok = 1;
@@ -25244,7 +25241,7 @@ static void dpoi_loader_destroy(dpo_loader *l)
 
 DPO_DEF void dpo_loader_free(dpo_loader *l) { if (l) dpoi_loader_destroy(l); }
 
-DPOI_RARE DPO_DEF dpo_loader *dpo_loader_new(dpo_pairs *p, int slots, int beside)
+DPO_DEF dpo_loader *dpo_loader_new(dpo_pairs *p, int slots, int beside)
 {
     dpo_loader *l;
     if (!p || !dpoi_ok(p->c)) return NULL;
@@ -25276,7 +25273,7 @@ static int dpoi_slot_room(dpo_ctx *c, dpoi_slot *s, size_t bytes)
     return 1;
 }
 
-DPOI_RARE DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v)
+DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int which, const dpo_window *v)
 {
     dpoi_slot *s;
     if (!l || !dpoi_duel_ask(l->p, i, which) || !dpoi_window_ok(l->p->c, v)) return 0;
@@ -25294,7 +25291,7 @@ DPOI_RARE DPO_DEF int dpo_loader_ask(dpo_loader *l, int slot, int64_t i, int whi
     return 1;
 }
 
-DPOI_RARE DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
+DPO_DEF const uint8_t *dpo_loader_take(dpo_loader *l, int slot)
 {
     dpoi_slot *s;
     if (!l || !dpoi_ok(l->p->c)) return NULL;
@@ -25947,7 +25944,6 @@ static dpo_tensor *dpoi_inside(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, float b
 
 /* One kernel for the sum over pairs: its terms are of size beta * 1e-4, and the slope needs what the value needs.
    `inside` is made beside it from the same errors, by four ops on a handful of numbers. */
-DPOI_RARE
 DPO_DEF dpo_tensor *dpo_preference_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *weight,
                                         int kind, float beta, float smoothing, dpo_tensor **inside)
 {
@@ -25994,7 +25990,6 @@ static dpo_tensor *dpoi_mapo_inside(dpo_ctx *c, dpo_tensor *L)
     return y;
 }
 
-DPOI_RARE
 DPO_DEF dpo_tensor *dpo_mapo_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *weight, float lambda, dpo_tensor **inside)
 {
     dpoi_call   k;
@@ -26057,7 +26052,7 @@ static dpo_tensor *dpoi_kto_centre(dpo_ctx *c, dpo_tensor *L, dpo_tensor *R, con
 }
 
 /* 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where x is large. */
-DPOI_RARE DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
+DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_tensor *reference, dpo_tensor *liked,
                                  dpo_tensor *weight, float beta, const dpo_team *team, dpo_tensor **inside)
 {
     dpo_tensor *z, *g, *u;
@@ -26080,7 +26075,7 @@ DPOI_RARE DPO_DEF dpo_tensor *dpo_kto_loss(dpo_ctx *c, dpo_tensor *policy, dpo_t
     return dpo_mean(c, weight ? dpo_binary(c, DPO_MUL, u, weight) : u, -1);
 }
 
-DPOI_RARE DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma)
+DPO_DEF float dpo_min_snr(float abar, int prediction, float gamma)
 {
     double snr = abar < 1 ? (double)abar / (1 - (double)abar) : 1e30, least = snr < gamma ? snr : gamma;
     return (float)(prediction == DPO_V_PREDICTION ? least / (snr + 1) : snr > 0 ? least / snr : 1);
@@ -26163,7 +26158,6 @@ static dpo_tensor *dpoi_objective_loss(dpo_ctx *c, const dpo_draw *d, const dpo_
 /* The reference first: when its pass is over all its memory is free again, before the policy's begins to grow.
    Winner and loser see one noise at one t, so that what is compared is the pictures; the reference sees the very x_t
    that the policy sees, so that at the start, where both are one network, inside is 0 and the loss log 2, exactly. */
-DPOI_RARE
 DPO_DEF dpo_tensor *dpo_diffusion_loss(dpo_net *policy, const dpo_noise *n, const dpo_draw *d, const dpo_objective *o,
                                        dpo_terms *terms)
 {
@@ -26260,7 +26254,6 @@ static int dpoi_reward_batch(const dpoi_rewarding *g, dpo_model *m, const char *
 /* A log-likelihood ratio in disguise: beta log p_th(x)/p_ref(x) up to a constant, bounded by the denoising errors
    (arXiv 2311.12908, section 4); the expectation over t and noise becomes a mean over shared draws.
    Zeros in d: ten draws, batches of eight, beta 5000.  reward [n]. */
-DPOI_RARE
 DPO_DEF int dpo_implicit_reward(dpo_model *m, const dpo_reward_desc *d, const char *const *prompts, const uint8_t *rgb,
                                 int n, float *reward)
 {
@@ -26311,7 +26304,7 @@ static dpo_train_desc dpoi_recipe(void)
 }
 
 /* The authors' launchers/sd15.sh: 16 GPUs with 128 accumulated pairs, --scale_lr of 1e-8 by those 2048. */
-DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void)
+DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void)
 {
     dpo_train_desc d = dpoi_recipe();
     d.steps = 2000;                       /* --max_train_steps */
@@ -26327,7 +26320,7 @@ DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_sd15(void)
 
 /* The paper, section 5.1: lr = 2000/beta 2.048e-8, a quarter of the steps to warm up.  Its learning rate is a
    thousandth of the launcher's; nobody has said which of the two made the published model. */
-DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void)
+DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void)
 {
     dpo_train_desc d = dpo_recipe_official_sd15();
     d.beta = 2000;
@@ -26337,7 +26330,7 @@ DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_paper_sd15(void)
 }
 
 /* diffusers' examples/research_projects/diffusion_dpo: beta 2500 there is 5000 here, where the half is written out. */
-DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
+DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
 {
     dpo_train_desc d = dpoi_recipe();
     d.steps = 10000;
@@ -26352,7 +26345,7 @@ DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_lora_sd15(void)
 }
 
 /* launchers/sdxl.sh: Adafactor, which --sdxl forces, and a clipped norm beside it. */
-DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void)
+DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void)
 {
     dpo_train_desc d = dpo_recipe_official_sd15();
     d.warmup = 200;
@@ -26364,7 +26357,7 @@ DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_sdxl(void)
 }
 
 /* launchers/turbo.sh: four timesteps of a schedule that ends in noise, no caption dropped. */
-DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void)
+DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void)
 {
     dpo_train_desc d = dpo_recipe_official_sdxl();
     d.empty_prompts = 0;
@@ -26375,7 +26368,7 @@ DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_official_turbo(void)
 }
 
 /* The README of the same folder of diffusers for SDXL. */
-DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void)
+DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void)
 {
     dpo_train_desc d = dpo_recipe_lora_sd15();
     d.steps = 2000;
@@ -26386,7 +26379,7 @@ DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_lora_sdxl(void)
 }
 
 /* Found on the emoji model: the win rate rises within a minute and the error on real pictures hardly does. */
-DPOI_RARE DPO_DEF dpo_train_desc dpo_recipe_small(void)
+DPO_DEF dpo_train_desc dpo_recipe_small(void)
 {
     dpo_train_desc d = dpoi_recipe();
     d.steps = 60;
@@ -26577,12 +26570,12 @@ static void dpoi_trainer_arrays(dpo_trainer *t, dpo_ctx *c, int (*each)(dpo_ctx 
 }
 
 /* The two things that are done to all of them. */
-DPOI_RARE static int dpoi_array_new(dpo_ctx *c, void **p, size_t count, size_t size)
+static int dpoi_array_new(dpo_ctx *c, void **p, size_t count, size_t size)
 {
     return (*p = dpoi_calloc(c, count, size)) != NULL;
 }
 
-DPOI_RARE static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
+static int dpoi_array_free(dpo_ctx *c, void **p, size_t count, size_t size)
 {
     if (*p) dpoi_release(c, *p, count * size);
     *p = NULL;
@@ -26613,7 +26606,7 @@ static void dpoi_trainer_data_free(dpo_trainer *t)
 /* Weights stay as they are; gradients, moments and caches go.
    The gradients of adapters and weights are parameters themselves and would live until the context
    closes. */
-DPOI_RARE static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
+static void dpoi_trainer_destroy(dpo_ctx *c, void *object)
 {
     dpo_trainer *t = (dpo_trainer *)object;
     int          ok = 1;
@@ -27148,7 +27141,7 @@ static int dpoi_train_ahead(dpo_trainer *t);
 /* Until it is owned by the context, a failure destroys it here; afterwards the context does.
    A trainer belongs to the context of its model; pairs of another context would outlive or predecease
    it. */
-DPOI_RARE DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
+DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 {
     dpo_ctx     *c = dpoi_model_ctx(m);
     dpo_trainer *t;
@@ -27171,7 +27164,7 @@ DPOI_RARE DPO_DEF dpo_trainer *dpo_train_begin(dpo_model *m, dpo_pairs *p, const
 static int dpoi_train_settle(dpo_trainer *t);
 
 /* The trained weights stay in the model.  An earlier failure is still the answer. */
-DPOI_RARE DPO_DEF int dpo_train_end(dpo_trainer *t)
+DPO_DEF int dpo_train_end(dpo_trainer *t)
 {
     dpo_ctx *c = t ? t->c : NULL;
     if (!t) return 0;
@@ -28261,7 +28254,7 @@ static int dpoi_train_late(const dpo_trainer *t, const dpo_progress *out)
 
 /* The figures are waited for only after the whole step was handed to the device, and where they may be late only after
    the next one was.  The learning rate is that of the number of steps done before, 0 at the first. */
-DPOI_RARE DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
+DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 {
     double started = dpo_seconds(), updating = started;
     float  lr;
@@ -28285,7 +28278,7 @@ DPOI_RARE DPO_DEF int dpo_train_step(dpo_trainer *t, dpo_progress *out)
 }
 
 /* A NULL trainer makes the loop end at once, and dpo_train_end say no. */
-DPOI_RARE DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
+DPO_DEF int dpo_train(dpo_model *m, dpo_pairs *p, const dpo_train_desc *d)
 {
     dpo_trainer *t = dpo_train_begin(m, p, d);
     while (dpo_train_step(t, NULL)) { }
@@ -28381,7 +28374,7 @@ static int dpoi_held_run(dpo_trainer *t, double *right, double *sum)
 
 /* Where no reference is left, of all weights without DPO or KTO, its errors count as 0: who has the smaller error wins.
    With `ahead` the reference is the policy before its first step: begin asks for it then. */
-DPOI_RARE DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
+DPO_DEF int dpo_train_held(dpo_trainer *t, dpo_held *out)
 {
     double right[DPO_HELD_RANGES], sum[4], n, limit;
     int    ok;
@@ -28536,7 +28529,7 @@ static char *dpoi_with(dpo_ctx *c, const char *name, const char *more)
 
 /* folder.part, written and synced, becomes folder.  Where a folder of that name is already, from a run that was killed
    between two lines below, each of its files is replaced whole instead. */
-DPOI_RARE DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
+DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
 {
     char *part, *above;
     int   ok, e = 0;
@@ -28556,7 +28549,7 @@ DPOI_RARE DPO_DEF int dpo_train_save(dpo_trainer *t, const char *folder)
 }
 
 /* Draws are functions of the step, so the step is all the trainer's own state there is. */
-DPOI_RARE DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
+DPO_DEF int dpo_train_load(dpo_trainer *t, const char *folder)
 {
     dpoi_run_keys k;
     dpoi_state    s;
@@ -28665,7 +28658,7 @@ static int dpoi_train_resume(dpo_trainer *t)
 }
 
 /* Exact in both directions: the values go through the host. */
-DPOI_RARE DPO_DEF int dpo_train_average(dpo_trainer *t)
+DPO_DEF int dpo_train_average(dpo_trainer *t)
 {
     if (!t || !dpoi_ok(t->c)) return 0;
     if (!t->average) return dpoi_fail(t->c, DPO_BAD_ARGUMENT, "this run keeps no average of its weights");
