@@ -12794,14 +12794,12 @@ static void dpoi_wino_task(void *arg, int64_t i)
     g.panel = p->panels*(i/w->blocks)/w->spans;  g.last = p->panels*(i/w->blocks + 1)/w->spans;
     g.u = p->room + slot*w->size;  g.v = g.u + 6*DPOI_WINO_CHUNK*16;  g.c = g.u + w->c_at;
     g.next_tile = g.tile;  g.next_end = g.end;
-    for (g.k = 0; g.k < I; g.k = g.next_k) {
+    for (g.k = 0; g.k < I; g.k += g.n) {
         g.n = dpoi_least(DPOI_WINO_CHUNK, I - g.k);
-        g.next_k = g.k + g.n;
-        if (g.next_k == I) dpoi_wino_tiles(w, i + p->cpu->threads, &g.next_tile, &g.next_end);
-        if (g.next_k == I) g.next_k = 0;
+        g.next_k = (g.k + g.n) % I;       /* 0: this is the last chunk, the next is another job's first */
+        if (!g.next_k) dpoi_wino_tiles(w, i + p->cpu->threads, &g.next_tile, &g.next_end);
         dpoi_wino_read(w, &g);
         for (int64_t j = g.panel; j < g.last; j++) dpoi_wino_panel(w, &g, j);
-        if (!g.next_k) break;
     }
     for (int64_t t = 0; t < g.end - g.tile; t++)
         dpoi_wino_write(w, g.tile + t, g.panel, g.last, g.c + t/w->rows*w->c_strip + t % w->rows*16);
@@ -14380,7 +14378,7 @@ static int64_t dpoi_gradient_rows(const dpoi_conv *g, int64_t O)
     return linear ? dpoi_least(g->M, dpoi_pieces(dpoi_pieces(g->M, parts), 256)*256) : g->M;
 }
 
-/* `rows` of a linear layer's. */
+/* The gradient that `rows` rows of a linear layer make. */
 static dpoi_amx_outer dpoi_gradient_part(const dpoi_conv *g, int64_t O, int64_t rows)
 {
     dpoi_conv part = *g;
@@ -14714,7 +14712,7 @@ typedef struct dpoi_attention {
     unsigned add;
     dpoi_cpu *cpu;
     int64_t length, jobs;                 /* length: of the axis that units are cut from */
-    int64_t parts;                        /* of a head's keys in backward, where they meet the queries once; or 0 */
+    int64_t parts;                        /* backward in registers: so many of a head's keys, see DPOI_HEADS; else 0 */
     void  (*unit)(const struct dpoi_attention *g, float *work, int64_t head, int64_t i);
 } dpoi_attention;
 
@@ -15132,9 +15130,10 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
 /* ------------------------------------------------------------------------------------------ scores in registers
 
    AVX-512 has room for the scores of a strip of 24 keys by 16 queries: they stay in 24 of its 32 registers from the
-   first product to the last.  Sums begin at -most, queries are multiplied by scale/ln 2 before, so that s is the power
-   of two at once.  most need not be the largest score: p may well grow beyond 1, for its digits do not depend on its
-   size.  It is the first key's score, and only where a strip's sum leaves what floats hold easily, the largest seen. */
+   first product to the last.  A score's sum begins at -most, and queries are multiplied by scale/ln 2 before, so that
+   p = 2^s.  most need not be the largest score: p may grow beyond 1, since floats have the same digits at any size.  So
+   most is the first key's score, and becomes the largest of a strip only where the strip's p would add up to more than
+   2^60. */
 #ifdef DPOI_SIMD_X86
 
 /* 16 queries from `first` on, and what they have gathered so far. */
@@ -15293,7 +15292,7 @@ DPOI_AVX512 static void dpoi_queries_meet(const dpoi_queries *t, const float *k,
     }
 }
 
-/* A unit's queries in lanes, times scale/ln 2, and most = q.k of the first key, strip k; nothing is gathered yet. */
+/* A unit's queries in lanes, times scale/ln 2, and most = q.k[0], where k is the first strip; nothing is gathered yet. */
 DPOI_AVX512 static void dpoi_queries_start(const dpoi_attention *g, const dpoi_unit *u, const float *k, float *most)
 {
     memset(u->to, 0, (size_t)(dpoi_pieces(g->d, 8)*8*DPOI_LANES)*sizeof(float));
@@ -15339,7 +15338,7 @@ static void dpoi_attention_unit_avx512(const dpoi_attention *g, float *work, int
 
 enum {
     DPOI_ATTENTION_JOBS = 64,
-    DPOI_HEADS = 16,                      /* that suffice as jobs */
+    DPOI_HEADS = 16,                      /* jobs that backward wants: the keys of fewer heads are cut into parts */
     DPOI_NEAR = 160000                    /* floats of k and v that stay in a second-level cache */
 };
 
@@ -15513,7 +15512,7 @@ static void dpoi_far_run(dpoi_attention *g)
 typedef struct dpoi_keys {
     dpoi_unit u;                          /* k (times scale/ln 2) and v in lanes; gathered dk/scale and dv */
     int64_t head, wide;                   /* wide: d rounded up to 16 */
-    float  *k, *ds, *dq;                  /* [48][wide] with zeros around, [12][48], [T][wide] */
+    float  *k, *ds, *dq;                  /* [48][wide], zeros behind lanes and d; [12][48]; [T][wide] */
     int     begun;                        /* dq holds something already */
 } dpoi_keys;
 
@@ -15694,7 +15693,7 @@ static void dpoi_back_task(void *arg, int64_t job)
         dpoi_back_unit(g, g->scratch + job*dpoi_attention_scratch(g), i);
 }
 
-/* One head after its parts: units are jobs then. */
+/* DPOI_FAR_ROWS rows of a head's dq from its parts, each of which a job of its own has left in its scratch. */
 static void dpoi_back_sum_task(void *arg, int64_t task)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
@@ -16349,7 +16348,7 @@ DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
     dpoi_amx_end();
 }
 
-/* The same of the parts of heads; units of a part go along DPOI_AMX_UNITS together. */
+/* The same for parts of heads; the units of a part go along together, DPOI_AMX_UNITS at a time. */
 DPOI_AMX static void dpoi_amx_back_task(void *arg, int64_t job)
 {
     const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
@@ -16449,8 +16448,8 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* But for AVX-512 scores are made twice, once a role: cheaper than storing T x S of them, or than sums that threads
-   share. */
+/* Without AVX-512 scores are made twice, for dq and for dk and dv: cheaper than storing T x S of them, or than sums that
+   threads share. */
 static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);
