@@ -15292,7 +15292,7 @@ DPOI_AVX512 static void dpoi_queries_meet(const dpoi_queries *t, const float *k,
     }
 }
 
-/* A unit's queries in lanes, times scale/ln 2, and most = q.k[0], where k is the first strip; nothing is gathered yet. */
+/* A unit's queries in lanes, times scale/ln 2, and most = q.k[0] of the first strip k; nothing is gathered yet. */
 DPOI_AVX512 static void dpoi_queries_start(const dpoi_attention *g, const dpoi_unit *u, const float *k, float *most)
 {
     memset(u->to, 0, (size_t)(dpoi_pieces(g->d, 8)*8*DPOI_LANES)*sizeof(float));
@@ -16448,8 +16448,8 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* Without AVX-512 scores are made twice, for dq and for dk and dv: cheaper than storing T x S of them, or than sums that
-   threads share. */
+/* Without AVX-512 scores are made twice, for dq and for dk and dv: cheaper than storing T x S of them, or than sums
+   that threads share. */
 static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);

@@ -479,12 +479,13 @@ static void start_3x3(test_case *t, const char *text, const int *s, int pad, uin
 /* 3x3 kernels of stride 1 that are done tile by tile: more tiles, channels and panels than one job takes, channels and
    pixels that end within a tile.  The oracle sums in double; `exact` is what F32 and the transforms may cost, relative to
    the largest result. */
-static void test_winograd(uint64_t *seed)
+static void test_winograd(uint64_t *seed, int n)
 {
     static const int shape[][6] = {       /* N, H, W, I, O, padding */
-        { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 }
+        { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 },
+        { 1, 8, 16, 17, 40, 1 }, { 1, 12, 12, 20, 24, 1 }          /* 8 and 9 tiles: half a strip, and one more */
     };
-    const int *s = shape[test_int(seed, 0, 3)];
+    const int *s = shape[n % 6];
     int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4];
     const double exact = 4e-6;
     unsigned wanted = 1;
@@ -1471,7 +1472,7 @@ int main(int argc, char **argv)
     }
     for (int act = DPO_NONE; act < DPO_ACTS; act++) test_act(&seed, act);
     test_act_limits();
-    for (int i = 0; i < 8; i++) test_winograd(&seed);
+    for (int i = 0; i < 12; i++) test_winograd(&seed, i);
     for (int i = 0; i < 4; i++) test_attention_long(&seed);
     test_group_norm(&seed, DPO_SILU, 2500, 0);            /* many chunks */
     test_group_norm(&seed, DPO_NONE, 3001, 40);
