@@ -399,7 +399,8 @@ static void check_batch(const test_case *t, unsigned x)
 
 /* ------------------------------------------------------------------------------------------ the cases */
 
-/* A convolution or linear layer: channels up to `most`, kernels 1, 3 and up to `kernel`. */
+/* A convolution or linear layer: channels up to `most`, kernels 1, 3 and up to `kernel`; kernel 1: a linear layer with an
+   adapter of a rank above that of one panel. */
 static test_case conv_case(uint64_t *seed, int most, int kernel)
 {
     test_case t;
@@ -408,6 +409,7 @@ static test_case conv_case(uint64_t *seed, int most, int kernel)
     int64_t r = test_int(seed, 0, 2) ? test_int(seed, 1, 9) : test_int(seed, 10, 40);
     int pad = k == 3 ? test_int(seed, 0, 1) : 0, linear = k == 1 && stride == 1 && test_int(seed, 0, 1);
     if (kernel > 3 && test_int(seed, 0, 3) == 0) { k = test_int(seed, 2, kernel);  stride = test_int(seed, 1, 3);  pad = (int)k - 1;  linear = 0; }
+    if (kernel == 1) { k = stride = linear = 1;  pad = 0;  r = test_int(seed, 17, 40); }
     if (most > 63 && test_int(seed, 0, 2)) I = (I + 31)/32*32;          /* whole tiles go another way than others */
     int64_t Y = (H + 2*pad - k)/stride + 1, X = (W + 2*pad - k)/stride + 1;
     char text[64];
@@ -422,7 +424,7 @@ static test_case conv_case(uint64_t *seed, int most, int kernel)
     if (test_int(seed, 0, 2)) input(&t, 2, view(1, O, 1, 1, 1), seed);
     if (test_int(seed, 0, 1)) input(&t, 3, view(2, N, O, 1, 1), seed);
     if (test_int(seed, 0, 1)) input(&t, 4, view(4, N, Y, X, O), seed);
-    if (test_int(seed, 0, 1)) {
+    if (kernel == 1 || test_int(seed, 0, 1)) {
         dpo_view down = linear ? view(2, r, I, 1, 1) : view(4, r, k, k, I), up = linear ? view(2, O, r, 1, 1) : view(4, O, 1, 1, r);
         down.panel = up.panel = ways[0]->panel;
         input(&t, 5, down, seed);
@@ -591,10 +593,10 @@ static void check_rounding_half(const test_case *t, double tolerance, const test
     finish_narrowed(t, &n);
 }
 
-/* exact: the factors are BF16 before. */
-static void test_rounding(uint64_t *seed, int most, int exact)
+/* exact: the factors are BF16 before.  kernel: see conv_case. */
+static void test_rounding(uint64_t *seed, int most, int kernel, int exact)
 {
-    test_case t = conv_case(seed, most, 6);
+    test_case t = conv_case(seed, most, kernel);
     size_t n = stored(&t.a.out);
     float *dout = (float *)malloc(n*4 + 1);
     double tolerance = exact && !t.a.in[5].data ? 1e-5 : 1.6e-2;
@@ -1486,7 +1488,7 @@ int main(int argc, char **argv)
         for (int i = 0; i < 12; i++) test_spoiled(&seed);
         if (isa == DPO_ISA_BEST && rounding[0] && rounding[1]) test_gradient_parts(&seed);
         for (int i = 0; rounding[0] && rounding[1] && i < 2*rounds; i++) {
-            test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 4 != 3);
+            test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 5 == 1 ? 1 : 6, i % 4 != 3);
             test_stripes(&seed);
             test_turns(&seed);
             if (((dpoi_cpu *)rounding[0]->self)->isa < DPO_ISA_AMX) continue;
