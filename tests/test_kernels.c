@@ -485,7 +485,7 @@ static void test_winograd(uint64_t *seed, int n)
 {
     static const int shape[][6] = {       /* N, H, W, I, O, padding */
         { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 },
-        { 1, 8, 16, 17, 40, 1 }, { 1, 12, 12, 20, 24, 1 }          /* 8 and 9 tiles: half a strip, and one more */
+        { 1, 8, 16, 17, 40, 1 }, { 1, 12, 12, 20, 25, 1 }          /* 8 and 9 tiles: half a strip, and one more */
     };
     const int *s = shape[n % 6];
     int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4];
