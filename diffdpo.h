@@ -11604,6 +11604,15 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
 #undef DPOI_FMA
 }
 
+/* In each quarter of four registers four by four change places. */
+DPOI_AVX512 DPOI_INLINE void dpoi_fours_turn(__m512 *r)
+{
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));  r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
+    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));  r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+}
+
 /* Panels j..end-1, by a copy of the kernel for each size of a tile. */
 DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int j, int end)
 {
@@ -13104,14 +13113,8 @@ DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
             r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
             r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
         }
-        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
-        __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
-        __m512d e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
-        _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
-        _mm512_storeu_pd(y + c*16 + 48, _mm512_unpackhi_pd(b, e));
+        dpoi_fours_turn(r);
+        for (int i = 0; i < 4; i++) _mm512_storeu_ps(y + (c + i)*16, r[i]);
     }
 }
 
@@ -15142,15 +15145,6 @@ typedef struct dpoi_queries {
     const float *q;                       /* [d][16], times scale/ln 2 */
     float  *most, *sum, *o;               /* a lane each; o [d][48] */
 } dpoi_queries;
-
-/* In each quarter of four registers four by four change places. */
-DPOI_AVX512 DPOI_INLINE void dpoi_fours_turn(__m512 *r)
-{
-    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-    __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
-    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));  r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
-    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));  r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
-}
 
 /* The lanes from number n on. */
 DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_lanes_from(int64_t n)
