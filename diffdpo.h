@@ -11773,7 +11773,8 @@ typedef struct dpoi_cpu_product {
 enum {
     DPOI_CHUNK   = 320,                   /* values of k between two visits to y: 24 rows of them fill 30 KiB, */
     DPOI_EXTRA   = 64,                    /* and so many more if the second source then shares the last chunk */
-    DPOI_SPAN    = 24,                    /* panels of a job: x is packed once for them */
+    DPOI_SPAN    = 24,                    /* panels of a job: x is packed once for them, */
+    DPOI_LONG    = 80,                    /* and of a job of one chunk, which holds little of y and of each panel */
     DPOI_HELD    = 1 << 17,               /* floats of y that a job adds to chunk after chunk */
     DPOI_BLOCK   = 192,                   /* the fewest pixels of a job of several chunks, if there are as many: */
     DPOI_BRIEF   = 96,                    /* weights come from far for each job; or only one chunk */
@@ -11949,7 +11950,7 @@ static void dpoi_product_run(dpoi_cpu_product *p)
     if (!p->M) return;
     for (int i = 0; i < 2; i++) p->chunk[i] = dpoi_product_chunk(p->source[i].K);
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    spans     = dpoi_pieces(p->panels, DPOI_SPAN);
+    spans     = dpoi_pieces(p->panels, all > DPOI_CHUNK + DPOI_EXTRA ? DPOI_SPAN : DPOI_LONG);
     least     = dpoi_least(p->M, all > DPOI_CHUNK + DPOI_EXTRA ? DPOI_BLOCK : DPOI_BRIEF);
     while (p->M/least*spans < DPOI_FEW && dpoi_pieces(p->panels, spans + 1) >= DPOI_FEW) spans++;
     p->span   = dpoi_pieces(p->panels, spans);
