@@ -11960,7 +11960,8 @@ typedef struct dpoi_cpu_product {
 enum {
     DPOI_CHUNK   = 320,                   /* values of k between two visits to y: 24 rows of them fill 30 KiB, */
     DPOI_EXTRA   = 64,                    /* and so many more if the second source then shares the last chunk */
-    DPOI_SPAN    = 24,                    /* panels of a job: x is packed once for them */
+    DPOI_SPAN    = 24,                    /* panels of a job: x is packed once for them, */
+    DPOI_LONG    = 80,                    /* and of a job of one chunk, which holds little of y and of each panel */
     DPOI_HELD    = 1 << 17,               /* floats of y that a job adds to chunk after chunk */
     DPOI_BLOCK   = 192,                   /* the fewest pixels of a job of several chunks, if there are as many: */
     DPOI_BRIEF   = 96,                    /* weights come from far for each job; or only one chunk */
@@ -12020,25 +12021,17 @@ static void dpoi_product_pack(const dpoi_cpu_product *p, const dpoi_source *s, c
     }
 }
 
-/* What is wanted next, part by part while a tile computes: rows of the next tile, where kernel places hardly overlap,
-   and a share of the weights of the next chunk. */
+/* What is wanted next, part by part while a tile computes: a share of the weights of the next chunk. */
 typedef struct dpoi_ahead {
-    dpoi_pixels at;                       /* no rows: this tile is the last, */
-    int64_t k0, k1;                       /* which read these values of k */
-    int64_t panel, panels, w0, w1;        /* weights: panels, and values of k */
+    int64_t panel, panels, k0, k1;
 } dpoi_ahead;
 
 /* Part i of n. */
 static void dpoi_ahead_fetch(const dpoi_cpu_product *p, const dpoi_ahead *h, int64_t i, int64_t n)
 {
     const dpoi_source *s = p->source;
-    int64_t row = h->at.rows*i/n, rows = s->kh*s->kw > 1 ? 0 : h->at.rows*(i + 1)/n;
-    for (; row < rows; row++) {
-        const float *x = s->x + ((h->at.n[row]*s->H + h->at.y[row]*s->stride)*s->W + h->at.x[row]*s->stride)*s->I;
-        for (int64_t k = h->k0; k < h->k1 && k < s->K; k += DPOI_PANEL) DPOI_FETCH_FAR(x + k);
-    }
     for (int64_t j = h->panels*i/n; j < h->panels*(i + 1)/n; j++)
-        for (int64_t k = h->w0; k < h->w1 && k < s->K; k++) DPOI_FETCH_FAR(s->w + ((h->panel + j)*s->K + k)*DPOI_PANEL);
+        for (int64_t k = h->k0; k < h->k1 && k < s->K; k++) DPOI_FETCH_FAR(s->w + ((h->panel + j)*s->K + k)*DPOI_PANEL);
 }
 
 /* Where the chunk ends that starts at k, on the line of both sources' k one after the other.
@@ -12104,14 +12097,11 @@ static void dpoi_product_task(void *arg, int64_t i)
     do {
         dpoi_ahead h;
         next = dpoi_product_next(p, k);
-        h.k0 = h.w0 = k;  h.k1 = h.w1 = next;
-        if (next < all) { h.w0 = next;  h.w1 = dpoi_product_next(p, next); }
+        h.k0 = next;  h.k1 = next < all ? dpoi_product_next(p, next) : next;
         for (int64_t m = m0; m < end; m += rows) {
             int64_t tile = (m - m0)/rows;
             dpoi_pixels at;
             dpoi_pixels_at(p, m, end, &at);
-            h.at.rows = 0;
-            if (m + rows < end) dpoi_pixels_at(p, m + rows, end, &h.at);
             h.panel = panel + panels*tile/tiles;
             h.panels = next < all ? panel + panels*(tile + 1)/tiles - h.panel : 0;
             dpoi_product_tile(p, &at, panel, panels, k, next, strip, &h);
@@ -12136,7 +12126,7 @@ static void dpoi_product_run(dpoi_cpu_product *p)
     if (!p->M) return;
     for (int i = 0; i < 2; i++) p->chunk[i] = dpoi_product_chunk(p->source[i].K);
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    spans     = dpoi_pieces(p->panels, DPOI_SPAN);
+    spans     = dpoi_pieces(p->panels, all > DPOI_CHUNK + DPOI_EXTRA ? DPOI_SPAN : DPOI_LONG);
     least     = dpoi_least(p->M, all > DPOI_CHUNK + DPOI_EXTRA ? DPOI_BLOCK : DPOI_BRIEF);
     while (p->M/least*spans < DPOI_FEW && dpoi_pieces(p->panels, spans + 1) >= DPOI_FEW) spans++;
     p->span   = dpoi_pieces(p->panels, spans);
