@@ -15829,9 +15829,11 @@ DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64
             _tile_zero(0);
             _tile_loadd(2, a, 64);
             _tile_dpbf16ps(0, 2, 4);
-            if (deep == 2) { _tile_loadd(2, a + DPOI_TILE_SIZE, 64);  _tile_dpbf16ps(0, 2, 6); }
+            if (deep == 2) { _tile_zero(2);  _tile_loadd(2, a + DPOI_TILE_SIZE, 64);  _tile_dpbf16ps(0, 2, 6); }
+            _tile_zero(2);
             _tile_stored(0, s + (2*i + l)*256, 64);
         }
+        _tile_zero(0);  _tile_zero(4);  _tile_zero(6);
     }
     for (int64_t i = 0; i < halves && deep > 2; i++, s += 512) {
         const uint16_t *met = lanes;
@@ -15861,11 +15863,16 @@ DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64
             _tile_loadd(4, a, 64);
             _tile_loadd(6, lanes, 64);
             _tile_dpbf16ps(0, 4, 6);
+            _tile_zero(6);
             _tile_loadd(6, lanes + DPOI_TILE_SIZE, 64);
             _tile_dpbf16ps(1, 4, 6);
+            _tile_zero(4);
+            _tile_zero(6);
         }
         _tile_stored(0, o, 64);
         _tile_stored(1, o + 256, 64);
+        _tile_zero(0);
+        _tile_zero(1);
     }
 }
 
