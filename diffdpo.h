@@ -13192,6 +13192,7 @@ typedef struct dpoi_amx_product {
     int64_t across, down, slots;          /* of these such as a result has, and those in all images */
     int64_t panels, block, blocks, span, spans;
     int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
+    int     flat;                         /* 1: slots are pixels, which lie one behind the other, and only that counts */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
     int64_t range, ranges, rows;          /* chunks: tiles of channels, how often; kh: rows one by one, or 1 */
     int64_t group;                        /* times two panels that take turns at a chunk's slots */
@@ -13303,6 +13304,8 @@ static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
     if (p->made && !p->source[2].pairs) t.room += dpoi_amx_room(p->source[1].K, p->source[2].K);
     t.sums_at = t.room;
     if (t.rows*t.ranges > 1) t.room += t.spans*t.blocks*t.group*t.block*DPOI_AMX_WIDE;
+    t.flat = !t.kept && !p->vec && t.each == 1 && t.across == p->X && t.down == p->Y && p->at_y == p->X*p->at_x &&
+             p->at_n == p->Y*p->at_y;
     return t;
 }
 
@@ -13580,8 +13583,11 @@ static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
 
 static void dpoi_amx_job_pixels(dpoi_amx_job *j, int64_t m)
 {
-    j->page = !j->page;
-    dpoi_amx_pixels_at(j->t, m, &j->at[j->page]);
+    const dpoi_amx_product *t = j->t;
+    dpoi_amx_pixels *at = &j->at[j->page = !j->page];
+    int64_t M = t->p->N*t->p->Y*t->p->X;
+    if (!t->flat) dpoi_amx_pixels_at(t, m, at);
+    else for (int64_t i = 0; i < DPOI_AMX_ROWS; i++) at->place[i] = m + i < M ? (m + i)*t->p->at_x : -1;
 }
 
 /* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
