@@ -399,14 +399,17 @@ static void check_batch(const test_case *t, unsigned x)
 
 /* ------------------------------------------------------------------------------------------ the cases */
 
-/* A convolution or linear layer: channels up to `most`, kernels 1, 3 and up to `kernel`. */
+/* A convolution or linear layer: channels up to `most`, kernels 1, 3 and up to `kernel`; kernel 1: a linear layer with an
+   adapter of a rank above that of one panel. */
 static test_case conv_case(uint64_t *seed, int most, int kernel)
 {
     test_case t;
     int64_t N = test_int(seed, 1, 3), H = test_int(seed, 3, 9), W = test_int(seed, 3, 9), I = test_int(seed, 1, most);
-    int64_t O = test_int(seed, 1, most > 99 ? 99 : most), k = test_int(seed, 0, 1) ? 3 : 1, stride = test_int(seed, 1, 2), r = test_int(seed, 1, 9);
+    int64_t O = test_int(seed, 1, most > 99 ? 99 : most), k = test_int(seed, 0, 1) ? 3 : 1, stride = test_int(seed, 1, 2);
+    int64_t r = test_int(seed, 0, 2) ? test_int(seed, 1, 9) : test_int(seed, 10, 40);
     int pad = k == 3 ? test_int(seed, 0, 1) : 0, linear = k == 1 && stride == 1 && test_int(seed, 0, 1);
     if (kernel > 3 && test_int(seed, 0, 3) == 0) { k = test_int(seed, 2, kernel);  stride = test_int(seed, 1, 3);  pad = (int)k - 1;  linear = 0; }
+    if (kernel == 1) { k = stride = linear = 1;  pad = 0;  r = test_int(seed, 17, 40); }
     if (most > 63 && test_int(seed, 0, 2)) I = (I + 31)/32*32;          /* whole tiles go another way than others */
     int64_t Y = (H + 2*pad - k)/stride + 1, X = (W + 2*pad - k)/stride + 1;
     char text[64];
@@ -421,7 +424,7 @@ static test_case conv_case(uint64_t *seed, int most, int kernel)
     if (test_int(seed, 0, 2)) input(&t, 2, view(1, O, 1, 1, 1), seed);
     if (test_int(seed, 0, 1)) input(&t, 3, view(2, N, O, 1, 1), seed);
     if (test_int(seed, 0, 1)) input(&t, 4, view(4, N, Y, X, O), seed);
-    if (test_int(seed, 0, 1)) {
+    if (kernel == 1 || test_int(seed, 0, 1)) {
         dpo_view down = linear ? view(2, r, I, 1, 1) : view(4, r, k, k, I), up = linear ? view(2, O, r, 1, 1) : view(4, O, 1, 1, r);
         down.panel = up.panel = ways[0]->panel;
         input(&t, 5, down, seed);
@@ -478,12 +481,13 @@ static void start_3x3(test_case *t, const char *text, const int *s, int pad, uin
 /* 3x3 kernels of stride 1 that are done tile by tile: more tiles, channels and panels than one job takes, channels and
    pixels that end within a tile.  The oracle sums in double; `exact` is what F32 and the transforms may cost, relative to
    the largest result. */
-static void test_winograd(uint64_t *seed)
+static void test_winograd(uint64_t *seed, int n)
 {
     static const int shape[][6] = {       /* N, H, W, I, O, padding */
-        { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 }
+        { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 },
+        { 1, 8, 16, 17, 40, 1 }, { 1, 12, 12, 20, 25, 1 }          /* 8 and 9 tiles: half a strip, and one more */
     };
-    const int *s = shape[test_int(seed, 0, 3)];
+    const int *s = shape[n % 6];
     int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4];
     const double exact = 4e-6;
     unsigned wanted = 1;
@@ -589,10 +593,10 @@ static void check_rounding_half(const test_case *t, double tolerance, const test
     finish_narrowed(t, &n);
 }
 
-/* exact: the factors are BF16 before. */
-static void test_rounding(uint64_t *seed, int most, int exact)
+/* exact: the factors are BF16 before.  kernel: see conv_case. */
+static void test_rounding(uint64_t *seed, int most, int kernel, int exact)
 {
-    test_case t = conv_case(seed, most, 6);
+    test_case t = conv_case(seed, most, kernel);
     size_t n = stored(&t.a.out);
     float *dout = (float *)malloc(n*4 + 1);
     double tolerance = exact && !t.a.in[5].data ? 1e-5 : 1.6e-2;
@@ -689,6 +693,47 @@ static void test_stripes(uint64_t *seed)
 #else
     (void)seed;
 #endif
+}
+
+/* Gradients of weights of a layer with so many rows that they are taken in parts: one of few tiles, one of many. */
+static void test_gradient_parts(uint64_t *seed)
+{
+    static const int shape[2][3] = { { 8500, 1000, 8 }, { 4100, 2100, 20 } };       /* M, I, O */
+    for (int k = 0; k < 2; k++) {
+        int64_t M = shape[k][0], I = shape[k][1], O = shape[k][2];
+        test_case t;
+        test_result none;
+        char text[64];
+        float *dout = (float *)malloc((size_t)(M*O)*4), *x;
+        memset(&none, 0, sizeof none);
+        snprintf(text, sizeof text, "%dx%d -> %d in parts", (int)M, (int)I, (int)O);
+        start(&t, DPO_OP_CONV, text);
+        input(&t, 0, view(1, 9973, 1, 1, 1), seed);       /* the numbers of x, again and again */
+        round_off((float *)t.a.in[0].data, 9973);
+        x = (float *)malloc((size_t)(M*I)*4);
+        for (int64_t i = 0; i < M*I; i++) x[i] = ((float *)t.a.in[0].data)[i % 9973];
+        free(t.a.in[0].data);
+        t.a.in[0] = view(4, 1, 1, M, I);
+        t.a.in[0].data = x;
+        t.a.in[1] = view(2, O, I, 1, 1);
+        t.a.in[1].panel = ways[0]->panel;
+        fill(&t.a.in[1], seed);
+        t.a.p.conv.stride = 1;  t.a.p.conv.scale = 1;
+        t.a.out = view(4, 1, 1, M, O);
+        for (int64_t i = 0; i < M*O; i++) dout[i] = test_float(seed);
+        round_off(dout, (size_t)(M*O));
+        for (unsigned add = 0; add < 4; add += 2) {
+            test_result g = backward(ways[0], &t, &none, dout, 2, add), one = backward(rounding[0], &t, &none, dout, 2, add);
+            test_result three = backward(rounding[1], &t, &none, dout, 2, add);
+            compare(&t, "gradient of weights", &one, &g, 1e-5);
+            compare(&t, "gradient of weights, 3 threads", &three, &one, 0);
+            free_result(&g);
+            free_result(&one);
+            free_result(&three);
+        }
+        free(dout);
+        finish(&t);
+    }
 }
 
 /* isa: DPO_ISA_BEST, or AVX-512 for its products without tiles. */
@@ -814,6 +859,14 @@ static void test_attention(uint64_t *seed)
 {
     test_case t = attention_case(seed, 0, 40, 50);
     check_batch(&t, 7);
+    check_case(&t, seed);
+}
+
+/* Sequences of several units, and heads whose keys are cut into parts in backward. */
+static void test_attention_long(uint64_t *seed)
+{
+    test_case t = attention_case(seed, 0, 60, 300);
+    t.smooth = 0;
     check_case(&t, seed);
 }
 
@@ -1316,6 +1369,64 @@ static void test_hook(uint64_t *seed)
     b->close(b->self);
 }
 
+/* ------------------------------------------------------------------------------------------ what is not finite */
+
+/* Numbers that are not finite in the oracle's result and are in r. */
+static int hidden(const test_result *oracle, const test_result *r)
+{
+    int n = 0;
+    for (int i = 0; i < DPO_MAX_INPUTS + 2; i++)
+        for (size_t e = 0; oracle->data[i] && r->data[i] && e < oracle->count[i]; e++)
+            n += !isfinite(oracle->data[i][e]) && isfinite(r->data[i][e]);
+    return n;
+}
+
+/* One number of one input, or (input -1) of dout, is bad: where plain C says so, all others do, in what is made of it. */
+static void check_spoiled(const test_case *t, int input, float bad, uint64_t *seed)
+{
+    size_t n = stored(&t->a.out), size = input < 0 ? n : stored(&t->a.in[input]);
+    float *dout = (float *)malloc(n*4), *x = input < 0 ? dout : (float *)t->a.in[input].data, before;
+    size_t at = (size_t)test_int(seed, 0, (int)size - 1);
+    test_result f, g;
+    for (size_t i = 0; i < n; i++) dout[i] = test_float(seed);
+    before = x[at];
+    x[at] = bad;
+    f = forward(ways[0], t);
+    g = backward(ways[0], t, &f, dout, ~0u, 0);
+    for (int w = 2; w < WAYS + 2; w += 2) {
+        dpo_backend *b = w < WAYS ? ways[w] : rounding[0];
+        test_result r, s;
+        if (!b) continue;
+        r = forward(b, t);
+        s = backward(b, t, &r, dout, ~0u, 0);
+        CHECK(!hidden(&f, &r), "%s, %s: %g in input %d is lost in %d results", t->name, w < WAYS ? isa_names[w/2] : "BF16",
+              (double)bad, input, hidden(&f, &r));
+        CHECK(!hidden(&g, &s), "%s, %s: %g in input %d is lost in %d gradients", t->name,
+              w < WAYS ? isa_names[w/2] : "BF16", (double)bad, input, hidden(&g, &s));
+        free_result(&r);
+        free_result(&s);
+    }
+    x[at] = before;
+    free_result(&f);
+    free_result(&g);
+    free(dout);
+}
+
+static void test_spoiled(uint64_t *seed)
+{
+    static const int shape[5] = { 2, 9, 8, 32, 20 };
+    for (int k = 0; k < 3; k++) {
+        test_case t;
+        if (k == 0) t = conv_case(seed, 99, 3);
+        else if (k == 1) start_3x3(&t, "3x3 with a bad number", shape, 1, seed);
+        else t = attention_case(seed, 0, 40, 90);
+        for (int i = -1; i < 3; i++)
+            for (int bad = 0; bad < 2; bad++)
+                if (i < 0 || t.a.in[i].data) check_spoiled(&t, i, bad ? INFINITY : NAN, seed);
+        finish(&t);
+    }
+}
+
 static void open_ways(void)
 {
     for (int w = 0; w < WAYS; w++) {
@@ -1363,7 +1474,8 @@ int main(int argc, char **argv)
     }
     for (int act = DPO_NONE; act < DPO_ACTS; act++) test_act(&seed, act);
     test_act_limits();
-    for (int i = 0; i < 8; i++) test_winograd(&seed);
+    for (int i = 0; i < 12; i++) test_winograd(&seed, i);
+    for (int i = 0; i < 4; i++) test_attention_long(&seed);
     test_group_norm(&seed, DPO_SILU, 2500, 0);            /* many chunks */
     test_group_norm(&seed, DPO_NONE, 3001, 40);
     test_group_norm_exact(&seed);
@@ -1373,8 +1485,10 @@ int main(int argc, char **argv)
     test_hook(&seed);
     for (int isa = DPO_ISA_BEST; isa <= DPO_ISA_AVX512; isa += DPO_ISA_AVX512 - DPO_ISA_BEST) {
         open_rounding(isa);
+        for (int i = 0; i < 12; i++) test_spoiled(&seed);
+        if (isa == DPO_ISA_BEST && rounding[0] && rounding[1]) test_gradient_parts(&seed);
         for (int i = 0; rounding[0] && rounding[1] && i < 2*rounds; i++) {
-            test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 4 != 3);
+            test_rounding(&seed, i % 8 == 0 ? 1500 : i % 2 ? 40 : 99, i % 5 == 1 ? 1 : 6, i % 4 != 3);
             test_stripes(&seed);
             test_turns(&seed);
             if (((dpoi_cpu *)rounding[0]->self)->isa < DPO_ISA_AMX) continue;
