@@ -13115,7 +13115,8 @@ static int64_t dpoi_amx_room(int64_t O, int64_t K)
 
    Tiles 0 to 3 are c[row tile][panel], 4 one of a after the other, 6 and 7 the two of b.  Tile 5 stays empty: threads
    of one core share the registers that tiles are renamed to, and where the other one has tiles in use, too, a loop over
-   all eight takes half as long again as one over seven. */
+   all eight takes half as long again as one over seven.  A tile is zeroed as soon as it is used up: that alone gives its
+   register back before the next load has come, which takes a seventh off where registers are short. */
 
 /* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; their rows are
    a_row and b_row bytes apart.  a[1] or b[1] may be NULL. */
@@ -13360,6 +13361,7 @@ typedef struct dpoi_amx_product {
     int64_t across, down, slots;          /* of these such as a result has, and those in all images */
     int64_t panels, block, blocks, span, spans;
     int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
+    int     flat;                         /* 1: slots are pixels, which lie one behind the other, and only that counts */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
     int64_t range, ranges, rows;          /* chunks: tiles of channels, how often; kh: rows one by one, or 1 */
     int64_t group;                        /* times two panels that take turns at a chunk's slots */
@@ -13471,6 +13473,8 @@ static dpoi_amx_product dpoi_amx_product_of(const dpoi_cpu_product *p)
     if (p->made && !p->source[2].pairs) t.room += dpoi_amx_room(p->source[1].K, p->source[2].K);
     t.sums_at = t.room;
     if (t.rows*t.ranges > 1) t.room += t.spans*t.blocks*t.group*t.block*DPOI_AMX_WIDE;
+    t.flat = !t.kept && !p->vec && t.each == 1 && t.across == p->X && t.down == p->Y && p->at_y == p->X*p->at_x &&
+             p->at_n == p->Y*p->at_y;
     return t;
 }
 
@@ -13754,8 +13758,11 @@ static void dpoi_amx_job_at(dpoi_amx_job *j, int64_t m)
 
 static void dpoi_amx_job_pixels(dpoi_amx_job *j, int64_t m)
 {
-    j->page = !j->page;
-    dpoi_amx_pixels_at(j->t, m, &j->at[j->page]);
+    const dpoi_amx_product *t = j->t;
+    dpoi_amx_pixels *at = &j->at[j->page = !j->page];
+    int64_t M = t->p->N*t->p->Y*t->p->X;
+    if (!t->flat) dpoi_amx_pixels_at(t, m, at);
+    else for (int64_t i = 0; i < DPOI_AMX_ROWS; i++) at->place[i] = m + i < M ? (m + i)*t->p->at_x : -1;
 }
 
 /* Tiles c0..c1-1 of k (tiled), or of channels in row ky of the kernel, its places one after the other: the same lines
@@ -16003,8 +16010,11 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_times(const uint16_t *rows, const uint16_t *l
     _tile_loadd(4, rows, 64);
     _tile_loadd(6, lanes, 64);
     _tile_dpbf16ps(0, 4, 6);
+    _tile_zero(6);
     _tile_loadd(6, lanes + DPOI_TILE_SIZE, 64);
     _tile_dpbf16ps(1, 4, 6);
+    _tile_zero(4);
+    _tile_zero(6);
 }
 
 /* s [to-from][2 of rows][2 of lanes][16][16] = blocks from..to-1 of one head's rows times lanes [d/32][2].  Up to 64
@@ -16022,9 +16032,11 @@ DPOI_AMX static void dpoi_amx_scores(const dpoi_amx_side *b, int64_t head, int64
             _tile_zero(0);
             _tile_loadd(2, a, 64);
             _tile_dpbf16ps(0, 2, 4);
-            if (deep == 2) { _tile_loadd(2, a + DPOI_TILE_SIZE, 64);  _tile_dpbf16ps(0, 2, 6); }
+            if (deep == 2) { _tile_zero(2);  _tile_loadd(2, a + DPOI_TILE_SIZE, 64);  _tile_dpbf16ps(0, 2, 6); }
+            _tile_zero(2);
             _tile_stored(0, s + (2*i + l)*256, 64);
         }
+        _tile_zero(0);  _tile_zero(4);  _tile_zero(6);
     }
     for (int64_t i = 0; i < halves && deep > 2; i++, s += 512) {
         const uint16_t *met = lanes;
@@ -16048,6 +16060,8 @@ DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64
             dpoi_amx_times(a, lanes);
         _tile_stored(0, o, 64);
         _tile_stored(1, o + 256, 64);
+        _tile_zero(0);
+        _tile_zero(1);
     }
 }
 
