@@ -7960,6 +7960,13 @@ typedef struct dpoi_rows {
     void   (*adamw)(int64_t n, const float *g, float *m, float *v, float *w, const float *s);
     void   (*widen)(int dtype, int64_t n, const void *x, float *y);
     void   (*narrow)(int dtype, int64_t n, const float *x, void *y);
+    /* of BF16 alone; NULL: widen and narrow it.  Layer norm of [rows,C], stat [rows,2]; y = a gelu(b), and its
+       gradients, where dy has a type of its own */
+    void   (*layer)(int64_t rows, int64_t C, const uint16_t *x, const float *gamma, const float *beta, float eps,
+                    float *stat, uint16_t *y);
+    void   (*geglu)(int64_t n, const uint16_t *a, const uint16_t *b, uint16_t *y);
+    void   (*geglu_back)(int64_t n, const uint16_t *a, const uint16_t *b, const void *dy, int type, uint16_t *da,
+                         uint16_t *db);
 } dpoi_rows;
 
 /* backend.self points back to this struct. */
@@ -8598,6 +8605,7 @@ static void dpoi_adamw_plain(int64_t n, const float *g, float *m, float *v, floa
 static dpoi_rows dpoi_rows_plain(void)
 {
     dpoi_rows r;
+    memset(&r, 0, sizeof r);
     r.map = dpoi_map_plain;        r.sum = dpoi_sum_plain;              r.columns = dpoi_columns_plain;
     r.norm = dpoi_norm_plain;      r.norm_sums = dpoi_norm_sums_plain;  r.norm_back = dpoi_norm_back_plain;
     r.adamw = dpoi_adamw_plain;    r.widen = dpoi_widen;                r.narrow = dpoi_narrow;
@@ -9029,6 +9037,7 @@ DPOI_256 static void dpoi_narrow_8(int dtype, int64_t n, const float *x, void *y
 static dpoi_rows dpoi_rows_8(void)
 {
     dpoi_rows r;
+    memset(&r, 0, sizeof r);
     r.map = dpoi_map_8;        r.sum = dpoi_sum_8;              r.columns = dpoi_columns_8;
     r.norm = dpoi_norm_8;      r.norm_sums = dpoi_norm_sums_8;  r.norm_back = dpoi_norm_back_8;
     r.adamw = dpoi_adamw_8;    r.widen = dpoi_widen_8;          r.narrow = dpoi_narrow_8;
@@ -9473,28 +9482,180 @@ DPOI_AVX512 static void dpoi_narrow_avx512(int dtype, int64_t n, const float *x,
     dpoi_narrow(dtype, n - i, x + i, i ? (void *)(h + i) : y);
 }
 
+#ifdef DPOI_SIMD_AMX
+/* ---- BF16 to BF16, 32 numbers at a time, where the processor rounds by itself
+
+   A result of 8 bits does not show an error of 2^-12: exponentials by a polynomial of degree 3, estimates of inverses. */
+
+/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, relative error 7.5e-5. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_exp2_bf16(__m512 x)
+{
+    __m512 r = _mm512_reduce_ps(x, 9), e = _mm512_set1_ps(0.0780244917f);
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.226067573f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.695833206f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.999925256f));
+    return _mm512_scalef_ps(e, x);
+}
+
+/* x/(1 + exp(-x)) */
+DPOI_AMX DPOI_INLINE __m512 dpoi_silu_bf16(__m512 x)
+{
+    __m512 e = dpoi_exp2_bf16(_mm512_mul_ps(x, _mm512_set1_ps(-DPOI_LOG2E)));
+    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), e)));
+}
+
+/* P(x), and e = exp(-x^2/2): with t = 1/(1 + 0.295 |x|), P(-|x|) = e (b1 t + .. + b4 t^4), relative error 1.5e-4. */
+DPOI_AMX DPOI_INLINE __m512 dpoi_normal_bf16(__m512 x, __m512 *e)
+{
+    __m512 one = _mm512_set1_ps(1), q = _mm512_set1_ps(0.23216108f);
+    __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.295f), one));
+    *e = dpoi_exp2_bf16(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f*DPOI_LOG2E)));
+    q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(0.0065156f));
+    q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(0.14667039f));
+    q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(0.11472604f));
+    q = _mm512_mul_ps(_mm512_mul_ps(q, t), *e);
+    return dpoi_where_negative_512(x, q, _mm512_sub_ps(one, q));
+}
+
+/* The first `left` of 32 numbers. */
+DPOI_AMX DPOI_INLINE __mmask32 dpoi_lanes_bf16(int64_t left)
+{
+    return left >= 32 ? 0xffffffffu : ((__mmask32)1 << left) - 1;
+}
+/* Those of k, and zeros, in two registers; back. */
+DPOI_AMX DPOI_INLINE void dpoi_take_bf16(const uint16_t *x, __mmask32 k, __m512 f[2])
+{
+    __m512i h = _mm512_maskz_loadu_epi16(k, x);
+    f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(h)), 16));
+    f[1] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(h, 1)), 16));
+}
+DPOI_AMX DPOI_INLINE void dpoi_put_bf16(uint16_t *y, __mmask32 k, const __m512 f[2])
+{
+    _mm512_mask_storeu_epi16(y, k, (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
+}
+/* The same of floats. */
+DPOI_AMX DPOI_INLINE void dpoi_floats_bf16(const float *x, __mmask32 k, __m512 f[2])
+{
+    f[0] = _mm512_maskz_loadu_ps((__mmask16)k, x);
+    f[1] = _mm512_maskz_loadu_ps((__mmask16)(k >> 16), x + 16);
+}
+
+/* dpoi_rows.norm; F32 as without BF16. */
+DPOI_AMX static void dpoi_norm_bf16(int type, int64_t rows, int64_t C, const void *x, const float *t, int silu, void *y)
+{
+    if (type == DPO_F32) { dpoi_norm_avx512(type, rows, C, x, t, silu, y);  return; }
+    for (int64_t i = 0; i < rows*C; i += C)
+        for (int64_t c = 0; c < C; c += 32) {
+            __mmask32 k = dpoi_lanes_bf16(C - c);
+            __m512 f[2], mean[2], scale[2], beta[2];
+            dpoi_take_bf16((const uint16_t *)x + i + c, k, f);
+            dpoi_floats_bf16(t + DPOI_NORM_MEAN*C + c, k, mean);
+            dpoi_floats_bf16(t + DPOI_NORM_SCALE*C + c, k, scale);
+            dpoi_floats_bf16(t + DPOI_NORM_BETA*C + c, k, beta);
+            for (int j = 0; j < 2; j++) {
+                f[j] = _mm512_fmadd_ps(_mm512_sub_ps(f[j], mean[j]), scale[j], beta[j]);
+                if (silu) f[j] = dpoi_silu_bf16(f[j]);
+            }
+            dpoi_put_bf16((uint16_t *)y + i + c, k, f);
+        }
+}
+
+/* dpoi_rows.layer: three readings of a row, for mean, squares about it, result. */
+DPOI_AMX static void dpoi_layer_bf16(int64_t rows, int64_t C, const uint16_t *x, const float *gamma, const float *beta,
+                                     float eps, float *stat, uint16_t *y)
+{
+    for (int64_t r = 0; r < rows; r++, x += C, y += C) {
+        __m512 f[2], g[2], b[2], s0 = _mm512_setzero_ps(), s1 = s0, mean, scale;
+        float s[2];
+        for (int64_t c = 0; c < C; c += 32) {
+            dpoi_take_bf16(x + c, dpoi_lanes_bf16(C - c), f);
+            s0 = _mm512_add_ps(s0, f[0]);  s1 = _mm512_add_ps(s1, f[1]);
+        }
+        s[0] = _mm512_reduce_add_ps(_mm512_add_ps(s0, s1))/(float)C;
+        mean = _mm512_set1_ps(s[0]);
+        s0 = s1 = _mm512_setzero_ps();
+        for (int64_t c = 0; c < C; c += 32) {
+            __mmask32 k = dpoi_lanes_bf16(C - c);
+            dpoi_take_bf16(x + c, k, f);
+            f[0] = _mm512_maskz_sub_ps((__mmask16)k, f[0], mean);
+            f[1] = _mm512_maskz_sub_ps((__mmask16)(k >> 16), f[1], mean);
+            s0 = _mm512_fmadd_ps(f[0], f[0], s0);  s1 = _mm512_fmadd_ps(f[1], f[1], s1);
+        }
+        s[1] = (float)(1/sqrt((double)_mm512_reduce_add_ps(_mm512_add_ps(s0, s1))/(double)C + eps));
+        scale = _mm512_set1_ps(s[1]);
+        for (int64_t c = 0; c < C; c += 32) {
+            __mmask32 k = dpoi_lanes_bf16(C - c);
+            dpoi_take_bf16(x + c, k, f);  dpoi_floats_bf16(gamma + c, k, g);  dpoi_floats_bf16(beta + c, k, b);
+            for (int j = 0; j < 2; j++)
+                f[j] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(f[j], mean), scale), g[j], b[j]);
+            dpoi_put_bf16(y + c, k, f);
+        }
+        if (stat) { stat[r*2] = s[0];  stat[r*2 + 1] = s[1]; }
+    }
+}
+
+/* dpoi_rows.geglu */
+DPOI_AMX static void dpoi_geglu_bf16(int64_t n, const uint16_t *a, const uint16_t *b, uint16_t *y)
+{
+    for (int64_t i = 0; i < n; i += 32) {
+        __mmask32 k = dpoi_lanes_bf16(n - i);
+        __m512 f[2], g[2], e;
+        dpoi_take_bf16(a + i, k, f);  dpoi_take_bf16(b + i, k, g);
+        for (int j = 0; j < 2; j++) f[j] = _mm512_mul_ps(f[j], _mm512_mul_ps(g[j], dpoi_normal_bf16(g[j], &e)));
+        dpoi_put_bf16(y + i, k, f);
+    }
+}
+
+/* dpoi_rows.geglu_back: da = dy b P(b), db = dy a (P(b) + b P'(b)) */
+DPOI_AMX static void dpoi_geglu_back_bf16(int64_t n, const uint16_t *a, const uint16_t *b, const void *dy, int type,
+                                          uint16_t *da, uint16_t *db)
+{
+    for (int64_t i = 0; i < n; i += 32) {
+        __mmask32 k = dpoi_lanes_bf16(n - i);
+        __m512 f[2], g[2], d[2], e;
+        dpoi_take_bf16(a + i, k, f);  dpoi_take_bf16(b + i, k, g);
+        if (type == DPO_F32) dpoi_floats_bf16((const float *)dy + i, k, d);
+        else                 dpoi_take_bf16((const uint16_t *)dy + i, k, d);
+        for (int j = 0; j < 2; j++) {
+            __m512 P = dpoi_normal_bf16(g[j], &e), both = _mm512_mul_ps(d[j], f[j]);
+            e = _mm512_mul_ps(e, _mm512_set1_ps(0.39894228f));
+            f[j] = _mm512_mul_ps(d[j], _mm512_mul_ps(g[j], P));
+            g[j] = _mm512_mul_ps(both, _mm512_fmadd_ps(g[j], e, P));
+        }
+        dpoi_put_bf16(da + i, k, f);  dpoi_put_bf16(db + i, k, g);
+    }
+}
+#endif
+
 /* The set as a table. */
-static dpoi_rows dpoi_rows_avx512(void)
+static dpoi_rows dpoi_rows_avx512(int rounds)
 {
     dpoi_rows r;
+    memset(&r, 0, sizeof r);
     r.map = dpoi_map_avx512;        r.sum = dpoi_sum_avx512;              r.columns = dpoi_columns_avx512;
     r.norm = dpoi_norm_avx512;      r.norm_sums = dpoi_norm_sums_avx512;  r.norm_back = dpoi_norm_back_avx512;
     r.adamw = dpoi_adamw_avx512;    r.widen = dpoi_widen_avx512;          r.narrow = dpoi_narrow_avx512;
+#ifdef DPOI_SIMD_AMX
+    if (!rounds) return r;
+    r.norm = dpoi_norm_bf16;        r.layer = dpoi_layer_bf16;
+    r.geglu = dpoi_geglu_bf16;      r.geglu_back = dpoi_geglu_back_bf16;
+#endif
+    (void)rounds;
     return r;
 }
 #endif
 
-/* The loops for an instruction set.
+/* The loops for an instruction set; rounds: it has BF16, too.
    Called once, when the backend opens; the host's processor was asked before (dpoi_isa_best). */
-static dpoi_rows dpoi_cpu_rows(int isa)
+static dpoi_rows dpoi_cpu_rows(int isa, int rounds)
 {
 #ifdef DPOI_SIMD_X86
-    if (isa >= DPO_ISA_AVX512) return dpoi_rows_avx512();
+    if (isa >= DPO_ISA_AVX512) return dpoi_rows_avx512(rounds);
 #endif
 #ifdef DPOI_SIMD_256
     if (isa != DPO_ISA_PLAIN)  return dpoi_rows_8();
 #endif
-    (void)isa;
+    (void)isa;  (void)rounds;
     return dpoi_rows_plain();
 }
 /* ==========================================================================================================
@@ -9690,6 +9851,10 @@ static void dpoi_geglu_narrow(const dpoi_job *j, int64_t from, int64_t to)
         for (int64_t i = 0; i < D; i += 1024) {
             int64_t n = dpoi_least(1024, D - i);
             const uint16_t *a = (const uint16_t *)x->data + r*2*D + i;
+            if (j->cpu->rows.geglu && x->dtype == DPO_BF16 && y->dtype == DPO_BF16) {
+                j->cpu->rows.geglu(n, a, a + D, (uint16_t *)y->data + r*D + i);
+                continue;
+            }
             j->cpu->rows.widen(x->dtype, n, a, tmp[0]);
             j->cpu->rows.widen(x->dtype, n, a + D, tmp[1]);
             j->cpu->rows.map(DPOI_MAP_GEGLU, n, tmp[0], tmp[1], NULL, NULL, tmp[0], 0);
@@ -9722,6 +9887,14 @@ static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to
             int64_t n = dpoi_least(1024, D - i), at = r*2*D + i;
             const float *a = dpoi_a_in(j->a, 0) + at, *b = a + D, *dy = dpoi_a_dout(j->a) + r*D + i;
             float *da = dpoi_a_din(j->a, 0) + at, *db = da + D;
+            if (rows->geglu_back && in->dtype == DPO_BF16 && din->dtype == DPO_BF16 && j->a->dout.dtype != DPO_F16) {
+                const uint16_t *half = (const uint16_t *)in->data + at;
+                uint16_t *to = (uint16_t *)din->data + at;
+                int64_t size = (int64_t)dpoi_dtype_size(j->a->dout.dtype);
+                rows->geglu_back(n, half, half + D, (const char *)j->a->dout.data + (r*D + i)*size, j->a->dout.dtype, to,
+                                 to + D);
+                continue;
+            }
             if (in->dtype != DPO_F32) {
                 rows->widen(in->dtype, n, (const uint16_t *)in->data + at, tmp[0]);
                 rows->widen(in->dtype, n, (const uint16_t *)in->data + at + D, tmp[1]);
@@ -10605,6 +10778,11 @@ static void dpoi_layer_norm_rows(const dpoi_job *j, int64_t from, int64_t to)
     const dpo_view *out = &j->a->out;
     float *stat = (float *)j->a->stat.data, s[2], tmp[DPOI_NARROW_ROW];
     int narrow = out->dtype != DPO_F32;
+    if (rows->layer && j->a->in[0].dtype == DPO_BF16 && out->dtype == DPO_BF16) {
+        rows->layer(to - from, g->C, (const uint16_t *)j->a->in[0].data + from*g->C, g->gamma, g->beta,
+                    j->a->p.norm.eps, stat ? stat + from*2 : NULL, (uint16_t *)out->data + from*g->C);
+        return;
+    }
     for (int64_t r = from; r < to; r++) {
         const float *x = dpoi_layer_norm_row(j, r, g->C, tmp);
         s[0] = (float)(rows->sum(DPO_NONE, g->C, x, NULL, NULL, NULL)/(double)g->C);
@@ -13390,22 +13568,28 @@ static void dpoi_amx_tiles_task(void *arg, int64_t task)
     dpoi_amx_tiles(t, t->source, &at, (uint16_t *)(void *)(t->p->room + f->a_at) + task*f->steps*2*DPOI_TILE_SIZE);
 }
 
-/* DPOI_AMX_SLOTS slots of the copy of a source. */
-enum { DPOI_AMX_SLOTS = 64 };
+/* Slots of the copy of a source that are a task's, about 32 KiB. */
+static int64_t dpoi_amx_slots_step(const dpoi_source *s) { return dpoi_most(16, DPOI_PIECE/s->I); }
+
+/* The copy's first slots lie before pixel (0,0) of the first image: they are its last ones of an image before. */
 DPOI_AMX static void dpoi_amx_slots_task(void *arg, int64_t task)
 {
     const dpoi_amx_product *t = (const dpoi_amx_product *)arg;
     const dpoi_source *s = &t->p->source[0];
-    int64_t q = task*DPOI_AMX_SLOTS, end = dpoi_least(t->f[0].seen, q + DPOI_AMX_SLOTS);
+    int64_t step = dpoi_amx_slots_step(s), q = task*step, end = dpoi_least(t->f[0].seen, q + step);
+    int64_t at = q/t->each + (t->high - s->top)*t->wide - s->left, e = q % t->each, x = at % t->wide;
+    int64_t y = at/t->wide % t->high, first = (at/t->wide/t->high - 1)*t->each;
     uint16_t *to = (uint16_t *)(void *)(t->p->room + t->f[0].a_at) + q*s->I;
     for (; q < end; q++) {
-        int64_t at = q/t->each - s->top*t->wide - s->left, x = at % t->wide, y = at/t->wide % t->high;
-        int64_t n = at/t->wide/t->high*t->each + q % t->each;
-        int seen = at >= 0 && x < s->W && y < s->H && n < t->p->N;
+        int64_t n = first + e;
+        int seen = first >= 0 && x < s->W && y < s->H && n < t->p->N;
         const float *pixel = seen ? dpoi_amx_at(s->x, s->x_type, ((n*s->H + y)*s->W + x)*s->I) : NULL;
         for (int64_t i = 0; i < s->I; i += 32, to += 32)
             _mm512_storeu_si512(to, seen ? dpoi_amx_line(dpoi_amx_at(pixel, s->x_type, i), s->x_type, 32)
                                          : _mm512_setzero_si512());
+        if (++e < t->each) continue;
+        e = 0;
+        if (++x == t->wide) { x = 0;  if (++y == t->high) { y = 0;  first += t->each; } }
     }
 }
 
@@ -13422,7 +13606,7 @@ static void dpoi_amx_bring(dpoi_amx_product *t)
         f->a = f->way == DPOI_AMX_AS_IT_LIES ? (const uint16_t *)(const void *)s->x
                                              : (const uint16_t *)(const void *)(p->room + f->a_at);
         if (f->way == DPOI_AMX_SLOTTED)
-            dpoi_parallel(p->cpu, dpoi_pieces(f->seen, DPOI_AMX_SLOTS), dpoi_amx_slots_task, t);
+            dpoi_parallel(p->cpu, dpoi_pieces(f->seen, dpoi_amx_slots_step(s)), dpoi_amx_slots_task, t);
         if (f->way == DPOI_AMX_TILED && !t->kept) dpoi_parallel(p->cpu, t->slots/DPOI_AMX_ROWS, dpoi_amx_tiles_task, t);
         f->b = s->pairs;
         if (f->b) continue;
@@ -13980,7 +14164,8 @@ DPOI_AMX static void dpoi_amx_flip_task(void *arg, int64_t task)
 enum {
     DPOI_AMX_PIXELS = 8,                  /* tiles of pixels a chunk */
     DPOI_AMX_TAPS   = 9,                  /* places of the kernel at once */
-    DPOI_AMX_THIN   = 64                  /* tiles of a thin gradient */
+    DPOI_AMX_THIN   = 64,                 /* tiles of a thin gradient */
+    DPOI_AMX_SLOTS  = 64                  /* slots of x a task */
 };
 
 typedef struct dpoi_amx_outer {
@@ -14049,7 +14234,7 @@ static const float *dpoi_amx_slot(const dpoi_amx_outer *p, int64_t q)
     return dpoi_amx_at(c->x, p->x_type, ((n*c->H + h)*c->W + v)*c->I);
 }
 
-/* The pairs of DPOI_AMX_SLOTS slots. */
+/* The pairs of DPOI_AMX_SLOTS slots of x. */
 DPOI_AMX static void dpoi_amx_x_task(void *arg, int64_t task)
 {
     const dpoi_amx_outer *p = (const dpoi_amx_outer *)arg;
@@ -16720,7 +16905,7 @@ DPO_DEF dpo_backend *dpo_cpu_open(const dpo_desc *desc)
     cpu->isa = dpoi_isa_best();
     if (most != DPO_ISA_BEST && most < cpu->isa) cpu->isa = most;
     cpu->rounds = cpu->isa >= DPO_ISA_AMX || (cpu->isa == DPO_ISA_AVX512 && dpoi_isa_dots());
-    cpu->rows = dpoi_cpu_rows(cpu->isa);
+    cpu->rows = dpoi_cpu_rows(cpu->isa, cpu->rounds);
     cpu->products = desc ? desc->products : DPO_F32;
     cpu->threads = threads > 0 ? threads : dpoi_cores();
     cpu->parallel = desc ? desc->parallel : NULL;
