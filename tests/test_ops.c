@@ -21,6 +21,9 @@ typedef struct problem {
     void        (*ref)(const struct problem *q, double *const *x, double *y);
 } problem;
 
+/* The context's error, or nothing. */
+static const char *why(dpo_ctx *c) { return dpo_error(c) ? dpo_error(c) : "no error"; }
+
 static int64_t count_of(const int64_t *s)
 {
     int64_t n = s[0] > 0;
@@ -457,7 +460,7 @@ static void check_problem(dpo_ctx *c, const problem *q, const char *isa, uint64_
     double        worst = 0, most = 1e-3;
     unsigned      grads = (unsigned)dpoi_ops[q->op].grads;
     int64_t       n;
-    if (!make_inputs(c, q, &v, rng)) { CHECK(0, "%s: %s", q->name, dpo_error(c)); return; }
+    if (!make_inputs(c, q, &v, rng)) { CHECK(0, "%s: %s", q->name, why(c)); return; }
     for (int i = 0; i < 8; i++) if (v.t[i]) v.t[i]->needs_grad = grads >> i & 1;
     out = q->run(c, q, v.t);
     n = dpo_count(out);
@@ -473,7 +476,7 @@ static void check_problem(dpo_ctx *c, const problem *q, const char *isa, uint64_
     CHECK(worst <= (q->op == DPO_OP_TIMESTEP ? 1e-4 : 3e-6) * most,   /* a float angle of 1000 is known to 6e-5 */
           "%s on %s: forward is off by %g of %g", q->name, isa, worst, most);
     if (grads) {
-        CHECK(dpo_backward_from(out, dpo_tensor_from(c, DPO_F32, out->rank, out->shape, dy)), "%s: %s", q->name, dpo_error(c));
+        CHECK(dpo_backward_from(out, dpo_tensor_from(c, DPO_F32, out->rank, out->shape, dy)), "%s: %s", q->name, why(c));
         for (int i = 0; i < 8; i++) {
             double e = v.t[i] && (grads >> i & 1) ? gradient_error(q, &v, i, dy, n, rng) : 0;
             CHECK(e <= 2e-5, "%s on %s: gradient of input %d is off by %g", q->name, isa, i, e);
@@ -522,7 +525,7 @@ static void check_segments(dpo_ctx *c)
         in[1] = dpo_tensor_from(c, DPO_F32, 1, &shape, zs);
         in[0]->needs_grad = in[1]->needs_grad = 1;
         y = way ? dpo_checkpoint(c, nested, NULL, in, 2) : nested(c, NULL, in);
-        CHECK(y && dpo_backward(dpo_sum(c, y, -1)), "segments: %s", dpo_error(c));
+        CHECK(y && dpo_backward(dpo_sum(c, y, -1)), "segments: %s", why(c));
         CHECK(in[0]->grad && in[1]->grad && dpo_read(in[0]->grad, dx) && dpo_read(in[1]->grad, dz), "segments have no gradient");
         for (int i = 0; i < 3; i++) {
             float s = xs[i] * xs[i] + zs[i];
@@ -541,13 +544,13 @@ static void check_panels(dpo_ctx *c)
     int64_t     wide[2] = { 21, 5 }, one[2] = { 1, 5 }, up[2] = { 21, 1 };
     dpo_extra   e;
     dpo_tensor *w = dpo_weight_new(c, DPO_F32, 2, wide, "proj"), *x = dpo_tensor_new(c, DPO_F32, 2, one), *no[6];
-    CHECK(w && dpo_linear(c, x, w, NULL, NULL), "a weight serves its product: %s", dpo_error(c));
+    CHECK(w && dpo_linear(c, x, w, NULL, NULL), "a weight serves its product: %s", why(c));
     if (!w->panel) { dpo_param_free(w); return; }          /* this device keeps rows */
     for (int i = 0; i < 6; i++) {
         no[i] = i == 0 ? dpo_affine(c, w, 2, 0) : i == 1 ? dpo_act(c, w, DPO_SILU) : i == 2 ? dpo_binary(c, DPO_ADD, x, w) :
                 i == 3 ? dpo_mean(c, w, -1) : i == 4 ? dpo_reshape(c, w, 2, wide) : dpo_cast(c, w, DPO_BF16);
         CHECK(!no[i] && dpo_status(c) == DPO_BAD_ARGUMENT && strstr(dpo_error(c), "proj"), "op %d takes panels: %s", i,
-              dpo_error(c));
+              why(c));
         dpo_clear_error(c);
     }
     memset(&e, 0, sizeof e);
@@ -597,7 +600,7 @@ static void check_memory(void)
             dpo_tensor *x = dpo_tensor_new(c, DPO_F32, 4, shape), *w = dpo_weight_new(c, DPO_F32, 4, wshape, "w");
             w->needs_grad = 1;
             dpo_backward(dpo_mean(c, dpo_last(dpo_act(c, dpo_last(dpo_conv2d(c, x, w, NULL, 1, pad, NULL)), DPO_SILU)), -1));
-            CHECK(!dpo_error(c), "%s", dpo_error(c));
+            CHECK(!dpo_error(c), "%s", why(c));
             dpo_scope_end(c, scope, NULL);
             dpo_param_free(w);
             if (!round) peak[k] = dpo_memory_peak(c, 0);
@@ -655,7 +658,7 @@ static float *gated_gradients(int isa, int more, int segment, int64_t *count)
     }
     y = segment ? dpo_checkpoint(c, gated, &more, x, 5) : gated(c, &more, x);
     dpo_backward(y);
-    CHECK(!dpo_error(c), "%s", dpo_error(c));
+    CHECK(!dpo_error(c), "%s", why(c));
     for (int i = 0; i < 5 && !dpo_error(c); i++) {
         CHECK(x[i]->grad->dtype == DPO_F32, "gradient %d is not F32", i);
         dpo_read(x[i]->grad, all + at);
