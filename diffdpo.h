@@ -11782,6 +11782,15 @@ DPOI_AVX512 DPOI_INLINE void dpoi_tile_avx512(const dpoi_tile *t, int j, __mmask
 #undef DPOI_FMA
 }
 
+/* In each quarter of four registers four by four change places. */
+DPOI_AVX512 DPOI_INLINE void dpoi_fours_turn(__m512 *r)
+{
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));  r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
+    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));  r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+}
+
 /* Panels j..end-1, by a copy of the kernel for each size of a tile. */
 DPOI_AVX512 static void dpoi_tile_run_avx512(const dpoi_tile *t, int j, int end)
 {
@@ -12972,14 +12981,12 @@ static void dpoi_wino_task(void *arg, int64_t i)
     g.panel = p->panels*(i/w->blocks)/w->spans;  g.last = p->panels*(i/w->blocks + 1)/w->spans;
     g.u = p->room + slot*w->size;  g.v = g.u + 6*DPOI_WINO_CHUNK*16;  g.c = g.u + w->c_at;
     g.next_tile = g.tile;  g.next_end = g.end;
-    for (g.k = 0; g.k < I; g.k = g.next_k) {
+    for (g.k = 0; g.k < I; g.k += g.n) {
         g.n = dpoi_least(DPOI_WINO_CHUNK, I - g.k);
-        g.next_k = g.k + g.n;
-        if (g.next_k == I) dpoi_wino_tiles(w, i + p->cpu->threads, &g.next_tile, &g.next_end);
-        if (g.next_k == I) g.next_k = 0;
+        g.next_k = (g.k + g.n) % I;       /* 0: this is the last chunk, the next is another job's first */
+        if (!g.next_k) dpoi_wino_tiles(w, i + p->cpu->threads, &g.next_tile, &g.next_end);
         dpoi_wino_read(w, &g);
         for (int64_t j = g.panel; j < g.last; j++) dpoi_wino_panel(w, &g, j);
-        if (!g.next_k) break;
     }
     for (int64_t t = 0; t < g.end - g.tile; t++)
         dpoi_wino_write(w, g.tile + t, g.panel, g.last, g.c + t/w->rows*w->c_strip + t % w->rows*16);
@@ -13284,14 +13291,8 @@ DPOI_AMX static void dpoi_amx_turn(const float *x, float *y)
             r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 8)*16 + c), 2);
             r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(x + (i + 12)*16 + c), 3);
         }
-        __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
-        __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-        __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
-        __m512d e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
-        _mm512_storeu_pd(y + c*16,      _mm512_unpacklo_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 16, _mm512_unpackhi_pd(a, d));
-        _mm512_storeu_pd(y + c*16 + 32, _mm512_unpacklo_pd(b, e));
-        _mm512_storeu_pd(y + c*16 + 48, _mm512_unpackhi_pd(b, e));
+        dpoi_fours_turn(r);
+        for (int i = 0; i < 4; i++) _mm512_storeu_ps(y + (c + i)*16, r[i]);
     }
 }
 
@@ -14565,7 +14566,7 @@ static int64_t dpoi_gradient_rows(const dpoi_conv *g, int64_t O)
     return linear ? dpoi_least(g->M, dpoi_pieces(dpoi_pieces(g->M, parts), 256)*256) : g->M;
 }
 
-/* `rows` of a linear layer's. */
+/* The gradient that `rows` rows of a linear layer make. */
 static dpoi_amx_outer dpoi_gradient_part(const dpoi_conv *g, int64_t O, int64_t rows)
 {
     dpoi_conv part = *g;
@@ -14899,7 +14900,7 @@ typedef struct dpoi_attention {
     unsigned add;
     dpoi_cpu *cpu;
     int64_t length, jobs;                 /* length: of the axis that units are cut from */
-    int64_t parts;                        /* of a head's keys in backward, where they meet the queries once; or 0 */
+    int64_t parts;                        /* backward in registers: so many of a head's keys, see DPOI_HEADS; else 0 */
     void  (*unit)(const struct dpoi_attention *g, float *work, int64_t head, int64_t i);
 } dpoi_attention;
 
@@ -15317,9 +15318,10 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
 /* ------------------------------------------------------------------------------------------ scores in registers
 
    AVX-512 has room for the scores of a strip of 24 keys by 16 queries: they stay in 24 of its 32 registers from the
-   first product to the last.  Sums begin at -most, queries are multiplied by scale/ln 2 before, so that s is the power
-   of two at once.  most need not be the largest score: p may well grow beyond 1, for its digits do not depend on its
-   size.  It is the first key's score, and only where a strip's sum leaves what floats hold easily, the largest seen. */
+   first product to the last.  A score's sum begins at -most, and queries are multiplied by scale/ln 2 before, so that
+   p = 2^s.  most need not be the largest score: p may grow beyond 1, since floats have the same digits at any size.  So
+   most is the first key's score, and becomes the largest of a strip only where the strip's p would add up to more than
+   2^60. */
 #ifdef DPOI_SIMD_X86
 
 /* 16 queries from `first` on, and what they have gathered so far. */
@@ -15328,15 +15330,6 @@ typedef struct dpoi_queries {
     const float *q;                       /* [d][16], times scale/ln 2 */
     float  *most, *sum, *o;               /* a lane each; o [d][48] */
 } dpoi_queries;
-
-/* In each quarter of four registers four by four change places. */
-DPOI_AVX512 DPOI_INLINE void dpoi_fours_turn(__m512 *r)
-{
-    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
-    __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), e = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
-    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));  r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
-    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));  r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
-}
 
 /* The lanes from number n on. */
 DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_lanes_from(int64_t n)
@@ -15478,7 +15471,7 @@ DPOI_AVX512 static void dpoi_queries_meet(const dpoi_queries *t, const float *k,
     }
 }
 
-/* A unit's queries in lanes, times scale/ln 2, and most = q.k of the first key, strip k; nothing is gathered yet. */
+/* A unit's queries in lanes, times scale/ln 2, and most = q.k[0] of the first strip k; nothing is gathered yet. */
 DPOI_AVX512 static void dpoi_queries_start(const dpoi_attention *g, const dpoi_unit *u, const float *k, float *most)
 {
     memset(u->to, 0, (size_t)(dpoi_pieces(g->d, 8)*8*DPOI_LANES)*sizeof(float));
@@ -15524,7 +15517,7 @@ static void dpoi_attention_unit_avx512(const dpoi_attention *g, float *work, int
 
 enum {
     DPOI_ATTENTION_JOBS = 64,
-    DPOI_HEADS = 16,                      /* that suffice as jobs */
+    DPOI_HEADS = 16,                      /* jobs that backward wants: the keys of fewer heads are cut into parts */
     DPOI_NEAR = 160000                    /* floats of k and v that stay in a second-level cache */
 };
 
@@ -15597,14 +15590,18 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
     g->jobs = dpoi_attention_jobs(g);
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
-    for (int i = 0; i < 4; i++) {         /* forward: v by head, k in strips; backward: all but v, all; or q, do */
+    /* What results gather lies by head: v in forward, all but v in backward.  What makes scores lies in strips: k in
+       forward, all in backward.  Backward in registers has strips of q and do for both, and no more. */
+    for (int i = 0; i < 4; i++) {         /* q, k, v, do */
         int64_t length = i == 1 || i == 2 ? g->S : g->T;
-        if (registers ? !backward && i == 2 : (backward ? i != 2 : i == 2) && (g->heads > 1 || g->d % 6)) {
+        int by_head = backward ? i != 2 && !registers : i == 2;
+        int in_strips = backward ? i == 0 || i == 3 || !registers : i == 1;
+        if (by_head && (registers || g->heads > 1 || g->d % 6)) {
             if (g->work) g->passing[i] = g->work + size;
             size += registers ? g->N*g->heads*dpoi_eights_size(g, length) : g->N*length*g->D;
             size += DPOI_PANEL;           /* a strip of channels may end behind the last row's */
         }
-        if (registers && backward ? i == 0 || i == 3 : backward || i == 1) {
+        if (in_strips) {
             if (g->work) g->strip[i] = g->work + size;
             size += g->N*g->heads*dpoi_strips_size(g, length) + 4*DPOI_TILE_ROWS;          /* channels go by in fours */
         }
@@ -15694,18 +15691,25 @@ static void dpoi_far_run(dpoi_attention *g)
 typedef struct dpoi_keys {
     dpoi_unit u;                          /* k (times scale/ln 2) and v in lanes; gathered dk/scale and dv */
     int64_t head, wide;                   /* wide: d rounded up to 16 */
-    float  *k, *ds, *dq;                  /* [48][wide] with zeros around, [12][48], [T][wide] */
+    float  *k, *ds, *dq;                  /* [48][wide], zeros behind lanes and d; [12][48]; [T][wide] */
     int     begun;                        /* dq holds something already */
 } dpoi_keys;
 
-/* Half a strip of q and do [d][24] against 16 keys: s of query i begins as begin[i], do.v as less[i]. */
-DPOI_AVX512 static void dpoi_back_meet(const float *q, const float *dout, const float *k, const float *v, int64_t d,
-                                       const float *begin, const float *less, float *ds, float *dk, float *dv)
+/* Half a strip of queries, q and do [d][24], against 16 keys, k and v [d][16]: s of query i begins as begin[i], do.v as
+   less[i].  Written are ds [12][48]; added to are dk and dv [d][48]. */
+typedef struct dpoi_meeting {
+    int64_t d;
+    const float *q, *dout, *k, *v, *begin, *less;
+    float  *ds, *dk, *dv;
+} dpoi_meeting;
+
+DPOI_AVX512 static void dpoi_back_meet(const dpoi_meeting *m)
 {
-    const float *a = q, *b = dout;
+    const float *q = m->q, *dout = m->dout, *a = q, *b = dout, *k = m->k, *v = m->v, *begin = m->begin, *less = m->less;
+    float *ds = m->ds, *dk = m->dk, *dv = m->dv;
 #define DPOI_BEGIN(i) __m512 s##i = _mm512_loadu_ps(begin + i*16), t##i = _mm512_set1_ps(less[i]);
     DPOI_ROWS12(DPOI_BEGIN)
-    for (int64_t c = d; c; c--, a += DPOI_TILE_ROWS, b += DPOI_TILE_ROWS, k += 16, v += 16) {
+    for (int64_t c = m->d; c; c--, a += DPOI_TILE_ROWS, b += DPOI_TILE_ROWS, k += 16, v += 16) {
         __m512 x = _mm512_loadu_ps(k), y = _mm512_loadu_ps(v);
 #define DPOI_FMA(i) s##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), x, s##i); \
         t##i = _mm512_fmadd_ps(_mm512_set1_ps(b[i]), y, t##i);
@@ -15715,7 +15719,7 @@ DPOI_AVX512 static void dpoi_back_meet(const float *q, const float *dout, const 
 #define DPOI_POWER(i) s##i = dpoi_exp2_512(s##i);  t##i = _mm512_mul_ps(t##i, s##i); \
     _mm512_storeu_ps(ds + i*DPOI_LANES, t##i);
     DPOI_ROWS12(DPOI_POWER)
-    for (int64_t c = d; c > 0; c -= 4, dk += 4*DPOI_LANES, dv += 4*DPOI_LANES) {
+    for (int64_t c = m->d; c > 0; c -= 4, dk += 4*DPOI_LANES, dv += 4*DPOI_LANES) {
 #define DPOI_LOAD(m) __m512 x##m = _mm512_loadu_ps(dv + m*DPOI_LANES), y##m = _mm512_loadu_ps(dk + m*DPOI_LANES);
         DPOI_LOAD(0) DPOI_LOAD(1) DPOI_LOAD(2) DPOI_LOAD(3)
 #define DPOI_FMA(i, m) x##m = _mm512_fmadd_ps(_mm512_set1_ps(dout[m*DPOI_TILE_ROWS + i]), s##i, x##m); \
@@ -15764,6 +15768,8 @@ DPOI_AVX512 static void dpoi_back_half(const dpoi_attention *g, const dpoi_keys 
     const __mmask16 in = (__mmask16)~dpoi_lanes_from(rows);
     const float *lse = g->lse + b->head*g->T + i0, *delta = g->delta + b->head*g->T + i0;
     float begin[DPOI_HALF*16], less[16], power[16];
+    dpoi_meeting m;
+    m.d = g->d;  m.q = g->strip[0] + at;  m.dout = g->strip[3] + at;  m.begin = begin;  m.less = less;
     _mm512_storeu_ps(power, _mm512_mul_ps(_mm512_maskz_loadu_ps(in, lse), _mm512_set1_ps(-DPOI_LOG2E)));
     _mm512_storeu_ps(less, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_maskz_loadu_ps(in, delta)));
     for (int64_t p = 0; p < b->u.wide; p += 16) {
@@ -15772,8 +15778,9 @@ DPOI_AVX512 static void dpoi_back_half(const dpoi_attention *g, const dpoi_keys 
             __mmask16 seen = (__mmask16)(r < rows ? ~dpoi_lanes_from(end - p) : 0);
             _mm512_storeu_ps(begin + r*16, _mm512_mask_mov_ps(never, seen, _mm512_set1_ps(power[r])));
         }
-        dpoi_back_meet(g->strip[0] + at, g->strip[3] + at, b->u.pack + p*g->d, b->u.pack2 + p*g->d, g->d, begin, less,
-                       b->ds + p, b->u.to + p, b->u.to2 + p);
+        m.k  = b->u.pack + p*g->d;  m.v = b->u.pack2 + p*g->d;
+        m.ds = b->ds + p;  m.dk = b->u.to + p;  m.dv = b->u.to2 + p;
+        dpoi_back_meet(&m);
     }
     if (g->dq) dpoi_back_dq(b, b->dq + i0*b->wide);
 }
@@ -15865,7 +15872,7 @@ static void dpoi_back_task(void *arg, int64_t job)
         dpoi_back_unit(g, g->scratch + job*dpoi_attention_scratch(g), i);
 }
 
-/* One head after its parts: units are jobs then. */
+/* DPOI_FAR_ROWS rows of a head's dq from its parts, each of which a job of its own has left in its scratch. */
 static void dpoi_back_sum_task(void *arg, int64_t task)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
@@ -16530,7 +16537,7 @@ DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
     dpoi_amx_end();
 }
 
-/* The same of the parts of heads; units of a part go along DPOI_AMX_UNITS together. */
+/* The same for parts of heads; the units of a part go along together, DPOI_AMX_UNITS at a time. */
 DPOI_AMX static void dpoi_amx_back_task(void *arg, int64_t job)
 {
     const dpoi_amx_attention *t = (const dpoi_amx_attention *)arg;
@@ -16629,8 +16636,8 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
     return DPO_OK;
 }
 
-/* But for AVX-512 scores are made twice, once a role: cheaper than storing T x S of them, or than sums that threads
-   share. */
+/* Without AVX-512 scores are made twice, for dq and for dk and dv: cheaper than storing T x S of them, or than sums
+   that threads share. */
 static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);

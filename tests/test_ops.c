@@ -610,46 +610,53 @@ static void check_memory(void)
     CHECK(peak[0] == second[0], "a second step allocates");
 }
 
-/* y = geglu(x w^T + b) v^T.  `more` says what else reads the numbers between them, and x: the gradients of those that
-   several ops read are summed in F32, whatever the first of them wrote. */
+/* y = geglu(x w^T + b + r) v^T.  `more` says what else reads the numbers between them, after (2) or before (3) what is
+   on the way to y: the gradients of those that several ops read are summed in F32, whatever the first of them wrote. */
 static dpo_tensor *gated(dpo_ctx *c, void *user, dpo_tensor **x)
 {
     int         more = *(const int *)user;
     int64_t     same[3] = { 1, 600, 96 };
-    dpo_tensor *h = dpo_linear(c, x[0], x[1], x[2], NULL), *g, *y, *z;
+    dpo_extra   e;
+    dpo_tensor *h, *g, *y, *before, *after;
+    memset(&e, 0, sizeof e);
+    e.residual = x[4];
+    h = dpo_linear(c, x[0], x[1], x[2], &e);
     if (more == 1) h = dpo_reshape(c, h, 3, same);
+    before = more == 3 ? dpo_mean(c, dpo_act(c, h, DPO_SILU), -1) : NULL;
     g = dpo_geglu(c, h);
+    if (before) before = dpo_binary(c, DPO_ADD, before, dpo_mean(c, dpo_act(c, g, DPO_SILU), -1));
     y = dpo_mean(c, dpo_act(c, dpo_linear(c, g, x[3], NULL, NULL), DPO_SILU), -1);
+    if (before) return dpo_binary(c, DPO_ADD, y, before);
     if (more < 2) return y;
-    z = dpo_binary(c, DPO_ADD, dpo_mean(c, dpo_act(c, h, DPO_SILU), -1), dpo_mean(c, dpo_act(c, g, DPO_SILU), -1));
-    return dpo_binary(c, DPO_ADD, y, z);
+    after = dpo_binary(c, DPO_ADD, dpo_mean(c, dpo_act(c, h, DPO_SILU), -1), dpo_mean(c, dpo_act(c, g, DPO_SILU), -1));
+    return dpo_binary(c, DPO_ADD, y, after);
 }
 
-/* The gradients of x [600,64], w [96,64], b [96], v [40,48] one after the other; the caller frees them. */
+/* The gradients of x [600,64], w [96,64], b [96], v [40,48], r [600,96] one after the other; the caller frees them. */
 static float *gated_gradients(int isa, int more, int segment, int64_t *count)
 {
     dpo_desc    d;
     dpo_ctx    *c;
-    dpo_tensor *x[4], *y;
-    int64_t     shape[4][2] = { { 600, 64 }, { 96, 64 }, { 96, 1 }, { 40, 48 } }, at = 0;
+    dpo_tensor *x[5], *y;
+    int64_t     shape[5][2] = { { 600, 64 }, { 96, 64 }, { 96, 1 }, { 40, 48 }, { 600, 96 } }, at = 0;
     float      *all = (float *)calloc(1 << 17, sizeof *all);
     uint64_t    rng = 7;
     memset(&d, 0, sizeof d);
     d.isa = isa;
     c = dpo_open(&d);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         int64_t n = shape[i][0]*shape[i][1];
         for (int64_t e = 0; e < n; e++) all[e] = (float)test_normal(&rng);
         if (i % 2) x[i] = dpo_weight_new(c, DPO_BF16, 2, shape[i], "w");
-        else if (i) x[i] = dpo_param_new(c, DPO_BF16, 1, shape[i], "b");
+        else if (i == 2) x[i] = dpo_param_new(c, DPO_BF16, 1, shape[i], "b");
         else x[i] = dpo_tensor_new(c, DPO_BF16, 2, shape[i]);
         dpo_write(x[i], all);
         x[i]->needs_grad = 1;
     }
-    y = segment ? dpo_checkpoint(c, gated, &more, x, 4) : gated(c, &more, x);
+    y = segment ? dpo_checkpoint(c, gated, &more, x, 5) : gated(c, &more, x);
     dpo_backward(y);
     CHECK(!dpo_error(c), "%s", dpo_error(c));
-    for (int i = 0; i < 4 && !dpo_error(c); i++) {
+    for (int i = 0; i < 5 && !dpo_error(c); i++) {
         CHECK(x[i]->grad->dtype == DPO_F32, "gradient %d is not F32", i);
         dpo_read(x[i]->grad, all + at);
         at += dpo_count(x[i]);
@@ -662,7 +669,7 @@ static float *gated_gradients(int isa, int more, int segment, int64_t *count)
 /* BF16 between a product and a GEGLU against a device that keeps all gradients in F32. */
 static void check_halves(void)
 {
-    for (int more = 0; more < 3; more++)
+    for (int more = 0; more < 4; more++)
         for (int segment = 0; segment < 2; segment++) {
             int64_t n, m;
             float  *a = gated_gradients(DPO_ISA_BEST, more, segment, &n), *b = gated_gradients(DPO_ISA_PLAIN, more, segment, &m);
