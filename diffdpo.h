@@ -16099,6 +16099,7 @@ typedef struct dpoi_amx_unit {
     uint16_t *a, *a2, *p, *ds, *rows, *pairs;
     float  *s, *t, *o, *o2;
     float   most[32], sum[32];            /* a lane each; most in powers of two */
+    __mmask16 there[2];                   /* the lanes of each half that exist */
 } dpoi_amx_unit;
 
 /* sides: q, k, v, do.  In forward a job has the first of each pair above alone. */
@@ -16187,11 +16188,20 @@ static int64_t dpoi_amx_attention_of(dpoi_cpu *cpu, const dpo_args *a, dpoi_amx_
     return at + t->jobs*dpoi_amx_attention_scratch(t);
 }
 
-/* Of lanes first..first+15, those that row j of `length` is seen by. */
-static __mmask16 dpoi_amx_meet(const dpoi_amx_attention *t, int64_t length, int64_t j, int64_t first)
+/* Lanes first.. of one head. */
+static void dpoi_amx_unit_at(const dpoi_amx_attention *t, dpoi_amx_unit *u, int64_t head, int64_t first)
 {
-    int64_t edge = j - first;             /* the lane of the diagonal */
-    uint32_t lanes = dpoi_amx_seen(first, 0, t->by_key ? t->g.S : t->g.T);
+    u->head = head;  u->first = first;
+    u->lanes = dpoi_least(32, (t->by_key ? t->g.S : t->g.T) - first);
+    for (int64_t l = 0; l < 2; l++) u->there[l] = (__mmask16)dpoi_amx_seen(l*16, 0, u->lanes);
+}
+
+/* The lanes of half l that row j of `length` is seen by. */
+DPOI_INLINE __mmask16 dpoi_amx_meet(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t length, int64_t j,
+                                    int64_t l)
+{
+    int64_t edge = j - u->first - l*16;   /* the lane of the diagonal */
+    uint32_t lanes = u->there[l];
     if (j >= length) return 0;
     if (!t->g.causal) return (__mmask16)lanes;
     if (t->by_key) return (__mmask16)(edge < 0 ? 0 : edge >= 15 ? lanes : lanes & ((2u << edge) - 1));
@@ -16221,11 +16231,12 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx
         __m512 most = _mm512_loadu_ps(u->most + l*16), a = _mm512_loadu_ps(u->sum + l*16), b = _mm512_setzero_ps();
         for (int64_t r = 0; r < 32; r += 2, p += 32) {
             const float *x = dpoi_amx_score(s, r, l);
+            if (!full && block*32 + r >= t->g.S) { _mm512_storeu_si512(p, _mm512_setzero_si512());  continue; }
             __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(x), scale, most));
             __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(x + 16), scale, most));
             if (!full) {
-                f = _mm512_maskz_mov_ps(dpoi_amx_meet(t, t->g.S, block*32 + r, u->first + l*16), f);
-                h = _mm512_maskz_mov_ps(dpoi_amx_meet(t, t->g.S, block*32 + r + 1, u->first + l*16), h);
+                f = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, t->g.S, block*32 + r, l), f);
+                h = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, t->g.S, block*32 + r + 1, l), h);
             }
             a = _mm512_add_ps(a, f);
             b = _mm512_add_ps(b, h);
@@ -16259,8 +16270,8 @@ DPOI_AMX static int dpoi_amx_softmaxes(const dpoi_amx_attention *t, dpoi_amx_uni
 DPOI_AMX static __m512 dpoi_amx_largest(const dpoi_amx_attention *t, const dpoi_amx_unit *u, int64_t block, int64_t l,
                                         __m512 most)
 {
-    for (int64_t r = 0; r < 32; r++)
-        most = _mm512_mask_max_ps(most, dpoi_amx_meet(t, t->g.S, block*32 + r, u->first + l*16), most,
+    for (int64_t r = 0; r < dpoi_least(32, t->g.S - block*32); r++)
+        most = _mm512_mask_max_ps(most, dpoi_amx_meet(t, u, t->g.S, block*32 + r, l), most,
                                   _mm512_loadu_ps(dpoi_amx_score(u->s, r, l)));
     return most;
 }
@@ -16371,10 +16382,10 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_slopes(const dpoi_amx_attention *t, const dpo
         __m512 x0 = dpoi_amx_chance(s, scale, lse[j0]), x1 = dpoi_amx_chance(s + 16, scale, lse[j1]);
         __m512 x2 = dpoi_amx_chance(s + 256, scale, lse[j0]), x3 = dpoi_amx_chance(s + 272, scale, lse[j1]);
         if (!full) {
-            x0 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j, u->first), x0);
-            x1 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j + 1, u->first), x1);
-            x2 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j, u->first + 16), x2);
-            x3 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, T, j + 1, u->first + 16), x3);
+            x0 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, T, j, 0), x0);
+            x1 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, T, j + 1, 0), x1);
+            x2 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, T, j, 1), x2);
+            x3 = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, T, j + 1, 1), x3);
         }
         _mm512_storeu_si512(p, dpoi_amx_woven(x0, x1));
         _mm512_storeu_si512(p + DPOI_TILE_SIZE, dpoi_amx_woven(x2, x3));
@@ -16524,8 +16535,7 @@ DPOI_AMX static void dpoi_amx_attention_task(void *arg, int64_t job)
     int64_t units = t->g.N*t->g.heads*t->blocks;
     dpoi_amx_begin();
     for (int64_t i = units*job/t->jobs; i < units*(job + 1)/t->jobs; i++) {
-        u.head = i/t->blocks;  u.first = i % t->blocks*32;
-        u.lanes = dpoi_least(32, t->g.T - u.first);
+        dpoi_amx_unit_at(t, &u, i/t->blocks, i % t->blocks*32);
         dpoi_amx_attention_unit(t, &u);
     }
     dpoi_amx_end();
@@ -16544,9 +16554,8 @@ DPOI_AMX static void dpoi_amx_back_task(void *arg, int64_t job)
         for (int64_t at = first; at < end; at += count) {
             count = dpoi_least(DPOI_AMX_UNITS, end - at);
             for (int64_t k = 0; k < count; k++) {
-                u[k].head = i/t->parts;  u[k].first = (at + k)*32;
+                dpoi_amx_unit_at(t, u + k, i/t->parts, (at + k)*32);
                 u[k].from = t->g.causal ? at + k : 0;
-                u[k].lanes = dpoi_least(32, t->g.S - u[k].first);
             }
             dpoi_amx_back_units(t, u, count, t->sums + i*size, at == first, at + count == end);
         }
