@@ -9485,9 +9485,10 @@ DPOI_AVX512 static void dpoi_narrow_avx512(int dtype, int64_t n, const float *x,
 #ifdef DPOI_SIMD_AMX
 /* ---- BF16 to BF16, 32 numbers at a time, where the processor rounds by itself
 
-   A result of 8 bits does not show an error of 2^-12: exponentials by a polynomial of degree 3, estimates of inverses. */
+   A result of 8 bits does not show an error of 2^-12: exponentials by a polynomial of degree 3, inverses estimated. */
 
-/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, relative error 7.5e-5. */
+/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 3 that has the least relative error there,
+   7.5e-5, a fiftieth of what rounding to BF16 takes. */
 DPOI_AMX DPOI_INLINE __m512 dpoi_exp2_bf16(__m512 x)
 {
     __m512 r = _mm512_reduce_ps(x, 9), e = _mm512_set1_ps(0.0780244917f);
@@ -9891,8 +9892,8 @@ static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to
                 const uint16_t *half = (const uint16_t *)in->data + at;
                 uint16_t *to = (uint16_t *)din->data + at;
                 int64_t size = (int64_t)dpoi_dtype_size(j->a->dout.dtype);
-                rows->geglu_back(n, half, half + D, (const char *)j->a->dout.data + (r*D + i)*size, j->a->dout.dtype, to,
-                                 to + D);
+                rows->geglu_back(n, half, half + D, (const char *)j->a->dout.data + (r*D + i)*size, j->a->dout.dtype,
+                                 to, to + D);
                 continue;
             }
             if (in->dtype != DPO_F32) {
@@ -13115,8 +13116,8 @@ static int64_t dpoi_amx_room(int64_t O, int64_t K)
 
    Tiles 0 to 3 are c[row tile][panel], 4 one of a after the other, 6 and 7 the two of b.  Tile 5 stays empty: threads
    of one core share the registers that tiles are renamed to, and where the other one has tiles in use, too, a loop over
-   all eight takes half as long again as one over seven.  A tile is zeroed as soon as it is used up: that alone gives its
-   register back before the next load has come, which takes a seventh off where registers are short. */
+   all eight takes half as long again as one over seven.  A tile is zeroed as soon as it is used up: that alone gives
+   its register back before the next load has come, which takes a seventh off where registers are short. */
 
 /* Steps of k for a block: a[i] moves by a_step numbers and b[j] by b_step from one tile to the next; their rows are
    a_row and b_row bytes apart.  a[1] or b[1] may be NULL. */
@@ -13361,7 +13362,7 @@ typedef struct dpoi_amx_product {
     int64_t across, down, slots;          /* of these such as a result has, and those in all images */
     int64_t panels, block, blocks, span, spans;
     int     kept;                         /* 1: all weights stay in the cache, 32 slots go through all panels */
-    int     flat;                         /* 1: slots are pixels, which lie one behind the other, and only that counts */
+    int     flat;                         /* 1: slots are pixels that lie one behind the other: places do not matter */
     int     stream;                       /* 1: y is written past the caches, which it would only flush */
     int64_t range, ranges, rows;          /* chunks: tiles of channels, how often; kh: rows one by one, or 1 */
     int64_t group;                        /* times two panels that take turns at a chunk's slots */
@@ -16065,17 +16066,6 @@ DPOI_AMX static void dpoi_amx_gather(const dpoi_amx_side *b, int64_t head, int64
     }
 }
 
-/* 2^x = 2^n 2^r, n = floor(x), 0 <= r < 1, 2^r by the polynomial of degree 3 that has the least relative error there,
-   7.5e-5, a fiftieth of what rounding to BF16 takes. */
-DPOI_AMX DPOI_INLINE __m512 dpoi_amx_exp2(__m512 x)
-{
-    __m512 r = _mm512_reduce_ps(x, 9), e = _mm512_set1_ps(0.0780244917f);
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.226067573f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.695833206f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.999925256f));
-    return _mm512_scalef_ps(e, x);
-}
-
 /* (f0, h0, f1, ...) in BF16: half of the last place added, the rest cut off. */
 DPOI_AMX DPOI_INLINE __m512i dpoi_amx_woven(__m512 f, __m512 h)
 {
@@ -16232,8 +16222,8 @@ DPOI_AMX DPOI_INLINE void dpoi_amx_softmax(const dpoi_amx_attention *t, dpoi_amx
         for (int64_t r = 0; r < 32; r += 2, p += 32) {
             const float *x = dpoi_amx_score(s, r, l);
             if (!full && block*32 + r >= t->g.S) { _mm512_storeu_si512(p, _mm512_setzero_si512());  continue; }
-            __m512 f = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(x), scale, most));
-            __m512 h = dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(x + 16), scale, most));
+            __m512 f = dpoi_exp2_bf16(_mm512_fmsub_ps(_mm512_loadu_ps(x), scale, most));
+            __m512 h = dpoi_exp2_bf16(_mm512_fmsub_ps(_mm512_loadu_ps(x + 16), scale, most));
             if (!full) {
                 f = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, t->g.S, block*32 + r, l), f);
                 h = _mm512_maskz_mov_ps(dpoi_amx_meet(t, u, t->g.S, block*32 + r + 1, l), h);
@@ -16289,7 +16279,7 @@ DPOI_AMX static void dpoi_amx_raise(const dpoi_amx_attention *t, dpoi_amx_unit *
     for (int64_t l = 0; l < 2; l++) {
         __m512 old = _mm512_loadu_ps(u->most + l*16), shrink;
         now[l] = _mm512_max_ps(old, _mm512_mul_ps(now[l], _mm512_set1_ps(t->g.scale*DPOI_LOG2E)));
-        shrink = dpoi_amx_exp2(_mm512_sub_ps(old, now[l]));
+        shrink = dpoi_exp2_bf16(_mm512_sub_ps(old, now[l]));
         _mm512_storeu_ps(u->most + l*16, now[l]);
         _mm512_storeu_ps(u->sum + l*16, _mm512_mul_ps(_mm512_loadu_ps(u->sum + l*16), shrink));
         for (int64_t c = l; c < t->side->wide*2; c += 2)
@@ -16359,7 +16349,7 @@ DPOI_AMX static void dpoi_amx_attention_unit(const dpoi_amx_attention *t, dpoi_a
 /* p of 16 lanes in one row of a block, lse in powers of two; and its ds/scale. */
 DPOI_AMX DPOI_INLINE __m512 dpoi_amx_chance(const float *s, __m512 scale, float lse)
 {
-    return dpoi_amx_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, _mm512_set1_ps(lse)));
+    return dpoi_exp2_bf16(_mm512_fmsub_ps(_mm512_loadu_ps(s), scale, _mm512_set1_ps(lse)));
 }
 DPOI_AMX DPOI_INLINE __m512 dpoi_amx_slope(const float *t, __m512 p, float delta)
 {
