@@ -9843,6 +9843,15 @@ static int dpoi_cpu_copy_backward(dpoi_cpu *cpu, const dpo_args *a)
                      dpoi_a_adds(a, 0));
 }
 
+/* x [R,2D] = (a,b) -> y [R,D] = a gelu(b);   da = dy gelu(b),   db = dy a gelu'(b) */
+static void dpoi_geglu_rows(const dpoi_job *j, int64_t from, int64_t to)
+{
+    int64_t D = dpoi_channels(&j->a->out);
+    for (int64_t r = from; r < to; r++) {
+        const float *x = dpoi_a_in(j->a, 0) + r*2*D;
+        j->cpu->rows.map(DPOI_MAP_GEGLU, D, x, x + D, NULL, NULL, dpoi_a_out(j->a) + r*D, 0);
+    }
+}
 /* The same of narrow numbers, a piece of a row at a time, so that F32 never leaves the first-level cache. */
 static void dpoi_geglu_narrow(const dpoi_job *j, int64_t from, int64_t to)
 {
@@ -9853,27 +9862,21 @@ static void dpoi_geglu_narrow(const dpoi_job *j, int64_t from, int64_t to)
         for (int64_t i = 0; i < D; i += 1024) {
             int64_t n = dpoi_least(1024, D - i);
             const uint16_t *a = (const uint16_t *)x->data + r*2*D + i;
-            if (j->cpu->rows.geglu && x->dtype == DPO_BF16 && y->dtype == DPO_BF16) {
-                j->cpu->rows.geglu(n, a, a + D, (uint16_t *)y->data + r*D + i);
-                continue;
-            }
             j->cpu->rows.widen(x->dtype, n, a, tmp[0]);
             j->cpu->rows.widen(x->dtype, n, a + D, tmp[1]);
             j->cpu->rows.map(DPOI_MAP_GEGLU, n, tmp[0], tmp[1], NULL, NULL, tmp[0], 0);
             j->cpu->rows.narrow(y->dtype, n, tmp[0], (uint16_t *)y->data + r*D + i);
         }
 }
-
-/* x [R,2D] = (a,b) -> y [R,D] = a gelu(b);   da = dy gelu(b),   db = dy a gelu'(b) */
-static void dpoi_geglu_rows(const dpoi_job *j, int64_t from, int64_t to)
+/* The same where the CPU has it for BF16 as it is. */
+static void dpoi_geglu_halves(const dpoi_job *j, int64_t from, int64_t to)
 {
     int64_t D = dpoi_channels(&j->a->out);
-    if (j->a->out.dtype != DPO_F32) { dpoi_geglu_narrow(j, from, to);  return; }
-    for (int64_t r = from; r < to; r++) {
-        const float *x = dpoi_a_in(j->a, 0) + r*2*D;
-        j->cpu->rows.map(DPOI_MAP_GEGLU, D, x, x + D, NULL, NULL, dpoi_a_out(j->a) + r*D, 0);
-    }
+    const uint16_t *x = (const uint16_t *)j->a->in[0].data;
+    for (int64_t r = from; r < to; r++)
+        j->cpu->rows.geglu(D, x + r*2*D, x + r*2*D + D, (uint16_t *)j->a->out.data + r*D);
 }
+
 /* A row of dx [2D] is da and db side by side, both from b's half of x.
    Pieces of a row, so that what one of them reads is at hand for the other; narrow x and dy are widened, a narrow dx
    is narrowed. */
@@ -9889,14 +9892,6 @@ static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to
             int64_t n = dpoi_least(1024, D - i), at = r*2*D + i;
             const float *a = dpoi_a_in(j->a, 0) + at, *b = a + D, *dy = dpoi_a_dout(j->a) + r*D + i;
             float *da = dpoi_a_din(j->a, 0) + at, *db = da + D;
-            if (rows->geglu_back && in->dtype == DPO_BF16 && din->dtype == DPO_BF16 && j->a->dout.dtype != DPO_F16) {
-                const uint16_t *half = (const uint16_t *)in->data + at;
-                uint16_t *to = (uint16_t *)din->data + at;
-                int64_t size = (int64_t)dpoi_dtype_size(j->a->dout.dtype);
-                rows->geglu_back(n, half, half + D, (const char *)j->a->dout.data + (r*D + i)*size, j->a->dout.dtype,
-                                 to, to + D);
-                continue;
-            }
             if (in->dtype != DPO_F32) {
                 rows->widen(in->dtype, n, (const uint16_t *)in->data + at, tmp[0]);
                 rows->widen(in->dtype, n, (const uint16_t *)in->data + at + D, tmp[1]);
@@ -9915,17 +9910,36 @@ static void dpoi_geglu_rows_backward(const dpoi_job *j, int64_t from, int64_t to
             }
         }
 }
+/* Nothing is added to a gradient of BF16, and dy is that of BF16 numbers: BF16 or F32. */
+static void dpoi_geglu_halves_backward(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpo_view *dout = &j->a->dout;
+    int64_t D = dpoi_channels(dout), size = (int64_t)dpoi_dtype_size(dout->dtype);
+    const uint16_t *x = (const uint16_t *)j->a->in[0].data;
+    for (int64_t r = from; r < to; r++) {
+        uint16_t *dx = (uint16_t *)j->a->din[0].data + r*2*D;
+        j->cpu->rows.geglu_back(D, x + r*2*D, x + r*2*D + D, (const char *)dout->data + r*D*size, dout->dtype,
+                                dx, dx + D);
+    }
+}
 /* A unit is one row of 2D floats. */
 static int dpoi_cpu_geglu(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t D = dpoi_channels(&a->out);
-    if (D > 0) dpoi_cut(cpu, a, dpoi_stored(&a->out)/D, 2*D, NULL, dpoi_geglu_rows);
+    int halves = cpu->rows.geglu && a->in[0].dtype == DPO_BF16 && a->out.dtype == DPO_BF16;
+    if (D > 0)
+        dpoi_cut(cpu, a, dpoi_stored(&a->out)/D, 2*D, NULL,
+                 halves ? dpoi_geglu_halves : a->out.dtype == DPO_F32 ? dpoi_geglu_rows : dpoi_geglu_narrow);
     return DPO_OK;
 }
 static int dpoi_cpu_geglu_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     int64_t D = dpoi_channels(&a->dout);
-    if (D > 0 && a->din[0].data) dpoi_cut(cpu, a, dpoi_stored(&a->dout)/D, 2*D, NULL, dpoi_geglu_rows_backward);
+    int halves = cpu->rows.geglu_back && a->in[0].dtype == DPO_BF16 && a->din[0].dtype == DPO_BF16 &&
+                 a->dout.dtype != DPO_F16;
+    if (D > 0 && a->din[0].data)
+        dpoi_cut(cpu, a, dpoi_stored(&a->dout)/D, 2*D, NULL,
+                 halves ? dpoi_geglu_halves_backward : dpoi_geglu_rows_backward);
     return DPO_OK;
 }
 
@@ -10780,11 +10794,6 @@ static void dpoi_layer_norm_rows(const dpoi_job *j, int64_t from, int64_t to)
     const dpo_view *out = &j->a->out;
     float *stat = (float *)j->a->stat.data, s[2], tmp[DPOI_NARROW_ROW];
     int narrow = out->dtype != DPO_F32;
-    if (rows->layer && j->a->in[0].dtype == DPO_BF16 && out->dtype == DPO_BF16) {
-        rows->layer(to - from, g->C, (const uint16_t *)j->a->in[0].data + from*g->C, g->gamma, g->beta,
-                    j->a->p.norm.eps, stat ? stat + from*2 : NULL, (uint16_t *)out->data + from*g->C);
-        return;
-    }
     for (int64_t r = from; r < to; r++) {
         const float *x = dpoi_layer_norm_row(j, r, g->C, tmp);
         s[0] = (float)(rows->sum(DPO_NONE, g->C, x, NULL, NULL, NULL)/(double)g->C);
@@ -10794,12 +10803,21 @@ static void dpoi_layer_norm_rows(const dpoi_job *j, int64_t from, int64_t to)
         if (stat) { stat[r*2] = s[0];  stat[r*2 + 1] = s[1]; }
     }
 }
+/* The same where the CPU has it for BF16 as it is. */
+static void dpoi_layer_norm_halves(const dpoi_job *j, int64_t from, int64_t to)
+{
+    const dpoi_layer_norm *g = (const dpoi_layer_norm *)j->more;
+    float *stat = (float *)j->a->stat.data;
+    j->cpu->rows.layer(to - from, g->C, (const uint16_t *)j->a->in[0].data + from*g->C, g->gamma, g->beta,
+                       j->a->p.norm.eps, stat ? stat + from*2 : NULL, (uint16_t *)j->a->out.data + from*g->C);
+}
 /* x [R,C] -> y, stat [R,2] = mean, rs */
 static int dpoi_cpu_layer_norm(dpoi_cpu *cpu, const dpo_args *a)
 {
+    int halves = cpu->rows.layer && a->in[0].dtype == DPO_BF16 && a->out.dtype == DPO_BF16;
     dpoi_layer_norm g;
     dpoi_layer_norm_of(a, &g, (char *)a->work);
-    dpoi_cut(cpu, a, g.R, g.C, &g, dpoi_layer_norm_rows);
+    dpoi_cut(cpu, a, g.R, g.C, &g, halves ? dpoi_layer_norm_halves : dpoi_layer_norm_rows);
     return DPO_OK;
 }
 
