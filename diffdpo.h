@@ -12476,7 +12476,7 @@ enum {
     DPOI_WINO_CHUNK = 32,                 /* channels of x at a time */
     DPOI_WINO_ROWS  = 16,                 /* the most tiles of a strip, of any instruction set */
     DPOI_WINO_TILES = 64,                 /* the most tiles of a job, */
-    DPOI_WINO_SPAN  = 8,                  /* and panels */
+    DPOI_WINO_SPAN  = 10,                 /* and panels */
     DPOI_WINO_AHEAD = 96,                 /* the most lines that are called for while six points are summed */
     DPOI_WINO_SLOTS = 256                 /* the most threads that get scratch */
 };
@@ -12598,7 +12598,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_wino_dot_512(const float *v, int64_t step, int
     for (v += R*8; n > 0; n -= 16, v += step)
         for (int64_t k = 0; k < 16 && k < n; k++, u += 16) {
             __m512 w = _mm512_loadu_ps(u);
-            DPOI_FETCH(v + 256 - R*8 + k*R);    /* of the next point */
+            if (R < 16) DPOI_FETCH(v + 256 - R*8 + k*R);          /* of the next point; 16 leave no room to load */
 #define DPOI_FMA(i) if (i < R) c##i = _mm512_fmadd_ps(_mm512_set1_ps(v[(i - R/2)*16 + k]), w, c##i);
             DPOI_ROWS16(DPOI_FMA)
         }
