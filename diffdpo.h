@@ -354,7 +354,8 @@ DPO_DEF dpo_tensor *dpo_mse(dpo_ctx *c, dpo_tensor *pred, dpo_tensor *target);
 
 /* d loss / d x for every tensor below `loss` that needs a gradient, added to what x->grad holds.  loss [1] starts with
    1; dpo_backward_from starts any tensor with the gradient that is given.  Empties the tape.  A temporary tensor that
-   no op made keeps its gradient; those of op results are gone as soon as they were passed on. */
+   no op made keeps its gradient; those of op results are gone as soon as they were passed on.  After a failure (0; a
+   cancelled run, too) gradients hold parts or anything: dpo_zero_grad before the next. */
 DPO_DEF int dpo_backward(dpo_tensor *loss);
 DPO_DEF int dpo_backward_from(dpo_tensor *y, dpo_tensor *dy);
 

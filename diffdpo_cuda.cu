@@ -2223,7 +2223,7 @@ typedef struct dpoc_feed {
     dpoc_digits depth[2], step;           /* step: a slice's depth */
     int64_t base[2];                      /* the part of the offset that stays */
     int     y[2], x[2];                   /* X, DYT: the part of the place in the picture that stays */
-    int     first[2], k;                  /* the first number: its line and its depth; the second unit's depth is k too, */
+    int     first[2], k;                  /* the first number: its line and its depth; of the second unit k, too, */
                                           /* or dpoc_feed_apart further on */
     int     lines, end, till[2];          /* both end before these; till: end, or 0 for a line that is not there */
 } dpoc_feed;
@@ -3265,8 +3265,8 @@ static __device__ __forceinline__ void dpoc_share_keys(const dpoc_attention &g, 
     dpoc_fetch_commit();
 }
 
-/* s [16][R] = own rows times R shared rows, or where `more` += that.  One load of four pieces is the second factor of two
-   products: 16 rows by 16 channels. */
+/* s [16][R] = own rows times R shared rows, or where `more` += that.  One load of four pieces is the second factor of
+   two products: 16 rows by 16 channels. */
 template<int type, int chunks, int R>
 static __device__ __forceinline__ void dpoc_scores(const uint32_t f[chunks][4], const uint4 *b, float s[R/8][4],
                                                    int more = 0)
@@ -3425,13 +3425,14 @@ static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_tensor_
     dpoc_spill_rows<chunks>(sum, total, g, g.y, g.otype, q, g.T - own, 0);
 }
 
-/* Forward of wide heads, the 512 channels of a VAE: 64 queries and a strip of 128 channels of the result a block.  Queries
-   do not fit into registers, nor all channels of anything into 48 KB: both they and the keys go by in slices of 64
-   channels, whose products add up to the scores, two slices in turn; the strip's values come with the second slice of a
-   round, when those of the round before were read.  Each strip makes the scores anew: of 512 channels 2.5 times the products
-   that are needed, all on tensor cores, in place of one time on none. */
+/* Forward of wide heads, the 512 channels of a VAE: 64 queries and a strip of 128 channels of the result a block.
+   Queries do not fit into registers, nor all channels of anything into 48 KB: both they and the keys go by in slices
+   of 64 channels, whose products add up to the scores, two slices in turn; the strip's values come with the second
+   slice of a round, when those of the round before were read.  Each strip makes the scores anew: of 512 channels 2.5
+   times the products that are needed, all on tensor cores, in place of one time on none. */
 enum { DPOC_SLICE_CHUNKS = 4, DPOC_STRIP_CHUNKS = 8, DPOC_WIDEST = 160 };
-template<int type> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpoc_attention_split_kernel(dpoc_attention g)
+template<int type> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS)
+dpoc_attention_split_kernel(dpoc_attention g)
 {
     enum { chunks = DPOC_SLICE_CHUNKS, strip = DPOC_STRIP_CHUNKS, R = 32, wide = 16*chunks, line = 2*chunks + 1,
            units = (DPOC_QUERIES + R)*line };
@@ -3452,7 +3453,8 @@ template<int type> static __global__ void __launch_bounds__(DPOC_FOUR_WARPS) dpo
         if (to < steps) {
             part.d = g.d - c*wide;
             dpoc_share_rows<chunks, DPOC_QUERIES>((const uint16_t *)g.q, q + c*wide, g.T - row, part, next);
-            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + j*g.D + c*wide, g.S - j, part, next + DPOC_QUERIES*line);
+            dpoc_share_rows<chunks, R>((const uint16_t *)g.k, k + j*g.D + c*wide, g.S - j, part,
+                                       next + DPOC_QUERIES*line);
             if (c == 1)
                 dpoc_share_rows<strip, R>((const uint16_t *)g.v, k + j*g.D + first, g.S - j, own_strip, values);
         }
@@ -3635,15 +3637,16 @@ static int dpoc_attention_fits(const dpoc_run *r, const dpoc_attention *g)
     return r->d->major >= 8 && !r->d->options[DPO_CUDA_PLAIN] && g->d % 8 == 0;
 }
 
-/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain, and so is that of wide heads, which
-   only a reward through a VAE wants. */
+/* 1 if it was done here.  Gradients need the range of BF16: backward of F16 is plain, and so is that of wide heads,
+   which only a reward through a VAE wants. */
 static int dpoc_attention_tensor(dpoc_run *r, const dpoc_attention *attention)
 {
     const dpo_args *a = r->a;
     dpoc_attention  g = *attention;
     int             lines = ((uintptr_t)g.q | (uintptr_t)g.k | (uintptr_t)g.v | (uintptr_t)g.y | (uintptr_t)g.dq |
                              (uintptr_t)g.dk | (uintptr_t)g.dv) % 16 == 0;
-    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g) || (a->backward && (g.type != DPO_BF16 || g.d > DPOC_WIDEST))) return 0;
+    if (g.type == DPO_F32 || !lines || !dpoc_attention_fits(r, &g)) return 0;
+    if (a->backward && (g.type != DPO_BF16 || g.d > DPOC_WIDEST)) return 0;
     if (!a->backward) {
         if (g.type == DPO_BF16) dpoc_attention_forward<DPO_BF16>(r, &g);
         else                    dpoc_attention_forward<DPO_F16>(r, &g);
