@@ -12142,12 +12142,13 @@ static int64_t dpoi_product_chunk(int64_t K)
 static void dpoi_product_run(dpoi_cpu_product *p)
 {
     int64_t all = p->source[0].K + p->source[1].K + 1, rows = dpoi_tile_rows(p->cpu), spans, least, wanted, worth;
+    int     brief = all <= DPOI_CHUNK + DPOI_EXTRA;                   /* one chunk */
     p->M = p->N*p->Y*p->X;
     if (!p->M) return;
     for (int i = 0; i < 2; i++) p->chunk[i] = dpoi_product_chunk(p->source[i].K);
     p->panels = dpoi_pieces(p->O, DPOI_PANEL);
-    spans     = dpoi_pieces(p->panels, all > DPOI_CHUNK + DPOI_EXTRA ? DPOI_SPAN : DPOI_LONG);
-    least     = dpoi_least(p->M, all > DPOI_CHUNK + DPOI_EXTRA ? DPOI_BLOCK : DPOI_BRIEF);
+    spans     = dpoi_pieces(p->panels, brief ? DPOI_LONG : DPOI_SPAN);
+    least     = dpoi_least(p->M, brief ? DPOI_BRIEF : DPOI_BLOCK);
     while (p->M/least*spans < DPOI_FEW && dpoi_pieces(p->panels, spans + 1) >= DPOI_FEW) spans++;
     p->span   = dpoi_pieces(p->panels, spans);
     spans     = dpoi_pieces(p->panels, p->span);
@@ -12494,7 +12495,7 @@ enum {
     DPOI_WINO_CHUNK = 32,                 /* channels of x at a time */
     DPOI_WINO_ROWS  = 16,                 /* the most tiles of a strip, of any instruction set */
     DPOI_WINO_TILES = 64,                 /* the most tiles of a job, */
-    DPOI_WINO_SPAN  = 8,                  /* and panels */
+    DPOI_WINO_SPAN  = 10,                 /* and panels */
     DPOI_WINO_AHEAD = 96,                 /* the most lines that are called for while six points are summed */
     DPOI_WINO_SLOTS = 256                 /* the most threads that get scratch */
 };
@@ -12616,7 +12617,7 @@ DPOI_AVX512 DPOI_INLINE void dpoi_wino_dot_512(const float *v, int64_t step, int
     for (v += R*8; n > 0; n -= 16, v += step)
         for (int64_t k = 0; k < 16 && k < n; k++, u += 16) {
             __m512 w = _mm512_loadu_ps(u);
-            DPOI_FETCH(v + 256 - R*8 + k*R);    /* of the next point */
+            if (R < 16) DPOI_FETCH(v + 256 - R*8 + k*R);          /* of the next point; 16 leave no room to load */
 #define DPOI_FMA(i) if (i < R) c##i = _mm512_fmadd_ps(_mm512_set1_ps(v[(i - R/2)*16 + k]), w, c##i);
             DPOI_ROWS16(DPOI_FMA)
         }
@@ -15535,7 +15536,8 @@ static void dpoi_attention_unit_avx512(const dpoi_attention *g, float *work, int
 enum {
     DPOI_ATTENTION_JOBS = 64,
     DPOI_HEADS = 16,                      /* jobs that backward wants: the keys of fewer heads are cut into parts */
-    DPOI_NEAR = 160000                    /* floats of k and v that stay in a second-level cache */
+    DPOI_NEAR = 160000,                   /* floats of k and v that stay in a second-level cache, */
+    DPOI_BACK_NEAR = 100000               /* and of q, of which there are do and dq, too */
 };
 
 /* Rows of dq that a job gathers. */
@@ -15802,12 +15804,14 @@ DPOI_AVX512 static void dpoi_back_half(const dpoi_attention *g, const dpoi_keys 
     if (g->dq) dpoi_back_dq(b, b->dq + i0*b->wide);
 }
 
-/* Keys number i of the head: all of their gradients, and what they add to dq. */
-DPOI_AVX512 static void dpoi_back_keys(const dpoi_attention *g, dpoi_keys *b, float *work, int64_t i)
+/* Keys number i of the head: their gradients from queries first..end-1, and what they add to dq. */
+DPOI_AVX512 static void dpoi_back_keys(const dpoi_attention *g, dpoi_keys *b, float *work, int64_t i, int64_t first,
+                                       int64_t end)
 {
     const __m512 one = _mm512_set1_ps(1), scale = _mm512_set1_ps(g->scale);
     float factor[2][16];
-    int64_t size = DPOI_LANES*dpoi_pieces(g->d, 8)*8, first;
+    int64_t size = DPOI_LANES*dpoi_pieces(g->d, 8)*8;
+    unsigned add = first ? 7 : g->add;
     b->u = dpoi_unit_of(g, work, b->head, i, g->S, g->T);
     b->ds = b->u.s;
     b->k = b->u.to2 + size;
@@ -15820,14 +15824,14 @@ DPOI_AVX512 static void dpoi_back_keys(const dpoi_attention *g, dpoi_keys *b, fl
         dpoi_lanes_pack(g->k + at, g->D, lanes, g->d, g->scale*DPOI_LOG2E, b->u.pack + p*g->d);
         dpoi_lanes_pack(g->v + at, g->D, lanes, g->d, 1, b->u.pack2 + p*g->d);
     }
-    first = g->causal ? b->u.first/DPOI_HALF*DPOI_HALF : 0;         /* queries before these see none of the keys */
-    for (int64_t i0 = first; i0 < g->T; i0 += DPOI_HALF) dpoi_back_half(g, b, i0);
+    if (g->causal) first = dpoi_most(first, b->u.first/DPOI_HALF*DPOI_HALF);   /* those before see none of the keys */
+    for (int64_t i0 = first; i0 < end; i0 += DPOI_HALF) dpoi_back_half(g, b, i0);
     _mm512_storeu_ps(factor[0], scale);
     _mm512_storeu_ps(factor[1], one);
     for (int64_t p = 0; p < b->u.wide; p += 16) {
         int64_t at = b->u.at + p*g->D, lanes = dpoi_least(16, b->u.lanes - p);
-        if (g->dk) dpoi_lanes_unpack(b->u.to + p, factor[0], lanes, g->d, g->dk + at, g->D, (int)(g->add >> 1 & 1));
-        if (g->dv) dpoi_lanes_unpack(b->u.to2 + p, factor[1], lanes, g->d, g->dv + at, g->D, (int)(g->add >> 2 & 1));
+        if (g->dk) dpoi_lanes_unpack(b->u.to + p, factor[0], lanes, g->d, g->dk + at, g->D, (int)(add >> 1 & 1));
+        if (g->dv) dpoi_lanes_unpack(b->u.to2 + p, factor[1], lanes, g->d, g->dv + at, g->D, (int)(add >> 2 & 1));
     }
 }
 
@@ -15867,18 +15871,25 @@ DPOI_AVX512 static void dpoi_back_store(const dpoi_attention *g, int64_t head, i
         }
 }
 
-/* Unit number `unit`: a head, or one of g->parts of its keys, whose shares of dq are still to be added up. */
+/* Unit number `unit`: a head, or one of g->parts of its keys, whose shares of dq are still to be added up.  All keys
+   meet a range of queries before the next: q, do and dq of the range stay in the second-level cache. */
 static void dpoi_back_unit(const dpoi_attention *g, float *work, int64_t unit)
 {
     dpoi_keys b;
     int64_t part = unit % g->parts, blocks = dpoi_tile_groups(g->S);
+    int64_t ranges = dpoi_pieces(g->T*g->d, DPOI_BACK_NEAR);
+    int64_t range = dpoi_pieces(dpoi_pieces(g->T, ranges), DPOI_TILE_ROWS)*DPOI_TILE_ROWS;
     b.head = unit/g->parts;
     b.wide = dpoi_pieces(g->d, 16)*16;
     b.dq = work + dpoi_attention_scratch(g) - dpoi_back_rows(g)*b.wide;
-    b.begun = g->causal && part;          /* the first queries see none of these keys */
-    if (b.begun) memset(b.dq, 0, (size_t)(dpoi_back_rows(g)*b.wide)*sizeof(float));
-    for (int64_t i = blocks*part/g->parts; i < blocks*(part + 1)/g->parts; i++, b.begun = 1)
-        dpoi_back_keys(g, &b, work, i);
+    int begun = g->causal && part;        /* the first queries see none of these keys */
+    if (begun) memset(b.dq, 0, (size_t)(dpoi_back_rows(g)*b.wide)*sizeof(float));
+    for (int64_t first = 0, end; first < g->T; first = end) {
+        end = dpoi_least(g->T, first + range);
+        b.begun = begun;
+        for (int64_t i = blocks*part/g->parts; i < blocks*(part + 1)/g->parts; i++, b.begun = 1)
+            dpoi_back_keys(g, &b, work, i, first, end);
+    }
     if (g->dq && g->parts == 1) dpoi_back_store(g, b.head, 0, g->T, b.dq, 0);
 }
 static void dpoi_back_task(void *arg, int64_t job)
