@@ -1973,12 +1973,13 @@ static void dpoi_trim(dpo_ctx *c)
 }
 
 /* A new region of at least `size`: small requests share one that grows with what is held, large ones stand alone.
-   share = held/16 + 256 KB, at most 32 MB: what lies idle stays a small part of what is held, and a model of a
-   thousand small tensors asks the backend a few dozen times.  Three attempts: the share, the bare size, the bare size
+   share = held/16 + 256 KB, at most 256 MB: what lies idle stays a small part of what is held, and a model of a
+   thousand small tensors asks the backend a few dozen times.  What a step frees can join only inside a region: shares of
+   32 MB made a step of all weights of SD1.5 hold 100 MB more.  Three attempts: the share, the bare size, the bare size
    after giving back what is idle.  Idle regions are kept until then: the next step wants them again. */
 static dpoi_block *dpoi_region(dpo_ctx *c, size_t size)
 {
-    size_t      share = c->held / 16 + ((size_t)1 << 18), most = (size_t)32 << 20, bytes;
+    size_t      share = c->held / 16 + ((size_t)1 << 18), most = (size_t)256 << 20, bytes;
     dpoi_block *b = dpoi_block_struct(c);
     if (!b) return NULL;
     if (share > most) share = most;
