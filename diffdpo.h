@@ -12828,6 +12828,69 @@ DPOI_256 static void dpoi_wino_output_256(const float *c, int64_t step, const dp
         }
     }
 }
+
+/* ---- for the gradient of weights, 8 channels side by side whatever the set: they are few */
+
+/* A y of 8 channels, to[point*step]:  y0,  (y0 + a^2 y2) +- a (y1 + a^2 y3),  the same with b,  y3 */
+DPOI_256 DPOI_INLINE void dpoi_wino_y_256(dpoi_f256 y0, dpoi_f256 y1, dpoi_f256 y2, dpoi_f256 y3, float *to, int64_t step)
+{
+    const dpoi_f256 a = dpoi_all_256(DPOI_WINO_A), aa = dpoi_all_256(DPOI_WINO_AA);
+    const dpoi_f256 b = dpoi_all_256(DPOI_WINO_B), bb = dpoi_all_256(DPOI_WINO_BB);
+    dpoi_f256 even = dpoi_fma_256(aa, y2, y0), odd = dpoi_fma_256(aa, y3, y1);
+    dpoi_write_256(to, y0);
+    dpoi_write_256(to + step, dpoi_fma_256(a, odd, even));
+    dpoi_write_256(to + 2*step, dpoi_fnma_256(a, odd, even));
+    even = dpoi_fma_256(bb, y2, y0);
+    odd  = dpoi_fma_256(bb, y3, y1);
+    dpoi_write_256(to + 3*step, dpoi_fma_256(b, odd, even));
+    dpoi_write_256(to + 4*step, dpoi_fnma_256(b, odd, even));
+    dpoi_write_256(to + 5*step, y3);
+}
+
+/* e[point*step] = A dY A^T of one tile, at[16] its pixels, n channels from k on, at most 8; zeros for the others. */
+DPOI_256 static void dpoi_wino_result_256(const float *const *at, int64_t k, int64_t n, float *e, int64_t step)
+{
+    float half[24*8];                     /* A dY: [6][4][8] */
+#define DPOI_PIXEL(y) dpoi_load_256(at[y*4 + x] + k, n)
+    for (int x = 0; x < 4; x++)
+        dpoi_wino_y_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), half + x*8, 4*8);
+#undef DPOI_PIXEL
+#define DPOI_PIXEL(x) dpoi_read_256(half + (y*4 + x)*8)
+    for (int y = 0; y < 6; y++)
+        dpoi_wino_y_256(DPOI_PIXEL(0), DPOI_PIXEL(1), DPOI_PIXEL(2), DPOI_PIXEL(3), e + y*6*step, step);
+#undef DPOI_PIXEL
+}
+
+/* G^T s of 8 channels, s[point*step]:  s0 + ka (s1 + s2) + kb (s3 + s4),  ka a (s1 - s2) + kb b (s3 - s4),
+     ka a^2 (s1 + s2) + kb b^2 (s3 + s4) + s5 */
+DPOI_256 DPOI_INLINE void dpoi_wino_g_256(const float *s, int64_t step, dpoi_f256 *w)
+{
+    const dpoi_f256 ka = dpoi_all_256(DPOI_WINO_KA), kb = dpoi_all_256(DPOI_WINO_KB);
+    dpoi_f256 s1 = dpoi_read_256(s + step), s2 = dpoi_read_256(s + 2*step);
+    dpoi_f256 s3 = dpoi_read_256(s + 3*step), s4 = dpoi_read_256(s + 4*step);
+    dpoi_f256 even = dpoi_mul_256(ka, dpoi_add_256(s1, s2)), even2 = dpoi_mul_256(kb, dpoi_add_256(s3, s4));
+    dpoi_f256 odd  = dpoi_mul_256(ka, dpoi_sub_256(s1, s2)), odd2  = dpoi_mul_256(kb, dpoi_sub_256(s3, s4));
+    w[0] = dpoi_add_256(dpoi_read_256(s), dpoi_add_256(even, even2));
+    w[1] = dpoi_fma_256(dpoi_all_256(DPOI_WINO_A), odd, dpoi_mul_256(dpoi_all_256(DPOI_WINO_B), odd2));
+    even = dpoi_fma_256(dpoi_all_256(DPOI_WINO_AA), even, dpoi_mul_256(dpoi_all_256(DPOI_WINO_BB), even2));
+    w[2] = dpoi_add_256(dpoi_read_256(s + 5*step), even);
+}
+
+/* dw[place*tap] = G^T s G of 8 channels, or +=, for the nine places of the kernel. */
+DPOI_256 static void dpoi_wino_taps_256(const float *s, int64_t step, float *dw, int64_t tap, int add)
+{
+    float half[18*8];                     /* G^T s: [3][6][8] */
+    dpoi_f256 w[3];
+    for (int x = 0; x < 6; x++) {
+        dpoi_wino_g_256(s + x*step, 6*step, w);
+        for (int y = 0; y < 3; y++) dpoi_write_256(half + (y*6 + x)*8, w[y]);
+    }
+    for (int y = 0; y < 3; y++) {
+        dpoi_wino_g_256(half + y*6*8, 8, w);
+        for (int x = 0; x < 3; x++, dw += tap)
+            dpoi_write_256(dw, add ? dpoi_add_256(w[x], dpoi_read_256(dw)) : w[x]);
+    }
+}
 #endif /* DPOI_SIMD_256 */
 
 /* ---- whichever set there is; the plain path ends before */
@@ -12835,15 +12898,34 @@ DPOI_256 static void dpoi_wino_output_256(const float *c, int64_t step, const dp
 /* Tiles of a strip. */
 static int dpoi_wino_rows(const dpoi_cpu *cpu) { return cpu->isa >= DPO_ISA_AVX512 ? 16 : 6; }
 
-static void dpoi_wino_input(const dpoi_cpu *cpu, const float *const *at, int64_t k, int64_t n, float *v)
+/* 16 channels from k on, of which n are there; points of v are `step` apart. */
+static void dpoi_wino_input(const dpoi_cpu *cpu, const float *const *at, int64_t k, int64_t n, float *v, int64_t step)
 {
-    (void)cpu;  (void)at;  (void)k;  (void)n;  (void)v;
+    (void)cpu;  (void)at;  (void)k;  (void)n;  (void)v;  (void)step;
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_input_512(at, k, dpoi_least(n, 16), v, 16*16);  return; }
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_input_512(at, k, dpoi_least(n, 16), v, step);  return; }
 #endif
 #ifdef DPOI_SIMD_256
-    dpoi_wino_input_256(at, k, n, v, 6*16);
-    dpoi_wino_input_256(at, k + 8, n - 8, v + 8, 6*16);
+    dpoi_wino_input_256(at, k, n, v, step);
+    dpoi_wino_input_256(at, k + 8, n - 8, v + 8, step);
+#endif
+}
+
+/* The same of a tile of a result's gradient. */
+static void dpoi_wino_result(const float *const *at, int64_t k, int64_t n, float *e, int64_t step)
+{
+    (void)at;  (void)k;  (void)n;  (void)e;  (void)step;
+#ifdef DPOI_SIMD_256
+    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_result_256(at, k + o, n - o, e + o, step);
+#endif
+}
+
+/* One channel i of a panel of weights; places are `tap` floats apart. */
+static void dpoi_wino_taps(const float *s, int64_t step, float *dw, int64_t tap, int add)
+{
+    (void)s;  (void)step;  (void)dw;  (void)tap;  (void)add;
+#ifdef DPOI_SIMD_256
+    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_taps_256(s + o, step, dw + o, tap, add);
 #endif
 }
 
@@ -12925,7 +13007,7 @@ static void dpoi_wino_read(const dpoi_winograd *w, const dpoi_wino_job *g)
         for (int64_t i = 0; i < tiles; i++) dpoi_wino_seen(w, t + i, g->k, at + 36*i);
         for (int64_t j = 0; j < g->n; j += 16)
             for (int64_t i = 0; i < tiles; i++)
-                dpoi_wino_input(w->p->cpu, at + 36*i, j, g->n - j, v + j/16*w->v_block + i*16);
+                dpoi_wino_input(w->p->cpu, at + 36*i, j, g->n - j, v + j/16*w->v_block + i*16, w->rows*16);
     }
 }
 
@@ -13108,6 +13190,151 @@ static void dpoi_wino_run(dpoi_cpu_product *p)
     rest.bias = rest.vec = NULL;
     rest.add = p->y;
     dpoi_product_run(&rest);
+}
+
+/* ------------------------------------------------------------------------------------------ gradient of weights
+
+   dw = G^T ( sum over tiles (B^T d B) .* (A dY A^T) ) G:  36 points, each a matrix product I x tiles by tiles x O, with a
+   quarter of the direct sum's multiplications.  A job has 48 channels of x and 48 of dY, so that it sums
+   [36][48][48], 332 KB, in the second-level cache; what it transforms of a few tiles is used up point by point.  In F32
+   the error is that of Winograd's forward, and smaller where sums are long: they have fewer terms. */
+
+enum {
+    DPOI_WINO_WIDE  = 48,                 /* channels of a job, of x and of dY */
+    DPOI_WINO_DEPTH = 32,                 /* tiles between two visits to the sums */
+    DPOI_WINO_PART  = 96                  /* and the fewest of a part, if tiles are cut into parts */
+};
+
+/* Floats from one point to the next of a factor [tiles][48], and of the sums [48][48]: an odd number of lines, else all
+   points of a tile would meet in a few sets of the cache. */
+#define DPOI_WINO_FACTOR (DPOI_WINO_DEPTH*DPOI_WINO_WIDE + 16)
+#define DPOI_WINO_SUM    (DPOI_WINO_WIDE*DPOI_WINO_WIDE + 16)
+
+/* c: what is common with the direct sum; here a chunk is DEPTH tiles. */
+typedef struct dpoi_wino_outer {
+    dpoi_outer c;
+    dpoi_cpu_product p;                   /* the convolution, whose tiles w counts */
+    dpoi_winograd w;
+    int64_t across, down, chunks;         /* blocks of channels of x, and of dY; of tiles */
+} dpoi_wino_outer;
+
+/* Tiles tile..end-1; `wide` channels of x from i on, panel..last-1 of dY.  v and e: factors; s: sums. */
+typedef struct dpoi_wino_outer_job {
+    int64_t tile, end, i, wide, panel, last;
+    float  *v, *e, *s;
+} dpoi_wino_outer_job;
+
+/* The 4x4 pixels of dY of tile t; those outside are zeros. */
+static void dpoi_wino_dy(const dpoi_wino_outer *t, int64_t tile, const float **at)
+{
+    const dpoi_outer *c = &t->c;
+    dpoi_wino_place o = dpoi_wino_at(&t->w, tile);
+    for (int64_t y = o.y; y < o.y + 4; y++)
+        for (int64_t x = o.x; x < o.x + 4; x++)
+            *at++ = y < t->p.Y && x < t->p.X ? c->dy + ((o.n*t->p.Y + y)*t->p.X + x)*c->O : t->p.zero;
+}
+
+/* Both factors of the job's tiles: v [36][tiles][48] of x, e [36][tiles][48] of dY, 16 channels at a time. */
+static void dpoi_wino_outer_read(const dpoi_wino_outer *t, const dpoi_wino_outer_job *j)
+{
+    const float *at[36];
+    for (int64_t tile = j->tile; tile < j->end; tile++) {
+        int64_t to = (tile - j->tile)*DPOI_WINO_WIDE;
+        dpoi_wino_seen(&t->w, tile, j->i, at);
+        for (int64_t i = 0; i < j->wide; i += DPOI_PANEL)
+            dpoi_wino_input(t->p.cpu, at, i, j->wide - i, j->v + to + i, DPOI_WINO_FACTOR);
+        dpoi_wino_dy(t, tile, at);
+        for (int64_t o = j->panel*DPOI_PANEL; o < j->last*DPOI_PANEL; o += DPOI_PANEL, to += DPOI_PANEL)
+            dpoi_wino_result(at, o, t->c.O - o, j->e + to, DPOI_WINO_FACTOR);
+    }
+}
+
+/* s[point][i][o] = sum over tiles v[point][tile][i] e[point][tile][o], or += with `more`. */
+static void dpoi_wino_outer_sum(const dpoi_wino_outer *t, const dpoi_wino_outer_job *j, int more)
+{
+    int64_t rows = dpoi_tile_rows(t->p.cpu);
+    dpoi_segment g;
+    dpoi_tile k;
+    memset(&k, 0, sizeof k);
+    k.seg = &g;  k.segs = 1;  k.panels = (int)(j->last - j->panel);  k.lanes = DPOI_PANEL;  k.to_step = DPOI_PANEL;
+    g.len = j->end - j->tile;  g.a_step = g.b_step = DPOI_WINO_WIDE;  g.panel_step = DPOI_PANEL;
+    for (int point = 0; point < 36; point++)
+        for (int64_t i = 0; i < j->wide; i += rows) {
+            g.a = j->v + point*DPOI_WINO_FACTOR + i;
+            g.b = j->e + point*DPOI_WINO_FACTOR;
+            k.rows = (int)dpoi_least(rows, j->wide - i);
+            for (int r = 0; r < k.rows; r++) {
+                k.to[r] = j->s + point*DPOI_WINO_SUM + (i + r)*DPOI_WINO_WIDE;
+                k.from[r] = more ? k.to[r] : NULL;
+            }
+            dpoi_tile_run(t->p.cpu, &k, 0, k.panels);
+        }
+}
+
+/* A job: one part of the tiles for a block of channels of x by one of dY. */
+static void dpoi_wino_outer_task(void *arg, int64_t task)
+{
+    dpoi_wino_outer *t = (dpoi_wino_outer *)arg;
+    const dpoi_outer *c = &t->c;
+    int64_t part = task/(t->across*t->down), slot = dpoi_wino_take(&t->w);
+    int64_t first = t->chunks*part/c->parts*DPOI_WINO_DEPTH;
+    int64_t end = dpoi_least(t->w.tiles, t->chunks*(part + 1)/c->parts*DPOI_WINO_DEPTH);
+    float *dw = c->parts == 1 ? c->dw : c->sums + part*c->panels*c->K*DPOI_PANEL;
+    dpoi_wino_outer_job j;
+    j.i = task % t->across*DPOI_WINO_WIDE;
+    j.wide = dpoi_least(DPOI_WINO_WIDE, c->I - j.i);
+    j.panel = task/t->across % t->down*DPOI_TILE_PANELS;
+    j.last = dpoi_least(c->panels, j.panel + DPOI_TILE_PANELS);
+    j.v = t->p.room + slot*t->w.size;  j.e = j.v + 36*DPOI_WINO_FACTOR;  j.s = j.e + 36*DPOI_WINO_FACTOR;
+    for (j.tile = first; j.tile < end; j.tile = j.end) {
+        j.end = dpoi_least(end, j.tile + DPOI_WINO_DEPTH);
+        dpoi_wino_outer_read(t, &j);
+        dpoi_wino_outer_sum(t, &j, j.tile > first);
+    }
+    for (int64_t panel = j.panel; panel < j.last; panel++)
+        for (int64_t i = 0; i < j.wide; i++)
+            dpoi_wino_taps(j.s + i*DPOI_WINO_WIDE + (panel - j.panel)*DPOI_PANEL, DPOI_WINO_SUM,
+                           dw + (panel*c->K + j.i + i)*DPOI_PANEL, c->I*DPOI_PANEL, c->parts == 1 && c->add);
+    dpoi_word_store(&t->w.busy[slot], 0);
+}
+
+/* Whether dw comes here; what is cut is cut by shape alone.  dy may be NULL while only sizes are asked for. */
+static int dpoi_wino_outer_of(dpoi_wino_outer *t, dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
+{
+    int64_t jobs;
+    memset(t, 0, sizeof *t);
+    t->p = dpoi_product_of(cpu, g, g->x, NULL, O, NULL);
+    if (!dpoi_wino_fits(&t->p)) return 0;
+    t->c = dpoi_outer_of(cpu, g, O);
+    t->w.p      = &t->p;
+    t->w.across = dpoi_pieces(g->X, 4);
+    t->w.tiles  = g->N*t->w.across*dpoi_pieces(g->Y, 4);
+    t->chunks   = dpoi_pieces(t->w.tiles, DPOI_WINO_DEPTH);
+    t->across   = dpoi_pieces(g->I, DPOI_WINO_WIDE);
+    t->down     = dpoi_pieces(t->c.panels, DPOI_TILE_PANELS);
+    jobs        = t->across*t->down;
+    t->c.parts  = dpoi_most(1, dpoi_least(dpoi_pieces(DPOI_PARTS, jobs), t->w.tiles/DPOI_WINO_PART));
+    t->w.size   = 36*(2*DPOI_WINO_FACTOR + DPOI_WINO_SUM);
+    t->w.slots  = dpoi_most(1, dpoi_least(dpoi_least(cpu->threads, jobs*t->c.parts), DPOI_WINO_SLOTS));
+    return 1;
+}
+
+/* Floats of scratch. */
+static int64_t dpoi_wino_outer_work(const dpoi_wino_outer *t)
+{
+    return t->w.slots*t->w.size + dpoi_outer_work(&t->c);
+}
+
+/* Two passes where tiles were cut into parts. */
+static void dpoi_wino_outer_run(dpoi_wino_outer *t, const float *x, const float *dy, float *dw, int add, float *work)
+{
+    dpoi_outer *c = &t->c;
+    t->p.source[0].x = x;
+    t->p.room = work;
+    c->dy = dy;  c->dw = dw;  c->add = add;  c->sums = work + t->w.slots*t->w.size;
+    dpoi_parallel(t->p.cpu, c->parts*t->across*t->down, dpoi_wino_outer_task, t);
+    if (c->parts > 1)
+        dpoi_parallel(t->p.cpu, dpoi_pieces(c->panels*c->K*DPOI_PANEL, DPOI_PIECE), dpoi_outer_combine_task, c);
 }
 /* ==========================================================================================================
    >>impl amx                                                              products of BF16 numbers in tiles
@@ -14655,24 +14882,27 @@ static dpoi_gradient dpoi_gradient_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t
 }
 
 /* Floats of scratch. */
-static int64_t dpoi_gradient_work(const dpoi_conv *g, const dpoi_gradient *p)
+static int64_t dpoi_gradient_work(dpoi_cpu *cpu, const dpoi_conv *g, const dpoi_gradient *p)
 {
+    dpoi_wino_outer w;
 #ifdef DPOI_SIMD_AMX
     if (g->amx) return dpoi_amx_outer_work(&p->amx);
 #endif
-    (void)g;
+    if (dpoi_wino_outer_of(&w, cpu, g, p->O)) return dpoi_wino_outer_work(&w);
     return dpoi_outer_work(&p->wide);
 }
 
 /* The gradient of input i of p->x and p->dy.  Kernels too large to be packed are left to plain C. */
 static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *p, int i, float *work)
 {
+    dpoi_wino_outer w;
     p->dw  = (float *)g->a->din[i].data;
     p->add = (int)(g->a->add >> i & 1);
 #ifdef DPOI_SIMD_AMX
     if (g->amx) { dpoi_gradient_amx(cpu, g, p, work);  return; }
 #endif
-    if (dpoi_outer_fits(g)) dpoi_outer_run(&p->wide, p->x, p->dy, p->dw, p->add, work);
+    if (dpoi_wino_outer_of(&w, cpu, g, p->O)) dpoi_wino_outer_run(&w, p->x, p->dy, p->dw, p->add, work);
+    else if (dpoi_outer_fits(g)) dpoi_outer_run(&p->wide, p->x, p->dy, p->dw, p->add, work);
     else dpoi_plain_weights(cpu, g, p->dy, p->O, p->dw, p->add);
 }
 
@@ -14769,15 +14999,15 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     p.chunks = dpoi_pieces(g->Y*g->X, DPOI_SUMS);
     p.w = dpoi_gradient_of(cpu, g, g->O);
     if (g->a->din[0].data) step = dpoi_conv_dx_work(cpu, g);
-    if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(g, &p.w));
+    if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(cpu, g, &p.w));
     if (g->a->din[2].data || g->a->din[3].data) step = dpoi_most(step, g->N*p.chunks*g->O);
     if (g->r) {
         p.down = dpoi_gradient_of(cpu, g, g->r);
         p.up   = dpoi_gradient_of(cpu, &u, g->O);
         y      = dpoi_adapter_product(cpu, g, NULL, NULL);
         step   = dpoi_most(step, dpoi_flip_room(g, g->r, g->O) + dpoi_conv_room(g, &y));
-        step   = dpoi_most(step, dpoi_gradient_work(g, &p.down));
-        step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(&u, &p.up));
+        step   = dpoi_most(step, dpoi_gradient_work(cpu, g, &p.down));
+        step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(cpu, &u, &p.up));
     }
     p.end = p.step + step;
     return p;

@@ -488,17 +488,18 @@ static void start_3x3(test_case *t, const char *text, const int *s, int pad, uin
 
 /* 3x3 kernels of stride 1 that are done tile by tile: more tiles, channels and panels than one job takes, channels and
    pixels that end within a tile.  The oracle sums in double; `exact` is what F32 and the transforms may cost, relative to
-   the largest result. */
+   the largest result.  Gradients of x and of weights; the seventh is large enough for tiles to be cut into parts. */
 static void test_winograd(uint64_t *seed, int n)
 {
     static const int shape[][6] = {       /* N, H, W, I, O, padding */
         { 1, 27, 22, 150, 70, 1 }, { 3, 8, 8, 300, 117, 1 }, { 2, 9, 14, 16, 8, 0 }, { 2, 17, 8, 33, 130, 1 },
-        { 1, 8, 16, 17, 40, 1 }, { 1, 12, 12, 20, 25, 1 }          /* 8 and 9 tiles: half a strip, and one more */
+        { 1, 8, 16, 17, 40, 1 }, { 1, 12, 12, 20, 25, 1 },         /* 8 and 9 tiles: half a strip, and one more */
+        { 2, 39, 44, 20, 24, 1 }
     };
-    const int *s = shape[n % 6];
+    const int *s = shape[n % 7];
     int64_t N = s[0], H = s[1], W = s[2], I = s[3], O = s[4];
     const double exact = 4e-6;
-    unsigned wanted = 1;
+    unsigned wanted = 3, add = n % 2 ? 3 : 0;
     test_case t;
     test_result o, g, r;
     float *dout;
@@ -518,10 +519,10 @@ static void test_winograd(uint64_t *seed, int n)
     t.a.p.conv.act = DPO_NONE;
     dout = (float *)malloc(o.count[0]*4 + 1);
     for (size_t i = 0; i < o.count[0]; i++) dout[i] = test_float(seed);
-    g = backward(ways[0], &t, &o, dout, wanted, 0);
+    g = backward(ways[0], &t, &o, dout, wanted, add);
     for (int w = 1; w < WAYS; w++) {
         if (!ways[w]) continue;
-        r = backward(ways[w], &t, &o, dout, wanted, 0);
+        r = backward(ways[w], &t, &o, dout, wanted, add);
         snprintf(text, sizeof text, "backward, %s, %d threads", isa_names[w/2], w % 2 ? 3 : 1);
         compare(&t, text, &r, &g, exact);
         free_result(&r);
@@ -1483,7 +1484,7 @@ int main(int argc, char **argv)
     }
     for (int act = DPO_NONE; act < DPO_ACTS; act++) test_act(&seed, act);
     test_act_limits();
-    for (int i = 0; i < 12; i++) test_winograd(&seed, i);
+    for (int i = 0; i < 14; i++) test_winograd(&seed, i);
     for (int i = 0; i < 4; i++) test_attention_long(&seed);
     test_group_norm(&seed, DPO_SILU, 2500, 0);            /* many chunks */
     test_group_norm(&seed, DPO_NONE, 3001, 40);
