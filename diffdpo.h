@@ -231,7 +231,8 @@ struct dpo_tensor {
     int         panel, pairs;             /* 0, or weights of a product stored as panels (see dpo_view) */
     int         needs_grad;
     void       *data;
-    dpo_tensor *grad;                     /* same shape and layout, F32; NULL until backward reached it */
+    dpo_tensor *grad;                     /* same shape and layout, F32; NULL until backward reached it, and, but for
+                                             parameters, when the scope of that backward has ended */
     const char *name;                     /* a parameter's name in its file; NULL for others */
     dpo_ctx    *ctx;
     struct dpoi_block *block;             /* private from here on: what holds data, */
@@ -1708,6 +1709,7 @@ typedef struct dpoi_node {
     struct dpoi_node *prev, *next;        /* persistent ones; free ones by next alone */
     void  *host;                          /* host memory that goes with it, from dpo_scope_alloc */
     size_t host_bytes;
+    dpo_tensor *of;                       /* a gradient's tensor, where both are temporaries */
 } dpoi_node;
 
 #define DPOI_BINS 48                      /* the last bin takes all of 2^47 bytes and more */
@@ -6073,6 +6075,7 @@ DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
     while (c->temp_count > scope) {
         dpoi_node *n = c->temps[--c->temp_count];
         if (&n->t == keep) { kept = n; continue; }
+        if (n->of && n->of->grad == &n->t) n->of->grad = NULL;           /* a tensor of an outer scope */
         dpoi_drop_data(&n->t);
         if (n->host) dpoi_release(c, n->host, n->host_bytes);  /* dpo_scope_alloc's */
         dpoi_node_spare(c, n);
@@ -6522,7 +6525,8 @@ static dpo_tensor *dpoi_grad_new(dpo_tensor *x, int dtype, dpoi_block *share)
 {
     dpo_ctx *c = x->ctx;
     if (x->persistent) return x->grad = dpoi_persistent(c, dtype, x->rank, x->shape, x->panel, NULL);
-    return x->grad = dpoi_temp(c, dtype, x->rank, x->shape, x->panel, share);
+    if ((x->grad = dpoi_temp(c, dtype, x->rank, x->shape, x->panel, share))) ((dpoi_node *)x->grad)->of = x;
+    return x->grad;
 }
 
 /* y = x, or with `add` y += x; y is F32, x alike but perhaps BF16: the backward of an affine op.

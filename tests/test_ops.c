@@ -565,6 +565,23 @@ static void check_panels(dpo_ctx *c)
     dpo_param_free(w);
 }
 
+/* A gradient that backward made in an inner scope, of a tensor of an outer one: gone with that scope, and made again. */
+static void check_scopes(dpo_ctx *c)
+{
+    int64_t     n = 3, scope = dpo_scope(c);
+    float       value[3] = { 1, 2, 3 }, got[3];
+    dpo_tensor *x = dpo_tensor_from(c, DPO_F32, 1, &n, value), *dy = dpo_tensor_from(c, DPO_F32, 1, &n, value);
+    x->needs_grad = 1;
+    for (int k = 0; k < 3; k++) {
+        int64_t inner = dpo_scope(c);
+        dpo_backward_from(dpo_affine(c, x, 2, 0), dy);
+        CHECK(!dpo_error(c) && x->grad && dpo_read(x->grad, got) && got[2] == 6, "scope %d: gradient %g", k, x->grad ? got[2] : 0);
+        dpo_scope_end(c, inner, NULL);
+        CHECK(!x->grad, "a gradient outlived its scope");
+    }
+    dpo_scope_end(c, scope, NULL);
+}
+
 static void check_misuse(dpo_ctx *c)
 {
     int64_t     a = 3, b = 4, scope = dpo_scope(c);
@@ -714,6 +731,7 @@ static void check_device(dpo_desc *d, const char *name, uint64_t *rng)
         dpo_clear_error(c);
     }
     check_segments(c);
+    check_scopes(c);
     check_misuse(c);
     dpo_close(c);
 }
