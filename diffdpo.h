@@ -12233,9 +12233,10 @@ static dpoi_source dpoi_source_pixel(const dpoi_conv *g, const float *x, const f
    is already a piece of a panel. */
 
 enum {
-    DPOI_PIXELS = 192,                    /* pixels between two visits to dw: 48 channels of dy fill 36 KiB */
+    DPOI_PIXELS = 192,                    /* the most pixels between two visits to dw */
     DPOI_RUNS   = 32,                     /* image rows in them */
-    DPOI_ROOM   = 12288,                  /* floats of packed x */
+    DPOI_ROOM   = 24576,                  /* the most floats of packed x */
+    DPOI_BEFORE = 16,                     /* pixels between a line that is called for and its use */
     DPOI_WIDE   = DPOI_TILE_PANELS*DPOI_PANEL,
     DPOI_PARTS  = 64                      /* jobs wanted: fewer tiles than these, and pixels are cut into parts */
 };
@@ -12251,9 +12252,10 @@ typedef struct dpoi_outer {
     int64_t panels, groups, tiles, parts; /* of dy, of x, of pixels */
     int64_t wide, span, x_size;           /* a job: groups of panels, tiles of i; floats of packed x a tile */
     int64_t rows, step;                   /* channels a tile, and floats a packed pixel */
+    int64_t pixels, room, share;          /* the most of a chunk, of packed x, and of tiles of a 1x1 kernel's job */
 } dpoi_outer;
 
-/* What a job has at hand: a chunk of pixels of dy and of x, packed.  86 KiB, on its stack. */
+/* What a job has at hand: a chunk of pixels of dy and of x, packed.  134 KiB, on its stack. */
 typedef struct dpoi_outer_job {
     float   dy[DPOI_PIXELS*DPOI_WIDE], x[DPOI_ROOM];
     dpoi_segment seg[DPOI_RUNS];
@@ -12268,6 +12270,8 @@ static void dpoi_outer_pack(const dpoi_outer *p, int64_t o, int64_t width, int64
         const float *dy = p->dy + (u/p->pieces*p->X + from)*p->O + o;
         for (; from < to; from++, dy += p->O, b += DPOI_WIDE) {
             int64_t i = 0;
+            for (; i < width; i += DPOI_PANEL) DPOI_FETCH(dy + DPOI_BEFORE*p->O + i);
+            i = 0;
             for (; i + DPOI_PANEL <= width; i += DPOI_PANEL) memcpy(b + i, dy + i, DPOI_PANEL*sizeof(float));
             for (; i < width; i++) b[i] = dy[i];
             for (; i < dpoi_pieces(width, DPOI_PANEL)*DPOI_PANEL; i++) b[i] = 0;
@@ -12290,10 +12294,12 @@ static float *dpoi_outer_pack_row(const dpoi_outer *p, const float *x, int64_t v
     if (!x || begin > from || end < to || valid < p->step) memset(y, 0, (size_t)size*sizeof(float));
     if (!x || begin >= end) return y + size;
     x += begin*p->I;
-    for (float *at = y + (begin - from)*p->step; begin < end; begin++, x += p->I, at += p->step)
+    for (float *at = y + (begin - from)*p->step; begin < end; begin++, x += p->I, at += p->step) {
+        DPOI_FETCH(x + DPOI_BEFORE*p->I + valid - 1);
         if (valid == DPOI_TILE_ROWS) memcpy(at, x, DPOI_TILE_ROWS*sizeof(float));
         else if (valid == 8) memcpy(at, x, 8*sizeof(float));
         else for (int64_t i = 0; i < valid; i++) at[i] = x[i];
+    }
     return y + size;
 }
 
@@ -12408,14 +12414,19 @@ static int64_t dpoi_outer_size(const dpoi_outer *p)
 }
 
 /* Whether one pixel's surroundings fit where a job packs them. */
-static int dpoi_outer_fits(const dpoi_conv *g) { return 2*g->kh*g->kw*DPOI_TILE_ROWS <= DPOI_ROOM; }
+static int dpoi_outer_fits(const dpoi_conv *g) { return 4*g->kh*g->kw*DPOI_TILE_ROWS <= DPOI_ROOM; }
 
-/* x [N,H,W,I] through g's window against dy [N,Y,X,O].  Cut by shape alone; a 1x1 kernel sees one long row. */
+/* x [N,H,W,I] through g's window against dy [N,Y,X,O].  Cut by shape alone; a 1x1 kernel sees one long row.
+   Packing is paid by what a packed number is multiplied with: tiles of 14 x 48 want many pixels for each visit to dw;
+   of 6 x 16, many tiles, and a chunk of dy (18 KiB) that stays in the first-level cache for all of them, unless one
+   visit is enough. */
 static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
 {
     dpoi_outer p;
     int64_t jobs;
+    int     wide = cpu->isa >= DPO_ISA_AVX512;
     memset(&p, 0, sizeof p);
+    p.pixels = wide || g->M <= DPOI_PIXELS ? DPOI_PIXELS : 96;  p.room = wide ? 12288 : DPOI_ROOM;  p.share = wide ? 16 : 32;
     p.cpu = cpu;  p.N = g->N;  p.H = g->H;  p.W = g->W;  p.I = g->I;  p.Y = g->Y;  p.X = g->X;  p.O = O;
     p.kh = g->kh;  p.kw = g->kw;  p.stride = g->stride;  p.top = g->top;  p.left = g->left;  p.K = g->K;
     if (p.K == p.I && p.stride == 1 && !p.top && !p.left && p.H == p.Y && p.W == p.X) {
@@ -12424,16 +12435,16 @@ static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
     }
     p.rows   = dpoi_tile_rows(cpu);
     p.step   = dpoi_tile_step(cpu);
-    p.piece  = dpoi_most(1, dpoi_least(DPOI_PIXELS, (DPOI_ROOM/p.step/p.kh - p.kw)/p.stride + 1));
+    p.piece  = dpoi_most(1, dpoi_least(p.pixels, (p.room/p.step/p.kh - p.kw)/p.stride + 1));
     p.pieces = dpoi_pieces(p.X, p.piece);
     p.units  = p.N*p.Y*p.pieces;
-    p.chunk  = p.X > p.piece ? 1 : dpoi_least(DPOI_RUNS, DPOI_PIXELS/p.X);
+    p.chunk  = p.X > p.piece ? 1 : dpoi_least(DPOI_RUNS, p.pixels/p.X);
     if (p.chunk > p.Y) p.chunk -= p.chunk % p.Y;
-    while ((p.x_size = dpoi_outer_size(&p)) > DPOI_ROOM && p.chunk > 1) p.chunk--;
+    while ((p.x_size = dpoi_outer_size(&p)) > p.room && p.chunk > 1) p.chunk--;
     p.panels = dpoi_pieces(O, DPOI_PANEL);
     p.groups = dpoi_tile_groups(O);
     p.tiles  = dpoi_pieces(p.I, p.rows);
-    p.span   = dpoi_most(1, dpoi_least(dpoi_pieces(16, p.kh*p.kw), DPOI_ROOM/p.x_size));
+    p.span   = dpoi_most(1, dpoi_least(dpoi_pieces(p.share, p.kh*p.kw), p.room/p.x_size));
     p.span   = dpoi_pieces(p.tiles, dpoi_pieces(p.tiles, p.span));
     p.wide   = p.kh*p.kw == 1 ? 4 : 1;    /* one place of the kernel alone would not make up for packing x */
     p.wide   = dpoi_pieces(p.groups, dpoi_pieces(p.groups, p.wide));
