@@ -12538,6 +12538,7 @@ static void dpoi_flip_task(void *arg, int64_t task)
 
 enum {
     DPOI_WINO_CHUNK = 32,                 /* channels of x at a time */
+    DPOI_WINO_POINT = 32*16 + 16,         /* floats from one point of u to the next: an odd number of lines */
     DPOI_WINO_ROWS  = 16,                 /* the most tiles of a strip, of any instruction set */
     DPOI_WINO_TILES = 64,                 /* the most tiles of a job, */
     DPOI_WINO_SPAN  = 10,                 /* and panels */
@@ -12549,7 +12550,7 @@ enum {
 #define DPOI_WINO_AA 0.444444444f
 #define DPOI_WINO_BB 2.25f
 
-/* v [strips][chunk/16][36][rows][16], u [6][chunk][16], c [strips][panels of a job][36][rows][16]: what one transform
+/* v [strips][chunk/16][36][rows][16], u [6][chunk + 1][16], c [strips][panels of a job][36][rows][16]: what one transform
    writes lies within a few pages, and what it writes of a strip fits the first-level cache. */
 typedef struct dpoi_winograd {
     dpoi_cpu_product *p;
@@ -12948,10 +12949,10 @@ static void dpoi_wino_weights(const dpoi_cpu *cpu, const float *w, int64_t tap, 
 {
     (void)cpu;  (void)w;  (void)tap;  (void)row;  (void)n;  (void)u;
 #ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_weights_512(w, tap, row, n, u, DPOI_WINO_CHUNK*16);  return; }
+    if (cpu->isa >= DPO_ISA_AVX512) { dpoi_wino_weights_512(w, tap, row, n, u, DPOI_WINO_POINT);  return; }
 #endif
 #ifdef DPOI_SIMD_256
-    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, DPOI_WINO_CHUNK*16);
+    for (int o = 0; o < DPOI_PANEL; o += 8) dpoi_wino_weights_256(w + o, tap, row, n, u + o, DPOI_WINO_POINT);
 #endif
 }
 
@@ -13046,21 +13047,29 @@ static void dpoi_wino_wants(const dpoi_winograd *w, const dpoi_wino_job *g, int6
     }
 }
 
-/* c += v u for one chunk of channels and one panel. */
+/* c += v u for one chunk of channels and one panel.  Six rows read the nine places of the kernel, mostly a multiple of
+   4 KiB apart: more lines than one set of an 8-way cache holds, so that they are copied where the cache may have 8. */
 static void dpoi_wino_panel(const dpoi_winograd *w, const dpoi_wino_job *g, int64_t panel)
 {
     const dpoi_source *s = w->p->source;
-    int64_t strips = dpoi_pieces(g->end - g->tile, w->rows), point = w->rows*16;
+    int64_t strips = dpoi_pieces(g->end - g->tile, w->rows), point = w->rows*16, tap = s->I*DPOI_PANEL;
+    const float *from = s->w + (panel*s->K + g->k)*DPOI_PANEL;
+    float copy[9*DPOI_WINO_POINT];
     dpoi_wino_ahead h;
+    if (w->rows < DPOI_WINO_ROWS) {
+        for (int t = 0; t < 9; t++)
+            memcpy(copy + t*DPOI_WINO_POINT, from + t*tap, (size_t)(g->n*DPOI_PANEL)*sizeof(float));
+        from = copy;  tap = DPOI_WINO_POINT;
+    }
     for (int row = 0; row < 6; row++) {
-        dpoi_wino_weights(w->p->cpu, s->w + (panel*s->K + g->k)*DPOI_PANEL, s->I*DPOI_PANEL, row, g->n, g->u);
+        dpoi_wino_weights(w->p->cpu, from, tap, row, g->n, g->u);
         for (int64_t i = 0; i < strips; i++) {
             const float *v = g->v + i*w->v_strip + row*6*point;
             float *c = g->c + i*w->c_strip + ((panel - g->panel)*36 + row*6)*point;
             dpoi_wino_wants(w, g, panel, row, i, strips, &h);
             for (int x = 0; x < 6; x++) {
                 for (int64_t a = h.count*x/6; a < h.count*(x + 1)/6; a++) DPOI_FETCH_FAR(h.at[a]);
-                dpoi_wino_dot(w->p->cpu, v + x*point, w->v_block, g->n, g->u + x*DPOI_WINO_CHUNK*16, c + x*point,
+                dpoi_wino_dot(w->p->cpu, v + x*point, w->v_block, g->n, g->u + x*DPOI_WINO_POINT, c + x*point,
                               g->k > 0, g->end - g->tile - i*w->rows);
             }
         }
@@ -13117,7 +13126,7 @@ static void dpoi_wino_task(void *arg, int64_t i)
     dpoi_wino_job g;
     dpoi_wino_tiles(w, i, &g.tile, &g.end);
     g.panel = p->panels*(i/w->blocks)/w->spans;  g.last = p->panels*(i/w->blocks + 1)/w->spans;
-    g.u = p->room + slot*w->size;  g.v = g.u + 6*DPOI_WINO_CHUNK*16;  g.c = g.u + w->c_at;
+    g.u = p->room + slot*w->size;  g.v = g.u + 6*DPOI_WINO_POINT;  g.c = g.u + w->c_at;
     g.next_tile = g.tile;  g.next_end = g.end;
     for (g.k = 0; g.k < I; g.k += g.n) {
         g.n = dpoi_least(DPOI_WINO_CHUNK, I - g.k);
@@ -13178,7 +13187,7 @@ static void dpoi_wino_of(dpoi_winograd *w, dpoi_cpu_product *p)
     w->v_block = (36*w->rows + 16)*16;    /* 1 KiB more: else all of one point would meet in a few sets of the cache */
     w->v_strip = dpoi_pieces(dpoi_least(DPOI_WINO_CHUNK, p->source[0].I), 16)*w->v_block;
     w->c_strip = dpoi_pieces(p->panels, w->spans)*36*w->rows*16;
-    w->c_at    = 6*DPOI_WINO_CHUNK*16 + dpoi_pieces(w->strips, w->blocks)*w->v_strip;
+    w->c_at    = 6*DPOI_WINO_POINT + dpoi_pieces(w->strips, w->blocks)*w->v_strip;
     w->size    = w->c_at + dpoi_pieces(w->strips, w->blocks)*w->c_strip;
     w->slots   = dpoi_most(1, dpoi_least(dpoi_least(p->cpu->threads, jobs), DPOI_WINO_SLOTS));
 }
