@@ -15430,8 +15430,8 @@ DPOI_256 static void dpoi_gather_half_8(const float *a, const float *b, int64_t 
 #undef DPOI_STORE
 }
 
-/* to[c][lane] += sum_j x[j*d + c] p[j*p_step + lane] for 16 lanes; the rows of `to` are 48 apart.  By sixes and fours of
-   channels, which every even d from 4 on is made of; beyond others, up to three rows of `to` become anything. */
+/* to[c][lane] += sum_j x[j*d + c] p[j*p_step + lane] for 16 lanes; the rows of `to` are 48 apart.  By sixes and fours
+   of channels, which every even d from 4 on is made of; beyond others, up to three rows of `to` become anything. */
 DPOI_256 static void dpoi_mix_8(const float *x, int64_t d, const float *p, int64_t p_step, int64_t rows, float *to)
 {
     for (int64_t c = 0, six; c < d; c += six ? 6 : 4) {
@@ -15498,6 +15498,7 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
     return u;
 }
 
+#ifdef DPOI_SIMD_256
 /* Panels of the unit's rows of x: to[panel][c][lane] = x[lane][c], zeros in lanes that are not used. */
 static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const float *x, float *to)
 {
@@ -15510,11 +15511,14 @@ static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const fl
 
 /* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed.
    add: the gradient of another reader is there already. */
-static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *to, const float *factor, float *y,
-                            int add)
+DPOI_256 static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *to, const float *factor,
+                                     float *y, int add)
 {
-    for (float *x = to; factor && x < to + g->d*DPOI_LANES; x += DPOI_LANES)
-        g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u->wide, x, factor, NULL, NULL, x, 0);
+    const float *end = to + g->d*DPOI_LANES;
+    for (int64_t l = 0; factor && l < u->wide; l += 8) {
+        const dpoi_f256 f = dpoi_read_256(factor + l);
+        for (float *x = to + l; x < end; x += DPOI_LANES) dpoi_write_256(x, dpoi_mul_256(dpoi_read_256(x), f));
+    }
     if (add) {
         dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
         for (int64_t lane = 0; lane < u->lanes; lane++)
@@ -15522,7 +15526,6 @@ static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *
     } else dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, y + u->at, g->D);
 }
 
-#ifdef DPOI_SIMD_256
 /* most becomes the largest of itself and the scores of keys k0..k0+rows-1; sum and o shrink to match. */
 DPOI_256 static void dpoi_queries_raise_8(const dpoi_queries *t, const float *k, int64_t k0, int64_t rows)
 {
@@ -15532,7 +15535,8 @@ DPOI_256 static void dpoi_queries_raise_8(const dpoi_queries *t, const float *k,
             const float *a = k + r/6*8*t->d + r % 6;
             int64_t edge = t->causal ? k0 + r - t->first - l : 0;
             dpoi_f256 s = dpoi_zero_256();
-            for (int64_t c = 0; c < t->d; c++) s = dpoi_fma_256(dpoi_all_256(a[c*8]), dpoi_read_256(t->q + c*16 + l), s);
+            for (int64_t c = 0; c < t->d; c++)
+                s = dpoi_fma_256(dpoi_all_256(a[c*8]), dpoi_read_256(t->q + c*16 + l), s);
             s = dpoi_where_256(dpoi_bits_256(dpoi_lanes + 16 - dpoi_lane_count(edge)), s, most);
             most = dpoi_max_256(most, s);
         }
@@ -15591,14 +15595,23 @@ DPOI_256 static void dpoi_scale_8(float *x, int64_t n, float scale)
 /* A unit's queries in lanes, times scale/ln 2, and most = q.k[0] of the first strip k; nothing is gathered yet. */
 DPOI_256 static void dpoi_queries_start_8(const dpoi_attention *g, const dpoi_unit *u, const float *k, float *most)
 {
+    const dpoi_f256 scale = dpoi_all_256(g->scale*DPOI_LOG2E);
+    const int64_t d = g->d;
     dpoi_unit_pack(g, u, g->q, u->pack);
-    dpoi_scale_8(u->pack, u->wide*g->d, g->scale*DPOI_LOG2E);
-    memset(u->to, 0, (size_t)(dpoi_pieces(g->d, 8)*8*DPOI_LANES)*sizeof(float));
-    for (int64_t l = 0; l < u->wide; l += 8) {
-        const float *q = u->pack + l/16*16*g->d + l % 16;
-        dpoi_f256 s = dpoi_zero_256();
-        for (int64_t c = 0; c < g->d; c++) s = dpoi_fma_256(dpoi_read_256(q + c*16), dpoi_all_256(k[c*8]), s);
-        dpoi_write_256(most + l, s);
+    memset(u->to, 0, (size_t)(dpoi_pieces(d, 8)*8*DPOI_LANES)*sizeof(float));
+    for (int64_t p = 0; p < u->wide; p += 16) {
+        float *q = u->pack + p*d;
+        dpoi_f256 low = dpoi_zero_256(), high = low;
+        for (int64_t c = 0; c < d; c++, q += 16) {
+            dpoi_f256 x = dpoi_all_256(k[c*8]);
+            dpoi_f256 a = dpoi_mul_256(dpoi_read_256(q), scale), b = dpoi_mul_256(dpoi_read_256(q + 8), scale);
+            dpoi_write_256(q, a);
+            dpoi_write_256(q + 8, b);
+            low  = dpoi_fma_256(a, x, low);
+            high = dpoi_fma_256(b, x, high);
+        }
+        dpoi_write_256(most + p, low);
+        dpoi_write_256(most + p + 8, high);
     }
 }
 
@@ -16230,17 +16243,17 @@ DPOI_256 static void dpoi_back_store_8(const dpoi_attention *g, int64_t head, in
                                        const float *part, int64_t size)
 {
     const dpoi_f256 scale = dpoi_all_256(g->scale);
-    int64_t wide = dpoi_pieces(g->d, 16)*16, n = head/g->heads;
-    for (int64_t i = first; i < end; i++)
-        for (int64_t c = 0; c < g->d; c += 8) {
-            float *y = g->dq + (n*g->T + i)*g->D + head % g->heads*g->d + c;
-            const dpoi_m256 in = dpoi_lanes_256(g->d - c);
-            dpoi_f256 sum = dpoi_read_256(part + i*wide + c);
-            for (int64_t k = 1; k < g->parts; k++)
-                sum = dpoi_add_256(sum, dpoi_read_256(part + k*size + i*wide + c));
+    const int64_t d = g->d, D = g->D, wide = dpoi_pieces(d, 16)*16, parts = g->parts;
+    float *y = g->dq + (head/g->heads*g->T + first)*D + head % g->heads*d;
+    int add = (int)(g->add & 1);
+    for (part += first*wide; first < end; first++, part += wide, y += D)
+        for (int64_t c = 0; c < d; c += 8) {
+            const dpoi_m256 in = dpoi_lanes_256(d - c);
+            dpoi_f256 sum = dpoi_read_256(part + c);
+            for (int64_t k = 1; k < parts; k++) sum = dpoi_add_256(sum, dpoi_read_256(part + k*size + c));
             sum = dpoi_mul_256(sum, scale);
-            if (g->add & 1) sum = dpoi_add_256(sum, dpoi_read_some_256(y, in));
-            dpoi_write_some_256(y, in, sum);
+            if (add) sum = dpoi_add_256(sum, dpoi_read_some_256(y + c, in));
+            dpoi_write_some_256(y + c, in, sum);
         }
 }
 #endif /* DPOI_SIMD_256 */
