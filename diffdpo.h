@@ -8089,6 +8089,12 @@ DPOI_256 DPOI_INLINE dpoi_f256 dpoi_power_256(dpoi_f256 n)
     return _mm256_castsi256_ps(_mm256_slli_epi32(k, 23));
 }
 
+/* The same of numbers that hold n + 127 in their lowest bits. */
+DPOI_256 DPOI_INLINE dpoi_f256 dpoi_power_low_256(dpoi_f256 n)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n), 23));
+}
+
 DPOI_256 DPOI_INLINE dpoi_m256 dpoi_lanes_256(int64_t n)
 {
     return _mm256_loadu_si256((const __m256i *)(const void *)(dpoi_lanes + 8 - dpoi_lane_count(n)));
@@ -8242,6 +8248,13 @@ DPOI_INLINE float32x4_t dpoi_power_128(float32x4_t n)
 DPOI_INLINE dpoi_f256 dpoi_power_256(dpoi_f256 n)
 {
     n.l = dpoi_power_128(n.l);  n.h = dpoi_power_128(n.h);
+    return n;
+}
+
+DPOI_INLINE dpoi_f256 dpoi_power_low_256(dpoi_f256 n)
+{
+    n.l = vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(n.l), 23));
+    n.h = vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(n.h), 23));
     return n;
 }
 
@@ -11950,35 +11963,6 @@ static void dpoi_tile_run(const dpoi_cpu *cpu, const dpoi_tile *t, int j, int en
 #endif
 }
 
-/* Dense blocks that fit a cache, for attention: to[i][o] = from[i][o] + sum_k a[k*a_step + i] b[k*b_step + o].
-   The rows of a lie in strips a_tile apart; b is dense (panel_step 16) or panels, of `width` lanes, a multiple of 16;
-   from is NULL or laid out as to. */
-typedef struct dpoi_block_product {
-    const float *a, *b, *from;
-    float  *to;
-    int64_t rows, width, len, a_tile, a_step, b_step, panel_step, to_row;
-} dpoi_block_product;
-
-static void dpoi_block_product_run(const dpoi_cpu *cpu, const dpoi_block_product *p)
-{
-    int rows = dpoi_tile_rows(cpu);
-    dpoi_segment s;
-    dpoi_tile t;
-    t.seg = &s;  t.segs = 1;  t.lanes = DPOI_PANEL;  t.shift = 0;  t.to_step = DPOI_PANEL;
-    t.bias = t.vec[0] = NULL;  t.panels = (int)(p->width/DPOI_PANEL);
-    s.a = p->a;  s.b = p->b;  s.len = p->len;
-    s.a_step = p->a_step;  s.b_step = p->b_step;  s.panel_step = p->panel_step;
-    for (int64_t m = 0; m < p->rows; m += rows, s.a += p->a_tile) {
-        t.rows = (int)dpoi_least(rows, p->rows - m);
-        for (int i = 0; i < t.rows; i++) {
-            t.to[i] = p->to + (m + i)*p->to_row;
-            t.from[i] = p->from ? p->from + (m + i)*p->to_row : NULL;
-            t.vec[i] = NULL;
-        }
-        dpoi_tile_run(cpu, &t, 0, t.panels);
-    }
-}
-
 /* ------------------------------------------------------------------------------------- products over pixels */
 
 /* One x of a product with its weights: y[m] += sum_{ky,kx,i} x[n, y*stride+ky-top, x*stride+kx-left, i] w[ky,kx,i].
@@ -15191,6 +15175,7 @@ static int dpoi_cpu_conv_backward(dpoi_cpu *cpu, const dpo_args *a)
 
 /* Slice h of sample n starts at n*T*D + h*d (S for keys), its rows are D apart: heads are never moved
    into place. */
+struct dpoi_keys;
 typedef struct dpoi_attention {
     int64_t N, T, S, D, heads, d, causal;
     float   scale;
@@ -15201,9 +15186,13 @@ typedef struct dpoi_attention {
     const float *strip[4];                /* and in strips of rows [N,heads,strips,d,step], those that make scores */
     unsigned add;
     dpoi_cpu *cpu;
-    int64_t length, jobs;                 /* length: of the axis that units are cut from */
-    int64_t parts;                        /* backward in registers: so many of a head's keys, see DPOI_HEADS; else 0 */
+    int64_t jobs;
+    int64_t parts;                        /* backward: so many of a head's keys, see DPOI_HEADS; else 0 */
     void  (*unit)(const struct dpoi_attention *g, float *work, int64_t head, int64_t i);
+    void  (*keys)(const struct dpoi_attention *g, struct dpoi_keys *b, float *work, int64_t i, int64_t first,
+                  int64_t end);
+    void  (*store)(const struct dpoi_attention *g, int64_t head, int64_t first, int64_t end, const float *part,
+                   int64_t size);         /* both of backward, see dpoi_back_unit */
 } dpoi_attention;
 
 /* stat is lse [N,heads,T]; y and o are the same tensor, written in forward and read in backward. */
@@ -15328,116 +15317,164 @@ static void dpoi_plain_dkv_task(void *arg, int64_t task)
 
 /* ------------------------------------------------------------------------------------------ lanes of scores
 
-   Queries (forward, dq) or keys (dk, dv) lie side by side in lanes, up to 48 of them; along the other axis go blocks of
-   up to 96 rows.  Scores are s [row][lane], so that a row's work is element by element in whichever role it has. */
+   Queries (forward) or keys (backward) lie side by side in lanes, 16 to a panel, up to three panels to a unit.  Along
+   the other axis go blocks of up to 96 rows, in strips of 6 with eight floats: 6 rows by 16 lanes are the 12
+   accumulators that AVX2 has room for, and their exponentials are taken before they leave the registers.  A block's p
+   and ds stay in the first-level cache until what they multiply has been summed over its rows. */
 
-/* 96 rows by 48 lanes of scores are 18 KB, twice that in backward: they stay in the first-level cache. */
 enum { DPOI_LANES = DPOI_TILE_PANELS*DPOI_PANEL, DPOI_FAR = 96 };
 
-/* One block of scores.  With causal, a lane sees row j if lane >= j + offset (lanes are queries) or lane <= j + offset.
-   In forward s becomes p = exp(s - most) = 2^(s log2 e - most); sum runs along over the blocks, and so does most, which
-   is the largest score up to a factor of 2^16: floats have the same digits at 2^16 as at 1, and what was summed seldom
-   has to shrink. */
-typedef struct dpoi_scores {
-    int64_t rows, lanes, offset;          /* lanes: a multiple of 8 */
-    int     causal;
-    float   scale;
-    float  *s, *ds;                       /* [rows][48] */
-    float  *most, *sum, *shrink;          /* forward, a lane each: see dpoi_scores_forward_8; most over ln 2 */
-    const float *lse, *delta;             /* backward: a lane each, or */
-    int     by_row;                       /* a row each */
-} dpoi_scores;
-
-enum { DPOI_SCORE_ROOM = 16 };            /* powers of two that a score may lie above `most` */
-
 #ifdef DPOI_SIMD_256
-/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's; 2^n is put together from its bits,
-   so that n must stay within -126..127.  In this order of max and min a NaN stays. */
+/* 16 queries from `first` on, and what they have gathered so far. */
+typedef struct dpoi_queries {
+    int64_t d, first, causal;
+    const float *q;                       /* [d][16], times scale/ln 2 */
+    float  *most, *sum, *o;               /* a lane each; o [d][48] */
+} dpoi_queries;
+
+/* 2^x = 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by a polynomial as dpoi_exp2_512's.  A number of 2^23 holds n + 127 in
+   its lowest bits, so that n must stay within -126..127.  In this order of max and min a NaN stays, and the product
+   keeps it whatever bits it has. */
 DPOI_256 DPOI_INLINE dpoi_f256 dpoi_exp_score_8(dpoi_f256 x)
 {
+    const dpoi_f256 whole = dpoi_all_256(12583039.0f);                      /* 1.5*2^23 + 127 */
+    dpoi_f256 n, r, e = dpoi_all_256(0.00132764818f);
     x = dpoi_max_256(dpoi_all_256(-126), dpoi_min_256(dpoi_all_256(127), x));
-    dpoi_f256 n = dpoi_round_256(x), r = dpoi_sub_256(x, n), e = dpoi_all_256(0.00132764818f);
+    n = dpoi_add_256(x, whole);
+    r = dpoi_sub_256(x, dpoi_sub_256(n, whole));
     e = dpoi_fma_256(e, r, dpoi_all_256(0.00967554562f));
     e = dpoi_fma_256(e, r, dpoi_all_256(0.0555071346f));
     e = dpoi_fma_256(e, r, dpoi_all_256(0.240221202f));
     e = dpoi_fma_256(e, r, dpoi_all_256(0.693146944f));
     e = dpoi_fma_256(e, r, dpoi_all_256(1.00000012f));
-    return dpoi_mul_256(e, dpoi_power_256(n));
+    return dpoi_mul_256(e, dpoi_power_low_256(n));
 }
 
-/* All bits set in the lanes o..o+7 that see row j. */
-DPOI_256 DPOI_INLINE dpoi_f256 dpoi_seen_8(const dpoi_scores *t, int64_t j, int64_t o, int queries)
+/* One step of sums: row i of a strip times 16 lanes. */
+#define DPOI_FMA(i) x = dpoi_all_256(a[i]); \
+    c##i##0 = dpoi_fma_256(x, b0, c##i##0);  c##i##1 = dpoi_fma_256(x, b1, c##i##1);
+#define DPOI_SUMS(from, lanes) { \
+    const float *a = from, *b = lanes; \
+    for (int64_t left = d; left; left--, a += 8, b += 16) { \
+        dpoi_f256 x, b0 = dpoi_read_256(b), b1 = dpoi_read_256(b + 8); \
+        DPOI_ROWS6(DPOI_FMA) \
+    } }
+
+/* p [6][16] = 2^s of a strip of keys [d][8] and 16 queries [d][16], where s begins at begin [16]; sum [16] += p. */
+DPOI_256 static void dpoi_chances_8(const float *k, const float *q, int64_t d, const float *begin, float *p, float *sum)
 {
-    int64_t edge = j + t->offset - o;
-    if (!t->causal) return dpoi_bits_256(dpoi_lanes);
-    return dpoi_bits_256(dpoi_lanes + (queries ? 16 - dpoi_lane_count(edge) : 8 - dpoi_lane_count(edge + 1)));
+    const dpoi_f256 low = dpoi_read_256(begin), high = dpoi_read_256(begin + 8);
+    dpoi_f256 sum0 = dpoi_read_256(sum), sum1 = dpoi_read_256(sum + 8);
+#define DPOI_BEGIN(i) dpoi_f256 c##i##0 = low, c##i##1 = high;
+    DPOI_ROWS6(DPOI_BEGIN)
+    DPOI_SUMS(k, q)
+#define DPOI_POWER(i) \
+    c##i##0 = dpoi_exp_score_8(c##i##0);       c##i##1 = dpoi_exp_score_8(c##i##1); \
+    sum0 = dpoi_add_256(sum0, c##i##0);        sum1 = dpoi_add_256(sum1, c##i##1); \
+    dpoi_write_256(p + i*DPOI_PANEL, c##i##0); dpoi_write_256(p + i*DPOI_PANEL + 8, c##i##1);
+    DPOI_ROWS6(DPOI_POWER)
+    dpoi_write_256(sum, sum0);
+    dpoi_write_256(sum + 8, sum1);
+#undef DPOI_BEGIN
+#undef DPOI_POWER
 }
 
-/* most' = max s' if that lies far above most, else most,  s' = scale s / ln 2;  shrink = 2^(most - most'),
-   sum' = sum shrink + sum_j 2^(s'[j] - most').  Returns whether any most changed, as all do in the first block, where
-   they are minus infinity: shrink is 0 there, times a sum of 0. */
-DPOI_256 static int dpoi_scores_forward_8(const dpoi_scores *t)
+/* A strip of queries and of do [d][8] against 16 keys and their v [d][16]: s of query i begins as begin[i], do.v as
+   less[i]. */
+typedef struct dpoi_slopes {
+    int64_t d;
+    const float *q, *dout, *k, *v, *begin, *less;
+    float  *p, *ds;                       /* [6][16], and ds/scale [6][48] */
+} dpoi_slopes;
+
+DPOI_256 static void dpoi_slopes_8(const dpoi_slopes *m)
 {
-    const dpoi_f256 scale = dpoi_all_256(t->scale*DPOI_LOG2E), one = dpoi_all_256(1), low = dpoi_all_256(-INFINITY);
-    int any = 0;
-    for (int64_t o = 0; o < t->lanes; o += 8) {
-        dpoi_f256 old = dpoi_read_256(t->most + o), most = low, sum = dpoi_zero_256(), shrink, grown;
-        for (int64_t j = 0; j < t->rows; j++) {
-            dpoi_f256 k = dpoi_seen_8(t, j, o, 1);
-            most = dpoi_max_256(most, dpoi_where_256(k, dpoi_read_256(t->s + j*DPOI_LANES + o), low));
-        }
-        most = dpoi_mul_256(most, scale);               /* positive */
-        grown = dpoi_above_256(most, dpoi_add_256(old, dpoi_all_256(DPOI_SCORE_ROOM)));
-        most = dpoi_where_256(grown, most, old);
-        for (int64_t j = 0; j < t->rows; j++) {
-            float *s = t->s + j*DPOI_LANES + o;
-            dpoi_f256 p = dpoi_exp_score_8(dpoi_fms_256(dpoi_read_256(s), scale, most));
-            p = dpoi_and_256(dpoi_seen_8(t, j, o, 1), p);
-            sum = dpoi_add_256(sum, p);
-            dpoi_write_256(s, p);
-        }
-        shrink = dpoi_where_256(grown, dpoi_exp_score_8(dpoi_sub_256(old, most)), one);
-        dpoi_write_256(t->shrink + o, shrink);
-        dpoi_write_256(t->most + o, most);
-        dpoi_write_256(t->sum + o, dpoi_fma_256(dpoi_read_256(t->sum + o), shrink, sum));
-        any |= dpoi_any_256(grown);
+    const int64_t d = m->d;
+    float *p = m->p, *ds = m->ds;
+#define DPOI_BEGIN(i) dpoi_f256 c##i##0 = dpoi_all_256(m->begin[i]), c##i##1 = c##i##0;
+    DPOI_ROWS6(DPOI_BEGIN)
+    DPOI_SUMS(m->q, m->k)
+#define DPOI_POWER(i) \
+    dpoi_write_256(p + i*DPOI_PANEL, dpoi_exp_score_8(c##i##0)); \
+    dpoi_write_256(p + i*DPOI_PANEL + 8, dpoi_exp_score_8(c##i##1));
+    DPOI_ROWS6(DPOI_POWER)
+#define DPOI_AGAIN(i) c##i##0 = c##i##1 = dpoi_all_256(m->less[i]);
+    DPOI_ROWS6(DPOI_AGAIN)
+    DPOI_SUMS(m->dout, m->v)
+#define DPOI_STORE(i) \
+    dpoi_write_256(ds + i*DPOI_LANES, dpoi_mul_256(c##i##0, dpoi_read_256(p + i*DPOI_PANEL))); \
+    dpoi_write_256(ds + i*DPOI_LANES + 8, dpoi_mul_256(c##i##1, dpoi_read_256(p + i*DPOI_PANEL + 8)));
+    DPOI_ROWS6(DPOI_STORE)
+#undef DPOI_BEGIN
+#undef DPOI_POWER
+#undef DPOI_AGAIN
+#undef DPOI_STORE
+}
+#undef DPOI_SUMS
+#undef DPOI_FMA
+
+/* to[i][0..15] += sum_k a[k*a_step + i*a_row] b[k*b_step + 0..15] for i < R; R and a_row are constants where this is
+   inlined. */
+DPOI_256 DPOI_INLINE void dpoi_gather_8(const float *a, int64_t a_step, const float *b, int64_t b_step, int64_t len,
+                                        float *to, int64_t to_row, const int a_row, const int R)
+{
+    const dpoi_f256 zero = dpoi_zero_256();
+#define DPOI_ZERO(i) dpoi_f256 c##i##0 = zero, c##i##1 = zero;
+    DPOI_ROWS6(DPOI_ZERO)
+    for (; len; len--, a += a_step, b += b_step) {
+        dpoi_f256 x, b0 = dpoi_read_256(b), b1 = dpoi_read_256(b + 8);
+#define DPOI_FMA(i) if (i < R) { x = dpoi_all_256(a[i*a_row]); \
+            c##i##0 = dpoi_fma_256(x, b0, c##i##0);  c##i##1 = dpoi_fma_256(x, b1, c##i##1); }
+        DPOI_ROWS6(DPOI_FMA)
     }
-    return any;
+#define DPOI_STORE(i) if (i < R) { \
+        dpoi_write_256(to + i*to_row, dpoi_add_256(c##i##0, dpoi_read_256(to + i*to_row))); \
+        dpoi_write_256(to + i*to_row + 8, dpoi_add_256(c##i##1, dpoi_read_256(to + i*to_row + 8))); }
+    DPOI_ROWS6(DPOI_STORE)
+#undef DPOI_ZERO
+#undef DPOI_FMA
+#undef DPOI_STORE
 }
 
-/* s becomes p, ds (which held do.v) becomes scale ds.
-   lse makes the softmax known at once: no maximum, no second pass. */
-DPOI_256 static void dpoi_scores_backward_8(const dpoi_scores *t)
+/* to[i*step + 0..7] += sum_k a[k + 48 i] b[k*step + 0..7] for 12 rows. */
+DPOI_256 static void dpoi_gather_half_8(const float *a, const float *b, int64_t step, int64_t len, float *to)
 {
-    const dpoi_f256 scale = dpoi_all_256(t->scale), log2e = dpoi_all_256(DPOI_LOG2E);
-    const dpoi_f256 power = dpoi_mul_256(scale, log2e);
-    for (int64_t o = 0; o < t->lanes; o += 8) {
-        dpoi_f256 lse = dpoi_zero_256(), delta = lse;
-        if (!t->by_row) lse = dpoi_mul_256(dpoi_read_256(t->lse + o), log2e);
-        if (!t->by_row) delta = dpoi_read_256(t->delta + o);
-        for (int64_t j = 0; j < t->rows; j++) {
-            float *s = t->s + j*DPOI_LANES + o, *ds = t->ds + j*DPOI_LANES + o;
-            dpoi_f256 p;
-            if (t->by_row) { lse = dpoi_all_256(t->lse[j]*DPOI_LOG2E);  delta = dpoi_all_256(t->delta[j]); }
-            p = dpoi_exp_score_8(dpoi_fms_256(dpoi_read_256(s), power, lse));
-            p = dpoi_and_256(dpoi_seen_8(t, j, o, !t->by_row), p);
-            dpoi_write_256(s, p);
-            dpoi_write_256(ds, dpoi_mul_256(dpoi_mul_256(p, scale), dpoi_sub_256(dpoi_read_256(ds), delta)));
-        }
+    const dpoi_f256 zero = dpoi_zero_256();
+#define DPOI_ZERO(i) dpoi_f256 c##i = zero;
+    DPOI_ROWS12(DPOI_ZERO)
+    for (; len; len--, a++, b += step) {
+        dpoi_f256 y = dpoi_read_256(b);
+#define DPOI_FMA(i) c##i = dpoi_fma_256(dpoi_all_256(a[i*DPOI_LANES]), y, c##i);
+        DPOI_ROWS12(DPOI_FMA)
+    }
+#define DPOI_STORE(i) dpoi_write_256(to + i*step, dpoi_add_256(c##i, dpoi_read_256(to + i*step)));
+    DPOI_ROWS12(DPOI_STORE)
+#undef DPOI_ZERO
+#undef DPOI_FMA
+#undef DPOI_STORE
+}
+
+/* to[c][lane] += sum_j x[j*d + c] p[j*p_step + lane] for 16 lanes; the rows of `to` are 48 apart.  By sixes and fours
+   of channels, which every even d from 4 on is made of; beyond others, up to three rows of `to` become anything. */
+DPOI_256 static void dpoi_mix_8(const float *x, int64_t d, const float *p, int64_t p_step, int64_t rows, float *to)
+{
+    for (int64_t c = 0, six; c < d; c += six ? 6 : 4) {
+        six = (d - c) % 6 == 0 || (d - c) % 6 == 5;
+        if (six) dpoi_gather_8(x + c, d, p, p_step, rows, to + c*DPOI_LANES, DPOI_LANES, 1, 6);
+        else     dpoi_gather_8(x + c, d, p, p_step, rows, to + c*DPOI_LANES, DPOI_LANES, 1, 4);
+    }
+}
+
+/* Row r of x keeps its first n + r lanes of 16, or (first: 0) all but those; others become 0. */
+DPOI_256 static void dpoi_hide_8(float *x, int64_t step, int64_t rows, int64_t n, int first)
+{
+    const int32_t *from = dpoi_lanes + (first ? 8 : 16);
+    for (int64_t r = 0; r < rows; r++, n++, x += step) {
+        dpoi_write_256(x, dpoi_and_256(dpoi_read_256(x), dpoi_bits_256(from - dpoi_lane_count(n))));
+        dpoi_write_256(x + 8, dpoi_and_256(dpoi_read_256(x + 8), dpoi_bits_256(from - dpoi_lane_count(n - 8))));
     }
 }
 #endif /* DPOI_SIMD_256 */
-
-/* Only where 8 floats go side by side.  In forward, whether anything has to shrink. */
-static int dpoi_scores_run(const dpoi_scores *t, int backward)
-{
-    (void)t;  (void)backward;
-#ifdef DPOI_SIMD_256
-    if (!backward) return dpoi_scores_forward_8(t);
-    dpoi_scores_backward_8(t);
-#endif
-    return 0;
-}
 
 /* ------------------------------------------------------------------------------------------ units
 
@@ -15485,6 +15522,7 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
     return u;
 }
 
+#ifdef DPOI_SIMD_256
 /* Panels of the unit's rows of x: to[panel][c][lane] = x[lane][c], zeros in lanes that are not used. */
 static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const float *x, float *to)
 {
@@ -15497,11 +15535,14 @@ static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const fl
 
 /* The unit's rows of y = factor[lane] times its results, which are transposed; the panels are no longer needed.
    add: the gradient of another reader is there already. */
-static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *to, const float *factor, float *y,
-                            int add)
+DPOI_256 static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *to, const float *factor,
+                                     float *y, int add)
 {
-    for (float *x = to; factor && x < to + g->d*DPOI_LANES; x += DPOI_LANES)
-        g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u->wide, x, factor, NULL, NULL, x, 0);
+    const float *end = to + g->d*DPOI_LANES;
+    for (int64_t l = 0; factor && l < u->wide; l += 8) {
+        const dpoi_f256 f = dpoi_read_256(factor + l);
+        for (float *x = to + l; x < end; x += DPOI_LANES) dpoi_write_256(x, dpoi_mul_256(dpoi_read_256(x), f));
+    }
     if (add) {
         dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, u->pack, g->d);
         for (int64_t lane = 0; lane < u->lanes; lane++)
@@ -15509,113 +15550,120 @@ static void dpoi_unit_store(const dpoi_attention *g, const dpoi_unit *u, float *
     } else dpoi_transpose(g->d, u->lanes, to, DPOI_LANES, y + u->at, g->D);
 }
 
-/* s[j][lane] = x[from + j].pack[lane], for rows from .. from+rows-1 of the other axis, which come in strips;
-   `from` is the first row of one. */
-static void dpoi_unit_scores(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *pack,
-                             int64_t from, int64_t rows, float *s)
+/* most becomes the largest of itself and the scores of keys k0..k0+rows-1; sum and o shrink to match. */
+DPOI_256 static void dpoi_queries_raise_8(const dpoi_queries *t, const float *k, int64_t k0, int64_t rows)
 {
-    dpoi_block_product p;
-    p.a_step = dpoi_tile_step(g->cpu);  p.a_tile = p.a_step*g->d;
-    p.a = x + u->strips_at + from/dpoi_tile_rows(g->cpu)*p.a_tile;  p.b = pack;  p.from = NULL;  p.to = s;
-    p.rows = rows;  p.width = u->wide;  p.len = g->d;
-    p.b_step = DPOI_PANEL;  p.panel_step = g->d*DPOI_PANEL;  p.to_row = DPOI_LANES;
-    dpoi_block_product_run(g->cpu, &p);
+    for (int64_t l = 0; l < 16; l += 8) {
+        dpoi_f256 old = dpoi_read_256(t->most + l), most = old, shrink;
+        for (int64_t r = 0; r < rows; r++) {
+            const float *a = k + r/6*8*t->d + r % 6;
+            int64_t edge = t->causal ? k0 + r - t->first - l : 0;
+            dpoi_f256 s = dpoi_zero_256();
+            for (int64_t c = 0; c < t->d; c++)
+                s = dpoi_fma_256(dpoi_all_256(a[c*8]), dpoi_read_256(t->q + c*16 + l), s);
+            s = dpoi_where_256(dpoi_bits_256(dpoi_lanes + 16 - dpoi_lane_count(edge)), s, most);
+            most = dpoi_max_256(most, s);
+        }
+        shrink = dpoi_exp_score_8(dpoi_sub_256(old, most));
+        dpoi_write_256(t->most + l, most);
+        dpoi_write_256(t->sum + l, dpoi_mul_256(dpoi_read_256(t->sum + l), shrink));
+        for (float *o = t->o + l; o < t->o + t->d*DPOI_LANES; o += DPOI_LANES)
+            dpoi_write_256(o, dpoi_mul_256(dpoi_read_256(o), shrink));
+    }
 }
 
-/* to[c][lane] += sum_j x[from + j][c] p[j][lane]
-   Rows are channels here, columns lanes: the product whose sum runs over the block's rows. */
-static void dpoi_unit_mix(const dpoi_attention *g, const dpoi_unit *u, const float *x, const float *p, int64_t from,
-                          int64_t rows, float *to, int add)
+/* p [rows][16] of a block of keys, and sum [16] of it.  Only p of pairs that meet are summed, others are 0. */
+DPOI_256 static void dpoi_queries_block_8(const dpoi_queries *t, const float *k, int64_t k0, int64_t rows, float *p,
+                                          float *sum)
 {
-    dpoi_block_product b;
-    b.a = x + u->across_at + from*g->d;  b.b = p;  b.from = add ? to : NULL;  b.to = to;
-    b.rows = g->d;  b.width = u->wide;  b.len = rows;
-    b.a_tile = dpoi_tile_rows(g->cpu);  b.a_step = g->d;  b.b_step = DPOI_LANES;
-    b.panel_step = DPOI_PANEL;  b.to_row = DPOI_LANES;
-    dpoi_block_product_run(g->cpu, &b);
+    float begin[16], other[16] = { 0 };
+    for (int64_t l = 0; l < 16; l += 8) {
+        dpoi_write_256(begin + l, dpoi_sub_256(dpoi_zero_256(), dpoi_read_256(t->most + l)));
+        dpoi_write_256(sum + l, dpoi_zero_256());
+    }
+    for (int64_t r = 0; r < rows; r += 6, k += 8*t->d, p += 6*DPOI_PANEL) {
+        int64_t count = dpoi_least(6, rows - r), edge = k0 + r - t->first;
+        int all = count == 6 && (!t->causal || edge + 5 <= 0);
+        dpoi_chances_8(k, t->q, t->d, begin, p, all ? sum : other);
+        if (all) continue;
+        if (t->causal) dpoi_hide_8(p, DPOI_PANEL, count, edge, 0);
+        for (int64_t i = 0; i < count*16; i += 8)
+            dpoi_write_256(sum + i % 16, dpoi_add_256(dpoi_read_256(sum + i % 16), dpoi_read_256(p + i)));
+    }
 }
 
-/* One pass over the keys: where a block raises a query's largest score far, what it has summed shrinks to match.
+/* Queries meet a block of keys, k0..k0+rows-1: strips k, rows v. */
+DPOI_256 static void dpoi_queries_meet_8(const dpoi_queries *t, const float *k, const float *v, int64_t k0,
+                                         int64_t rows, float *p)
+{
+    const dpoi_f256 large = dpoi_all_256(4294967296.0f);                    /* 2^32 */
+    float sum[16];
+    dpoi_f256 fit, rest;
+    dpoi_queries_block_8(t, k, k0, rows, p, sum);
+    fit = dpoi_and_256(dpoi_above_256(large, dpoi_read_256(sum)), dpoi_above_256(large, dpoi_read_256(sum + 8)));
+    rest = dpoi_where_256(fit, dpoi_zero_256(), dpoi_bits_256(dpoi_lanes));
+    if (dpoi_any_256(rest)) {
+        dpoi_queries_raise_8(t, k, k0, rows);
+        dpoi_queries_block_8(t, k, k0, rows, p, sum);
+    }
+    for (int64_t l = 0; l < 16; l++) t->sum[l] += sum[l];
+    dpoi_mix_8(v, t->d, p, DPOI_PANEL, rows, t->o);
+}
+
+/* x *= scale, n a multiple of 8. */
+DPOI_256 static void dpoi_scale_8(float *x, int64_t n, float scale)
+{
+    for (int64_t i = 0; i < n; i += 8) dpoi_write_256(x + i, dpoi_mul_256(dpoi_read_256(x + i), dpoi_all_256(scale)));
+}
+
+/* A unit's queries in lanes, times scale/ln 2, and most = q.k[0] of the first strip k; nothing is gathered yet. */
+DPOI_256 static void dpoi_queries_start_8(const dpoi_attention *g, const dpoi_unit *u, const float *k, float *most)
+{
+    const dpoi_f256 scale = dpoi_all_256(g->scale*DPOI_LOG2E);
+    const int64_t d = g->d;
+    dpoi_unit_pack(g, u, g->q, u->pack);
+    memset(u->to, 0, (size_t)(dpoi_pieces(d, 8)*8*DPOI_LANES)*sizeof(float));
+    for (int64_t p = 0; p < u->wide; p += 16) {
+        float *q = u->pack + p*d;
+        dpoi_f256 low = dpoi_zero_256(), high = low;
+        for (int64_t c = 0; c < d; c++, q += 16) {
+            dpoi_f256 x = dpoi_all_256(k[c*8]);
+            dpoi_f256 a = dpoi_mul_256(dpoi_read_256(q), scale), b = dpoi_mul_256(dpoi_read_256(q + 8), scale);
+            dpoi_write_256(q, a);
+            dpoi_write_256(q + 8, b);
+            low  = dpoi_fma_256(a, x, low);
+            high = dpoi_fma_256(b, x, high);
+        }
+        dpoi_write_256(most + p, low);
+        dpoi_write_256(most + p + 8, high);
+    }
+}
+
+/* One pass over the keys: a score's sum begins at -most, so that p = 2^s.  most need not be the largest score: p may
+   grow beyond 1, since floats have the same digits at any size.  So most is the first key's score, and becomes the
+   largest of a block only where the block's p would add up to more than 2^32; what is summed then shrinks to match.
    y = to / sum at the end.  causal: keys behind the unit's last query are not even looked at. */
 static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
 {
     dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
-    int64_t first = u.first, keys = g->causal ? first + u.lanes : g->S;
-    float most[DPOI_LANES], sum[DPOI_LANES], shrink[DPOI_LANES];
-    dpoi_scores t;
-    memset(&t, 0, sizeof t);
-    t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;
-    t.s = u.s;  t.most = most;  t.sum = sum;  t.shrink = shrink;
-    for (int64_t lane = 0; lane < DPOI_LANES; lane++) { most[lane] = -INFINITY;  sum[lane] = 0; }
-    dpoi_unit_pack(g, &u, g->q, u.pack);
-    for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
-        t.rows = dpoi_least(DPOI_FAR, keys - k0);
-        t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
-        if (dpoi_scores_run(&t, 0) && k0)
-            for (float *to = u.to; to < u.to + g->d*DPOI_LANES; to += DPOI_LANES)
-                g->cpu->rows.map(DPOI_MAP_BINARY + DPO_MUL, u.wide, to, shrink, NULL, NULL, to, 0);
-        dpoi_unit_mix(g, &u, g->passing[2], u.s, k0, t.rows, u.to, k0 > 0);
-    }
+    int64_t keys = g->causal ? u.first + u.lanes : g->S;
+    const float *k = g->strip[1] + u.strips_at, *v = g->passing[2] + u.across_at;
+    float most[DPOI_LANES], sum[DPOI_LANES] = { 0 };
+    dpoi_queries_start_8(g, &u, k, most);
+    for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR)
+        for (int64_t p = 0; p < u.wide; p += DPOI_PANEL) {
+            dpoi_queries t;
+            t.d = g->d;  t.first = u.first + p;  t.causal = g->causal;
+            t.q = u.pack + p*g->d;  t.o = u.to + p;  t.most = most + p;  t.sum = sum + p;
+            dpoi_queries_meet_8(&t, k + k0/6*8*g->d, v + k0*g->d, k0, dpoi_least(DPOI_FAR, keys - k0), u.s);
+        }
     for (int64_t lane = 0; lane < u.lanes; lane++) {
-        if (g->lse) g->lse[head*g->T + first + lane] = most[lane]/DPOI_LOG2E + logf(sum[lane]);
+        if (g->lse) g->lse[head*g->T + u.first + lane] = most[lane]/DPOI_LOG2E + logf(sum[lane]);
         sum[lane] = 1/sum[lane];
     }
     dpoi_unit_store(g, &u, u.to, sum, g->y, 0);
 }
-
-/* Lanes are queries: lse and delta are one a lane, dq[i] gathers over blocks of keys. */
-static void dpoi_attention_dq_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
-{
-    dpoi_unit u = dpoi_unit_of(g, work, head, i, g->T, g->S);
-    int64_t first = u.first, keys = g->causal ? first + u.lanes : g->S;
-    float lse[DPOI_LANES] = { 0 }, delta[DPOI_LANES] = { 0 };
-    dpoi_scores t;
-    memset(&t, 0, sizeof t);
-    t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;
-    t.s = u.s;  t.ds = u.ds;  t.lse = lse;  t.delta = delta;
-    for (int64_t lane = 0; lane < u.lanes; lane++) {
-        lse[lane]   = g->lse[head*g->T + first + lane];
-        delta[lane] = g->delta[head*g->T + first + lane];
-    }
-    dpoi_unit_pack(g, &u, g->q, u.pack);
-    dpoi_unit_pack(g, &u, g->dout, u.pack2);
-    for (int64_t k0 = 0; k0 < keys; k0 += DPOI_FAR) {
-        t.rows = dpoi_least(DPOI_FAR, keys - k0);
-        t.offset = k0 - first;
-        dpoi_unit_scores(g, &u, g->strip[1], u.pack, k0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->strip[2], u.pack2, k0, t.rows, u.ds);
-        dpoi_scores_run(&t, 1);
-        dpoi_unit_mix(g, &u, g->passing[1], u.ds, k0, t.rows, u.to, k0 > 0);
-    }
-    dpoi_unit_store(g, &u, u.to, NULL, g->dq, (int)(g->add & 1));
-}
-
-/* Lanes are keys: lse and delta are one a row, dk and dv gather over blocks of queries. */
-static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_t head, int64_t i)
-{
-    dpoi_unit u = dpoi_unit_of(g, work, head, i, g->S, g->T);
-    int64_t first = u.first;
-    int64_t start = g->causal ? first/DPOI_FAR*DPOI_FAR : 0;          /* queries before these see none of the keys */
-    dpoi_scores t;
-    memset(&t, 0, sizeof t);
-    t.lanes = u.wide;  t.causal = (int)g->causal;  t.scale = g->scale;  t.by_row = 1;
-    t.s = u.s;  t.ds = u.ds;
-    dpoi_unit_pack(g, &u, g->k, u.pack);
-    dpoi_unit_pack(g, &u, g->v, u.pack2);
-    for (int64_t q0 = start; q0 < g->T; q0 += DPOI_FAR) {
-        t.rows = dpoi_least(DPOI_FAR, g->T - q0);
-        t.offset = q0 - first;
-        t.lse = g->lse + head*g->T + q0;  t.delta = g->delta + head*g->T + q0;
-        dpoi_unit_scores(g, &u, g->strip[0], u.pack, q0, t.rows, u.s);
-        dpoi_unit_scores(g, &u, g->strip[3], u.pack2, q0, t.rows, u.ds);
-        dpoi_scores_run(&t, 1);
-        if (g->dk) dpoi_unit_mix(g, &u, g->passing[0], u.ds, q0, t.rows, u.to, q0 > start);
-        if (g->dv) dpoi_unit_mix(g, &u, g->passing[3], u.s, q0, t.rows, u.to2, q0 > start);
-    }
-    if (g->dk) dpoi_unit_store(g, &u, u.to, NULL, g->dk, (int)(g->add >> 1 & 1));
-    if (g->dv) dpoi_unit_store(g, &u, u.to2, NULL, g->dv, (int)(g->add >> 2 & 1));
-}
+#endif /* DPOI_SIMD_256 */
 
 /* ------------------------------------------------------------------------------------------ scores in registers
 
@@ -15625,13 +15673,6 @@ static void dpoi_attention_dkv_unit(const dpoi_attention *g, float *work, int64_
    most is the first key's score, and becomes the largest of a strip only where the strip's p would add up to more than
    2^60. */
 #ifdef DPOI_SIMD_X86
-
-/* 16 queries from `first` on, and what they have gathered so far. */
-typedef struct dpoi_queries {
-    int64_t d, first, causal;
-    const float *q;                       /* [d][16], times scale/ln 2 */
-    float  *most, *sum, *o;               /* a lane each; o [d][48] */
-} dpoi_queries;
 
 /* The lanes from number n on. */
 DPOI_AVX512 DPOI_INLINE __mmask16 dpoi_lanes_from(int64_t n)
@@ -15855,32 +15896,11 @@ static int64_t dpoi_back_parts(const dpoi_attention *g)
 static void dpoi_attention_task(void *arg, int64_t job)
 {
     const dpoi_attention *g = (const dpoi_attention *)arg;
-    int64_t blocks = dpoi_tile_groups(g->length), units = g->N*g->heads*blocks;
+    int64_t blocks = dpoi_tile_groups(g->T), units = g->N*g->heads*blocks;
     float *work = g->scratch + job*dpoi_attention_scratch(g);
     int64_t turns = 2*g->S*g->D <= DPOI_NEAR ? g->heads : 1, group = turns*blocks;
     for (int64_t i = units*job/g->jobs; i < units*(job + 1)/g->jobs; i++)
         g->unit(g, work, i/group*turns + i % turns, i % group/turns);
-}
-
-static void dpoi_attention_run(dpoi_attention *g, int64_t length,
-                               void (*unit)(const dpoi_attention *g, float *work, int64_t head, int64_t i))
-{
-    g->length = length;
-    g->unit   = unit;
-    dpoi_parallel(g->cpu, g->jobs, dpoi_attention_task, g);
-}
-
-/* delta[i] = do[i].o[i] for all queries of one head.
-   delta[i] = sum_j p[i][j] (do[i].v[j]), the softmax's own term, without a score. */
-static void dpoi_attention_delta_task(void *arg, int64_t head)
-{
-    const dpoi_attention *g = (const dpoi_attention *)arg;
-    int64_t at = head/g->heads*g->T*g->D + head % g->heads*g->d;
-    for (int64_t i = 0; i < g->T; i++, at += g->D) {
-        float sum = 0;
-        for (int64_t c = 0; c < g->d; c++) sum += g->dout[at + c]*g->o[at + c];
-        g->delta[head*g->T + i] = sum;
-    }
 }
 
 /* Floats of scratch: each job's, copies of what goes by, and for backward delta.
@@ -15889,16 +15909,15 @@ static int64_t dpoi_attention_layout(dpoi_attention *g, int backward)
 {
     int64_t size;
     int registers = g->cpu->isa >= DPO_ISA_AVX512;
-    g->parts = registers && backward ? dpoi_back_parts(g) : 0;
+    g->parts = backward ? dpoi_back_parts(g) : 0;
     g->jobs = dpoi_attention_jobs(g);
     size = g->jobs*dpoi_attention_scratch(g);
     g->scratch = g->work;
-    /* What results gather lies by head: v in forward, all but v in backward.  What makes scores lies in strips: k in
-       forward, all in backward.  Backward in registers has strips of q and do for both, and no more. */
+    /* v in forward, q and do in backward: what results gather lies by head, but for backward in registers, which has
+       it from the strips of what makes scores.  Of the others only k in forward lies in strips. */
     for (int i = 0; i < 4; i++) {         /* q, k, v, do */
         int64_t length = i == 1 || i == 2 ? g->S : g->T;
-        int by_head = backward ? i != 2 && !registers : i == 2;
-        int in_strips = backward ? i == 0 || i == 3 || !registers : i == 1;
+        int in_strips = backward ? i == 0 || i == 3 : i == 1, by_head = backward ? in_strips && !registers : i == 2;
         if (by_head && (registers || g->heads > 1 || g->d % 6)) {
             if (g->work) g->passing[i] = g->work + size;
             size += registers ? g->N*g->heads*dpoi_eights_size(g, length) : g->N*length*g->D;
@@ -15983,21 +16002,24 @@ static void dpoi_far_run(dpoi_attention *g)
     }
 }
 
-/* ------------------------------------------------------------------------------------------ backward in registers
+/* ------------------------------------------------------------------------------------------ backward in one walk
 
-   AVX-512 has room for s and do.v of 12 queries, half a strip, by 16 keys.  So p and ds are made once, for all three
-   gradients: those of keys are lanes, which gather p do and ds q over the queries; ds waits in memory for dq, which
-   gathers ds k over the block's keys with channels side by side. */
-#ifdef DPOI_SIMD_X86
+   p and ds are made once, for all three gradients: those of keys are lanes, which gather p do and ds q over the
+   queries; ds waits in memory for dq, which gathers ds k over the unit's keys with channels side by side.  AVX-512 has
+   room for s and do.v of 12 queries, half a strip, by 16 keys, and lets dk and dv have them before they leave the
+   registers. */
+#ifdef DPOI_SIMD_256
 
 /* Keys of one head that go along all queries together. */
 typedef struct dpoi_keys {
     dpoi_unit u;                          /* k (times scale/ln 2) and v in lanes; gathered dk/scale and dv */
     int64_t head, wide;                   /* wide: d rounded up to 16 */
-    float  *k, *ds, *dq;                  /* [48][wide], zeros behind lanes and d; [12][48]; [T][wide] */
-    int     begun;                        /* dq holds something already */
+    float  *k, *ds, *dq;                  /* [48][wide], zeros behind d; [12 or 96][48]; [T][wide] */
+    int     begun;                        /* AVX-512: dq holds something already */
 } dpoi_keys;
+#endif
 
+#ifdef DPOI_SIMD_X86
 /* Half a strip of queries, q and do [d][24], against 16 keys, k and v [d][16]: s of query i begins as begin[i], do.v as
    less[i].  Written are ds [12][48]; added to are dk and dv [d][48]. */
 typedef struct dpoi_meeting {
@@ -16155,6 +16177,112 @@ DPOI_AVX512 static void dpoi_back_store(const dpoi_attention *g, int64_t head, i
         }
 }
 
+#endif /* DPOI_SIMD_X86 */
+
+#ifdef DPOI_SIMD_256
+/* Keys of a panel, from lane p of the unit, meet a block of queries i0..i0+rows-1: p and ds, dk and dv. */
+DPOI_256 static void dpoi_back_meet_8(const dpoi_attention *g, const dpoi_keys *b, int64_t p, int64_t i0, int64_t rows,
+                                      const float *begin, const float *less)
+{
+    int64_t at = b->head*dpoi_strips_size(g, g->T) + i0/6*8*g->d, row = (b->head*g->T + i0)*g->d;
+    const float *q = g->passing[0] + row, *dout = g->passing[3] + row;
+    dpoi_slopes m;
+    m.d = g->d;  m.q = g->strip[0] + at;  m.dout = g->strip[3] + at;
+    m.k = b->u.pack + p*g->d;  m.v = b->u.pack2 + p*g->d;
+    m.p = b->u.s;  m.ds = b->ds + p;
+    for (int64_t r = 0; r < rows; r += 6) {
+        int64_t seen = i0 + r - b->u.first - p + 1;
+        m.begin = begin + r;  m.less = less + r;
+        dpoi_slopes_8(&m);
+        if (g->causal && seen < 16) {
+            dpoi_hide_8(m.p, DPOI_PANEL, 6, seen, 1);
+            dpoi_hide_8(m.ds, DPOI_LANES, 6, seen, 1);
+        }
+        m.q += 8*g->d;  m.dout += 8*g->d;  m.p += 6*DPOI_PANEL;  m.ds += 6*DPOI_LANES;
+    }
+    if (g->dk) dpoi_mix_8(q, g->d, b->ds + p, DPOI_LANES, rows, b->u.to + p);
+    if (g->dv) dpoi_mix_8(dout, g->d, b->u.s, DPOI_PANEL, rows, b->u.to2 + p);
+}
+
+/* dq of `rows` queries += ds k over the unit's keys, 6 by 16 at a time, or 12 by 8 where only 8 channels are left. */
+DPOI_256 static void dpoi_back_dq_8(const dpoi_keys *b, int64_t d, int64_t rows, float *dq)
+{
+    for (int64_t c = 0; c < d; c += 16)
+        for (int64_t r = 0; r < rows; r += d - c > 8 ? 6 : 12)
+            if (d - c > 8) dpoi_gather_8(b->ds + r*DPOI_LANES, 1, b->k + c, b->wide, b->u.lanes, dq + r*b->wide + c,
+                                         b->wide, DPOI_LANES, 6);
+            else dpoi_gather_half_8(b->ds + r*DPOI_LANES, b->k + c, b->wide, b->u.lanes, dq + r*b->wide + c);
+}
+
+/* As dpoi_back_keys. */
+DPOI_256 static void dpoi_back_keys_8(const dpoi_attention *g, dpoi_keys *b, float *work, int64_t i, int64_t first,
+                                      int64_t end)
+{
+    float begin[DPOI_FAR], less[DPOI_FAR], scale[DPOI_LANES];
+    int64_t size = DPOI_LANES*dpoi_pieces(g->d, 8)*8;
+    unsigned add = first ? 7 : g->add;
+    b->u = dpoi_unit_of(g, work, b->head, i, g->S, g->T);
+    b->ds = b->u.ds;
+    b->k = b->u.to2 + size;
+    if (b->wide > g->d) memset(b->k, 0, (size_t)(DPOI_LANES*b->wide)*sizeof(float));
+    memset(b->u.to, 0, (size_t)(2*size)*sizeof(float));
+    for (int64_t lane = 0; lane < b->u.lanes; lane++)
+        memcpy(b->k + lane*b->wide, g->k + b->u.at + lane*g->D, (size_t)g->d*sizeof(float));
+    dpoi_unit_pack(g, &b->u, g->k, b->u.pack);
+    dpoi_unit_pack(g, &b->u, g->v, b->u.pack2);
+    dpoi_scale_8(b->u.pack, b->u.wide*g->d, g->scale*DPOI_LOG2E);
+    if (g->causal) first = dpoi_most(first, b->u.first/DPOI_HALF*DPOI_HALF);   /* those before see none of the keys */
+    for (int64_t i0 = first; i0 < end; i0 += DPOI_FAR) {
+        int64_t rows = dpoi_least(DPOI_FAR, end - i0), at = b->head*g->T + i0;
+        for (int64_t r = 0; r < dpoi_pieces(rows, 6)*6; r++) {
+            begin[r] = r < rows ? -DPOI_LOG2E*g->lse[at + r] : 0;
+            less[r]  = r < rows ? -g->delta[at + r] : 0;
+        }
+        for (int64_t p = 0; p < b->u.wide; p += DPOI_PANEL) dpoi_back_meet_8(g, b, p, i0, rows, begin, less);
+        if (g->dq) dpoi_back_dq_8(b, g->d, rows, b->dq + i0*b->wide);
+    }
+    for (int64_t lane = 0; lane < DPOI_LANES; lane++) scale[lane] = g->scale;
+    if (g->dk) dpoi_unit_store(g, &b->u, b->u.to, scale, g->dk, (int)(add >> 1 & 1));
+    if (g->dv) dpoi_unit_store(g, &b->u, b->u.to2, NULL, g->dv, (int)(add >> 2 & 1));
+}
+
+/* As dpoi_back_delta_task and dpoi_back_store. */
+DPOI_256 static void dpoi_back_delta_task_8(void *arg, int64_t head)
+{
+    const dpoi_attention *g = (const dpoi_attention *)arg;
+    int64_t at = head/g->heads*g->T*g->D + head % g->heads*g->d;
+    for (int64_t i = 0; i < g->T; i++, at += g->D) {
+        const float *x = g->dout + at, *y = g->o + at;
+        dpoi_f256 sum = dpoi_zero_256();
+        float total[8];
+        int64_t c = 0;
+        for (; c + 8 <= g->d; c += 8) sum = dpoi_fma_256(dpoi_read_256(x + c), dpoi_read_256(y + c), sum);
+        dpoi_write_256(total, sum);
+        for (; c < g->d; c++) total[c % 8] += x[c]*y[c];
+        g->delta[head*g->T + i] = ((total[0] + total[4]) + (total[2] + total[6])) +
+                                  ((total[1] + total[5]) + (total[3] + total[7]));
+    }
+}
+DPOI_256 static void dpoi_back_store_8(const dpoi_attention *g, int64_t head, int64_t first, int64_t end,
+                                       const float *part, int64_t size)
+{
+    const dpoi_f256 scale = dpoi_all_256(g->scale);
+    const int64_t d = g->d, D = g->D, wide = dpoi_pieces(d, 16)*16, parts = g->parts;
+    float *y = g->dq + (head/g->heads*g->T + first)*D + head % g->heads*d;
+    int add = (int)(g->add & 1);
+    for (part += first*wide; first < end; first++, part += wide, y += D)
+        for (int64_t c = 0; c < d; c += 8) {
+            const dpoi_m256 in = dpoi_lanes_256(d - c);
+            dpoi_f256 sum = dpoi_read_256(part + c);
+            for (int64_t k = 1; k < parts; k++) sum = dpoi_add_256(sum, dpoi_read_256(part + k*size + c));
+            sum = dpoi_mul_256(sum, scale);
+            if (add) sum = dpoi_add_256(sum, dpoi_read_some_256(y + c, in));
+            dpoi_write_some_256(y + c, in, sum);
+        }
+}
+#endif /* DPOI_SIMD_256 */
+
+#ifdef DPOI_SIMD_256
 /* Unit number `unit`: a head, or one of g->parts of its keys, whose shares of dq are still to be added up.  All keys
    meet a range of queries before the next: q, do and dq of the range stay in the second-level cache. */
 static void dpoi_back_unit(const dpoi_attention *g, float *work, int64_t unit)
@@ -16166,15 +16294,15 @@ static void dpoi_back_unit(const dpoi_attention *g, float *work, int64_t unit)
     b.head = unit/g->parts;
     b.wide = dpoi_pieces(g->d, 16)*16;
     b.dq = work + dpoi_attention_scratch(g) - dpoi_back_rows(g)*b.wide;
-    int begun = g->causal && part;        /* the first queries see none of these keys */
+    int begun = g->keys == dpoi_back_keys_8 || (g->causal && part);         /* the first queries may see no keys here */
     if (begun) memset(b.dq, 0, (size_t)(dpoi_back_rows(g)*b.wide)*sizeof(float));
     for (int64_t first = 0, end; first < g->T; first = end) {
         end = dpoi_least(g->T, first + range);
         b.begun = begun;
         for (int64_t i = blocks*part/g->parts; i < blocks*(part + 1)/g->parts; i++, b.begun = 1)
-            dpoi_back_keys(g, &b, work, i, first, end);
+            g->keys(g, &b, work, i, first, end);
     }
-    if (g->dq && g->parts == 1) dpoi_back_store(g, b.head, 0, g->T, b.dq, 0);
+    if (g->dq && g->parts == 1) g->store(g, b.head, 0, g->T, b.dq, 0);
 }
 static void dpoi_back_task(void *arg, int64_t job)
 {
@@ -16190,19 +16318,42 @@ static void dpoi_back_sum_task(void *arg, int64_t task)
     const dpoi_attention *g = (const dpoi_attention *)arg;
     int64_t blocks = dpoi_pieces(g->T, DPOI_FAR_ROWS), head = task/blocks, first = task % blocks*DPOI_FAR_ROWS;
     int64_t size = dpoi_attention_scratch(g), wide = dpoi_pieces(g->d, 16)*16;
-    dpoi_back_store(g, head, first, dpoi_least(g->T, first + DPOI_FAR_ROWS),
-                    g->scratch + (head*g->parts + 1)*size - dpoi_back_rows(g)*wide, size);
+    g->store(g, head, first, dpoi_least(g->T, first + DPOI_FAR_ROWS),
+             g->scratch + (head*g->parts + 1)*size - dpoi_back_rows(g)*wide, size);
 }
 
 static void dpoi_back_run(dpoi_attention *g)
 {
     int64_t heads = g->N*g->heads;
-    dpoi_parallel(g->cpu, heads, dpoi_back_delta_task, g);
+    void (*delta)(void *arg, int64_t head) = dpoi_back_delta_task_8;
+    g->keys = dpoi_back_keys_8;
+    g->store = dpoi_back_store_8;
+#ifdef DPOI_SIMD_X86
+    if (g->cpu->isa >= DPO_ISA_AVX512) {
+        delta = dpoi_back_delta_task;
+        g->keys = dpoi_back_keys;
+        g->store = dpoi_back_store;
+    }
+#endif
+    dpoi_attention_layout(g, 1);
+    dpoi_far_run(g);
+    dpoi_parallel(g->cpu, heads, delta, g);
     dpoi_parallel(g->cpu, g->jobs, dpoi_back_task, g);
     if (g->dq && g->parts > 1)
         dpoi_parallel(g->cpu, heads*dpoi_pieces(g->T, DPOI_FAR_ROWS), dpoi_back_sum_task, g);
 }
-#endif /* DPOI_SIMD_X86 */
+
+static void dpoi_attention_run(dpoi_attention *g)
+{
+    g->unit = dpoi_attention_unit;
+#ifdef DPOI_SIMD_X86
+    if (g->cpu->isa >= DPO_ISA_AVX512) g->unit = dpoi_attention_unit_avx512;
+#endif
+    dpoi_attention_layout(g, 0);
+    dpoi_far_run(g);
+    dpoi_parallel(g->cpu, g->jobs, dpoi_attention_task, g);
+}
+#endif /* DPOI_SIMD_256 */
 
 /* ------------------------------------------------------------------------------------------ in tiles of BF16
 
@@ -16911,7 +17062,9 @@ static size_t dpoi_cpu_attention_workspace(const dpoi_cpu *cpu, const dpo_args *
         return (size_t)dpoi_amx_attention_of(NULL, &sizes, &t)*sizeof(float);
     }
 #endif
+#ifdef DPOI_SIMD_256
     if (cpu->isa != DPO_ISA_PLAIN) return (size_t)dpoi_attention_layout(&g, a->backward)*sizeof(float);
+#endif
     return (size_t)(g.N*g.heads*DPOI_PLAIN_PARTS*2*(g.T > g.S ? g.T : g.S))*sizeof(double);
 }
 
@@ -16928,24 +17081,16 @@ static int dpoi_cpu_attention(dpoi_cpu *cpu, const dpo_args *a)
         return DPO_OK;
     }
 #endif
-    if (cpu->isa == DPO_ISA_PLAIN) {
-        dpoi_parallel(cpu, g.N*g.heads*DPOI_PLAIN_PARTS, dpoi_plain_attention_task, &g);
-        return DPO_OK;
-    }
-    dpoi_attention_layout(&g, 0);
-    dpoi_far_run(&g);
-#ifdef DPOI_SIMD_X86
-    if (cpu->isa >= DPO_ISA_AVX512) {
-        dpoi_attention_run(&g, g.T, dpoi_attention_unit_avx512);
+#ifdef DPOI_SIMD_256
+    if (cpu->isa != DPO_ISA_PLAIN) {
+        dpoi_attention_run(&g);
         return DPO_OK;
     }
 #endif
-    dpoi_attention_run(&g, g.T, dpoi_attention_unit);
+    dpoi_parallel(cpu, g.N*g.heads*DPOI_PLAIN_PARTS, dpoi_plain_attention_task, &g);
     return DPO_OK;
 }
 
-/* Without AVX-512 scores are made twice, for dq and for dk and dv: cheaper than storing T x S of them, or than sums
-   that threads share. */
 static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
 {
     dpoi_attention g = dpoi_attention_of(cpu, a);
@@ -16958,22 +17103,14 @@ static int dpoi_cpu_attention_backward(dpoi_cpu *cpu, const dpo_args *a)
         return DPO_OK;
     }
 #endif
-    if (cpu->isa == DPO_ISA_PLAIN) {
-        if (g.dq) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dq_task, &g);
-        if (g.dk || g.dv) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dkv_task, &g);
-        return DPO_OK;
-    }
-    dpoi_attention_layout(&g, 1);
-    dpoi_far_run(&g);
-#ifdef DPOI_SIMD_X86
-    if (g.parts) {
+#ifdef DPOI_SIMD_256
+    if (cpu->isa != DPO_ISA_PLAIN) {
         dpoi_back_run(&g);
         return DPO_OK;
     }
 #endif
-    dpoi_parallel(cpu, heads, dpoi_attention_delta_task, &g);
-    if (g.dq) dpoi_attention_run(&g, g.T, dpoi_attention_dq_unit);
-    if (g.dk || g.dv) dpoi_attention_run(&g, g.S, dpoi_attention_dkv_unit);
+    if (g.dq) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dq_task, &g);
+    if (g.dk || g.dv) dpoi_parallel(cpu, heads*DPOI_PLAIN_PARTS, dpoi_plain_dkv_task, &g);
     return DPO_OK;
 }
 /* ==========================================================================================================
