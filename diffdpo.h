@@ -15321,10 +15321,10 @@ static void dpoi_plain_dkv_task(void *arg, int64_t task)
    the other axis go blocks of up to 96 rows, in strips of 6 with eight floats: 6 rows by 16 lanes are the 12
    accumulators that AVX2 has room for, and their exponentials are taken before they leave the registers.  A block's p
    and ds stay in the first-level cache until what they multiply has been summed over its rows. */
+#ifdef DPOI_SIMD_256
 
 enum { DPOI_LANES = DPOI_TILE_PANELS*DPOI_PANEL, DPOI_FAR = 96 };
 
-#ifdef DPOI_SIMD_256
 /* 16 queries from `first` on, and what they have gathered so far. */
 typedef struct dpoi_queries {
     int64_t d, first, causal;
@@ -15474,7 +15474,6 @@ DPOI_256 static void dpoi_hide_8(float *x, int64_t step, int64_t rows, int64_t n
         dpoi_write_256(x + 8, dpoi_and_256(dpoi_read_256(x + 8), dpoi_bits_256(from - dpoi_lane_count(n - 8))));
     }
 }
-#endif /* DPOI_SIMD_256 */
 
 /* ------------------------------------------------------------------------------------------ units
 
@@ -15522,7 +15521,6 @@ static dpoi_unit dpoi_unit_of(const dpoi_attention *g, float *work, int64_t head
     return u;
 }
 
-#ifdef DPOI_SIMD_256
 /* Panels of the unit's rows of x: to[panel][c][lane] = x[lane][c], zeros in lanes that are not used. */
 static void dpoi_unit_pack(const dpoi_attention *g, const dpoi_unit *u, const float *x, float *to)
 {
@@ -15663,7 +15661,6 @@ static void dpoi_attention_unit(const dpoi_attention *g, float *work, int64_t he
     }
     dpoi_unit_store(g, &u, u.to, sum, g->y, 0);
 }
-#endif /* DPOI_SIMD_256 */
 
 /* ------------------------------------------------------------------------------------------ scores in registers
 
@@ -15860,9 +15857,11 @@ static void dpoi_attention_unit_avx512(const dpoi_attention *g, float *work, int
 
 enum {
     DPOI_ATTENTION_JOBS = 64,
-    DPOI_HEADS = 16,                      /* jobs that backward wants: the keys of fewer heads are cut into parts */
+    DPOI_HEADS = 16,                      /* jobs that backward wants: the keys of fewer heads are cut into parts; */
+    DPOI_FEW_HEADS = 4,                   /* and of one sample */
     DPOI_NEAR = 160000,                   /* floats of k and v that stay in a second-level cache, */
-    DPOI_BACK_NEAR = 100000               /* and of q, of which there are do and dq, too */
+    DPOI_BACK_NEAR = 100000,              /* and of q, of which there are do and dq, too; */
+    DPOI_BACK_FAR = 1000000               /* eight floats a step are slow enough for a third-level cache */
 };
 
 /* Rows of dq that a job gathers. */
@@ -15884,10 +15883,13 @@ static int64_t dpoi_attention_jobs(const dpoi_attention *g)
     return g->parts > 1 ? units : dpoi_least(dpoi_least(units, worth), DPOI_ATTENTION_JOBS);
 }
 
-/* Parts of a head's keys: more than one where there are few heads, and each is worth it. */
+/* Parts of a head's keys: more than one where there are few heads, and each is worth it.  With eight floats they do not
+   depend on N, so that a sample's gradients are the same in every batch. */
 static int64_t dpoi_back_parts(const dpoi_attention *g)
 {
-    int64_t parts = dpoi_least(dpoi_pieces(DPOI_HEADS, g->N*g->heads), dpoi_tile_groups(g->S));
+    int all = g->cpu->isa >= DPO_ISA_AVX512;
+    int64_t wanted = all ? dpoi_pieces(DPOI_HEADS, g->N*g->heads) : dpoi_pieces(DPOI_FEW_HEADS, g->heads);
+    int64_t parts = dpoi_least(wanted, dpoi_tile_groups(g->S));
     return dpoi_least(parts, 10*g->T*g->S/64*g->d/(DPOI_JOB/64) + 1);
 }
 
@@ -16008,7 +16010,6 @@ static void dpoi_far_run(dpoi_attention *g)
    queries; ds waits in memory for dq, which gathers ds k over the unit's keys with channels side by side.  AVX-512 has
    room for s and do.v of 12 queries, half a strip, by 16 keys, and lets dk and dv have them before they leave the
    registers. */
-#ifdef DPOI_SIMD_256
 
 /* Keys of one head that go along all queries together. */
 typedef struct dpoi_keys {
@@ -16017,7 +16018,6 @@ typedef struct dpoi_keys {
     float  *k, *ds, *dq;                  /* [48][wide], zeros behind d; [12 or 96][48]; [T][wide] */
     int     begun;                        /* AVX-512: dq holds something already */
 } dpoi_keys;
-#endif
 
 #ifdef DPOI_SIMD_X86
 /* Half a strip of queries, q and do [d][24], against 16 keys, k and v [d][16]: s of query i begins as begin[i], do.v as
@@ -16179,7 +16179,6 @@ DPOI_AVX512 static void dpoi_back_store(const dpoi_attention *g, int64_t head, i
 
 #endif /* DPOI_SIMD_X86 */
 
-#ifdef DPOI_SIMD_256
 /* Keys of a panel, from lane p of the unit, meet a block of queries i0..i0+rows-1: p and ds, dk and dv. */
 DPOI_256 static void dpoi_back_meet_8(const dpoi_attention *g, const dpoi_keys *b, int64_t p, int64_t i0, int64_t rows,
                                       const float *begin, const float *less)
@@ -16280,16 +16279,14 @@ DPOI_256 static void dpoi_back_store_8(const dpoi_attention *g, int64_t head, in
             dpoi_write_some_256(y + c, in, sum);
         }
 }
-#endif /* DPOI_SIMD_256 */
 
-#ifdef DPOI_SIMD_256
 /* Unit number `unit`: a head, or one of g->parts of its keys, whose shares of dq are still to be added up.  All keys
    meet a range of queries before the next: q, do and dq of the range stay in the second-level cache. */
 static void dpoi_back_unit(const dpoi_attention *g, float *work, int64_t unit)
 {
     dpoi_keys b;
     int64_t part = unit % g->parts, blocks = dpoi_tile_groups(g->S);
-    int64_t ranges = dpoi_pieces(g->T*g->d, DPOI_BACK_NEAR);
+    int64_t ranges = dpoi_pieces(g->T*g->d, g->cpu->isa >= DPO_ISA_AVX512 ? DPOI_BACK_NEAR : DPOI_BACK_FAR);
     int64_t range = dpoi_pieces(dpoi_pieces(g->T, ranges), DPOI_TILE_ROWS)*DPOI_TILE_ROWS;
     b.head = unit/g->parts;
     b.wide = dpoi_pieces(g->d, 16)*16;
