@@ -12514,7 +12514,8 @@ static void dpoi_flip_task(void *arg, int64_t task)
    and a half times that of the direct sum in relative L2 (1.5e-6 against 1.0e-6 of 320 channels), at most 1e-5 of a
    result's deviation.
 
-   A job is a few strips of tiles by a few panels: v and the sums c of it stay in the second-level cache, u of six
+   A job is a few strips of tiles by a few panels: v and the sums c of it stay in the second-level cache if that has
+   2 MB (where it has 512 KB, c comes from the third, which costs less than the transforms of smaller jobs), u of six
    points and one panel in the first.  v is made once for the panels, u once for the strips; nothing is kept from job
    to job.
    A sum runs over the channels in chunks of one size, and whether a convolution comes here depends on the size of a
