@@ -6065,8 +6065,8 @@ DPO_DEF void *dpo_scope_alloc(dpo_ctx *c, size_t bytes)
 }
 
 /* `keep` is the one tensor that moves down to the surrounding scope: the array is cut below it and it is put
-   back on top. Its gradient, if any, was a temporary of the scope and is gone.  A `keep` that is neither of this
-   scope nor persistent gives NULL. */
+   back on top.  A gradient of the scope is gone, whichever tensor it was of.  A `keep` that is neither of this scope
+   nor persistent gives NULL. */
 DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
 {
     dpoi_node *kept = NULL;
@@ -6075,13 +6075,12 @@ DPO_DEF dpo_tensor *dpo_scope_end(dpo_ctx *c, int64_t scope, dpo_tensor *keep)
     while (c->temp_count > scope) {
         dpoi_node *n = c->temps[--c->temp_count];
         if (&n->t == keep) { kept = n; continue; }
-        if (n->of && n->of->grad == &n->t) n->of->grad = NULL;           /* a tensor of an outer scope */
+        if (n->of && n->of->grad == &n->t) n->of->grad = NULL;
         dpoi_drop_data(&n->t);
         if (n->host) dpoi_release(c, n->host, n->host_bytes);  /* dpo_scope_alloc's */
         dpoi_node_spare(c, n);
     }
     if (!kept) return keep && keep->ctx == c ? keep : NULL;              /* it is of an outer scope, or persistent */
-    kept->t.grad = NULL;
     c->temps[c->temp_count++] = kept;
     return keep;
 }
@@ -12219,7 +12218,7 @@ static dpoi_source dpoi_source_pixel(const dpoi_conv *g, const float *x, const f
 enum {
     DPOI_PIXELS = 192,                    /* the most pixels between two visits to dw */
     DPOI_RUNS   = 32,                     /* image rows in them */
-    DPOI_ROOM   = 24576,                  /* the most floats of packed x */
+    DPOI_ROOM   = 24576,                  /* the most floats of packed x; tiles of 14 x 48 take half of it */
     DPOI_BEFORE = 16,                     /* pixels between a line that is called for and its use */
     DPOI_WIDE   = DPOI_TILE_PANELS*DPOI_PANEL,
     DPOI_PARTS  = 64                      /* jobs wanted: fewer tiles than these, and pixels are cut into parts */
@@ -12236,7 +12235,6 @@ typedef struct dpoi_outer {
     int64_t panels, groups, tiles, parts; /* of dy, of x, of pixels */
     int64_t wide, span, x_size;           /* a job: groups of panels, tiles of i; floats of packed x a tile */
     int64_t rows, step;                   /* channels a tile, and floats a packed pixel */
-    int64_t pixels, room, share;          /* the most of a chunk, of packed x, and of tiles of a 1x1 kernel's job */
 } dpoi_outer;
 
 /* What a job has at hand: a chunk of pixels of dy and of x, packed.  134 KiB, on its stack. */
@@ -12254,8 +12252,7 @@ static void dpoi_outer_pack(const dpoi_outer *p, int64_t o, int64_t width, int64
         const float *dy = p->dy + (u/p->pieces*p->X + from)*p->O + o;
         for (; from < to; from++, dy += p->O, b += DPOI_WIDE) {
             int64_t i = 0;
-            for (; i < width; i += DPOI_PANEL) DPOI_FETCH(dy + DPOI_BEFORE*p->O + i);
-            i = 0;
+            for (int64_t line = 0; line < width; line += DPOI_PANEL) DPOI_FETCH(dy + DPOI_BEFORE*p->O + line);
             for (; i + DPOI_PANEL <= width; i += DPOI_PANEL) memcpy(b + i, dy + i, DPOI_PANEL*sizeof(float));
             for (; i < width; i++) b[i] = dy[i];
             for (; i < dpoi_pieces(width, DPOI_PANEL)*DPOI_PANEL; i++) b[i] = 0;
@@ -12398,7 +12395,7 @@ static int64_t dpoi_outer_size(const dpoi_outer *p)
 }
 
 /* Whether one pixel's surroundings fit where a job packs them. */
-static int dpoi_outer_fits(const dpoi_conv *g) { return 4*g->kh*g->kw*DPOI_TILE_ROWS <= DPOI_ROOM; }
+static int dpoi_outer_fits(const dpoi_conv *g) { return 2*g->kh*g->kw*DPOI_TILE_ROWS <= DPOI_ROOM/2; }
 
 /* x [N,H,W,I] through g's window against dy [N,Y,X,O].  Cut by shape alone; a 1x1 kernel sees one long row.
    Packing is paid by what a packed number is multiplied with: tiles of 14 x 48 want many pixels for each visit to dw;
@@ -12407,10 +12404,9 @@ static int dpoi_outer_fits(const dpoi_conv *g) { return 4*g->kh*g->kw*DPOI_TILE_
 static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
 {
     dpoi_outer p;
-    int64_t jobs;
     int     wide = cpu->isa >= DPO_ISA_AVX512;
+    int64_t pixels = wide || g->M <= DPOI_PIXELS ? DPOI_PIXELS : 96, room = wide ? DPOI_ROOM/2 : DPOI_ROOM, jobs;
     memset(&p, 0, sizeof p);
-    p.pixels = wide || g->M <= DPOI_PIXELS ? DPOI_PIXELS : 96;  p.room = wide ? 12288 : DPOI_ROOM;  p.share = wide ? 16 : 32;
     p.cpu = cpu;  p.N = g->N;  p.H = g->H;  p.W = g->W;  p.I = g->I;  p.Y = g->Y;  p.X = g->X;  p.O = O;
     p.kh = g->kh;  p.kw = g->kw;  p.stride = g->stride;  p.top = g->top;  p.left = g->left;  p.K = g->K;
     if (p.K == p.I && p.stride == 1 && !p.top && !p.left && p.H == p.Y && p.W == p.X) {
@@ -12419,16 +12415,16 @@ static dpoi_outer dpoi_outer_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
     }
     p.rows   = dpoi_tile_rows(cpu);
     p.step   = dpoi_tile_step(cpu);
-    p.piece  = dpoi_most(1, dpoi_least(p.pixels, (p.room/p.step/p.kh - p.kw)/p.stride + 1));
+    p.piece  = dpoi_most(1, dpoi_least(pixels, (room/p.step/p.kh - p.kw)/p.stride + 1));
     p.pieces = dpoi_pieces(p.X, p.piece);
     p.units  = p.N*p.Y*p.pieces;
-    p.chunk  = p.X > p.piece ? 1 : dpoi_least(DPOI_RUNS, p.pixels/p.X);
+    p.chunk  = p.X > p.piece ? 1 : dpoi_least(DPOI_RUNS, pixels/p.X);
     if (p.chunk > p.Y) p.chunk -= p.chunk % p.Y;
-    while ((p.x_size = dpoi_outer_size(&p)) > p.room && p.chunk > 1) p.chunk--;
+    while ((p.x_size = dpoi_outer_size(&p)) > room && p.chunk > 1) p.chunk--;
     p.panels = dpoi_pieces(O, DPOI_PANEL);
     p.groups = dpoi_tile_groups(O);
     p.tiles  = dpoi_pieces(p.I, p.rows);
-    p.span   = dpoi_most(1, dpoi_least(dpoi_pieces(p.share, p.kh*p.kw), p.room/p.x_size));
+    p.span   = dpoi_most(1, dpoi_least(dpoi_pieces(wide ? 16 : 32, p.kh*p.kw), room/p.x_size));
     p.span   = dpoi_pieces(p.tiles, dpoi_pieces(p.tiles, p.span));
     p.wide   = p.kh*p.kw == 1 ? 4 : 1;    /* one place of the kernel alone would not make up for packing x */
     p.wide   = dpoi_pieces(p.groups, dpoi_pieces(p.groups, p.wide));
@@ -12523,7 +12519,7 @@ static void dpoi_flip_task(void *arg, int64_t task)
 
 enum {
     DPOI_WINO_CHUNK = 32,                 /* channels of x at a time */
-    DPOI_WINO_POINT = 32*16 + 16,         /* floats from one point of u to the next: an odd number of lines */
+    DPOI_WINO_POINT = DPOI_WINO_CHUNK*16 + 16,    /* floats from one point of u to the next: an odd number of lines */
     DPOI_WINO_ROWS  = 16,                 /* the most tiles of a strip, of any instruction set */
     DPOI_WINO_TILES = 64,                 /* the most tiles of a job, */
     DPOI_WINO_SPAN  = 10,                 /* and panels */
@@ -13307,14 +13303,14 @@ static void dpoi_wino_outer_task(void *arg, int64_t task)
     dpoi_word_store(&t->w.busy[slot], 0);
 }
 
-/* Whether dw comes here; what is cut is cut by shape alone.  dy may be NULL while only sizes are asked for. */
-static int dpoi_wino_outer_of(dpoi_wino_outer *t, dpoi_cpu *cpu, const dpoi_conv *g, int64_t O)
+/* Whether dw comes here, and not by the direct sum c; what is cut is cut by shape alone. */
+static int dpoi_wino_outer_of(dpoi_wino_outer *t, const dpoi_conv *g, const dpoi_outer *c)
 {
     int64_t jobs;
     memset(t, 0, sizeof *t);
-    t->p = dpoi_product_of(cpu, g, g->x, NULL, O, NULL);
+    t->p = dpoi_product_of(c->cpu, g, g->x, NULL, c->O, NULL);
     if (!dpoi_wino_fits(&t->p)) return 0;
-    t->c = dpoi_outer_of(cpu, g, O);
+    t->c = *c;
     t->w.p      = &t->p;
     t->w.across = dpoi_pieces(g->X, 4);
     t->w.tiles  = g->N*t->w.across*dpoi_pieces(g->Y, 4);
@@ -13324,7 +13320,7 @@ static int dpoi_wino_outer_of(dpoi_wino_outer *t, dpoi_cpu *cpu, const dpoi_conv
     jobs        = t->across*t->down;
     t->c.parts  = dpoi_most(1, dpoi_least(dpoi_pieces(DPOI_PARTS, jobs), t->w.tiles/DPOI_WINO_PART));
     t->w.size   = 36*(2*DPOI_WINO_FACTOR + DPOI_WINO_SUM);
-    t->w.slots  = dpoi_most(1, dpoi_least(dpoi_least(cpu->threads, jobs*t->c.parts), DPOI_WINO_SLOTS));
+    t->w.slots  = dpoi_most(1, dpoi_least(dpoi_least(c->cpu->threads, jobs*t->c.parts), DPOI_WINO_SLOTS));
     return 1;
 }
 
@@ -14891,13 +14887,13 @@ static dpoi_gradient dpoi_gradient_of(dpoi_cpu *cpu, const dpoi_conv *g, int64_t
 }
 
 /* Floats of scratch. */
-static int64_t dpoi_gradient_work(dpoi_cpu *cpu, const dpoi_conv *g, const dpoi_gradient *p)
+static int64_t dpoi_gradient_work(const dpoi_conv *g, const dpoi_gradient *p)
 {
     dpoi_wino_outer w;
 #ifdef DPOI_SIMD_AMX
     if (g->amx) return dpoi_amx_outer_work(&p->amx);
 #endif
-    if (dpoi_wino_outer_of(&w, cpu, g, p->O)) return dpoi_wino_outer_work(&w);
+    if (dpoi_wino_outer_of(&w, g, &p->wide)) return dpoi_wino_outer_work(&w);
     return dpoi_outer_work(&p->wide);
 }
 
@@ -14910,7 +14906,7 @@ static void dpoi_gradient_run(dpoi_cpu *cpu, const dpoi_conv *g, dpoi_gradient *
 #ifdef DPOI_SIMD_AMX
     if (g->amx) { dpoi_gradient_amx(cpu, g, p, work);  return; }
 #endif
-    if (dpoi_wino_outer_of(&w, cpu, g, p->O)) dpoi_wino_outer_run(&w, p->x, p->dy, p->dw, p->add, work);
+    if (dpoi_wino_outer_of(&w, g, &p->wide)) dpoi_wino_outer_run(&w, p->x, p->dy, p->dw, p->add, work);
     else if (dpoi_outer_fits(g)) dpoi_outer_run(&p->wide, p->x, p->dy, p->dw, p->add, work);
     else dpoi_plain_weights(cpu, g, p->dy, p->O, p->dw, p->add);
 }
@@ -15008,15 +15004,15 @@ static dpoi_conv_plan dpoi_conv_plan_of(dpoi_cpu *cpu, const dpoi_conv *g)
     p.chunks = dpoi_pieces(g->Y*g->X, DPOI_SUMS);
     p.w = dpoi_gradient_of(cpu, g, g->O);
     if (g->a->din[0].data) step = dpoi_conv_dx_work(cpu, g);
-    if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(cpu, g, &p.w));
+    if (g->a->din[1].data) step = dpoi_most(step, dpoi_gradient_work(g, &p.w));
     if (g->a->din[2].data || g->a->din[3].data) step = dpoi_most(step, g->N*p.chunks*g->O);
     if (g->r) {
         p.down = dpoi_gradient_of(cpu, g, g->r);
         p.up   = dpoi_gradient_of(cpu, &u, g->O);
         y      = dpoi_adapter_product(cpu, g, NULL, NULL);
         step   = dpoi_most(step, dpoi_flip_room(g, g->r, g->O) + dpoi_conv_room(g, &y));
-        step   = dpoi_most(step, dpoi_gradient_work(cpu, g, &p.down));
-        step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(cpu, &u, &p.up));
+        step   = dpoi_most(step, dpoi_gradient_work(g, &p.down));
+        step   = dpoi_most(step, (g->M*g->r + 15)/16*16 + dpoi_gradient_work(&u, &p.up));
     }
     p.end = p.step + step;
     return p;
@@ -15174,9 +15170,10 @@ static int dpoi_cpu_conv_backward(dpoi_cpu *cpu, const dpo_args *a)
 
    The T x S scores are never stored: a job keeps those of a few queries or keys, and backward makes them again. */
 
+struct dpoi_keys;
+
 /* Slice h of sample n starts at n*T*D + h*d (S for keys), its rows are D apart: heads are never moved
    into place. */
-struct dpoi_keys;
 typedef struct dpoi_attention {
     int64_t N, T, S, D, heads, d, causal;
     float   scale;
@@ -16263,6 +16260,7 @@ DPOI_256 static void dpoi_back_delta_task_8(void *arg, int64_t head)
                                   ((total[1] + total[5]) + (total[3] + total[7]));
     }
 }
+
 DPOI_256 static void dpoi_back_store_8(const dpoi_attention *g, int64_t head, int64_t first, int64_t end,
                                        const float *part, int64_t size)
 {
@@ -16286,13 +16284,14 @@ DPOI_256 static void dpoi_back_store_8(const dpoi_attention *g, int64_t head, in
 static void dpoi_back_unit(const dpoi_attention *g, float *work, int64_t unit)
 {
     dpoi_keys b;
+    int     registers = g->cpu->isa >= DPO_ISA_AVX512;
     int64_t part = unit % g->parts, blocks = dpoi_tile_groups(g->S);
-    int64_t ranges = dpoi_pieces(g->T*g->d, g->cpu->isa >= DPO_ISA_AVX512 ? DPOI_BACK_NEAR : DPOI_BACK_FAR);
+    int64_t ranges = dpoi_pieces(g->T*g->d, registers ? DPOI_BACK_NEAR : DPOI_BACK_FAR);
     int64_t range = dpoi_pieces(dpoi_pieces(g->T, ranges), DPOI_TILE_ROWS)*DPOI_TILE_ROWS;
     b.head = unit/g->parts;
     b.wide = dpoi_pieces(g->d, 16)*16;
     b.dq = work + dpoi_attention_scratch(g) - dpoi_back_rows(g)*b.wide;
-    int begun = g->keys == dpoi_back_keys_8 || (g->causal && part);         /* the first queries may see no keys here */
+    int begun = !registers || (g->causal && part);        /* the first queries may see none of these keys */
     if (begun) memset(b.dq, 0, (size_t)(dpoi_back_rows(g)*b.wide)*sizeof(float));
     for (int64_t first = 0, end; first < g->T; first = end) {
         end = dpoi_least(g->T, first + range);
