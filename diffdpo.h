@@ -18923,16 +18923,17 @@ static dpo_tensor *dpoi_unet_mlp(dpoi_unet_pass *u, const char *name, dpo_tensor
 }
 
 /* SDXL: pooled [N,P] beside the sinusoids of time_ids [N,n], pooled first -> [N,P+n*dim].
-   time_ids [N,n] are six numbers in SDXL: original size, crop, target size, height before width. */
+   time_ids [N,n] are six numbers in SDXL: original size, crop, target size, height before width.
+   Sinusoids are F32 whatever type the pooled text has. */
 static dpo_tensor *dpoi_unet_added(dpoi_unet_pass *u, const dpo_unet_in *in)
 {
     dpo_ctx    *c = u->r.c;
     int64_t     flat = dpo_count(in->time_ids), rows[2];
-    dpo_tensor *w;
+    dpo_tensor *w, *pooled = dpo_cast(c, in->pooled, DPO_F32);
     rows[0] = in->time_ids->shape[0];
     rows[1] = in->time_ids->shape[1] * u->g->add_dim;
     w = dpoi_unet_waves(u, dpo_reshape(c, in->time_ids, 1, &flat), u->g->add_dim);
-    return dpo_concat(c, in->pooled, dpo_last(dpo_reshape(c, dpo_last(w), 2, rows)), 1);
+    return dpo_concat(c, dpo_last(pooled), dpo_last(dpo_reshape(c, dpo_last(w), 2, rows)), 1);
 }
 
 /* silu(mlp(t) + mlp(added)): every resnet wants it behind a SiLU, so that is done once, in the last product. */

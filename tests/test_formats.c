@@ -150,18 +150,14 @@ static dpo_model *make_family(dpo_ctx *c, const family *k)
     return dpo_model_save(m, folder, DPO_F32) ? m : NULL;
 }
 
-/* What a model computes: a prediction, texts, both ways through the VAE. */
-enum { OUTPUTS = 5 };
-static void compute(dpo_model *m, dpo_tensor **y)
+/* Two samples for a model's UNet. */
+static dpo_unet_in input_for(dpo_model *m)
 {
     static const float t[2] = { 10, 700 };
-    const char        *prompts[2] = { "a red fox", "thing" };
     const int64_t      two = 2;
     dpo_ctx       *c = dpoi_model_ctx(m);
     dpo_model_info d = dpo_model_describe(m);
     dpo_unet_in    in;
-    memset(y, 0, OUTPUTS * sizeof *y);
-    if (!m) return;
     memset(&in, 0, sizeof in);
     in.x = numbers(c, 4, 2, 9, 6, d.channels, 1);
     in.emb = numbers(c, 3, 2, 3, d.width, 1, 2);
@@ -170,6 +166,19 @@ static void compute(dpo_model *m, dpo_tensor **y)
         in.pooled = numbers(c, 2, 2, d.pooled, 1, 1, 3);
         in.time_ids = numbers(c, 2, 2, d.time_ids, 1, 1, 4);
     }
+    return in;
+}
+
+/* What a model computes: a prediction, texts, both ways through the VAE. */
+enum { OUTPUTS = 5 };
+static void compute(dpo_model *m, dpo_tensor **y)
+{
+    const char  *prompts[2] = { "a red fox", "thing" };
+    dpo_ctx     *c = dpoi_model_ctx(m);
+    dpo_unet_in  in;
+    memset(y, 0, OUTPUTS * sizeof *y);
+    if (!m) return;
+    in = input_for(m);
     y[0] = dpo_unet(dpo_model_unet(m), &in);
     y[1] = dpo_encode_text(m, prompts, 2, &y[2]);
     y[3] = dpo_encode_images(m, numbers(c, 4, 1, 8, 12, 3, 5), NULL);
@@ -916,6 +925,30 @@ static void test_misuse(void)
     dpo_close(c);
 }
 
+/* Pictures and texts may have another type than the UNet's weights. */
+static void test_input_types(const family *k)
+{
+    static const struct { int type; double tolerance; } kinds[] = { { DPO_BF16, 3e-2 }, { DPO_F16, 4e-3 } };
+    dpo_ctx *c = open_plain();
+    char     folder[128];
+    snprintf(folder, sizeof folder, FOLDER "/%s", k->name);
+    for (int dtype = DPO_F32; dtype <= DPO_BF16; dtype++) {
+        dpo_model  *m = dpo_model_load(c, folder, dtype);
+        dpo_unet_in in = input_for(m), other;
+        dpo_tensor *want = dpo_unet(dpo_model_unet(m), &in), *y;
+        for (int i = 0; i < 2; i++) {
+            other = in;
+            other.x = dpo_cast(c, in.x, kinds[i].type);
+            other.emb = dpo_cast(c, in.emb, kinds[i].type);
+            if (in.pooled) other.pooled = dpo_cast(c, in.pooled, kinds[i].type);
+            y = dpo_unet(dpo_model_unet(m), &other);
+            CHECK(y && difference(y, want) <= kinds[i].tolerance + (dtype ? 3e-2 : 0), "%s, weights of type %d, inputs of %d: %g, %s",
+                  k->name, dtype, kinds[i].type, difference(y, want), why(c));
+        }
+    }
+    dpo_close(c);
+}
+
 /* Everything once. */
 static void all_of_it(dpo_ctx *c)
 {
@@ -948,6 +981,7 @@ int main(int argc, char **argv)
     test_bad_adapters();
     test_eight_bits();
     test_sixteen_bits();
+    for (size_t i = 0; i < sizeof families / sizeof families[0]; i++) test_input_types(&families[i]);
     test_misuse();
     test_failing(all_of_it, argc > 1 && strcmp(argv[1], "every") == 0, 60);
     return test_report();
