@@ -5,7 +5,7 @@
 #   sh tests/run.sh NAME ...     these: a program of tests/, parity, interop, compile, header, and the long ones,
 #                                asan, valgrind, wine, isa, fuzz-long, quickstart; full is all of them; by name alone
 #                                fullsize (8 GB of disk and of memory), trainer_memory, kills (a trainer killed 200
-#                                times), winrate (every loss on the emoji model, half an hour), trainer_mpi (needs mpicc),
+#                                times), winrate (each loss on the emoji model, 7 minutes), trainer_mpi (needs mpicc),
 #                                cuda_device (all that wants a GPU, skipped where there is none)
 #   sh tests/run.sh --build      every program of tests/ and examples/ into build/, run nothing
 #   sh tests/run.sh --install    first install the compilers that are missing (Debian, as root), then run

@@ -1,6 +1,6 @@
 #!/bin/sh
 # winrate.sh - the emoji model, trained by examples/train on the quickstart's pairs: adapters and all weights, by each
-# form of the loss.  By name alone: it takes half an hour on two cores.
+# form of the loss.  By name alone: it takes seven minutes on two cores.
 #
 #   sh tests/winrate.sh [FOLDER]           FOLDER: where results go, build/winrate-out
 root=$(cd -- "$(dirname -- "$0")/.." && pwd) || exit 1
