@@ -509,8 +509,8 @@ static void check_moved(const char *name, dpo_tensor **params, int count, float 
     float **end = snapshot(params, count);
     double  worst = dpo_json_count(moved) == count ? 0 : NAN;
     for (int i = 0; i < count; i++) {
-        double far = distance(end[i], start[i], dpo_count(params[i]));
-        double error = relative(far, number_at(moved, peft_name(params[i]->name)));
+        double way = distance(end[i], start[i], dpo_count(params[i]));
+        double error = relative(way, number_at(moved, peft_name(params[i]->name)));
         if (!(error <= worst)) worst = error;
     }
     check(join(name, ".moved"), worst, 3e-3);

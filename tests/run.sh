@@ -61,7 +61,7 @@ build_one() {
     build/asan) cc=$SANITIZING flags="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
                 log=build/log/build-asan-$2.txt ;;
     build/valgrind) flags="-g -O1" log=build/log/build-valgrind-$2.txt ;;
-    build/wine) cc=x86_64-w64-mingw32-gcc flags="-O2 -static" libs="-lm" log=build/log/build-wine-$2.txt ;;
+    build/wine) cc=x86_64-w64-mingw32-gcc flags="-O2 -static -Ibuild/wine/include" libs="-lm" log=build/log/build-wine-$2.txt ;;
     esac
     if [ "$1" = build/wine ] && [ "$2" != implementation ]; then out=$out.exe; fi
     [ "$object" != -c ] || libs=
@@ -234,12 +234,15 @@ run_valgrind() {
     run_parity build/valgrind/parity "valgrind parity" tests/golden -- valgrind -q --leak-check=full --error-exitcode=99
 }
 
+# mingw does not look where Debian puts stb.
 run_wine() {
     wine=
     for w in wine64 wine /usr/lib/wine/wine64; do have $w && wine=$w && break; done
     if [ -z "$wine" ] || ! have x86_64-w64-mingw32-gcc; then skip wine "wine64 or gcc-mingw-w64-x86-64 is not installed"; return; fi
     WINEPREFIX=$PWD/build/wineprefix WINEDEBUG=-all
     export WINEPREFIX WINEDEBUG
+    mkdir -p build/wine/include
+    ln -sfn /usr/include/stb build/wine/include/stb
     # shellcheck disable=SC2046
     build build/wine $(tests) parity
     for t in $(tests); do run_program build/wine "$t" "wine $t" $wine; done
